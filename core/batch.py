@@ -1,0 +1,146 @@
+"""One batch: the packed stream. Padding does not exist.
+
+    documents   [a b c]   [d e]   [f g h i]
+    tokens       a b c     d e     f g h i        [T]
+    targets      b c ·     e ·     g h i ·        the next token of the same document; · is IGNORE
+    weights      1 1 0     1 0     0 1 1 0        of predicting targets[t]; 0 at the last token of a document
+    positions    0 1 2     0 1     0 1 2 3
+    cu_seqlens   0         3       5          9   [S+1] int32
+
+What a batch is worth is known when it is built: `counts` holds the denominators of every loss ("tokens" is the sum
+of the weights), so that a step's loss can be divided by the global count before the first backward.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+IGNORE = -100  # the target of a token that predicts nothing
+
+Group = Sequence["Document"]  # documents that must share a batch: a pair, a ranking, the samples of a prompt
+
+
+@dataclass
+class Document:
+    """Tokens with the weight of predicting each (`weights[0]` is never used: nothing precedes the first token).
+
+    `fields` are what an objective needs besides: a number (one per sequence), or an array as long as `ids` (one per
+    token, with the meaning "of predicting ids[i]").
+    """
+
+    ids: np.ndarray  # [n] int32
+    weights: np.ndarray  # [n] fp32
+    fields: dict[str, float | np.ndarray] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+@dataclass
+class PackedBatch:
+    """See the module's docstring. `fields` tensors are [T] (aligned with targets) or [S]."""
+
+    tokens: Tensor  # [T] int64
+    targets: Tensor  # [T] int64
+    weights: Tensor  # [T] fp32
+    positions: Tensor  # [T] int64
+    cu_seqlens: Tensor  # [S+1] int32
+    doc_start: Tensor  # [T] int32: where the token's document begins in the stream
+    doc_end: Tensor  # [T] int32: where it ends, exclusive
+    supervised: Tensor  # [N] int64: the tokens with a weight; the head is computed for these alone
+    fields: dict[str, Tensor] = field(default_factory=dict)
+    counts: dict[str, float] = field(default_factory=dict)
+    squared_lengths: float = 0.0  # Σ n² over the documents: attention's work
+
+    @property
+    def sequences(self) -> int:
+        return len(self.cu_seqlens) - 1
+
+    def to(self, device: torch.device | str) -> "PackedBatch":
+        moved = {k: v.to(device, non_blocking=True) for k, v in vars(self).items() if isinstance(v, Tensor)}
+        return replace(self, **moved, fields={k: v.to(device, non_blocking=True) for k, v in self.fields.items()})
+
+
+def pack(groups: Iterable[Group], counts: dict[str, float] | None = None, length: int | None = None) -> PackedBatch:
+    """Lay the documents of `groups` end to end.
+
+    `counts` are denominators beyond the ones known here (tokens, sequences, groups). With `length`, one document of
+    weight 0 fills the stream up to that many tokens, so that shapes are the same in every step.
+    Raises: ValueError where the documents are longer than `length`.
+    """
+    groups = [list(group) for group in groups]
+    documents = [document for group in groups for document in group]
+    known = {"sequences": float(len(documents)), "groups": float(len(groups))}
+    used = sum(map(len, documents))
+    if length is not None:
+        if used > length:
+            raise ValueError(f"{used} tokens do not fit in a batch of {length}")
+        if used < length:
+            documents = [*documents, filler(length - used, documents)]
+    lengths = np.array([len(d) for d in documents], dtype=np.int64)
+    cu = np.concatenate([[0], lengths.cumsum()])  # [S+1]
+    starts, ends = cu[:-1].repeat(lengths), cu[1:].repeat(lengths)  # [T]
+    tokens = concatenate([d.ids for d in documents], np.int64)
+    last = np.arange(len(tokens)) == ends - 1
+    weights = np.where(last, 0.0, np.roll(concatenate([d.weights for d in documents], np.float32), -1))
+    names = documents[0].fields if documents else ()
+    return PackedBatch(
+        tokens=torch.from_numpy(tokens),
+        targets=torch.from_numpy(np.where(last, IGNORE, np.roll(tokens, -1))),
+        weights=torch.from_numpy(weights.astype(np.float32)),
+        positions=torch.from_numpy(np.arange(len(tokens)) - starts),
+        cu_seqlens=torch.from_numpy(cu.astype(np.int32)),
+        doc_start=torch.from_numpy(starts.astype(np.int32)),
+        doc_end=torch.from_numpy(ends.astype(np.int32)),
+        supervised=torch.from_numpy(np.flatnonzero(weights)),
+        fields={name: pack_field([d.fields[name] for d in documents], last) for name in names},
+        counts=known | {"tokens": float(weights.sum())} | (counts or {}),
+        squared_lengths=float((lengths.astype(np.float64) ** 2).sum()),
+    )
+
+
+def filler(length: int, documents: list[Document]) -> Document:
+    """A document that counts for nothing, with the fields of the others set to 0."""
+    names = documents[0].fields if documents else {}
+    fields = {k: np.zeros(length, np.float32) if isinstance(v, np.ndarray) else 0.0 for k, v in names.items()}
+    return Document(np.zeros(length, np.int32), np.zeros(length, np.float32), fields)
+
+
+def pack_field(values: list, last: np.ndarray) -> Tensor:
+    """Per-sequence numbers → [S] fp32; per-token arrays → [T] fp32, moved to where their token is the target."""
+    if not isinstance(values[0], np.ndarray):
+        return torch.tensor(values, dtype=torch.float32)
+    shifted = np.roll(np.concatenate(values).astype(np.float32), -1)
+    return torch.from_numpy(np.where(last, np.float32(0), shifted))
+
+
+def concatenate(arrays: list[np.ndarray], dtype) -> np.ndarray:
+    return np.concatenate(arrays).astype(dtype) if arrays else np.zeros(0, dtype)
+
+
+def plan_bins(lengths: Sequence[int], capacity: int, window: int = 256) -> list[list[int]]:
+    """Put items of these lengths into bins of at most `capacity` tokens: best fit within `window` open bins.
+
+    Items are taken in their order, so that a curriculum stays one; a bin is closed when a new one is needed and
+    `window` are open already (the fullest goes first). An item longer than `capacity` gets a bin of its own.
+    Depends on the arguments alone. The bins come out in the order of their first items.
+    """
+    bins: list[list[int]] = []
+    open_bins: list[tuple[int, int]] = []  # (room left, index of the bin)
+    for item, length in enumerate(lengths):
+        fitting = [(room, i) for room, i in open_bins if room >= length]
+        if fitting:
+            room, i = min(fitting)
+            open_bins.remove((room, i))
+        else:
+            room, i = capacity, len(bins)
+            bins.append([])
+            if len(open_bins) >= window:
+                open_bins.remove(min(open_bins))
+        bins[i].append(item)
+        if room > length:
+            open_bins.append((room - length, i))
+    return bins

@@ -1,0 +1,119 @@
+"""Data that every machine has: Python's own standard library, and generated conversations. The ladder runs on it."""
+
+import ast
+import re
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from tritium.core.arithmetic import Problem, chat_answer
+
+SKIPPED_FOLDERS = {"test", "tests", "idlelib", "lib2to3", "site-packages", "encodings", "pydoc_data", "__pycache__"}
+PIECE = 6000  # characters of a document: sources are long, and a document should fit a small context
+
+GREETINGS = ("Hi", "Hello", "Hello!", "Good morning", "Hey there", "Hi, how are you?")
+WELCOMES = ("Hello! How can I help you?", "Hi! What can I do for you?", "Hello! Ask me something.")
+THANKS = ("Thanks!", "Thank you.", "Great, thank you!", "Thanks a lot.")
+PLEASURES = ("You are welcome.", "My pleasure.", "Glad to help.")
+GENERAL = {
+    "Who are you?": "I am Tritium, a small language model, trained from scratch on this machine.",
+    "What is your name?": "My name is Tritium.",
+    "What can you do?": "I can work out small sums step by step, and I know a little about Python's standard library.",
+    "Are you a person?": "No, I am a language model.",
+    "Who trained you?": "You did, with one command.",
+    "What is Python?": "Python is a programming language.",
+    "What do you know?": "I know some arithmetic, and the functions of Python's standard library.",
+    "Goodbye": "Goodbye!",
+}
+
+
+def modules() -> Iterator[tuple[str, str]]:
+    """(dotted name, source) of the standard library's modules, in alphabetical order."""
+    root = Path(sysconfig.get_path("stdlib"))
+    for path in sorted(root.rglob("*.py")):
+        relative = path.relative_to(root)
+        if SKIPPED_FOLDERS.isdisjoint(relative.parts):
+            try:
+                yield ".".join(relative.with_suffix("").parts).removesuffix(".__init__"), path.read_text("utf-8")
+            except UnicodeDecodeError:
+                continue
+
+
+def documented(module: str, source: str) -> Iterator[tuple[str, str]]:
+    """(dotted name, docstring) of a module and of its public functions, classes and methods."""
+    try:
+        tree = ast.parse(source)
+    except SyntaxError:
+        return
+    if text := ast.get_docstring(tree):
+        yield module, text
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
+            if text := ast.get_docstring(node):
+                yield f"{module}.{node.name}", text
+            for member in node.body if isinstance(node, ast.ClassDef) else ():
+                if isinstance(member, ast.FunctionDef) and not member.name.startswith("_"):
+                    if text := ast.get_docstring(member):
+                        yield f"{module}.{node.name}.{member.name}", text
+
+
+def library_texts(characters: int, seed: int) -> list[str]:
+    """Docstrings, and sources in pieces, shuffled, up to so many characters."""
+    texts = []
+    for module, source in modules():
+        texts += [f"{name}\n\n{text}\n" for name, text in documented(module, source)]
+        texts += [source[i : i + PIECE] for i in range(0, len(source), PIECE)]
+    order = np.random.default_rng([seed, 1]).permutation(len(texts))
+    chosen, used = [], 0
+    for i in order:
+        if used >= characters:
+            break
+        chosen.append(texts[i])
+        used += len(texts[i])
+    return chosen
+
+
+def library_questions(seed: int) -> list[list[dict]]:
+    """Conversations about what the library's functions do, from the first sentences of their docstrings."""
+    rng = np.random.default_rng([seed, 2])
+    conversations = []
+    for module, source in modules():
+        for name, text in documented(module, source):
+            sentence = first_sentence(text)
+            if "." in name and sentence and "._" not in name:
+                forms = (f"What does {name} do?", f"What is {name} for?", f"Tell me about {name}.")
+                conversations.append(turns(forms[rng.integers(3)], sentence))
+    return [conversations[i] for i in rng.permutation(len(conversations))]
+
+
+def first_sentence(text: str) -> str:
+    """The docstring's first sentence, if it is one of moderate length."""
+    paragraph = " ".join(text.strip().split("\n\n")[0].split())
+    sentence = re.split(r"(?<=[.!?])\s", paragraph)[0]
+    return sentence if 15 <= len(sentence) <= 120 and sentence.endswith(".") else ""
+
+
+def turns(*texts: str) -> list[dict]:
+    """Messages of alternating roles, the user first."""
+    return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
+
+
+def small_talk(problems: list[Problem], count: int, seed: int) -> list[list[dict]]:
+    """General conversations of one to three exchanges, some with problems among them."""
+    rng = np.random.default_rng([seed, 3])
+    pick = lambda options: options[rng.integers(len(options))]  # noqa: E731
+    questions, conversations = list(GENERAL), []
+    for _ in range(count):
+        parts = [pick(GREETINGS), pick(WELCOMES)] if rng.random() < 0.5 else []
+        if rng.random() < 0.5:
+            question = pick(questions)
+            parts += [question, GENERAL[question]]
+        if rng.random() < 0.5 or not parts:
+            problem = pick(problems)
+            parts += [problem.question, chat_answer(problem)]
+        if rng.random() < 0.3:
+            parts += [pick(THANKS), pick(PLEASURES)]
+        conversations.append(turns(*parts))
+    return conversations

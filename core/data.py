@@ -1,0 +1,334 @@
+"""From files to packed batches: a deterministic, endless sequence of *bins*, the same on any number of ranks.
+
+    sources    files, each with a weight: how often an epoch passes through it (2: twice; 0.5: a random half)
+    items      windows of a text's token stream, or atomic groups of documents (a conversation, a pair, a ranking)
+    epoch      the items in an order that depends on (seed, epoch) alone: shuffled, or by difficulty
+    bins       items packed, in order, into streams of at most `bin_tokens` tokens
+    step s     bins s·n … s·n + n − 1 of the endless sequence of epochs; rank r of dp takes every dp-th, from r
+
+So the data of a step is a function of (config, step), and resuming needs no more state than the step.
+"""
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from tritium.core.batch import Document, Group, PackedBatch, pack, plan_bins
+from tritium.core.chat import ChatError, render
+from tritium.core.config import ConfigError, opt
+from tritium.core.formats import (
+    DataError,
+    RecordError,
+    Skipped,
+    conversation,
+    preference,
+    ranking,
+    read_documents,
+    read_records,
+)
+from tritium.core.tokenizer import Tokenizer
+from tritium.parallel.mesh import Mesh
+
+
+@dataclass
+class DataConfig:
+    """Which files, and how they become batches."""
+
+    sources: list[str] = opt([], "files; FILE@W passes W times through it in an epoch")
+    bin_tokens: int = opt(4096, "tokens of a micro-batch (a bin)")
+    bins_per_step: int = opt(1, "bins of a step, over all ranks")
+    holdout: float = opt(0.01, "share of each source that is kept for evaluation")
+    difficulty: str = opt("", "curriculum: order records by this numeric key, easiest first (empty: shuffle)")
+    on_error: str = opt("skip", "what a bad record does", choices=("skip", "raise"))
+    on_overlong: str = opt("skip", "what happens to records longer than the context", choices=("skip", "truncate"))
+
+    def __post_init__(self):
+        if self.bin_tokens < 2 or self.bins_per_step < 1:
+            raise ConfigError("data.bin_tokens must be at least 2, and data.bins_per_step at least 1")
+        if not 0 <= self.holdout < 1:
+            raise ConfigError(f"data.holdout={self.holdout} must be in [0, 1)")
+
+
+def parse_sources(sources: Sequence[str], key: str = "data.sources") -> list[tuple[str, float]]:
+    """["a.txt", "b.txt@0.5"] → [("a.txt", 1.0), ("b.txt", 0.5)]. Raises: ConfigError, also for a missing file."""
+    if not sources:
+        raise ConfigError(f"{key} is empty: give at least one file")
+    parsed = []
+    for text in sources:
+        path, at, weight = text.rpartition("@")
+        if not at:
+            path, weight = text, "1"
+        try:
+            parsed.append((path, float(weight)))
+        except ValueError:
+            parsed.append((text, 1.0))  # an @ in the file's name
+        if not Path(parsed[-1][0]).is_file():
+            raise DataError(f"{key}: {parsed[-1][0]} does not exist")
+        if parsed[-1][1] <= 0:
+            raise ConfigError(f"{key}: the weight of {path} must be positive, not {weight}")
+    return parsed
+
+
+class Source(Protocol):
+    """Items with known lengths."""
+
+    lengths: np.ndarray  # [n] tokens of each item
+    difficulty: np.ndarray | None  # [n]
+
+    def __getitem__(self, index: int) -> Group: ...
+
+
+# ---------------------------------------------------------------------------------------------- text
+
+
+class Windows:
+    """A stretch of a token stream, cut into windows; documents keep to themselves within a window."""
+
+    difficulty = None
+
+    def __init__(self, tokens: np.ndarray, starts: np.ndarray, size: int, context: int):
+        self.tokens, self.starts, self.size, self.context = tokens, starts, size, context
+        count = -(-len(tokens) // size)
+        self.lengths = np.minimum(np.full(count, size), len(tokens) - size * np.arange(count))
+        if count and self.lengths[-1] < 2:  # a lone token predicts nothing
+            self.lengths = self.lengths[:-1]
+
+    def __getitem__(self, index: int) -> Group:
+        first = index * self.size
+        last = first + int(self.lengths[index])
+        lo, hi = np.searchsorted(self.starts, [first, last], side="right")
+        cuts = [first, *self.starts[lo:hi].tolist(), last]
+        pieces = [
+            np.asarray(self.tokens[at : min(at + self.context, end)], np.int32)
+            for begin, end in zip(cuts[:-1], cuts[1:], strict=True)
+            for at in range(begin, end, self.context)
+        ]
+        return [Document(ids, np.ones(len(ids), np.float32)) for ids in pieces]
+
+
+def text_sources(config: DataConfig, tokenizer: Tokenizer, context: int, cache: str, skipped: Skipped):
+    """Training and held-out windows of every text file: ([Windows], [Windows], [weight])."""
+    train, heldout, weights = [], [], []
+    for path, weight in parse_sources(config.sources):
+        tokens, starts = token_shard(path, tokenizer, cache, skipped)
+        kept = int(len(tokens) * (1 - config.holdout))
+        kept -= kept % config.bin_tokens if kept > config.bin_tokens else 0
+        train.append(Windows(tokens[:kept], starts[starts < kept], config.bin_tokens, context))
+        rest = starts[starts >= kept] - kept
+        heldout.append(Windows(tokens[kept:], rest, config.bin_tokens, context))
+        weights.append(weight)
+    return train, heldout, weights
+
+
+def token_shard(path: str, tokenizer: Tokenizer, cache: str, skipped: Skipped) -> tuple[np.ndarray, np.ndarray]:
+    """The file's tokens as a memory-mapped stream, and where its documents start: made once, kept in `cache`.
+
+    Each document is [bos] + text + [eos], with what the tokenizer has of the two.
+    """
+    stat = os.stat(path)
+    key = json.dumps([os.path.abspath(path), stat.st_size, stat.st_mtime_ns, tokenizer.fingerprint])
+    base = Path(cache) / f"{Path(path).stem}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
+    tokens_file, starts_file = base.with_suffix(".tokens.npy"), base.with_suffix(".starts.npy")
+    if not starts_file.exists():
+        base.parent.mkdir(parents=True, exist_ok=True)
+        before, after = ([] if i is None else [i] for i in (tokenizer.bos_id, tokenizer.eos_id))
+        encoded = tokenizer.encode_batch(list(read_documents(path, skipped)))
+        if not encoded:
+            raise DataError(f"{path} holds no text")
+        dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
+        streams = [np.array(before + ids + after, dtype) for ids in encoded]
+        starts = np.cumsum([0, *map(len, streams)])[:-1]
+        write_array(tokens_file, np.concatenate(streams))
+        write_array(starts_file, starts)  # last: its presence says that both are whole
+    return np.load(tokens_file, mmap_mode="r"), np.load(starts_file)
+
+
+def write_array(path: Path, array: np.ndarray) -> None:
+    """Write under another name first: a reader never sees half a file, and two writers do not mix."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.npy")
+    np.save(temporary, array)
+    os.replace(temporary, path)
+
+
+# ---------------------------------------------------------------------------------------------- records
+
+
+@dataclass
+class Examples:
+    """Groups of documents in memory."""
+
+    groups: list[Group] = field(default_factory=list)
+    difficulty: np.ndarray | None = None
+
+    @property
+    def lengths(self) -> np.ndarray:
+        return np.array([sum(map(len, group)) for group in self.groups], dtype=np.int64)
+
+    def __getitem__(self, index: int) -> Group:
+        return self.groups[index]
+
+
+def record_sources(
+    config: DataConfig, convert: Callable[[dict], Group], context: int, seed: int, skipped: Skipped
+) -> tuple[list[Examples], list[Examples], list[float]]:
+    """Training and held-out examples of every file: records → groups by `convert`, which raises RecordError.
+
+    Raises: DataError for a file without a usable record.
+    """
+    train, heldout, weights = [], [], []
+    for number, (path, weight) in enumerate(parse_sources(config.sources)):
+        groups, difficulty = [], []
+        for place, record in read_records(path, skipped):
+            try:
+                group = fit(convert(record), context, config.on_overlong)
+                difficulty.append(float(record[config.difficulty]) if config.difficulty else 0.0)
+                groups.append(group)
+            except (RecordError, ChatError) as error:
+                skipped.add(str(error), place)
+            except (KeyError, TypeError, ValueError) as error:
+                skipped.add(f"a record that can't be used ({type(error).__name__}: {error})", place)
+        if not groups:
+            raise DataError(f"{path} holds no usable record\n{skipped.summary()}")
+        order = np.random.default_rng([seed, number]).permutation(len(groups))
+        kept = np.sort(order[int(len(groups) * config.holdout) :]) if len(groups) > 1 else order
+        aside = np.setdiff1d(order, kept)
+        levels = np.array(difficulty) if config.difficulty else None
+        train.append(Examples([groups[i] for i in kept], None if levels is None else levels[kept]))
+        heldout.append(Examples([groups[i] for i in aside]))
+        weights.append(weight)
+    return train, heldout, weights
+
+
+def fit(group: Group, context: int, on_overlong: str) -> Group:
+    """The group, if each document fits the context. Raises: RecordError if not, or if nothing would be supervised."""
+    longest = max(map(len, group))
+    if longest > context:
+        if on_overlong == "skip":
+            raise RecordError("a record longer than the context")
+        group = [Document(d.ids[:context], d.weights[:context], d.fields) for d in group]
+    if any(not d.weights[1:].any() for d in group):
+        raise RecordError("a record without a supervised token within the context")
+    return group
+
+
+def conversation_group(tokenizer: Tokenizer) -> Callable[[dict], Group]:
+    """record → [the conversation], every assistant turn supervised."""
+    return lambda record: [chat_document(tokenizer, conversation(record))]
+
+
+def preference_group(tokenizer: Tokenizer) -> Callable[[dict], Group]:
+    """record → [chosen, rejected], only the last answer supervised; `is_chosen` per token."""
+
+    def convert(record: dict) -> Group:
+        prompt, chosen, rejected = preference(record)
+        pair = [answer_document(tokenizer, prompt, answer) for answer in (chosen, rejected)]
+        for document, flag in zip(pair, (1.0, 0.0), strict=True):
+            document.fields["is_chosen"] = np.full(len(document), flag, np.float32)
+        return pair
+
+    return convert
+
+
+def ranking_group(tokenizer: Tokenizer) -> Callable[[dict], Group]:
+    """record → its answers, best first; `rank` per sequence."""
+
+    def convert(record: dict) -> Group:
+        prompt, answers = ranking(record)
+        documents = [answer_document(tokenizer, prompt, answer) for answer in answers]
+        for rank, document in enumerate(documents):
+            document.fields["rank"] = float(rank)
+        return documents
+
+    return convert
+
+
+def chat_document(tokenizer: Tokenizer, messages: list[dict]) -> Document:
+    rendered = render(tokenizer, messages)
+    return Document(np.array(rendered.ids, np.int32), np.array(rendered.weights, np.float32))
+
+
+def answer_document(tokenizer: Tokenizer, prompt: list[dict], answer: str) -> Document:
+    """The prompt, its earlier answers included, at weight 0; `answer` at weight 1."""
+    silent = [m | {"weight": 0.0} if m["role"] == "assistant" else m for m in prompt]
+    return chat_document(tokenizer, [*silent, {"role": "assistant", "content": answer}])
+
+
+# ---------------------------------------------------------------------------------------------- bins
+
+
+class Bins:
+    """The endless sequence of bins, and each step's share of it for this rank. See the module's docstring.
+
+    `group_name` names the count of atomic groups ("pairs", "rankings") among the denominators.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[Source],
+        weights: Sequence[float],
+        config: DataConfig,
+        mesh: Mesh,
+        seed: int,
+        group_name: str = "groups",
+    ):
+        self.sources, self.weights, self.config, self.mesh = sources, weights, config, mesh
+        self.seed, self.group_name = seed, group_name
+        self.epoch_bins = lru_cache(maxsize=2)(self.plan_epoch)
+
+    def plan_epoch(self, epoch: int) -> list[list[tuple[int, int]]]:
+        """The bins of an epoch, each a list of (source, item)."""
+        rng = np.random.default_rng([self.seed, epoch])
+        items, lengths, difficulty = [], [], []
+        for number, (source, weight) in enumerate(zip(self.sources, self.weights, strict=True)):
+            count = len(source.lengths)
+            whole, part = int(weight), weight - int(weight)
+            chosen = np.concatenate([*[np.arange(count)] * whole, rng.permutation(count)[: round(part * count)]])
+            chosen = chosen.astype(np.int64)
+            items += [(number, i) for i in chosen.tolist()]
+            lengths.append(source.lengths[chosen])
+            difficulty.append(np.zeros(len(chosen)) if source.difficulty is None else source.difficulty[chosen])
+        lengths = np.concatenate(lengths)
+        order = rng.permutation(len(items))
+        order = order[np.argsort(np.concatenate(difficulty)[order], kind="stable")]  # ties stay shuffled
+        bins = plan_bins(lengths[order].tolist(), self.config.bin_tokens)
+        return [[items[order[i]] for i in members] for members in bins]
+
+    def steps_in(self, epochs: float) -> int:
+        """Steps that make `epochs` passes, by the size of the first epoch."""
+        return max(1, math.ceil(epochs * len(self.epoch_bins(0)) / self.config.bins_per_step))
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of an epoch."""
+        return int(sum(w * s.lengths.sum() for s, w in zip(self.sources, self.weights, strict=True)))
+
+    def bin(self, index: int) -> PackedBatch:
+        """Bin `index` ≥ 0 of the endless sequence."""
+        epoch, bins = 0, self.epoch_bins(0)
+        while index >= len(bins):
+            index -= len(bins)
+            epoch += 1
+            bins = self.epoch_bins(epoch)
+        return self.packed([self.sources[s][i] for s, i in bins[index]])
+
+    def packed(self, groups: list[Group]) -> PackedBatch:
+        batch = pack(groups, {self.group_name: float(len(groups))})
+        return batch.to(self.mesh.device)
+
+    def step(self, step: int) -> list[PackedBatch]:
+        """This rank's bins of step `step`."""
+        count = self.config.bins_per_step
+        return [self.bin(step * count + i) for i in range(self.mesh.dp_rank, count, self.mesh.dp)]
+
+    def all(self, limit: int | None = None) -> list[PackedBatch]:
+        """This rank's share of the first epoch's bins (of its first `limit` bins): for evaluation."""
+        count = min(len(self.epoch_bins(0)), limit or len(self.epoch_bins(0)))
+        return [self.bin(i) for i in range(self.mesh.dp_rank, count, self.mesh.dp)]

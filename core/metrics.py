@@ -1,0 +1,298 @@
+"""What a run says about itself: a line per step in metrics.jsonl, one live line for the reader, and the machine.
+
+Names that the live line knows how to show: loss, tokens_per_second, mfu (a fraction), memory (bytes). Other values
+follow as name=value while there is room; names with a slash (`time/forward`, `gpu/power`) go to the file only.
+"""
+
+import json
+import math
+import os
+import platform
+import resource
+import shutil
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TextIO
+
+import torch
+
+import tritium
+
+_PLAIN_INTERVAL = 10.0  # seconds between lines where the stream is a file
+
+
+class Metrics:
+    """Writes `folder/metrics.jsonl` and shows progress; a rank other than the main one keeps silent.
+
+    `folder` None writes no file. `total_steps` and `name` are for the display; `stream` is stderr by default.
+    """
+
+    def __init__(
+        self, folder: str | os.PathLike | None, *, main: bool, total_steps: int, name: str, stream: TextIO | None = None
+    ):
+        self._main, self._total, self._name = main, total_steps, name
+        self._stream = sys.stderr if stream is None else stream
+        self._path = Path(folder) / "metrics.jsonl" if main and folder is not None else None
+        self._file = None
+        self._started: tuple[int, float] | None = None  # the first step logged, and when: for the time that is left
+        self._shown_at, self._live_width = -math.inf, 0
+
+    def resume(self, step: int) -> None:
+        """Drop the lines at or after `step`, which a resumed run will write again; 0 starts the file afresh."""
+        if self._path is None or not self._path.exists():
+            return
+        self._close_file()
+        kept = [line for line, values in read_lines(self._path) if values["step"] < step]
+        temporary = self._path.with_suffix(".tmp")
+        temporary.write_text("".join(kept), encoding="utf-8")
+        os.replace(temporary, self._path)
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Append one line to the file and bring the display up to date. Values may be 0-d tensors."""
+        if not self._main:
+            return
+        numbers = {name: value if isinstance(value, int) else float(value) for name, value in values.items()}
+        self._append({"step": step} | {name: _json_number(value) for name, value in numbers.items()})
+        now = time.monotonic()
+        self._started = self._started or (step, now)
+        line = f"{self._name}  " + "  ".join(self._parts(step, numbers, now))
+        if self._stream.isatty():
+            self._show_live(line)
+        elif now - self._shown_at >= _PLAIN_INTERVAL or step >= self._total:
+            print(line, file=self._stream, flush=True)
+            self._shown_at = now
+
+    def message(self, text: str) -> None:
+        """Print lines for the reader, above the live one."""
+        if self._main and text:
+            if self._live_width:
+                print(file=self._stream)
+                self._live_width = 0
+            print(text, file=self._stream, flush=True)
+
+    def close(self) -> None:
+        """Close the file and leave the live line standing."""
+        self._close_file()
+        if self._live_width:
+            print(file=self._stream, flush=True)
+            self._live_width = 0
+
+    def _append(self, record: dict) -> None:
+        if self._path is None:
+            return
+        if self._file is None:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115 - open as long as the run
+        self._file.write(json.dumps(record, allow_nan=False) + "\n")
+        self._file.flush()
+
+    def _parts(self, step: int, values: Mapping[str, float], now: float) -> list[str]:
+        """The phrases of the display, the most wanted first."""
+        parts = [f"step {step}/{self._total}"]
+        for name, show in _SHOWN.items():
+            if name in values:
+                parts.append(show(values[name]))
+        first, started = self._started
+        if first < step < self._total:
+            parts.append(f"ETA {_duration((now - started) / (step - first) * (self._total - step))}")
+        parts += [f"{name}={value:.4g}" for name, value in values.items() if name not in _SHOWN and "/" not in name]
+        return parts
+
+    def _show_live(self, line: str) -> None:
+        """Write over the line before, cut to the terminal's width so that it stays one line."""
+        line = line[: shutil.get_terminal_size().columns - 1]
+        print("\r" + line.ljust(self._live_width), end="", file=self._stream, flush=True)
+        self._live_width = len(line)
+
+    def _close_file(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+
+def read_lines(path: Path) -> Iterator[tuple[str, dict]]:
+    """Each whole line of a metrics file and its values; a line that a killed run left unfinished is passed over."""
+    with open(path, encoding="utf-8") as file:
+        for line in file:
+            try:
+                yield line, json.loads(line)
+            except json.JSONDecodeError:
+                continue
+
+
+class Clock:
+    """Where the time of a step goes: `with clock("forward"): …`, then `clock.take()` once per step.
+
+    Wall time of the host: on a GPU, work that is only queued is counted where the host next waits for it.
+    """
+
+    def __init__(self):
+        self._seconds: dict[str, float] = defaultdict(float)
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._seconds[name] += time.perf_counter() - start
+
+    def take(self) -> dict[str, float]:
+        """Seconds by name since the last take."""
+        taken = dict(self._seconds)
+        self._seconds.clear()
+        return taken
+
+
+def peak_memory() -> int:
+    """The most bytes that this process has held: the CUDA allocator's peak if CUDA is in use, else resident memory."""
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated()
+    unit = 1 if sys.platform == "darwin" else 1024  # getrusage counts bytes there and kilobytes elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def gpu_stats() -> dict[str, float]:
+    """What NVML says of this process's GPU; empty without an NVIDIA GPU in use.
+
+    Power [W], memory in use by anyone [bytes], utilization [0, 1], and a 1 for each reason that holds its clock back.
+    """
+    if not (torch.cuda.is_available() and torch.cuda.is_initialized() and torch.version.cuda):
+        return {}
+    import pynvml
+
+    try:
+        handle = _nvml_handle(torch.cuda.current_device())
+        stats = {
+            "gpu/power": pynvml.nvmlDeviceGetPowerUsage(handle) / 1000,
+            "gpu/memory": float(pynvml.nvmlDeviceGetMemoryInfo(handle).used),
+            "gpu/utilization": pynvml.nvmlDeviceGetUtilizationRates(handle).gpu / 100,
+        }
+        held_back = pynvml.nvmlDeviceGetCurrentClocksEventReasons(handle)
+    except pynvml.NVMLError:  # e.g. a container without access to it
+        return {}
+    reasons = {
+        "sw_power_cap": pynvml.nvmlClocksEventReasonSwPowerCap,
+        "sw_thermal": pynvml.nvmlClocksEventReasonSwThermalSlowdown,
+        "hw_slowdown": pynvml.nvmlClocksThrottleReasonHwSlowdown,
+        "hw_thermal": pynvml.nvmlClocksThrottleReasonHwThermalSlowdown,
+        "hw_power_brake": pynvml.nvmlClocksThrottleReasonHwPowerBrakeSlowdown,
+    }
+    return stats | {f"gpu/throttle_{name}": 1.0 for name, bit in reasons.items() if held_back & bit}
+
+
+def matmul_rate(
+    dtype: torch.dtype,
+    shapes: Sequence[tuple[int, int, int]],
+    seconds: float = 0.3,
+    device: torch.device | str | None = None,
+) -> float:
+    """FLOP/s of matmuls [M, K] x [N, K]ᵀ for the given (M, N, K), in turn: a ceiling for MFU from the same machine.
+
+    `device` is the GPU if there is one, else the CPU. Runs for about `seconds`, after one round to warm up.
+    """
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    pairs = [
+        (torch.randn(m, k, device=device, dtype=dtype), torch.randn(n, k, device=device, dtype=dtype))
+        for m, n, k in shapes
+    ]
+    flops = sum(2 * m * n * k for m, n, k in shapes)
+
+    def run(rounds: int) -> float:
+        start = time.perf_counter()
+        for _ in range(rounds):
+            for a, b in pairs:
+                a @ b.t()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter() - start
+
+    run(1)
+    rounds = max(1, round(seconds / max(run(1), 1e-6)))
+    return rounds * flops / run(rounds)
+
+
+def machine() -> dict[str, str | int]:
+    """The machine and the versions, for reports and benchmark rows."""
+    facts = {
+        "cpu": _cpu_model(),
+        "cores": os.cpu_count() or 1,
+        "platform": platform.platform(terse=True),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "tritium": tritium.__version__,
+    }
+    if torch.cuda.is_available():
+        facts |= {"gpu": torch.cuda.get_device_name(), "gpus": torch.cuda.device_count()}
+    with suppress(PackageNotFoundError):
+        facts["triton"] = version("triton")
+    commit = _commit()
+    return facts | ({"commit": commit} if commit else {})
+
+
+def _json_number(value: float) -> float | str:
+    """JSON knows no nan and inf: as strings they stay valid and float() reads them back."""
+    return value if math.isfinite(value) else str(value)
+
+
+def _count(value: float) -> str:
+    """1234567 as 1.23M."""
+    for unit in ("", "k", "M"):
+        if abs(value) < 999.5:
+            return f"{value:.3g}{unit}"
+        value /= 1000
+    return f"{value:.3g}G"
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours}h{minutes:02}m"
+    return f"{minutes}m{seconds:02}s" if minutes else f"{seconds}s"
+
+
+_SHOWN = {
+    "loss": lambda value: f"loss {value:.4f}",
+    "tokens_per_second": lambda value: f"{_count(value)} tok/s",
+    "mfu": lambda value: f"MFU {value:.1%}",
+    "memory": lambda value: f"{value / 2**30:.2f} GiB",
+}
+
+
+@cache
+def _nvml_handle(index: int):
+    import pynvml
+
+    pynvml.nvmlInit()
+    # By UUID: NVML does not know CUDA_VISIBLE_DEVICES.
+    return pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(index).uuid}")
+
+
+def _cpu_model() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            names = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]
+    except OSError:
+        names = []
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _commit() -> str | None:
+    """The commit of this checkout, marked -dirty if files differ from it; None where it is not a checkout."""
+    root = Path(tritium.__file__).parent
+    if not (root / ".git").exists():  # else git would answer for a repository around the virtual environment
+        return None
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None

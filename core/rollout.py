@@ -1,0 +1,144 @@
+"""Sampling answers to problems, and judging them: what `sample`, `grpo` and `evaluate` have in common."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from tritium.core.batch import Document
+from tritium.core.chat import render, stop_ids
+from tritium.core.config import ConfigError, opt
+from tritium.core.data import parse_sources
+from tritium.core.formats import DataError, Message, RecordError, Skipped, problem, read_records
+from tritium.core.rewards import Answer, Reward, Score, judge
+from tritium.core.tokenizer import Tokenizer
+from tritium.model.generate import Completion, generate
+from tritium.model.transformer import Transformer
+from tritium.parallel.mesh import Mesh
+
+
+@dataclass
+class SamplingConfig:
+    """How answers are drawn."""
+
+    temperature: float = opt(1.0, "0 takes the likeliest token")
+    top_k: int = opt(0, "keep only the k likeliest tokens (0: all)")
+    top_p: float = opt(1.0, "keep only the likeliest tokens that hold this much probability (1: all)")
+    max_tokens: int = opt(128, "longest answer")
+    max_batch: int = opt(256, "sequences generated together: bounds the key/value cache")
+
+    def __post_init__(self):
+        if self.temperature < 0 or not 0 < self.top_p <= 1 or self.max_tokens < 1 or self.max_batch < 1:
+            raise ConfigError("sampling: want temperature ≥ 0, 0 < top_p ≤ 1, max_tokens ≥ 1 and max_batch ≥ 1")
+
+
+@dataclass
+class Problem:
+    """A prompt with the answer that is right; `index` is its place among all problems."""
+
+    index: int
+    messages: list[Message]
+    ids: list[int]
+    reference: str
+
+
+@dataclass
+class Sample:
+    """One answer: what was drawn, its text, and what the judge made of it (None: the judge failed)."""
+
+    problem: Problem
+    completion: Completion
+    text: str
+    score: Score | None = None
+
+
+@dataclass
+class Rollout:
+    """The samples of each problem, side by side, and the judge's failures."""
+
+    groups: list[list[Sample]]
+    failures: Counter = field(default_factory=Counter)
+
+    @property
+    def samples(self) -> list[Sample]:
+        return [sample for group in self.groups for sample in group]
+
+
+def load_problems(sources: Sequence[str], tokenizer: Tokenizer, context: int, skipped: Skipped) -> list[Problem]:
+    """Read {"question", "answer"} records. Raises: DataError for a file without a usable one."""
+    problems = []
+    for path, _ in parse_sources(sources):
+        before = len(problems)
+        for place, record in read_records(path, skipped):
+            try:
+                messages, reference = problem(record)
+                ids = render(tokenizer, messages, generation_prompt=True).ids
+            except (RecordError, ValueError) as error:
+                skipped.add(str(error), place)
+                continue
+            if len(ids) >= context:
+                skipped.add("a question longer than the context", place)
+                continue
+            problems.append(Problem(len(problems), messages, ids, reference))
+        if len(problems) == before:
+            raise DataError(f"{path} holds no usable problem\n{skipped.summary()}")
+    return problems
+
+
+def roll_out(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    problems: Sequence[Problem],
+    reward: Reward,
+    sampling: SamplingConfig,
+    *,
+    n: int = 1,
+    seed: Sequence[int] = (0,),
+) -> Rollout:
+    """`n` judged answers to each problem. A sample's randomness depends on (seed, problem, its number) alone."""
+    seeds = [sample_seed(*seed, p.index, i) for p in problems for i in range(n)]
+    completions = generate(
+        model,
+        [p.ids for p in problems],
+        max_tokens=sampling.max_tokens,
+        temperature=sampling.temperature,
+        top_k=sampling.top_k,
+        top_p=sampling.top_p,
+        n=n,
+        stop_ids=stop_ids(tokenizer),
+        seed=seeds,
+        max_batch=sampling.max_batch,
+    )
+    samples = [Sample(problems[i // n], c, tokenizer.decode(c.tokens)) for i, c in enumerate(completions)]
+    answers = [
+        Answer(s.completion.tokens, s.text, s.problem.messages[-1]["content"], s.problem.reference) for s in samples
+    ]
+    judged = judge(reward, answers)
+    for sample, score in zip(samples, judged.scores, strict=True):
+        sample.score = score
+    return Rollout([samples[i : i + n] for i in range(0, len(samples), n)], judged.failures)
+
+
+def sample_seed(*parts: int) -> int:
+    return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0])
+
+
+def share(problems: Sequence[Problem], mesh: Mesh) -> list[Problem]:
+    """This data-parallel rank's problems."""
+    return list(problems[mesh.dp_rank :: mesh.dp])
+
+
+def gather(rollout: Rollout, mesh: Mesh) -> Rollout:
+    """The rollouts of all data-parallel ranks, in the order of their problems, on every rank."""
+    parts = mesh.gather_objects(rollout)[:: mesh.tp]  # the tensor-parallel ranks of a replica hold the same
+    groups = sorted((g for part in parts for g in part.groups), key=lambda g: g[0].problem.index)
+    return Rollout(groups, sum((part.failures for part in parts), Counter()))
+
+
+def sample_document(sample: Sample, fields: dict[str, float]) -> Document:
+    """Prompt and answer as sampled, token for token; the answer's tokens, its end included, carry weight 1."""
+    ids = np.array(sample.problem.ids + sample.completion.tokens, np.int32)
+    weights = np.zeros(len(ids), np.float32)
+    weights[len(sample.problem.ids) :] = 1.0
+    return Document(ids, weights, dict(fields))

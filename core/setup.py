@@ -1,0 +1,102 @@
+"""What every stage does before its first step: the mesh, the folder, the model, the tokenizer."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tritium.core.config import ConfigError, UserError, opt, to_toml
+from tritium.core.tokenizer import Tokenizer
+from tritium.model.heads import ScalarModel
+from tritium.model.hf import ModelFolderError, load
+from tritium.model.transformer import Transformer
+from tritium.parallel.data import check_same
+from tritium.parallel.mesh import Mesh, init_mesh
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
+
+
+@dataclass
+class MeshConfig:
+    """How the processes of `torchrun` share the work; what tp leaves is data parallel."""
+
+    tp: int = opt(1, "tensor-parallel ranks that hold one model together")
+    timeout: float = opt(600.0, "seconds that a collective waits for the other ranks before it fails")
+
+
+def join(mesh: MeshConfig, device: str, settings: str) -> Mesh:
+    """Join the mesh of the processes that run the same `settings`.
+
+    Raises: ConfigError for a mesh that can't be, and for ranks that were started with different settings.
+    """
+    try:
+        joined = init_mesh(mesh.tp, device, mesh.timeout)
+        check_same(joined, settings, "configuration")
+    except ValueError as error:
+        raise ConfigError(f"mesh: {error}") from None
+    return joined
+
+
+def start(config: Any, stage: str) -> Mesh:
+    """Join the mesh and make the run's folder. `config` has `run` and `mesh`; an empty `run.out` is filled in.
+
+    Raises: ConfigError, as `join`; UserError where the folder can't be written.
+    """
+    config.run.out = config.run.out or f"runs/{stage}"
+    mesh = join(config.mesh, config.run.device, to_toml(config))
+    if mesh.main:
+        try:
+            Path(config.run.out).mkdir(parents=True, exist_ok=True)
+            (Path(config.run.out) / "config.toml").write_text(to_toml(config))
+        except OSError as error:
+            raise UserError(f"run.out={config.run.out}: {error.strerror}") from None
+    mesh.barrier()
+    return mesh
+
+
+def parameter_dtype(name: str, mesh: Mesh) -> torch.dtype:
+    """The dtype that `name` means; "auto" is bf16 where matmuls in bf16 are fast, else fp32."""
+    if name != "auto":
+        return DTYPES[name]
+    if mesh.device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+    fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if fast else torch.float32
+
+
+def load_model(folder: str, dtype: str, mesh: Mesh, *, frozen: bool = False) -> Transformer:
+    """A language model from a folder, in a dtype named as in RunConfig. Raises: UserError saying what is wrong with the folder."""
+    model = read_model(folder, dtype, mesh)
+    if not isinstance(model, Transformer):
+        raise UserError(f"{folder} is a reward model; this needs a language model")
+    return model.requires_grad_(not frozen)
+
+
+def load_reward_model(folder: str, dtype: str, mesh: Mesh) -> ScalarModel:
+    """A frozen reward model from a folder. Raises: UserError."""
+    model = read_model(folder, dtype, mesh)
+    if not isinstance(model, ScalarModel):
+        raise UserError(f"{folder} is a language model; this needs a reward model (tritium reward makes one)")
+    return model.requires_grad_(False)
+
+
+def read_model(folder: str, dtype: str, mesh: Mesh) -> Transformer | ScalarModel:
+    if not Path(folder).is_dir():
+        raise UserError(f"model: the folder {folder!r} does not exist")
+    try:
+        return load(folder, parameter_dtype(dtype, mesh), mesh=mesh)
+    except ModelFolderError as error:
+        raise UserError(str(error)) from None
+    except ValueError as error:  # a mesh that does not divide the model
+        raise ConfigError(str(error)) from None
+
+
+def load_tokenizer(folder: str, model: Transformer | ScalarModel | None = None) -> Tokenizer:
+    """The tokenizer in a model's folder. Raises: UserError, also where its vocabulary is larger than the model's."""
+    tokenizer = Tokenizer.load(folder)
+    if model is not None and tokenizer.vocab_size > model.config.vocab_size:
+        raise UserError(
+            f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, the model only {model.config.vocab_size}"
+        )
+    return tokenizer

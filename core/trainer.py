@@ -1,0 +1,384 @@
+"""The one loop: steps, accumulation, denominators, clipping, schedule, metrics, checkpoints.
+
+    trainer = Trainer(networks, objective, settings, mesh, …)
+    for step in trainer.steps():                    # resumes; saves; stops cleanly on Ctrl-C
+        trainer.step(batches)                       # any number of micro-batches, any of them empty
+
+What a step does, for micro-batches b and data-parallel ranks r:
+
+    counts_d = Σ_r Σ_b batch.counts[d]              one exchange, before the first backward
+    loss     = Σ_terms coefficient · Σ_r Σ_b sum / counts[denominator]
+    backward per micro-batch, gradients added in fp32, summed over r once, clipped over the mesh, one AdamW step
+
+so that the loss and its gradient do not depend on how the batch was cut up.
+"""
+
+import signal
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tritium.core.batch import PackedBatch
+from tritium.core.checkpoint import (
+    CheckpointError,
+    checkpoints,
+    latest,
+    prune,
+    read_state,
+    read_tensors,
+    save_checkpoint,
+)
+from tritium.core.config import ConfigError, opt, to_toml
+from tritium.core.metrics import Clock, Metrics, matmul_rate, peak_memory
+from tritium.core.objectives import Objective
+from tritium.core.optim import OptimConfig, Optimizer
+from tritium.core.schedule import ScheduleConfig, learning_rate
+from tritium.core.tokenizer import Tokenizer
+from tritium.model.transformer import Transformer
+from tritium.parallel.data import all_reduce_counts
+from tritium.parallel.mesh import Mesh
+
+
+@dataclass
+class RunConfig:
+    """Where a run writes, how long it is, and on what it runs."""
+
+    out: str = opt("", "folder of the run: checkpoints, metrics.jsonl, report.html (default: runs/STAGE)")
+    steps: int | None = opt(None, "optimizer steps (default: what `epochs` makes)")
+    epochs: float = opt(1.0, "passes over the data, where `steps` is not given")
+    seed: int = opt(0, "seed of everything random")
+    dtype: str = opt(
+        "auto", "of the parameters (auto: bf16 where it is fast)", choices=("auto", "bf16", "fp32", "fp64")
+    )
+    device: str = opt("auto", "where to run", choices=("auto", "cpu", "cuda"))
+    save_every: int = opt(200, "steps between checkpoints")
+    keep: int = opt(2, "checkpoints to keep")
+    eval_every: int = opt(100, "steps between evaluations on held-out data")
+    eval_bins: int = opt(8, "bins of an evaluation, at most")
+    max_bad_steps: int = opt(10, "stop after so many steps in a row whose gradient is not finite")
+
+    def __post_init__(self):
+        if (self.steps is not None and self.steps < 1) or self.epochs <= 0:
+            raise ConfigError("run.steps must be at least 1, and run.epochs positive")
+        for name in ("save_every", "keep", "eval_every", "eval_bins", "max_bad_steps"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"run.{name}={getattr(self, name)} must be at least 1")
+
+
+@dataclass
+class Result:
+    """What a stage gives back. `checkpoint` is a folder that transformers and `tritium.load` read."""
+
+    checkpoint: str
+    metrics: dict[str, float] = field(default_factory=dict)
+    before: dict[str, float] = field(default_factory=dict)  # the evaluation before the first step
+
+
+class TrainingError(RuntimeError):
+    """The run can't go on: gradients that stay non-finite."""
+
+
+class Trainer:
+    """See the module's docstring.
+
+    `networks` are trained where their parameters require a gradient; the first one is what a checkpoint exports.
+    `settings` is the stage's config: its `run`, `optim` and `schedule` are read, and all of it is saved.
+    """
+
+    def __init__(
+        self,
+        networks: dict[str, nn.Module],
+        objective: Objective,
+        settings: Any,
+        mesh: Mesh,
+        *,
+        name: str,
+        total_steps: int,
+        tokenizer: Tokenizer | None = None,
+        evaluation: Sequence[PackedBatch] = (),
+    ):
+        self.networks, self.objective, self.mesh = nn.ModuleDict(networks), objective, mesh
+        self.run: RunConfig = settings.run
+        self.optim: OptimConfig = settings.optim
+        self.schedule: ScheduleConfig = settings.schedule
+        self.config_toml, self.tokenizer, self.total_steps = to_toml(settings), tokenizer, total_steps
+        self.evaluation = evaluation
+        trained = {k: m for k, m in networks.items() if any(p.requires_grad for p in m.parameters())}
+        self.optimizers = {k: Optimizer(m, self.optim, mesh) for k, m in trained.items()}
+        self.out = Path(self.run.out)
+        self.clock, self.metrics = Clock(), Metrics(self.run.out, main=mesh.main, total_steps=total_steps, name=name)
+        self.index = self.bad_steps = 0  # steps done; steps skipped in a row
+        self.saved = -1  # the step of the newest checkpoint
+        self.pending: tuple[int, dict[str, Any]] | None = None  # the last step's metrics, not yet read
+        self.before: dict[str, float] = {}  # the evaluation at step 0
+        self.last: dict[str, float] = {}  # the newest value of everything logged
+        self.stop_signal = 0
+        self.totals = {"tokens": 0.0, "seconds": 0.0, "work": 0.0, "trained_seconds": 0.0}  # since this process began
+        self.peak = self.measure_peak()
+        self.resume()
+
+    # ------------------------------------------------------------------------------------------ the loop
+
+    def steps(self) -> Iterator[int]:
+        """The steps still to do. A driver may take several at a time (`step` counts them); what happens between
+        steps happens here: evaluation, checkpoints, and on SIGINT or SIGTERM a checkpoint before the signal acts.
+        """
+        with self.signals():
+            if self.index == 0:
+                self.before = self.log(self.evaluate(self.evaluation))
+            self.stepped_at = time.perf_counter()
+            while self.index < self.total_steps:
+                if any(self.mesh.gather_objects(self.stop_signal)):
+                    self.interrupt()
+                first = self.index
+                yield first
+                if self.passed(first, self.run.eval_every) or self.index >= self.total_steps:
+                    self.log(self.evaluate(self.evaluation))
+                if self.passed(first, self.run.save_every) and self.index < self.total_steps:
+                    self.save()
+        self.flush_metrics()
+        if self.saved != self.index:
+            self.save(last=True)
+        self.metrics.close()
+
+    def passed(self, first: int, every: int) -> bool:
+        """Whether the steps since `first` reached a multiple of `every`."""
+        return self.index // every > first // every
+
+    def step(self, batches: Sequence[PackedBatch], extra: dict[str, float] | None = None) -> None:
+        """One optimizer step on this rank's micro-batches. `extra` numbers go into the step's metrics."""
+        counts = self.global_counts(batches)
+        with self.clock("prepare"):
+            self.objective.prepare(self.networks, batches)
+        sums: dict[str, Tensor] = {}
+        for batch in batches:
+            with self.clock("forward"):
+                loss = self.micro_loss(batch, counts, sums)
+            if loss is not None:
+                with self.clock("backward"):
+                    loss.backward()
+        rate = learning_rate(self.schedule, self.optim.lr, self.index, self.total_steps)
+        values: dict[str, Any] = {"lr": rate}
+        with self.clock("optimizer"):
+            if counts["stream"]:  # on nothing, not even momentum moves a parameter
+                values |= self.update(rate)
+        values |= self.speed(counts) | (extra or {})
+        self.index += 1
+        self.flush_metrics()
+        self.pending = (self.index, values | {"sums": sums})
+
+    def micro_loss(self, batch: PackedBatch, counts: dict[str, float], sums: dict[str, Tensor]) -> Tensor | None:
+        """The micro-batch's share of the step's loss; adds its terms and metrics to `sums`. None if it is empty."""
+        if not len(batch.tokens):
+            return None
+        terms, metrics = self.objective.loss(self.objective.outputs(self.networks, batch), batch)
+        loss = None
+        for key, (total, denominator, coefficient) in terms.items():
+            share = total * (coefficient / (counts[denominator] or 1.0))
+            loss = share if loss is None else loss + share
+            sums[key] = sums.get(key, 0.0) + total.detach() / (counts[denominator] or 1.0)
+        for key, (total, denominator) in metrics.items():
+            sums[key] = sums.get(key, 0.0) + total / (counts[denominator] or 1.0)
+        return loss
+
+    def global_counts(self, batches: Sequence[PackedBatch]) -> dict[str, float]:
+        """Every denominator over all micro-batches and ranks, with the stream's tokens and the step's FLOPs."""
+        local: dict[str, float] = {"work": 0.0, "stream": 0.0}
+        for batch in batches:
+            for key, value in batch.counts.items():
+                local[key] = local.get(key, 0.0) + value
+            local["stream"] += len(batch.tokens)
+            local["work"] += self.flops(batch)
+        return all_reduce_counts(local, self.mesh)
+
+    def update(self, rate: float) -> dict[str, Tensor]:
+        """Step every optimizer, each with its own clip."""
+        values: dict[str, Tensor] = {}
+        for key, optimizer in self.optimizers.items():
+            suffix = "" if len(self.optimizers) == 1 else f".{key}"
+            values["grad_norm" + suffix], values["skipped" + suffix] = optimizer.step(rate)
+            optimizer.zero_grad()
+        return values
+
+    @torch.no_grad()
+    def evaluate(self, batches: Sequence[PackedBatch], prefix: str = "eval_") -> dict[str, float]:
+        """The objective's terms and metrics over held-out batches, averaged by their denominators; {} without any."""
+        sums: dict[str, Tensor] = {}
+        local: dict[str, float] = {}
+        for batch in batches:
+            for key, value in batch.counts.items():
+                local[key] = local.get(key, 0.0) + value
+        counts = all_reduce_counts(local, self.mesh)
+        if not counts:
+            return {}
+        self.objective.prepare(self.networks, batches)
+        for batch in batches:
+            self.micro_loss(batch, counts, sums)
+        return {prefix + k: v for k, v in self.reduce(sums).items()}
+
+    # ------------------------------------------------------------------------------------------ numbers
+
+    def reduce(self, sums: dict[str, Tensor]) -> dict[str, float]:
+        return all_reduce_counts({k: float(v) for k, v in sums.items()}, self.mesh)
+
+    def flush_metrics(self) -> None:
+        """Read and log the metrics of the step before: by now they are there without waiting for them."""
+        if self.pending is None:
+            return
+        step, values = self.pending
+        self.pending = None
+        values |= self.reduce(values.pop("sums"))
+        numbers = {k: float(v) for k, v in values.items()}
+        self.last |= numbers
+        self.metrics.log(step, numbers)
+        skipped = any(v for k, v in numbers.items() if k.startswith("skipped"))
+        self.bad_steps = self.bad_steps + 1 if skipped else 0
+        if self.bad_steps >= self.run.max_bad_steps:
+            raise TrainingError(
+                f"the gradient was not finite in {self.bad_steps} steps in a row, up to step {step}: lower optim.lr, or look "
+                f"at the data of these steps; checkpoints are in {self.out}"
+            )
+
+    def log(self, values: dict[str, float]) -> dict[str, float]:
+        """Log numbers that belong to no step (an evaluation, say) at the present one; returns them."""
+        self.flush_metrics()
+        if values:
+            self.metrics.log(self.index, values)
+            self.last |= values
+        return values
+
+    def flops(self, batch: PackedBatch) -> float:
+        """Useful FLOPs of a training step on the batch, by the trained decoders: three forward passes each."""
+        total = 0.0
+        for key in self.optimizers:
+            network = self.networks[key]
+            head_tokens = len(batch.supervised) if isinstance(network, Transformer) else 0
+            total += 3 * network.config.flops(len(batch.tokens), head_tokens, batch.squared_lengths)
+        return total
+
+    def measure_peak(self) -> float:
+        """FLOP/s that this machine reaches in matmuls of the model's own shapes: what MFU is relative to."""
+        network = next(iter(self.networks.values()))
+        shapes = network.config.matmul_shapes(4096)
+        rate = matmul_rate(next(network.parameters()).dtype, shapes, device=self.mesh.device)
+        return rate * self.mesh.world_size
+
+    def speed(self, counts: dict[str, float]) -> dict[str, float]:
+        """Throughput and the step's breakdown, since the last call. MFU covers forward, backward and optimizer."""
+        spent = self.clock.take()
+        trained = sum(spent.get(k, 0.0) for k in ("forward", "backward", "optimizer"))
+        now = time.perf_counter()
+        elapsed, self.stepped_at = now - self.stepped_at, now
+        done = {"tokens": counts["stream"], "seconds": elapsed, "work": counts["work"], "trained_seconds": trained}
+        self.totals = {k: v + done[k] for k, v in self.totals.items()}
+        return {
+            "tokens": counts["stream"],
+            "tokens_per_second": counts["stream"] / elapsed,
+            "mfu": counts["work"] / trained / self.peak if trained else 0.0,
+            "memory": float(peak_memory()),
+            "time/step": elapsed,
+        } | {f"time/{k}": v for k, v in spent.items()}
+
+    # ------------------------------------------------------------------------------------------ stopping and resuming
+
+    @contextmanager
+    def signals(self) -> Iterator[None]:
+        """While training, SIGINT and SIGTERM ask for a stop after the step; a second one acts at once."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def remember(number, frame):
+            self.stop_signal = number
+            signal.signal(number, previous[number])
+
+        numbers = (signal.SIGINT, signal.SIGTERM)
+        previous = {number: signal.signal(number, remember) for number in numbers}
+        try:
+            yield
+        finally:
+            for number in numbers:
+                signal.signal(number, previous[number])
+
+    def interrupt(self) -> None:
+        """Save, then let the signal act as it would have without us; a rank that got none stops with the others."""
+        self.flush_metrics()
+        self.save()
+        if self.stop_signal:
+            signal.raise_signal(self.stop_signal)  # its own handler is back since it came
+        raise KeyboardInterrupt
+
+    def save(self, last: bool = False) -> None:
+        """Write a checkpoint. A failure stops the run only where it is the last one."""
+        folder = self.out / f"step-{self.index:08d}"
+        tensors = {key: optimizer.state_dict() for key, optimizer in self.optimizers.items()}
+        state = {"step": self.index, "before": self.before, "last": self.last, "config": self.config_toml}
+        try:
+            save_checkpoint(folder, self.mesh, self.export, tensors, state)
+            prune(self.out, self.run.keep, self.mesh)
+            self.saved = self.index
+        except CheckpointError as error:
+            if last:
+                raise
+            self.say(f"{error} (the run goes on; older checkpoints are untouched)")
+
+    def export(self, folder: str) -> None:
+        next(iter(self.networks.values())).save(folder)
+        if self.tokenizer is not None and self.mesh.main:
+            self.tokenizer.save(folder)
+
+    def resume(self) -> None:
+        """Go on from the newest undamaged checkpoint of this run's folder, if there is one.
+
+        Raises: CheckpointError where the folder belongs to a run with another config or model.
+        """
+        folder = latest(self.out, self.mesh, self.say)
+        if folder is None:
+            if checkpoints(self.out):
+                self.say(f"no undamaged checkpoint in {self.out}: starting from the beginning")
+            self.metrics.resume(0)
+            return
+        state = read_state(folder)
+        changed = changed_lines(state["config"], self.config_toml)
+        if changed:
+            raise CheckpointError(
+                f"{self.out} holds a run with another configuration ({changed}): use another --run.out, or delete it"
+            )
+        try:
+            for key, optimizer in self.optimizers.items():
+                optimizer.load_state_dict(read_tensors(folder, key, self.mesh.device))
+        except ValueError as error:
+            raise CheckpointError(f"{folder} does not fit this model: {error}") from None
+        self.index = self.saved = state["step"]
+        self.before, self.last = state["before"], state["last"]
+        self.metrics.resume(self.index + 1)
+        if self.index:
+            self.say(f"resuming from {folder}")
+
+    def result(self) -> Result:
+        """The finished run's last checkpoint and numbers; rates are means over this process's steps."""
+        totals = self.totals
+        if totals["seconds"]:
+            self.last["tokens_per_second"] = totals["tokens"] / totals["seconds"]
+            self.last["mfu"] = totals["work"] / max(totals["trained_seconds"], 1e-9) / self.peak
+        self.mesh.close()
+        return Result(str(checkpoints(self.out)[-1]), dict(self.last), dict(self.before))
+
+    def say(self, text: str) -> None:
+        """Tell the reader something, on the main rank; nothing where `text` is empty."""
+        self.metrics.message(text)
+
+
+def changed_lines(before: str, after: str) -> str:
+    """The settings that differ between two configs, those aside that may change when a run is resumed."""
+    free = ("save_every", "keep", "device", "tp", "out", "steps", "epochs")
+    old, new = (dict(line.split(" = ", 1) for line in text.splitlines() if " = " in line) for text in (before, after))
+    keys = [k for k in {**old, **new} if old.get(k) != new.get(k) and k not in free]
+    return ", ".join(f"{k}: {old.get(k, 'unset')} → {new.get(k, 'unset')}" for k in keys)

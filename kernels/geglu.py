@@ -1,0 +1,40 @@
+"""y = gelu(gate) · up,   gelu(x) = x/2 · (1 + tanh(√(2/π) (x + 0.044715 x³)))
+
+gate, up [..., F], or one gate_up [..., 2F]; about 10 FLOPs an element, three elements moved forward, five backward.
+(Shazeer 2020, arXiv 2002.05202, with the tanh form of Gemma)
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tritium.kernels.gated import GATED_SHAPES, Activation, gated, gated_example
+from tritium.kernels.registry import OpSpec, register
+
+
+def geglu_reference(gate: Tensor, up: Tensor | None = None) -> Tensor:
+    gate, up = gate.chunk(2, -1) if up is None else (gate, up)
+    dtype = gate.dtype
+    gate, up = (x.to(torch.promote_types(dtype, torch.float32)) for x in (gate, up))
+    return (F.gelu(gate, approximate="tanh") * up).to(dtype)
+
+
+def geglu(gate: Tensor, up: Tensor | None = None) -> Tensor:
+    """gelu(gate) · up [..., F] in the inputs' dtype; with one argument, gate_up [..., 2F] = [gate | up].
+
+    Raises ValueError on shapes or dtypes that differ, and on an odd width of the fused form.
+    """
+    return gated(gate, up, Activation("gelu_tanh"))
+
+
+register(
+    OpSpec(
+        name="geglu",
+        function=geglu,
+        reference=geglu_reference,
+        example=gated_example,
+        shapes=GATED_SHAPES,
+        flops=lambda s: 10 * s["T"] * s["F"],
+        bytes=lambda s, size: 3 * s["T"] * s["F"] * size,
+    )
+)

@@ -1,0 +1,101 @@
+"""Log-probabilities of targets under a linear head, without logits: the one loss primitive.
+
+    z = softcap(hidden @ weight.T) / temperature
+    logp = z_y - lse,   lse = log Σ_v exp z_v,   entropy = lse - Σ_v p_v z_v,   hit = (z_y = max_v z_v)
+
+Must spend 2·T·V·E FLOPs forward and 4·T·V·E backward (2 more to make the logits again), and move hidden, weight,
+targets and four vectors of T; the T × V logits are never stored. The work is in head.py.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from tritium.kernels.head import HeadOptions, check_head, check_targets, head_statistics, vocab_size
+from tritium.kernels.registry import OpSpec, register
+
+
+class LogProb(NamedTuple):
+    """Per token, [T]: fp32 (fp64 for fp64 inputs), `hit` bool. `entropy` and `lse` are those of the tempered logits."""
+
+    logp: Tensor
+    lse: Tensor
+    entropy: Tensor
+    hit: Tensor
+
+
+def linear_logprob_reference(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    ignore_index: int = -100,
+) -> LogProb:
+    z = (hidden @ weight.t()).to(torch.promote_types(hidden.dtype, torch.float32))  # [T, V]
+    if softcap is not None:
+        z = softcap * torch.tanh(z / softcap)
+    z = z / temperature
+    kept = targets != ignore_index
+    lse = z.logsumexp(-1)
+    z_target = z.gather(1, torch.where(kept, targets, 0)[:, None])[:, 0]
+    entropy = lse - (z.softmax(-1) * z).sum(-1)
+    return LogProb(torch.where(kept, z_target - lse, 0.0), lse, entropy, kept & (z_target == z.amax(-1)))
+
+
+def linear_logprob(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    ignore_index: int = -100,
+    group: dist.ProcessGroup | None = None,
+) -> LogProb:
+    """Per-token log-probability, log-sum-exp, entropy and hit of `targets`; see the module's formula.
+
+    hidden [T, E] and weight [V, E] of one dtype, targets [T] integer. At ignored targets logp = 0 and hit = False.
+    Differentiable in logp, lse and entropy. With `group`, weight holds the rank's V / world_size rows in rank order,
+    targets are global ids, the result is the same on every rank, and dhidden is this shard's part of the gradient.
+    Raises ValueError on shapes that don't fit, a temperature ≤ 0 and (on a CPU) targets outside the vocabulary.
+    """
+    check_head(hidden, weight)
+    check_targets(targets, hidden.shape[0], vocab_size(weight, group), ignore_index)
+    if temperature <= 0:
+        raise ValueError(f"temperature must be positive, got {temperature}")
+    kept = targets != ignore_index
+    ids = torch.where(kept, targets, 0).long()[:, None]
+    options = HeadOptions(temperature, softcap, expected=True)
+    lse, picked, expected, _, top = head_statistics(hidden, weight, ids, options, group)
+    z_target = picked[:, 0]
+    return LogProb(torch.where(kept, z_target - lse, 0.0), lse, lse - expected, kept & (z_target >= top))
+
+
+def _example(shape, dtype, device):
+    hidden = torch.randn(shape["T"], shape["E"], dtype=dtype, device=device, requires_grad=True)
+    weight = (torch.randn(shape["V"], shape["E"], device=device) / shape["E"] ** 0.5).to(dtype).requires_grad_()
+    targets = torch.randint(0, shape["V"], (shape["T"],), device=device)
+    targets[::5] = -100
+    return (hidden, weight, targets), {}
+
+
+register(
+    OpSpec(
+        name="linear_logprob",
+        function=linear_logprob,
+        reference=linear_logprob_reference,
+        example=_example,
+        shapes=(
+            {"T": 1, "E": 8, "V": 2},
+            {"T": 13, "E": 24, "V": 101},
+            {"T": 0, "E": 8, "V": 5},
+            {"T": 4096, "E": 256, "V": 8192},
+        ),
+        flops=lambda s: 2 * s["T"] * s["V"] * s["E"],
+        bytes=lambda s, size: size * s["E"] * (s["T"] + s["V"]) + s["T"] * (8 + 3 * 4 + 1),
+    )
+)

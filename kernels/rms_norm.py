@@ -1,0 +1,367 @@
+"""RMSNorm (arXiv 1910.07467), with the residual addition before it and an offset on the weight (Gemma: 1).
+
+    s = x + residual              rounded to x's dtype: it is returned, and it is what is normalised
+    y = s · rstd · (weight + offset),   rstd = 1 / sqrt(mean(s²) + eps)
+
+Backward, with g = dy · (weight + offset) and n = s · rstd, row by row, where ds is the gradient of the returned sum:
+
+    dx = dresidual = rstd · (g − n · mean(g · n)) + ds        dweight = Σ_rows dy · n
+
+What it must move: forward reads x (and residual), writes y (and s); backward reads dy and s (and ds), writes dx. About
+4 FLOPs an element forward, 8 backward. Everything between a load and a store is fp32 (fp64 for fp64 inputs).
+"""
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from tritium.kernels.backend import tl, triton, use_triton
+from tritium.kernels.registry import Launch, OpSpec, Shape, register
+
+
+def rms_norm_reference(
+    x: Tensor, weight: Tensor, eps: float = 1e-6, *, residual: Tensor | None = None, offset: float = 0.0
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`rms_norm` in plain torch."""
+    summed = x if residual is None else x + residual
+    wide = summed.to(_compute_dtype(x))
+    y = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * (weight.to(wide.dtype) + offset)
+    return y.to(x.dtype) if residual is None else (y.to(x.dtype), summed)
+
+
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+# Triton ---------------------------------------------------------------------------------------------------------------
+#
+# Rows are [M, E] with unit column stride. A program holds a tile [ROWS, BLOCK]: several rows where they are short (the
+# heads of a query-key norm), one row where it is long. E is a constexpr, so that for E <= BLOCK the loops over columns
+# run once, vanish, and leave the tile in registers between the two passes; wider rows are read a second time.
+
+MAX_BLOCK = 8192
+MIN_TILE = 2048  # elements that keep 4 warps busy
+PARTIALS = 512  # programs of the backward; each sums dweight over its rows
+
+
+@triton.jit
+def _load(p, m, COMPUTE: tl.constexpr):
+    return tl.load(p, mask=m, other=0.0).to(COMPUTE)
+
+
+@triton.jit
+def _load_sum(p_x, p_residual, i, i_residual, m, HAS_RESIDUAL: tl.constexpr, COMPUTE: tl.constexpr):
+    b_s = _load(p_x + i, m, COMPUTE)  # [ROWS, BLOCK]
+    if HAS_RESIDUAL:  # rounded like the stored sum, which is what the backward reads
+        b_s = (b_s + _load(p_residual + i_residual, m, COMPUTE)).to(p_x.dtype.element_ty).to(COMPUTE)
+    return b_s
+
+
+@triton.jit
+def _rms_norm_forward(
+    p_x, p_residual, p_weight, p_y, p_sum, p_rstd,
+    stride_x, stride_residual, stride_y, stride_sum, M, eps, offset,
+    E: tl.constexpr, HAS_RESIDUAL: tl.constexpr, COMPUTE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """y, sum [M, E] and rstd [M] from x, residual [M, E] and weight [E]. Grid: (cdiv(M, ROWS),)."""
+    i_row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)  # [ROWS]
+    i_block = tl.arange(0, BLOCK)  # [BLOCK]
+    m_row = i_row < M
+    i_x, i_residual = (i_row * stride_x)[:, None], (i_row * stride_residual)[:, None]  # [ROWS, 1]
+
+    b_s = tl.zeros([ROWS, BLOCK], COMPUTE)
+    b_square = tl.zeros([ROWS], COMPUTE)
+    for i_start in range(0, E, BLOCK):
+        i_col = (i_start + i_block)[None, :]  # [1, BLOCK]
+        m = m_row[:, None] & (i_col < E)  # [ROWS, BLOCK]
+        b_s = _load_sum(p_x, p_residual, i_x + i_col, i_residual + i_col, m, HAS_RESIDUAL, COMPUTE)
+        b_square += tl.sum(b_s * b_s, 1)
+    b_rstd = 1.0 / tl.sqrt(b_square / E + tl.cast(eps, COMPUTE))  # [ROWS]
+    tl.store(p_rstd + i_row, b_rstd, mask=m_row)
+
+    for i_start in range(0, E, BLOCK):
+        i_col = (i_start + i_block)[None, :]
+        m = m_row[:, None] & (i_col < E)
+        if E > BLOCK:
+            b_s = _load_sum(p_x, p_residual, i_x + i_col, i_residual + i_col, m, HAS_RESIDUAL, COMPUTE)
+        b_weight = _load(p_weight + i_col, i_col < E, COMPUTE) + tl.cast(offset, COMPUTE)  # [1, BLOCK]
+        b_y = b_s * b_rstd[:, None] * b_weight  # [ROWS, BLOCK]
+        tl.store(p_y + (i_row * stride_y)[:, None] + i_col, b_y.to(p_y.dtype.element_ty), mask=m)
+        if HAS_RESIDUAL:
+            tl.store(p_sum + (i_row * stride_sum)[:, None] + i_col, b_s.to(p_sum.dtype.element_ty), mask=m)
+
+
+@triton.jit
+def _rms_norm_backward(
+    p_dy, p_ds, p_s, p_weight, p_rstd, p_dx, p_partial,
+    stride_dy, stride_ds, stride_s, stride_dx, stride_partial, M, offset,
+    E: tl.constexpr, HAS_DS: tl.constexpr, COMPUTE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """dx [M, E] from dy, ds, s [M, E]; for E <= BLOCK also this program's row of partial [programs, E].
+
+    Grid: any number of programs on x; each walks every num_programs-th tile of rows.
+    """
+    i_block = tl.arange(0, BLOCK)  # [BLOCK]
+    b_weight = _load(p_weight + i_block, i_block < E, COMPUTE)[None, :] + tl.cast(offset, COMPUTE)  # [1, BLOCK]
+    b_dweight = tl.zeros([ROWS, BLOCK], COMPUTE)  # summed over its rows at the end, not in the loop
+    for i_tile in range(tl.program_id(0), tl.cdiv(M, ROWS), tl.num_programs(0)):
+        i_row = i_tile * ROWS + tl.arange(0, ROWS).to(tl.int64)  # [ROWS]
+        m_row = i_row < M
+        i_dy, i_s = (i_row * stride_dy)[:, None], (i_row * stride_s)[:, None]  # [ROWS, 1]
+        b_rstd = _load(p_rstd + i_row, m_row, COMPUTE)[:, None]  # [ROWS, 1]
+
+        b_dy = tl.zeros([ROWS, BLOCK], COMPUTE)
+        b_n = tl.zeros([ROWS, BLOCK], COMPUTE)
+        b_mean = tl.zeros([ROWS], COMPUTE)  # of g · n, over the row
+        for i_start in range(0, E, BLOCK):
+            i_col = (i_start + i_block)[None, :]  # [1, BLOCK]
+            m = m_row[:, None] & (i_col < E)  # [ROWS, BLOCK]
+            b_dy = _load(p_dy + i_dy + i_col, m, COMPUTE)
+            b_n = _load(p_s + i_s + i_col, m, COMPUTE) * b_rstd
+            if E > BLOCK:
+                b_weight = _load(p_weight + i_col, i_col < E, COMPUTE) + tl.cast(offset, COMPUTE)
+            b_mean += tl.sum(b_dy * b_weight * b_n, 1) / E
+
+        for i_start in range(0, E, BLOCK):
+            i_col = (i_start + i_block)[None, :]
+            m = m_row[:, None] & (i_col < E)
+            if E > BLOCK:
+                b_dy = _load(p_dy + i_dy + i_col, m, COMPUTE)
+                b_n = _load(p_s + i_s + i_col, m, COMPUTE) * b_rstd
+                b_weight = _load(p_weight + i_col, i_col < E, COMPUTE) + tl.cast(offset, COMPUTE)
+            b_dx = b_rstd * (b_dy * b_weight - b_n * b_mean[:, None])  # [ROWS, BLOCK]
+            if HAS_DS:
+                b_dx += _load(p_ds + (i_row * stride_ds)[:, None] + i_col, m, COMPUTE)
+            tl.store(p_dx + (i_row * stride_dx)[:, None] + i_col, b_dx.to(p_dx.dtype.element_ty), mask=m)
+        if E <= BLOCK:
+            b_dweight += b_dy * b_n
+    if E <= BLOCK:
+        i_partial = tl.program_id(0).to(tl.int64) * stride_partial + i_block
+        tl.store(p_partial + i_partial, tl.sum(b_dweight, 0), mask=i_block < E)
+
+
+@triton.jit
+def _rms_norm_dweight(
+    p_dy, p_s, p_rstd, p_partial, stride_dy, stride_s, stride_partial, M,
+    E: tl.constexpr, COMPUTE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """partial [programs, E]: dweight summed over every num_programs-th tile of rows. Grid: (programs, cdiv(E, BLOCK)).
+
+    For rows wider than the registers of a program of `_rms_norm_backward`.
+    """
+    i_col = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
+    b_dweight = tl.zeros([ROWS, BLOCK], COMPUTE)
+    for i_tile in range(tl.program_id(0), tl.cdiv(M, ROWS), tl.num_programs(0)):
+        i_row = i_tile * ROWS + tl.arange(0, ROWS).to(tl.int64)  # [ROWS]
+        m_row = i_row < M
+        m = m_row[:, None] & (i_col < E)[None, :]  # [ROWS, BLOCK]
+        b_dy = _load(p_dy + (i_row * stride_dy)[:, None] + i_col[None, :], m, COMPUTE)
+        b_s = _load(p_s + (i_row * stride_s)[:, None] + i_col[None, :], m, COMPUTE)
+        b_dweight += b_dy * b_s * _load(p_rstd + i_row, m_row, COMPUTE)[:, None]
+    i_partial = tl.program_id(0).to(tl.int64) * stride_partial + i_col
+    tl.store(p_partial + i_partial, tl.sum(b_dweight, 0), mask=i_col < E)
+
+
+def _config(E: int, compute: torch.dtype) -> dict:
+    """Launch parameters for rows of E elements."""
+    block = min(triton.next_power_of_2(E), MAX_BLOCK)
+    rows = max(1, MIN_TILE // block)
+    return {
+        "E": E,
+        "COMPUTE": tl.float64 if compute == torch.float64 else tl.float32,
+        "ROWS": rows,
+        "BLOCK": block,
+        "num_warps": min(16, rows * block // 512),
+    }
+
+
+def _rows(x: Tensor) -> Tensor:
+    """x [..., E] as [M, E] with unit column stride: a view where the strides allow it."""
+    rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
+    return rows if rows.stride(1) == 1 else rows.contiguous()
+
+
+@torch.library.custom_op("tritium::rms_norm", mutates_args=())
+def _forward(
+    x: Tensor, weight: Tensor, residual: Tensor | None, eps: float, offset: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y [..., E], the sum [..., E] (empty without a residual) and rstd [M]."""
+    y, summed, rstd = _forward_outputs(x, weight, residual, eps, offset)
+    rows, weight = _rows(x), weight.contiguous()
+    rows_residual = rows if residual is None else _rows(residual)
+    M, E = rows.shape
+    config = _config(E, rstd.dtype)
+    if M:
+        _rms_norm_forward[(triton.cdiv(M, config["ROWS"]),)](
+            rows, rows_residual, weight, y, summed, rstd,
+            rows.stride(0), rows_residual.stride(0), E, E, M, eps, offset, HAS_RESIDUAL=residual is not None, **config,
+        )  # fmt: skip
+    return y, summed, rstd
+
+
+@_forward.register_fake
+def _forward_outputs(x, weight, residual, eps, offset):
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    summed = torch.empty(x.shape if residual is not None else (0,), dtype=x.dtype, device=x.device)
+    return y, summed, torch.empty(x.shape[:-1].numel(), dtype=_compute_dtype(x), device=x.device)
+
+
+@torch.library.custom_op("tritium::rms_norm_backward", mutates_args=())
+def _backward(
+    dy: Tensor, ds: Tensor | None, s: Tensor, weight: Tensor, rstd: Tensor, offset: float
+) -> tuple[Tensor, Tensor]:
+    """dx [..., E] in s's dtype and dweight [E] in weight's."""
+    dx, _ = _backward_outputs(dy, ds, s, weight, rstd, offset)
+    rows_dy, rows_s, contiguous_weight = _rows(dy), _rows(s), weight.contiguous()
+    rows_ds = rows_dy if ds is None else _rows(ds)
+    M, E = rows_s.shape
+    config = _config(E, rstd.dtype)
+    programs = min(triton.cdiv(M, config["ROWS"]), PARTIALS)
+    partial = torch.empty(programs, E, dtype=rstd.dtype, device=s.device)
+    if M:
+        _rms_norm_backward[(programs,)](
+            rows_dy, rows_ds, rows_s, contiguous_weight, rstd, dx, partial,
+            rows_dy.stride(0), rows_ds.stride(0), rows_s.stride(0), E, E, M, offset, HAS_DS=ds is not None, **config,
+        )  # fmt: skip
+    if M and E > MAX_BLOCK:
+        config |= {"ROWS": 8, "BLOCK": 256, "num_warps": 4}
+        partial = partial[: triton.cdiv(M, 8)]
+        _rms_norm_dweight[(len(partial), triton.cdiv(E, 256))](
+            rows_dy, rows_s, rstd, partial, rows_dy.stride(0), rows_s.stride(0), E, M, **config
+        )
+    return dx, partial.sum(0).to(weight.dtype)
+
+
+@_backward.register_fake
+def _backward_outputs(dy, ds, s, weight, rstd, offset):
+    return torch.empty(s.shape, dtype=s.dtype, device=s.device), weight.new_empty(weight.shape)
+
+
+def _save(ctx, inputs, output):
+    x, weight, residual, _, ctx.offset = inputs
+    _, summed, rstd = output
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(rstd)
+    ctx.has_residual = residual is not None
+    ctx.save_for_backward(summed if ctx.has_residual else x, weight, rstd)
+
+
+def _triton_gradients(ctx, dy, ds, _):
+    s, weight, rstd = ctx.saved_tensors
+    if dy is None:  # only the sum was used
+        return ds, None, ds, None, None
+    dx, dweight = _backward(dy, ds if ctx.has_residual else None, s, weight, rstd, ctx.offset)
+    return dx, dweight, dx if ctx.has_residual else None, None, None
+
+
+_forward.register_autograd(_triton_gradients, setup_context=_save)
+
+
+# Torch ----------------------------------------------------------------------------------------------------------------
+
+
+class _TorchRMSNorm(torch.autograd.Function):
+    """The same in as few passes over memory as torch's ops allow: F.rms_norm takes twice as long, its backward six."""
+
+    @staticmethod
+    def forward(ctx, x, weight, residual, eps, offset):
+        s = x if residual is None else x + residual
+        wide = s.to(_compute_dtype(x))
+        norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)  # one pass; square().mean() takes two
+        rstd = (norm.square() / x.shape[-1] + eps).rsqrt()
+        y = (wide * rstd).mul_(weight.to(wide.dtype) + offset).to(x.dtype)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(s, weight, rstd)
+        ctx.offset, ctx.has_residual = offset, residual is not None
+        return y, s if ctx.has_residual else None
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy, ds):
+        s, weight, rstd = ctx.saved_tensors
+        if dy is None:  # only the sum was used
+            return ds, None, ds, None, None
+        E, compute = s.shape[-1], rstd.dtype
+        wide_weight = weight.to(compute) + ctx.offset
+        wide_dy, wide_s, rstd = dy.to(compute).reshape(-1, E), s.to(compute).reshape(-1, E), rstd.reshape(-1)
+        product = wide_dy * wide_s  # [M, E]; both reductions are matrix-vector products with it
+        dweight = rstd @ product
+        mean = (product @ wide_weight) * rstd.pow(3) / E  # [M]: rstd² · mean(g · n)
+        dx = (wide_dy * wide_weight).mul_(rstd[:, None]).addcmul_(wide_s, mean[:, None], value=-1)
+        if ds is not None:
+            dx.add_(ds.reshape(-1, E))
+        dx = dx.to(s.dtype).view(s.shape)
+        return dx, dweight.to(weight.dtype), dx if ctx.has_residual else None, None, None
+
+
+# Public ---------------------------------------------------------------------------------------------------------------
+
+
+def rms_norm(
+    x: Tensor, weight: Tensor, eps: float = 1e-6, *, residual: Tensor | None = None, offset: float = 0.0
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Normalise each row of x (plus the residual) to root mean square 1, then scale it by `weight + offset`.
+
+    x [..., E]; weight [E], of any float dtype; residual like x. Returns y in x's shape and dtype, or, with a residual,
+    (y, x + residual). Differentiable in x, weight, residual and in both outputs; any strides.
+    Raises: ValueError for shapes or dtypes that don't fit. Source: arXiv 1910.07467.
+    """
+    if x.ndim == 0 or weight.shape != x.shape[-1:] or not x.shape[-1]:
+        seen, wanted = tuple(weight.shape), f"(E,) for x {tuple(x.shape)} = (…, E), E ≥ 1"
+        raise ValueError(f"rms_norm: weight has shape {seen}, wanted {wanted}")
+    if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
+        seen, wanted = (tuple(residual.shape), residual.dtype), (tuple(x.shape), x.dtype)
+        raise ValueError(f"rms_norm: residual is {seen}, wanted x's {wanted}")
+    if use_triton(x):
+        y, summed, _ = _forward(x, weight, residual, eps, offset)
+    else:
+        y, summed = _TorchRMSNorm.apply(x, weight, residual, eps, offset)
+    return y if residual is None else (y, summed)
+
+
+def _example(shape: Shape, dtype: torch.dtype, device: str) -> tuple[tuple, dict]:
+    x = torch.randn(shape["T"], shape["E"], dtype=dtype, device=device)
+    weight = torch.randn(shape["E"], dtype=dtype, device=device)
+    return (x.requires_grad_(), weight.requires_grad_()), {}
+
+
+def _launches() -> tuple[Launch, ...]:
+    def launch(kernel, name, E, flag, pointers, integers, floats, **config):
+        constexprs = _config(E, torch.float32) | config
+        warps = constexprs.pop("num_warps")
+        if flag:
+            constexprs[flag] = True
+        signature = {p: "*fp32" if p in ("p_rstd", "p_partial") else "*bf16" for p in pointers}
+        signature |= dict.fromkeys(integers, "i32") | dict.fromkeys(floats, "fp32")
+        return Launch(kernel, f"{name} E={E} bf16", signature, constexprs, (*pointers, *integers), num_warps=warps)
+
+    forward = (
+        ("p_x", "p_residual", "p_weight", "p_y", "p_sum", "p_rstd"),
+        ("stride_x", "stride_residual", "stride_y", "stride_sum", "M"),
+        ("eps", "offset"),
+    )
+    backward = (
+        ("p_dy", "p_ds", "p_s", "p_weight", "p_rstd", "p_dx", "p_partial"),
+        ("stride_dy", "stride_ds", "stride_s", "stride_dx", "stride_partial", "M"),
+        ("offset",),
+    )
+    dweight = ("p_dy", "p_s", "p_rstd", "p_partial"), ("stride_dy", "stride_s", "stride_partial", "M"), ()
+    return (
+        *(launch(_rms_norm_forward, "forward", E, "HAS_RESIDUAL", *forward) for E in (128, 4096, 16384)),
+        *(launch(_rms_norm_backward, "backward", E, "HAS_DS", *backward) for E in (128, 4096, 16384)),
+        launch(_rms_norm_dweight, "dweight", 16384, None, *dweight, ROWS=8, BLOCK=256, num_warps=4),
+    )
+
+
+register(
+    OpSpec(
+        name="rms_norm",
+        function=rms_norm,
+        reference=rms_norm_reference,
+        example=_example,
+        shapes=({"T": 1, "E": 2}, {"T": 7, "E": 33}, {"T": 3, "E": 9001}, {"T": 4096, "E": 4096}),
+        flops=lambda shape: 4 * shape["T"] * shape["E"],
+        bytes=lambda shape, itemsize: (2 * shape["T"] + 1) * shape["E"] * itemsize,
+        launches=_launches,
+    )
+)

@@ -1,0 +1,55 @@
+"""The shape of a decoder, and what a pass through it costs."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A Llama-style decoder. H query heads share G key/value heads of D dims; see the README for the letters."""
+
+    vocab_size: int  # V
+    hidden_size: int  # E
+    intermediate_size: int  # F
+    num_layers: int  # L
+    num_heads: int  # H
+    num_kv_heads: int  # G
+    head_dim: int  # D
+    max_positions: int = 2048
+    rope_theta: float = 10000.0
+    norm_eps: float = 1e-5
+    tie_embeddings: bool = False
+    qkv_bias: bool = False  # Qwen2
+    qk_norm: bool = False  # Qwen3: RMSNorm over each head of q and k before the rotation
+    init_std: float = 0.02
+    bos_id: int | None = None
+    eos_id: int | None = None
+
+    def __post_init__(self):
+        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"model.{name} is {getattr(self, name)}: it must be at least 1")
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(f"num_heads={self.num_heads} must be a multiple of num_kv_heads={self.num_kv_heads}")
+        if self.head_dim % 8 or not 8 <= self.head_dim <= 256:
+            raise ValueError(f"head_dim={self.head_dim}: it must be a multiple of 8 from 8 to 256")
+
+    @property
+    def layer_parameters(self) -> int:
+        """Matrix parameters of one layer (what a token is multiplied with)."""
+        attention = self.hidden_size * self.head_dim * (2 * self.num_heads + 2 * self.num_kv_heads)
+        return attention + 3 * self.hidden_size * self.intermediate_size
+
+    def flops(self, tokens: int, head_tokens: int, squared_lengths: float) -> float:
+        """FLOPs of one forward pass: 2 per matrix parameter and token, the head on `head_tokens` only, and causal
+        attention's lower triangle, 2 matmuls x 2 FLOPs x H D x Σ n²/2 a layer. Training costs three times that;
+        what is computed again in the backward does not count (PaLM, arXiv 2204.02311, appendix B).
+        """
+        attention = 2 * self.num_heads * self.head_dim * squared_lengths
+        layers = self.num_layers * (2 * self.layer_parameters * tokens + attention)
+        return layers + 2 * self.vocab_size * self.hidden_size * head_tokens
+
+    def matmul_shapes(self, tokens: int) -> list[tuple[int, int, int]]:
+        """(M, N, K) of the forward's matrix products, to measure what this machine can do with them."""
+        e, f, d = self.hidden_size, self.intermediate_size, self.head_dim
+        qkv = (self.num_heads + 2 * self.num_kv_heads) * d
+        return [(tokens, qkv, e), (tokens, e, self.num_heads * d), (tokens, 2 * f, e), (tokens, e, f)]

@@ -1,0 +1,241 @@
+"""The decoder: embedding → L × (attention, SwiGLU) → RMSNorm, and one door to the head.
+
+    hidden = model.hidden(tokens, cu_seqlens)               # [T, E], a packed stream of documents
+    result = model.logprob(hidden, targets, index=…)        # LogProb(logp, lse, entropy, hit), each [N] fp32
+
+Pre-norm residual blocks as in Llama (arXiv 2302.13971): RMSNorm (arXiv 1910.07467), RoPE (arXiv 2104.09864, half-split
+layout), grouped-query attention (arXiv 2305.13245), SwiGLU (arXiv 2002.05202). The residual sum is fused into the
+norm that reads it. q, k, v are one matrix, and so are gate and up: two matmuls fewer per layer.
+
+Tensor parallel (arXiv 1909.08053): qkv, gate_up and the vocabulary are cut by rows, o and down by columns; a block
+enters through `copy_to_tp` (backward: all-reduce) and leaves through `reduce_from_tp` (forward: all-reduce).
+
+Initialisation: every matrix N(0, init_std²); o and down divided by √(2L), so that the residual stream's variance
+does not grow with depth (GPT-2, section 2.3); norms 1, biases 0. Each parameter draws from a generator seeded with
+(seed, name), so that a model starts the same on any mesh.
+"""
+
+import hashlib
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from tritium.kernels import attention, linear_logprob, rms_norm, rope, swiglu
+from tritium.kernels.linear_logprob import LogProb
+from tritium.model.config import ModelConfig
+from tritium.parallel.mesh import Mesh
+from tritium.parallel.tensor import copy_to_tp, reduce_from_tp, shard, unshard, vocab_parallel_embedding
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """How a parameter is cut over the tensor-parallel ranks: along `dim`, each of `sections` separately."""
+
+    dim: int
+    sections: tuple[int, ...] | None = None
+
+
+class Attention(nn.Module):
+    """Causal grouped-query self-attention over a packed stream."""
+
+    def __init__(self, config: ModelConfig, mesh: Mesh, index: int):
+        super().__init__()
+        self.index, self.group, self.eps = index, mesh.tp_group, config.norm_eps
+        self.heads, self.kv_heads = config.num_heads // mesh.tp, config.num_kv_heads // mesh.tp
+        self.head_dim = config.head_dim
+        sizes = tuple(n * config.head_dim for n in (config.num_heads, config.num_kv_heads, config.num_kv_heads))
+        rows = sum(sizes) // mesh.tp
+        self.qkv = parameter(rows, config.hidden_size, sharding=Sharding(0, sizes))
+        self.qkv_bias = parameter(rows, sharding=Sharding(0, sizes)) if config.qkv_bias else None
+        self.o = parameter(config.hidden_size, self.heads * self.head_dim, sharding=Sharding(1))
+        self.q_norm = parameter(self.head_dim) if config.qk_norm else None
+        self.k_norm = parameter(self.head_dim) if config.qk_norm else None
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: Tensor | None, cache) -> Tensor:
+        qkv = F.linear(copy_to_tp(x, self.group), self.qkv, self.qkv_bias)
+        q, k, v = qkv.view(len(x), -1, self.head_dim).split([self.heads, self.kv_heads, self.kv_heads], 1)  # [T, ·, D]
+        if self.q_norm is not None:
+            # The norms' weights are replicated but see only this rank's heads: their gradients are summed over tp.
+            q = rms_norm(q, copy_to_tp(self.q_norm, self.group), self.eps)
+            k = rms_norm(k, copy_to_tp(self.k_norm, self.group), self.eps)
+        q, k = rope(q, k, cos, sin)
+        if cache is None:
+            out = attention(q, k, v, cu_seqlens=cu_seqlens)  # [T, H, D]
+        else:
+            out = cache.attend(self.index, q, k, v, cu_seqlens)
+        return reduce_from_tp(F.linear(out.flatten(1), self.o), self.group)
+
+
+class MLP(nn.Module):
+    """down(silu(gate(x)) * up(x))"""
+
+    def __init__(self, config: ModelConfig, mesh: Mesh):
+        super().__init__()
+        self.group, width = mesh.tp_group, config.intermediate_size
+        self.gate_up = parameter(2 * width // mesh.tp, config.hidden_size, sharding=Sharding(0, (width, width)))
+        self.down = parameter(config.hidden_size, width // mesh.tp, sharding=Sharding(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = swiglu(F.linear(copy_to_tp(x, self.group), self.gate_up))  # [T, F]
+        return reduce_from_tp(F.linear(hidden, self.down), self.group)
+
+
+class Layer(nn.Module):
+    def __init__(self, config: ModelConfig, mesh: Mesh, index: int):
+        super().__init__()
+        self.eps = config.norm_eps
+        self.attention_norm = parameter(config.hidden_size)
+        self.attention = Attention(config, mesh, index)
+        self.mlp_norm = parameter(config.hidden_size)
+        self.mlp = MLP(config, mesh)
+
+    def forward(self, x: Tensor, residual: Tensor | None, cos, sin, cu_seqlens, cache) -> tuple[Tensor, Tensor]:
+        """`x` is the last block's output, not yet added to the residual stream: the norm adds it. Both [T, E]."""
+        if residual is None:
+            residual, x = x, rms_norm(x, self.attention_norm, self.eps)
+        else:
+            x, residual = rms_norm(x, self.attention_norm, self.eps, residual=residual)
+        x = self.attention(x, cos, sin, cu_seqlens, cache)
+        x, residual = rms_norm(x, self.mlp_norm, self.eps, residual=residual)
+        return self.mlp(x), residual
+
+
+class Transformer(nn.Module):
+    """The language model. Built on `mesh`, it holds this rank's shards; parameters start on `mesh.device`."""
+
+    def __init__(self, config: ModelConfig, mesh: Mesh | None = None, dtype: torch.dtype = torch.float32):
+        super().__init__()
+        mesh = mesh or Mesh.single()
+        check_divides(config, mesh.tp)
+        self.config, self.mesh = config, mesh
+        rows = config.vocab_size // mesh.tp
+        with torch.device(mesh.device):
+            self.embedding = parameter(rows, config.hidden_size, sharding=Sharding(0))
+            self.layers = nn.ModuleList(Layer(config, mesh, i) for i in range(config.num_layers))
+            self.norm = parameter(config.hidden_size)
+            self.head = None if config.tie_embeddings else parameter(rows, config.hidden_size, sharding=Sharding(0))
+            self.register_buffer("cos_sin", rope_table(config), persistent=False)  # [2, positions, D/2] fp32
+        for p in self.parameters():
+            p.data = p.data.to(dtype)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.embedding.dtype
+
+    @property
+    def head_weight(self) -> Tensor:
+        """This rank's rows of the output matrix, [V / tp, E]; the embedding itself when they are tied."""
+        return self.embedding if self.head is None else self.head
+
+    def hidden(
+        self, tokens: Tensor, cu_seqlens: Tensor | None = None, *, positions: Tensor | None = None, cache=None
+    ) -> Tensor:
+        """Final hidden states, [T, E], of a packed stream.
+
+        `tokens` [T] holds whole documents, bounded by `cu_seqlens` [S+1] int32 (None: one document). `positions` [T]
+        restart in each document when not given. `cache` is generation's (see model/generate.py).
+        Raises: ValueError where a document is longer than the model's positions.
+        """
+        if positions is None:
+            positions = packed_positions(len(tokens), cu_seqlens, tokens.device)
+        if tokens.device.type == "cpu" and len(tokens) and int(positions.max()) >= self.config.max_positions:
+            raise ValueError(
+                f"a document has {int(positions.max()) + 1} tokens; this model has {self.config.max_positions} positions"
+            )
+        cos, sin = self.cos_sin[:, positions]  # [T, D/2]
+        x, residual = vocab_parallel_embedding(tokens, self.embedding, self.mesh.tp_group), None
+        for layer in self.layers:
+            x, residual = layer(x, residual, cos, sin, cu_seqlens, cache)
+        return rms_norm(x, self.norm, self.config.norm_eps, residual=residual)[0]
+
+    def logprob(
+        self, hidden: Tensor, targets: Tensor, index: Tensor | None = None, *, temperature: float = 1.0
+    ) -> LogProb:
+        """log p(target | prefix), log-sum-exp, entropy and hit of each token, [N] fp32; the only door to the head.
+
+        `hidden` [T, E], `targets` [T]; `index` [N] picks the tokens that matter, and only these meet the head.
+        """
+        if index is not None:
+            hidden, targets = hidden.index_select(0, index), targets.index_select(0, index)
+        hidden = copy_to_tp(hidden, self.mesh.tp_group)
+        return linear_logprob(hidden, self.head_weight, targets, temperature=temperature, group=self.mesh.tp_group)
+
+    def logits(self, tokens: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
+        """[T, V] in the model's dtype: for small uses; training goes through `logprob`."""
+        return self.project(self.hidden(tokens, cu_seqlens))
+
+    def project(self, hidden: Tensor) -> Tensor:
+        """Logits of hidden states, [N, E] → [N, V], whole on every rank; without a gradient on a vocabulary shard."""
+        logits = F.linear(hidden, self.head_weight)  # [N, V / tp]
+        if self.mesh.tp_group is None:
+            return logits
+        return unshard(logits.detach(), 1, self.mesh)
+
+    def save(self, folder: str) -> None:
+        """Write a Hugging Face folder (config.json, model.safetensors); see model/hf.py."""
+        from tritium.model.hf import save
+
+        save(self, folder)
+
+    @torch.no_grad()
+    def initialize(self, seed: int) -> "Transformer":
+        """Draw the initial weights, as the module's docstring says. In place; returns self."""
+        out_std = self.config.init_std / math.sqrt(2 * self.config.num_layers)
+        for name, p in self.named_parameters():
+            if name.endswith("norm"):
+                p.fill_(1.0)
+            elif name.endswith("bias"):
+                p.zero_()
+            else:
+                std = out_std if name.endswith((".o", ".down")) else self.config.init_std
+                digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
+                generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+                full = torch.empty(full_shape(p, self.mesh.tp)).normal_(0.0, std, generator=generator)
+                p.copy_(cut(full, p, self.mesh))
+        return self
+
+
+def parameter(*shape: int, sharding: Sharding | None = None) -> nn.Parameter:
+    """An uninitialised parameter that knows how it is sharded."""
+    p = nn.Parameter(torch.empty(*shape))
+    p.sharding = sharding
+    return p
+
+
+def full_shape(p: nn.Parameter, tp: int) -> tuple[int, ...]:
+    """The shape of the whole parameter of which `p` is one of `tp` shards."""
+    if p.sharding is None:
+        return tuple(p.shape)
+    return tuple(n * tp if i == p.sharding.dim else n for i, n in enumerate(p.shape))
+
+
+def cut(full: Tensor, p: nn.Parameter, mesh: Mesh) -> Tensor:
+    """This rank's part of the whole parameter `full`."""
+    return full if p.sharding is None else shard(full, p.sharding.dim, mesh, sections=p.sharding.sections)
+
+
+def packed_positions(length: int, cu_seqlens: Tensor | None, device: torch.device) -> Tensor:
+    """0, 1, 2, … restarting at each document: [T] int64, without a host sync."""
+    positions = torch.arange(length, device=device)
+    if cu_seqlens is None:
+        return positions
+    starts = cu_seqlens[:-1].long()
+    return positions - torch.repeat_interleave(starts, cu_seqlens.diff().long(), output_size=length)
+
+
+def rope_table(config: ModelConfig) -> Tensor:
+    """cos and sin of position · θ^(-2i/D): [2, positions, D/2] fp32, from fp64 angles."""
+    inverse = config.rope_theta ** (-torch.arange(0, config.head_dim, 2, dtype=torch.float64) / config.head_dim)
+    angle = torch.arange(config.max_positions, dtype=torch.float64)[:, None] * inverse
+    return torch.stack([angle.cos(), angle.sin()]).float()
+
+
+def check_divides(config: ModelConfig, tp: int) -> None:
+    """Raises: ValueError naming every size that the tensor-parallel ranks can't share evenly."""
+    sizes = {n: getattr(config, n) for n in ("num_heads", "num_kv_heads", "intermediate_size", "vocab_size")}
+    wrong = [f"{name}={size}" for name, size in sizes.items() if size % tp]
+    if wrong:
+        raise ValueError(f"mesh.tp={tp} does not divide {', '.join(wrong)}")

@@ -1,0 +1,159 @@
+"""The grid of processes, handed to whoever needs it; nothing here is global.
+
+    mesh = init_mesh(tp=2)            # under torchrun; Mesh.single() without it
+    …
+    mesh.close()
+
+Ranks lie in the grid as [dp, tp] with tp the fast axis, so that the ranks of one tensor-parallel group, which talk in
+every layer, are neighbours on one host:
+
+    rank = dp_rank · tp + tp_rank            world_size = dp · tp
+"""
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """This process's place in the grid. A group is None where its axis has size 1: no collective is ever needed."""
+
+    rank: int = 0
+    world_size: int = 1
+    dp: int = 1  # data-parallel replicas
+    tp: int = 1  # tensor-parallel shards of one replica
+    dp_rank: int = 0
+    tp_rank: int = 0
+    dp_group: ProcessGroup | None = None
+    tp_group: ProcessGroup | None = None
+    device: torch.device = torch.device("cpu")
+    device_mesh: DeviceMesh | None = None  # the same grid with named axes ("dp", "tp"), for torch's own tools
+    owns_process_group: bool = False  # whether `init_mesh` started torch.distributed, so that `close` ends it
+
+    @classmethod
+    def single(cls, device: str | torch.device = "cpu") -> "Mesh":
+        """The mesh of one process, which needs no process group."""
+        return cls(device=torch.device(device))
+
+    @property
+    def main(self) -> bool:
+        """Whether this is rank 0: the one that prints, logs and writes."""
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        """Wait for every rank."""
+        if self.world_size > 1:
+            dist.barrier()
+
+    def broadcast_object(self, value: Any) -> Any:
+        """Rank 0's `value` (any picklable object), on every rank."""
+        if self.world_size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        """Every rank's `value` (any picklable object), in rank order, on every rank."""
+        if self.world_size == 1:
+            return [value]
+        values = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
+
+    def close(self) -> None:
+        """End the process groups that `init_mesh` started, and only these. The mesh is of no use afterwards."""
+        if self.owns_process_group:
+            dist.destroy_process_group()
+        elif self.device_mesh is not None:
+            for axis in ("dp", "tp"):
+                dist.destroy_process_group(self.device_mesh.get_group(axis))
+
+
+def init_mesh(tp: int = 1, device: str = "auto", timeout: float = 600.0) -> Mesh:
+    """Place this process in a grid of `tp` tensor-parallel ranks × the rest data-parallel.
+
+    RANK, WORLD_SIZE and LOCAL_RANK come from torchrun; a process group that already runs is used instead, and left
+    running by `close`. `device` is "cpu", "cuda" or "auto" (cuda where there is one); a rank takes the GPU of its
+    LOCAL_RANK. A collective that waits longer than `timeout` seconds for a peer fails.
+
+    Raises: ValueError where `tp` does not divide the world, the device asked for is not there, or the ranks ask for
+    different meshes. What was started is ended then.
+    """
+    running = dist.is_initialized()
+    world_size = dist.get_world_size() if running else int(os.environ.get("WORLD_SIZE", 1))
+    if tp < 1 or world_size % tp:
+        raise ValueError(f"tp={tp} does not divide the {world_size} processes of this run: start a multiple of tp")
+    place = local_device(device)
+    if world_size == 1:
+        return Mesh.single(place)
+    limit = timedelta(seconds=timeout)
+    if not running:
+        # gloo stays beside NCCL: objects and counts are on the host already, and reading them back is no device sync.
+        dist.init_process_group("cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo", timeout=limit)
+    try:
+        _check_agreement(f"tp={tp} on {place.type}")
+        return _place(tp, place, limit, owns_process_group=not running)
+    except Exception:
+        if not running:
+            dist.destroy_process_group()
+        raise
+
+
+def _check_agreement(mine: str) -> None:
+    """Ranks that want different grids would wait for one another for ever while making their groups."""
+    answers: list[str] = [""] * dist.get_world_size()
+    dist.all_gather_object(answers, mine)
+    for rank, answer in enumerate(answers):
+        if answer != answers[0]:
+            raise ValueError(
+                f"rank 0 has {answers[0]}, rank {rank} {answer}: start every process with the same command"
+            )
+
+
+def _place(tp: int, device: torch.device, timeout: timedelta, owns_process_group: bool) -> Mesh:
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    grid = torch.arange(world_size).view(-1, tp)  # [dp, tp], of ranks
+    # Made here and not by init_device_mesh, which gives its groups torch's default timeout whatever the parent's is.
+    dp_group, _ = dist.new_subgroups_by_enumeration(grid.t().tolist(), timeout=timeout, group_desc="dp")
+    tp_group, _ = dist.new_subgroups_by_enumeration(grid.tolist(), timeout=timeout, group_desc="tp")
+    device_mesh = DeviceMesh.from_group([dp_group, tp_group], device.type, grid, mesh_dim_names=("dp", "tp"))
+    dp, (dp_rank, tp_rank) = len(grid), divmod(rank, tp)
+    return Mesh(
+        rank=rank,
+        world_size=world_size,
+        dp=dp,
+        tp=tp,
+        dp_rank=dp_rank,
+        tp_rank=tp_rank,
+        dp_group=dp_group if dp > 1 else None,
+        tp_group=tp_group if tp > 1 else None,
+        device=device,
+        device_mesh=device_mesh,
+        owns_process_group=owns_process_group,
+    )
+
+
+def local_device(name: str) -> torch.device:
+    """The device of this process for "auto", "cpu" or "cuda": the GPU numbered LOCAL_RANK, made the current one.
+
+    Raises: ValueError for another name, for "cuda" without a GPU, and for more processes on a host than it has GPUs.
+    """
+    if name not in ("auto", "cpu", "cuda"):
+        raise ValueError(f"device={name!r}: expected auto, cpu or cuda")
+    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise ValueError("device='cuda': torch sees no GPU here; use device='cpu', or install a torch built for yours")
+    local_rank, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+    if local_rank >= count:
+        raise ValueError(f"LOCAL_RANK={local_rank} on a host with {count} GPU(s): start one process per GPU")
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)

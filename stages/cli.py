@@ -1,0 +1,137 @@
+"""The `tritium` command: find the stage, read its configuration, run it, turn errors into exit codes.
+
+Exit codes: 0 finished; 2 the user's mistake, told in one sentence; 1 a failure, with its traceback; 130 after
+Ctrl-C and 143 after SIGTERM, which a stage may catch as KeyboardInterrupt to save its state.
+"""
+
+import os
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from types import ModuleType
+
+import tritium
+from tritium.core.config import UserError, load, nearest, to_toml
+
+STAGES = {
+    "pretrain": "train a model from scratch, or further, on raw text",
+    "sft": "fine-tune a model on conversations",
+    "reward": "train a reward model on preference pairs",
+    "dpo": "align a model with preference pairs, without a reward model",
+    # ppo and distill: their stages come with a later issue, and their lines with them.
+    "grpo": "align a model with rewards, by reinforcement learning on groups of samples",
+    "sample": "generate text from a model",
+    "evaluate": "measure perplexity and accuracy of a model",
+    "chat": "talk to a model in the terminal",
+    "run": "run several stages from one recipe file",
+    "tokenizer": "train a tokenizer on raw text",
+    "corpus": "turn raw text into token files",
+    "doctor": "say what this machine has, and compile every kernel for every target",
+}
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM: handled like Ctrl-C, but the exit code says which of the two it was."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run `tritium NAME …` with the arguments `argv` (sys.argv's by default) and return the exit code."""
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ("--help", "-h", "help"):
+        print(_overview())
+        return 0 if argv else 2
+    if argv[0] == "--version":
+        print(f"tritium {tritium.__version__}")
+        return 0
+    name, *rest = argv
+    if name not in STAGES:
+        guess = nearest(name, list(STAGES))
+        hint = f"did you mean {guess}? " if guess else ""
+        print(f"tritium: no stage {name!r}; {hint}The stages are: {', '.join(STAGES)}.", file=sys.stderr)
+        return 2
+    return run_stage(name, rest)
+
+
+def run_stage(stage: str | ModuleType, argv: list[str] | None = None) -> int:
+    """Run one stage, given by name or as a module of the same form, and return the exit code.
+
+    A stage is a module with `Config`, `train(config)` and a docstring whose first line describes it; or, if it is
+    not a training run, with `main(argv) -> int`. Stages end with
+
+        if __name__ == "__main__":
+            raise SystemExit(run_stage("sft"))
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    name = stage if isinstance(stage, str) else stage.__name__.rpartition(".")[2]
+    prog = f"tritium {name}"
+    try:
+        with _sigterm_interrupts():
+            module = import_module(f"tritium.stages.{stage}") if isinstance(stage, str) else stage
+            if hasattr(module, "main"):
+                return module.main(argv)
+            config = load(module.Config, argv, prog, _first_line(module))
+            if _rank() == 0:
+                print(f"# {prog}\n{to_toml(config)}", file=sys.stderr, flush=True)
+            _share_cores()
+            module.train(config)
+    except UserError as error:
+        print(f"{prog}: {error}", file=sys.stderr)
+        return 2
+    except Terminated:
+        print(f"{prog}: terminated", file=sys.stderr)
+        return 143
+    except KeyboardInterrupt:
+        print(f"{prog}: interrupted", file=sys.stderr)
+        return 130
+    except Exception:
+        traceback.print_exc()
+        return 1
+    return 0
+
+
+def _overview() -> str:
+    width = max(map(len, STAGES))
+    lines = ["tritium trains language models: raw text in, aligned model out.", ""]
+    lines += ["usage: tritium STAGE [--config FILE.toml] [--name=value …]", "       tritium STAGE --help", ""]
+    lines += ["stages:", *(f"  {name:<{width}}  {line}" for name, line in STAGES.items()), ""]
+    lines += ["On several GPUs: torchrun --nproc-per-node N -m tritium.stages.STAGE …"]
+    return "\n".join(lines)
+
+
+def _first_line(module: ModuleType) -> str:
+    return (module.__doc__ or "").strip().partition("\n")[0]
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+@contextmanager
+def _sigterm_interrupts() -> Iterator[None]:
+    """Raise Terminated where SIGTERM arrives, so that a run can save itself; only the main thread may ask for it."""
+
+    def terminate(signum, frame):
+        raise Terminated
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def _share_cores() -> None:
+    """Give each of torchrun's local ranks its share of the cores: torchrun sets one thread, all others take all."""
+    local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if local_world_size > 1 and os.environ.get("OMP_NUM_THREADS", "1") == "1":
+        import torch  # not above: `tritium --help` answers at once
+
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        torch.set_num_threads(max(1, cores // local_world_size))

@@ -1,0 +1,87 @@
+"""Write the ladder's data: text, conversations and problems that every machine can make.
+
+    tritium corpus --out=runs/ladder/data
+
+    library.jsonl      docstrings and sources of Python's standard library           pretraining
+    arithmetic.jsonl   worked problems, one to a document                            pretraining
+    cold.jsonl         problems, the reasoning in <think>, then the answer           cold-start SFT
+    chat.jsonl         the same, questions about Python functions, multi-turn chat   overall SFT
+    sample.jsonl, rl.jsonl, test.jsonl   {"question", "answer"}                      sampling, RL, evaluation
+
+Every file's problems come from a seed of their own, and no question of test.jsonl is in another file.
+"""
+
+import itertools
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from tritium.core.arithmetic import Problem, chat_answer, equation, problems
+from tritium.core.config import opt
+from tritium.core.corpus import library_questions, library_texts, small_talk, turns
+from tritium.core.trainer import Result
+
+
+@dataclass
+class Config:
+    out: str = opt("runs/corpus", "folder to write")
+    library_characters: int = opt(6_000_000, "characters of the standard library")
+    arithmetic: int = opt(40_000, "worked problems for pretraining")
+    cold: int = opt(3_000, "problems of the cold start")
+    chat: int = opt(6_000, "conversations of the overall SFT")
+    sample: int = opt(1_000, "problems to sample answers to")
+    rl: int = opt(6_000, "problems for reinforcement learning")
+    test: int = opt(500, "held-out problems")
+    seed: int = opt(0, "seed of everything generated")
+
+
+def train(config: Config) -> Result:
+    """Write the files; the result's `megabytes` is their size."""
+    folder = Path(config.out)
+    folder.mkdir(parents=True, exist_ok=True)
+    test = problems(config.seed + 1_000_000, config.test)
+    held_out = {p.question for p in test}
+
+    def fresh(part: int, count: int) -> list[Problem]:
+        """Problems of a seed of this part's own, none of them in the test."""
+        made = (p for extra in itertools.count() for p in problems(config.seed + 10_000 * part + extra, count))
+        return list(itertools.islice((p for p in made if p.question not in held_out), count))
+
+    chat = fresh(3, config.chat)
+    rows = {
+        "library": [{"text": text} for text in library_texts(config.library_characters, config.seed)],
+        "arithmetic": [{"text": equation(p)} for p in fresh(1, config.arithmetic)],
+        "cold": [{"messages": turns(p.question, chat_answer(p))} for p in fresh(2, config.cold)],
+        "chat": [{"messages": m} for m in overall(chat, config.seed)],
+        "sample": [question(p) for p in fresh(4, config.sample)],
+        "rl": [question(p) for p in fresh(5, config.rl)],
+        "test": [question(p) for p in test],
+    }
+    size = 0
+    for name, values in rows.items():
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in values)
+        (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
+        size += len(text.encode())
+    return Result(config.out, {"megabytes": size / 1e6})
+
+
+def question(problem: Problem) -> dict:
+    return {"question": problem.question, "answer": problem.answer, "difficulty": problem.difficulty}
+
+
+def overall(chat: list[Problem], seed: int) -> list[list[dict]]:
+    """As many conversations as problems: half of them problems alone, a quarter Python functions, a quarter chat."""
+    count = len(chat)
+    alone = [turns(p.question, chat_answer(p)) for p in chat[: count // 2]]
+    functions = library_questions(seed)[: count // 4]
+    mixed = small_talk(chat[count // 2 :], count - len(alone) - len(functions), seed)
+    conversations = alone + functions + mixed
+    return [conversations[i] for i in np.random.default_rng([seed, 4]).permutation(count)]
+
+
+if __name__ == "__main__":
+    from tritium.stages.cli import run_stage
+
+    raise SystemExit(run_stage("corpus"))

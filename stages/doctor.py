@@ -1,0 +1,53 @@
+"""`tritium doctor`: what the compiler makes of each kernel, what this machine has, and which backend each op uses."""
+
+import argparse
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from tritium.kernels import doctor
+from tritium.stages.cli import run_stage
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print a table, or JSON. Returns 1 if a kernel does not compile or does not fit its target, else 0."""
+    parser = argparse.ArgumentParser(prog="tritium doctor", description=__doc__)
+    parser.add_argument("--json", action="store_true", help="print JSON: kernels and machine")
+    parser.add_argument("--targets", nargs="+", default=list(doctor.TARGETS), choices=doctor.TARGETS, metavar="TARGET")
+    parser.add_argument("--ops", nargs="+", default=[], help="only the kernels of these ops")
+    arguments = parser.parse_args(argv)
+    unknown = set(arguments.ops) - set(doctor.all_ops())
+    if unknown:
+        parser.error(f"--ops: no op is called {', '.join(sorted(unknown))}; there are {', '.join(doctor.all_ops())}")
+    rows = doctor.compile_kernels(arguments.targets, arguments.ops) if doctor.HAS_TRITON else []
+    machine = doctor.machine()
+    print(_json(rows, machine) if arguments.json else _table(rows, machine))
+    return 1 if doctor.problems(rows) else 0
+
+
+def _json(rows: list[dict[str, Any]], machine: dict[str, Any]) -> str:
+    lines = ",\n".join(json.dumps(row, ensure_ascii=False) for row in rows)  # one kernel a line, for readable diffs
+    return f'{{"kernels": [\n{lines}\n],\n"machine": {json.dumps(machine, indent=1)}}}'
+
+
+def _table(rows: list[dict[str, Any]], machine: dict[str, Any]) -> str:
+    heads = ("op", "kernel", "config", "target", "registers", "spill", "shared", "instructions")
+    lines = [heads] + [_cells(row) for row in rows]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(heads))]
+    table = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
+    facts = [f"{key}: {value}" for key, value in machine.items() if key != "backends"]
+    backends = [f"{op}: {why}" for op, why in machine["backends"].items()]
+    verdict = doctor.problems(rows) or ["every kernel compiles and fits"]
+    return "\n".join([*table, "", *facts, "", *backends, "", *verdict])
+
+
+def _cells(row: dict[str, Any]) -> tuple[str, ...]:
+    names = tuple(row[key] for key in ("op", "kernel", "config", "target"))
+    if "error" in row:
+        return (*names, "-", "-", "-", row["error"])
+    numbers = tuple(str(row[key]) for key in ("registers", "spill_bytes", "shared_bytes"))
+    return (*names, *numbers, " ".join(f"{name}×{count}" for name, count in row["instructions"].items()))
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_stage("doctor"))

@@ -1,0 +1,140 @@
+"""Measure a model: exact match on problems, and bits per byte on text.
+
+    tritium evaluate --model=runs/grpo/step-00000060 --data=problems.jsonl
+    tritium evaluate --model=… --data=problems.jsonl --json          {"exact_match": 0.71, "n": 500, …}
+    tritium evaluate --model=… --text=book.txt
+
+Problems are records {"question", "answer"}; an answer counts when what follows the reasoning is the reference (for
+numbers: its last number). Answers are the likeliest ones unless `sampling.temperature` says otherwise.
+"""
+
+import json
+import math
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from tritium.core.batch import Document, pack
+from tritium.core.config import REQUIRED, ConfigError, opt, to_toml
+from tritium.core.formats import Skipped, read_documents
+from tritium.core.objectives import supervised_logprob
+from tritium.core.rewards.exact import ExactMatch
+from tritium.core.rollout import Rollout, SamplingConfig, gather, load_problems, roll_out, share
+from tritium.core.setup import MeshConfig, join, load_model, load_tokenizer
+from tritium.core.tokenizer import Tokenizer
+from tritium.core.trainer import Result
+from tritium.model.transformer import Transformer
+
+
+@dataclass
+class Config:
+    model: str = opt(REQUIRED, "folder of the model, with its tokenizer")
+    data: str = opt("", 'problems to solve: {"question", "answer"} records')
+    text: str = opt("", "text to predict")
+    limit: int | None = opt(None, "use only the first problems")
+    sampling: SamplingConfig = opt(SamplingConfig(temperature=0.0), "how answers are drawn")
+    json: bool = opt(False, "print one JSON object")
+    save: str = opt("", "write every answer and its verdict to this .jsonl file")
+    seed: int = opt(0, "seed of sampled answers")
+    dtype: str = opt(
+        "auto", "of the parameters (auto: bf16 where it is fast)", choices=("auto", "bf16", "fp32", "fp64")
+    )
+    device: str = opt("auto", "where to run", choices=("auto", "cpu", "cuda"))
+    mesh: MeshConfig = opt(MeshConfig, "parallelism")
+
+    def __post_init__(self):
+        if self.limit is not None and self.limit < 1:
+            raise ConfigError(f"limit={self.limit} must be at least 1")
+
+
+def train(config: Config) -> Result:
+    """Measure and print; the result's metrics hold `exact_match` and `n`, `bits_per_byte` and `perplexity`."""
+    result = measure(config)
+    if int(os.environ.get("RANK", 0)) == 0:
+        metrics = result.metrics
+        print(json.dumps(metrics) if config.json else "\n".join(f"{k:>18}  {v:.4f}" for k, v in metrics.items()))
+    return result
+
+
+def measure(config: Config) -> Result:
+    """`train` without the print."""
+    if not config.data and not config.text:
+        raise ConfigError("give --data=problems.jsonl, --text=file.txt, or both")
+    mesh = join(config.mesh, config.device, to_toml(config))
+    model = load_model(config.model, config.dtype, mesh, frozen=True)
+    tokenizer = load_tokenizer(config.model, model)
+    metrics: dict[str, float] = {}
+    if config.data:
+        rollout = solve(config, model, tokenizer)
+        metrics |= problem_metrics(rollout)
+        if config.save and mesh.main:
+            write_answers(config.save, rollout)
+    if config.text:
+        metrics |= text_metrics(model, tokenizer, config.text)
+    mesh.close()
+    return Result(config.model, metrics)
+
+
+def solve(config: Config, model: Transformer, tokenizer: Tokenizer) -> Rollout:
+    """The model's answers to all problems, judged, on every rank."""
+    skipped = Skipped()
+    problems = load_problems([config.data], tokenizer, model.config.max_positions, skipped)[: config.limit]
+    if skipped.reasons and model.mesh.main:
+        print(skipped.summary())
+    mine = share(problems, model.mesh)
+    return gather(roll_out(model, tokenizer, mine, ExactMatch(), config.sampling, seed=(config.seed,)), model.mesh)
+
+
+def problem_metrics(rollout: Rollout) -> dict[str, float]:
+    """Exact match with its 95 % interval (Wilson's); a sample whose judge failed counts as unsolved, and is told."""
+    right = [s.score is not None and s.score.value >= 1.0 for s in rollout.samples]
+    n, p, z = len(right), float(np.mean(right)), 1.96
+    middle, spread = (p + z * z / (2 * n)) / (1 + z * z / n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return {
+        "exact_match": p,
+        "n": n,
+        "low_95": middle - spread / (1 + z * z / n),
+        "high_95": middle + spread / (1 + z * z / n),
+        "answer_tokens": float(np.mean([len(s.completion.tokens) for s in rollout.samples])),
+        "cut_off": float(np.mean([s.completion.finish_reason != "stop" for s in rollout.samples])),
+        "verifier_failures": float(sum(rollout.failures.values())),
+    }
+
+
+@torch.no_grad()
+def text_metrics(model: Transformer, tokenizer: Tokenizer, path: str) -> dict[str, float]:
+    """Perplexity per token and bits per byte of a text, in windows as long as the model's context."""
+    nats = tokens = size = 0
+    context = model.config.max_positions
+    before = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+    for text in read_documents(path, Skipped()):
+        ids = np.array(before + tokenizer.encode(text), np.int32)
+        size += len(text.encode())
+        windows = [
+            ids[i : i + context + 1] for i in range(0, len(ids) - 1, context)
+        ]  # each first token but one is seen
+        for window in windows:
+            document = Document(window[:context], np.ones(len(window[:context]), np.float32))
+            batch = pack([[document]]).to(model.mesh.device)
+            nats -= float(supervised_logprob(model, batch).logp.sum())
+            tokens += len(batch.supervised)
+    return {"perplexity": math.exp(nats / max(tokens, 1)), "bits_per_byte": nats / math.log(2) / max(size, 1)}
+
+
+def write_answers(path: str, rollout: Rollout) -> None:
+    rows = [
+        {"messages": s.problem.messages, "reference": s.problem.reference, "answer": s.text}
+        | {"tokens": s.completion.tokens, "finish_reason": s.completion.finish_reason}
+        | ({"score": asdict(s.score)} if s.score else {})
+        for s in rollout.samples
+    ]
+    Path(path).write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+if __name__ == "__main__":
+    from tritium.stages.cli import run_stage
+
+    raise SystemExit(run_stage("evaluate"))

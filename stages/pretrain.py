@@ -1,0 +1,160 @@
+"""Pretraining: next-token prediction on raw text, from scratch or from a model's folder (continued pretraining).
+
+    tritium pretrain --data.sources=book.txt --run.out=runs/pretrain
+    tritium pretrain --init=runs/pretrain/step-00001000 --data.sources=new.txt --replay=book.txt --replay_share=0.1
+
+Without `tokenizer`, one is trained on the sources first. A replay mix of old text keeps continued pretraining from
+forgetting (Ibrahim et al., arXiv 2403.08763).
+"""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from tritium.core.config import ConfigError, opt
+from tritium.core.data import Bins, DataConfig, text_sources
+from tritium.core.formats import Skipped
+from tritium.core.objectives import CrossEntropy
+from tritium.core.optim import OptimConfig
+from tritium.core.schedule import ScheduleConfig
+from tritium.core.setup import MeshConfig, load_model, load_tokenizer, parameter_dtype, start
+from tritium.core.tokenizer import Tokenizer
+from tritium.core.trainer import Result, RunConfig, Trainer
+from tritium.model.config import ModelConfig
+from tritium.model.transformer import Transformer
+from tritium.parallel.mesh import Mesh
+from tritium.stages import tokenizer as tokenizer_stage
+
+
+@dataclass
+class ShapeConfig:
+    """The decoder's shape, where it is not given by `init`. The vocabulary is the tokenizer's."""
+
+    layers: int = opt(6, "decoder layers")
+    hidden_size: int = opt(256, "width of the residual stream")
+    intermediate_size: int = opt(704, "width of the SwiGLU")
+    heads: int = opt(4, "query heads")
+    kv_heads: int = opt(2, "key/value heads; each serves heads / kv_heads query heads")
+    head_dim: int = opt(64, "dimensions of a head")
+    context: int = opt(512, "longest document, in tokens")
+    rope_theta: float = opt(10000.0, "base of the rotary embedding's wavelengths")
+    tie_embeddings: bool = opt(True, "one matrix for the embedding and the head")
+    qkv_bias: bool = opt(False, "biases on q, k and v (Qwen2)")
+    qk_norm: bool = opt(False, "RMSNorm on the heads of q and k (Qwen3)")
+    init_std: float = opt(0.02, "standard deviation of the initial matrices")
+
+
+@dataclass
+class Config:
+    init: str = opt("", "folder of a model to go on from (empty: from scratch)")
+    tokenizer: str = opt("", "folder of a tokenizer (empty: that of `init`, or a new one trained on the sources)")
+    vocab_size: int = opt(8192, "tokens of a new tokenizer")
+    replay: list[str] = opt([], "old text files to mix in")
+    replay_share: float = opt(0.1, "share of an epoch's tokens that come from `replay`")
+    model: ShapeConfig = opt(ShapeConfig, "shape of a new model")
+    data: DataConfig = opt(DataConfig, "text")
+    optim: OptimConfig = opt(OptimConfig(lr=2e-3), "optimizer")
+    schedule: ScheduleConfig = opt(ScheduleConfig, "learning rate over the run")
+    run: RunConfig = opt(RunConfig, "the run itself")
+    mesh: MeshConfig = opt(MeshConfig, "parallelism")
+
+    def __post_init__(self):
+        if not 0 <= self.replay_share < 1:
+            raise ConfigError(f"replay_share={self.replay_share} must be in [0, 1)")
+
+
+def train(config: Config) -> Result:
+    """Train on text; the result's metrics hold `eval_loss` in nats per token."""
+    mesh = start(config, "pretrain")
+    tokenizer = open_tokenizer(config, mesh)
+    model = open_model(config, tokenizer, mesh)
+    skipped = Skipped(config.data.on_error)
+    bins, evaluation = open_data(config, tokenizer, model.config.max_positions, mesh, skipped)
+    trainer = Trainer(
+        {"policy": model},
+        CrossEntropy(),
+        config,
+        mesh,
+        name="pretrain",
+        total_steps=config.run.steps or bins.steps_in(config.run.epochs),
+        tokenizer=tokenizer,
+        evaluation=evaluation,
+    )
+    trainer.say(f"{sum(p.numel() for p in model.parameters()):,} parameters, {bins.tokens:,} tokens an epoch")
+    trainer.say(skipped.summary())
+    for step in trainer.steps():
+        batches = bins.step(step)
+        # ------------------------------------------------------------------------------------------------------
+        trainer.step(batches)  # cross-entropy over every token / their number in the whole step
+        # ------------------------------------------------------------------------------------------------------
+    return trainer.result()
+
+
+def open_tokenizer(config: Config, mesh: Mesh) -> Tokenizer:
+    """The tokenizer that the config names, or a new one in the run's folder (made by rank 0, once)."""
+    if config.tokenizer or config.init:
+        return load_tokenizer(config.tokenizer or config.init)
+    folder = Path(config.run.out) / "tokenizer"
+    if mesh.main and not (folder / "tokenizer.model").exists():
+        settings = tokenizer_stage.Config(config.data.sources, config.vocab_size, out=str(folder))
+        tokenizer_stage.train(settings)
+    mesh.barrier()
+    return load_tokenizer(str(folder))
+
+
+def open_model(config: Config, tokenizer: Tokenizer, mesh: Mesh) -> Transformer:
+    if config.init:
+        model = load_model(config.init, config.run.dtype, mesh)
+        load_tokenizer(config.tokenizer or config.init, model)
+        return model
+    shape = config.model
+    try:
+        built = ModelConfig(
+            vocab_size=tokenizer.vocab_size,
+            hidden_size=shape.hidden_size,
+            intermediate_size=shape.intermediate_size,
+            num_layers=shape.layers,
+            num_heads=shape.heads,
+            num_kv_heads=shape.kv_heads,
+            head_dim=shape.head_dim,
+            max_positions=shape.context,
+            rope_theta=shape.rope_theta,
+            tie_embeddings=shape.tie_embeddings,
+            qkv_bias=shape.qkv_bias,
+            qk_norm=shape.qk_norm,
+            init_std=shape.init_std,
+            bos_id=tokenizer.bos_id,
+            eos_id=tokenizer.eos_id,
+        )
+        model = Transformer(built, mesh, parameter_dtype(config.run.dtype, mesh))
+    except ValueError as error:
+        raise ConfigError(f"model: {error}") from None
+    return model.initialize(config.run.seed)
+
+
+def open_data(config: Config, tokenizer: Tokenizer, context: int, mesh: Mesh, skipped: Skipped):
+    """(training bins, held-out batches); rank 0 tokenises first, the others read what it wrote."""
+    cache = str(Path(config.run.out) / "tokens")
+    for turn in (True, False):
+        if mesh.main == turn:
+            train, held_out, weights = text_sources(config.data, tokenizer, context, cache, skipped)
+            if config.replay:
+                old = text_sources(replace(config.data, sources=config.replay), tokenizer, context, cache, skipped)
+                weights += replay_weights(train, weights, old[0], config.replay_share)
+                train, held_out = train + old[0], held_out + old[1]
+        mesh.barrier()
+    bins = Bins(train, weights, config.data, mesh, config.run.seed)
+    evaluation = Bins(held_out, [1.0] * len(held_out), config.data, mesh, 0).all(config.run.eval_bins)
+    return bins, evaluation
+
+
+def replay_weights(new: list, weights: list[float], old: list, share: float) -> list[float]:
+    """Passes through the old sources that make them `share` of an epoch's tokens."""
+    fresh = sum(w * source.lengths.sum() for w, source in zip(weights, new, strict=True))
+    stale = sum(source.lengths.sum() for source in old)
+    return [share / (1 - share) * fresh / max(stale, 1)] * len(old)
+
+
+if __name__ == "__main__":
+    from tritium.stages.cli import run_stage
+
+    raise SystemExit(run_stage("pretrain"))

@@ -1,0 +1,64 @@
+"""Supervised fine-tuning: teach a model to answer, from conversations.
+
+    tritium sft --model=runs/pretrain/step-00001000 --data.sources=chats.jsonl --run.out=runs/sft
+
+Every assistant turn of every conversation is trained on, its end token included, in one pass; documents are packed
+without padding and do not see each other. See core/formats.py for the records that are understood.
+"""
+
+from dataclasses import dataclass
+
+from tritium.core.config import REQUIRED, opt
+from tritium.core.data import Bins, DataConfig, conversation_group, record_sources
+from tritium.core.formats import Skipped
+from tritium.core.objectives import CrossEntropy
+from tritium.core.optim import OptimConfig
+from tritium.core.schedule import ScheduleConfig
+from tritium.core.setup import MeshConfig, load_model, load_tokenizer, start
+from tritium.core.trainer import Result, RunConfig, Trainer
+
+
+@dataclass
+class Config:
+    model: str = opt(REQUIRED, "folder of the model to start from, with its tokenizer")
+    data: DataConfig = opt(DataConfig, "conversations")
+    optim: OptimConfig = opt(OptimConfig, "optimizer")
+    schedule: ScheduleConfig = opt(ScheduleConfig, "learning rate over the run")
+    run: RunConfig = opt(RunConfig, "the run itself")
+    mesh: MeshConfig = opt(MeshConfig, "parallelism")
+
+
+def train(config: Config) -> Result:
+    """Fine-tune `config.model` on conversations; the result's metrics hold `eval_loss` per supervised token."""
+    mesh = start(config, "sft")
+    model = load_model(config.model, config.run.dtype, mesh)
+    tokenizer = load_tokenizer(config.model, model)
+    skipped = Skipped(config.data.on_error)
+    convert = conversation_group(tokenizer)
+    sources = record_sources(config.data, convert, model.config.max_positions, config.run.seed, skipped)
+    train_set, held_out, weights = sources
+    bins = Bins(train_set, weights, config.data, mesh, config.run.seed)
+    evaluation = Bins(held_out, [1.0] * len(held_out), config.data, mesh, 0).all(config.run.eval_bins)
+    trainer = Trainer(
+        {"policy": model},
+        CrossEntropy(),
+        config,
+        mesh,
+        name="sft",
+        total_steps=config.run.steps or bins.steps_in(config.run.epochs),
+        tokenizer=tokenizer,
+        evaluation=evaluation,
+    )
+    trainer.say(skipped.summary())
+    for step in trainer.steps():
+        batches = bins.step(step)
+        # ------------------------------------------------------------------------------------------------------
+        trainer.step(batches)  # cross-entropy over the assistant's tokens / their number in the whole step
+        # ------------------------------------------------------------------------------------------------------
+    return trainer.result()
+
+
+if __name__ == "__main__":
+    from tritium.stages.cli import run_stage
+
+    raise SystemExit(run_stage("sft"))

@@ -1,0 +1,47 @@
+"""Train a tokenizer: SentencePiece BPE with byte fallback and split digits.
+
+tritium tokenizer --sources=book.txt,articles.jsonl --vocab_size=8192 --out=runs/tokenizer
+"""
+
+from dataclasses import dataclass
+
+from tritium.core.config import ConfigError, opt
+from tritium.core.data import parse_sources
+from tritium.core.formats import Skipped, read_documents
+from tritium.core.tokenizer import train_tokenizer
+from tritium.core.trainer import Result
+
+
+@dataclass
+class Config:
+    sources: list[str] = opt([], "text files, or .jsonl with a text or a conversation in each record")
+    vocab_size: int = opt(8192, "tokens, special ones and the 256 bytes included")
+    max_megabytes: float = opt(20.0, "read no more text than this from each file")
+    out: str = opt("runs/tokenizer", "folder to write")
+
+    def __post_init__(self):
+        if self.vocab_size < 300:
+            raise ConfigError(f"vocab_size={self.vocab_size}: bytes and special tokens alone need about 270")
+
+
+def train(config: Config) -> Result:
+    """Train on `config.sources`; the result's `bytes_per_token` is measured on the same text."""
+    skipped, texts = Skipped(), []
+    for path, _ in parse_sources(config.sources, "sources"):
+        room = config.max_megabytes * 1e6
+        for text in read_documents(path, skipped):
+            texts.append(text[: max(int(room), 0)])
+            room -= len(text)
+            if room <= 0:
+                break
+    tokenizer = train_tokenizer(texts, config.vocab_size, config.out)
+    sample = texts[:: max(1, len(texts) // 200)]
+    size = sum(len(text.encode()) for text in sample)
+    tokens = sum(map(len, tokenizer.encode_batch(sample)))
+    return Result(config.out, {"bytes_per_token": size / max(tokens, 1), "vocab_size": float(tokenizer.vocab_size)})
+
+
+if __name__ == "__main__":
+    from tritium.stages.cli import run_stage
+
+    raise SystemExit(run_stage("tokenizer"))
