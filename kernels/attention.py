@@ -27,9 +27,9 @@ from torch.autograd.function import once_differentiable
 
 from tritium.kernels.registry import OpSpec, register
 
-SCORE_BYTES = 4 << 20  # fp32 scores held at a time: they should stay in the cache
+SCORE_BYTES = 2 << 20  # fp32 scores held at a time: they should stay in the cache
 KEPT_BYTES = 32 << 20  # probabilities that a call may keep for its backward; over this they are made again
-ROWS = 128  # queries of a block: enough for the matmuls, few enough to skip keys above the diagonal
+ROWS = 64  # queries of a block: enough for the matmuls (times the heads of a group), few enough to skip hidden keys
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ import torch
 from torch.utils._pytree import tree_flatten, tree_map
 
 from tritium.kernels import all_ops, interpreter
+from tritium.kernels import backend as switch
 from tritium.kernels.backend import HAS_TRITON
 from tritium.kernels.registry import OPS, register
 
@@ -104,3 +105,19 @@ def test_registering_twice_is_refused():
     with pytest.raises(ValueError, match="'rms_norm' is registered twice: import it as tritium.kernels"):
         register(SPECS["rms_norm"])
     assert before == OPS
+
+
+@pytest.mark.parametrize("setting", ["auto", "torch"])
+def test_a_tensor_on_the_cpu_takes_the_torch_path(monkeypatch, setting):
+    monkeypatch.setenv("TRITIUM_BACKEND", setting)
+    assert not switch.use_triton(torch.ones(1))
+
+
+def test_a_backend_that_cannot_be_is_refused(monkeypatch):
+    monkeypatch.setenv("TRITIUM_BACKEND", "cuda")
+    with pytest.raises(ValueError, match="TRITIUM_BACKEND='cuda': expected one of auto, triton, torch"):
+        switch.use_triton(torch.ones(1))
+    monkeypatch.setenv("TRITIUM_BACKEND", "triton")
+    monkeypatch.setattr(switch, "HAS_TRITON", False)
+    with pytest.raises(RuntimeError, match="triton is not installed"):
+        switch.use_triton(torch.ones(1))

@@ -66,6 +66,12 @@ def test_half_precision_rounds_only_what_it_stores(backend, dtype):
     assert [t.dtype for t in actual] == [dtype] * len(actual)
 
 
+def test_what_is_normalised_is_the_sum_that_is_returned(backend):
+    x, weight, residual = make(3, 64, dtype=torch.bfloat16)
+    y, summed = rms_norm(x, weight, residual=residual)
+    assert torch.equal(summed, x + residual) and torch.equal(y, rms_norm(summed, weight))
+
+
 def test_fp64_gradients_are_exact(monkeypatch):
     monkeypatch.setenv("TRITIUM_BACKEND", "torch")
     x, weight, residual = make(3, 5, dtype=torch.float64)
