@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 IGNORE = -100  # the target of a token that predicts nothing
+FILLER = 64  # tokens of a filler document
 
 Group = Sequence["Document"]  # documents that must share a batch: a pair, a ranking, the samples of a prompt
 
@@ -38,6 +39,11 @@ class Document:
     def __len__(self) -> int:
         return len(self.ids)
 
+    def first(self, length: int) -> "Document":
+        """The document's first tokens, with what belongs to them."""
+        fields = {k: v[:length] if isinstance(v, np.ndarray) else v for k, v in self.fields.items()}
+        return Document(self.ids[:length], self.weights[:length], fields)
+
 
 @dataclass
 class PackedBatch:
@@ -53,40 +59,33 @@ class PackedBatch:
     supervised: Tensor  # [N] int64: the tokens with a weight; the head is computed for these alone
     fields: dict[str, Tensor] = field(default_factory=dict)
     counts: dict[str, float] = field(default_factory=dict)
+    sequences: int = 0  # S; `cu_seqlens` may hold fillers after them
     squared_lengths: float = 0.0  # Σ n² over the documents: attention's work
-
-    @property
-    def sequences(self) -> int:
-        return len(self.cu_seqlens) - 1
 
     def to(self, device: torch.device | str) -> "PackedBatch":
         moved = {k: v.to(device, non_blocking=True) for k, v in vars(self).items() if isinstance(v, Tensor)}
         return replace(self, **moved, fields={k: v.to(device, non_blocking=True) for k, v in self.fields.items()})
 
 
-def pack(groups: Iterable[Group], counts: dict[str, float] | None = None, length: int | None = None) -> PackedBatch:
+def pack(groups: Iterable[Group], counts: dict[str, float] | None = None, multiple_of: int = 1) -> PackedBatch:
     """Lay the documents of `groups` end to end.
 
-    `counts` are denominators beyond the ones known here (tokens, sequences, groups). With `length`, one document of
-    weight 0 fills the stream up to that many tokens, so that shapes are the same in every step.
-    Raises: ValueError where the documents are longer than `length`.
+    `counts` are denominators beyond the ones known here (tokens, sequences, groups). With `multiple_of`, documents
+    of weight 0 fill the stream up to a multiple of so many tokens: a compiler, a CUDA graph, or oneDNN, which builds
+    a matmul kernel for every shape it meets (20 ms and 7 MB each), want few shapes. Fillers are no sequences: [S]
+    fields and `sequences` leave them out; `cu_seqlens` has them at the end.
     """
     groups = [list(group) for group in groups]
-    documents = [document for group in groups for document in group]
-    known = {"sequences": float(len(documents)), "groups": float(len(groups))}
-    used = sum(map(len, documents))
-    if length is not None:
-        if used > length:
-            raise ValueError(f"{used} tokens do not fit in a batch of {length}")
-        if used < length:
-            documents = [*documents, filler(length - used, documents)]
+    real = [document for group in groups for document in group]
+    documents = real + fillers(-sum(map(len, real)) % multiple_of)
     lengths = np.array([len(d) for d in documents], dtype=np.int64)
     cu = np.concatenate([[0], lengths.cumsum()])  # [S+1]
     starts, ends = cu[:-1].repeat(lengths), cu[1:].repeat(lengths)  # [T]
     tokens = concatenate([d.ids for d in documents], np.int64)
     last = np.arange(len(tokens)) == ends - 1
     weights = np.where(last, 0.0, np.roll(concatenate([d.weights for d in documents], np.float32), -1))
-    names = documents[0].fields if documents else ()
+    names = real[0].fields if real else ()
+    known = {"tokens": float(weights.sum()), "sequences": float(len(real)), "groups": float(len(groups))}
     return PackedBatch(
         tokens=torch.from_numpy(tokens),
         targets=torch.from_numpy(np.where(last, IGNORE, np.roll(tokens, -1))),
@@ -96,25 +95,26 @@ def pack(groups: Iterable[Group], counts: dict[str, float] | None = None, length
         doc_start=torch.from_numpy(starts.astype(np.int32)),
         doc_end=torch.from_numpy(ends.astype(np.int32)),
         supervised=torch.from_numpy(np.flatnonzero(weights)),
-        fields={name: pack_field([d.fields[name] for d in documents], last) for name in names},
-        counts=known | {"tokens": float(weights.sum())} | (counts or {}),
+        fields={name: pack_field([d.fields[name] for d in real], last) for name in names},
+        counts=known | (counts or {}),
+        sequences=len(real),
         squared_lengths=float((lengths.astype(np.float64) ** 2).sum()),
     )
 
 
-def filler(length: int, documents: list[Document]) -> Document:
-    """A document that counts for nothing, with the fields of the others set to 0."""
-    names = documents[0].fields if documents else {}
-    fields = {k: np.zeros(length, np.float32) if isinstance(v, np.ndarray) else 0.0 for k, v in names.items()}
-    return Document(np.zeros(length, np.int32), np.zeros(length, np.float32), fields)
+def fillers(tokens: int) -> list[Document]:
+    """Documents that count for nothing, short ones: attention's work grows with the square of a length."""
+    sizes = [FILLER] * (tokens // FILLER) + ([tokens % FILLER] if tokens % FILLER else [])
+    return [Document(np.zeros(n, np.int32), np.zeros(n, np.float32)) for n in sizes]
 
 
 def pack_field(values: list, last: np.ndarray) -> Tensor:
     """Per-sequence numbers → [S] fp32; per-token arrays → [T] fp32, moved to where their token is the target."""
     if not isinstance(values[0], np.ndarray):
         return torch.tensor(values, dtype=torch.float32)
-    shifted = np.roll(np.concatenate(values).astype(np.float32), -1)
-    return torch.from_numpy(np.where(last, np.float32(0), shifted))
+    spread = np.zeros(len(last), np.float32)
+    spread[: sum(map(len, values))] = np.concatenate(values)
+    return torch.from_numpy(np.where(last, np.float32(0), np.roll(spread, -1)))
 
 
 def concatenate(arrays: list[np.ndarray], dtype) -> np.ndarray:

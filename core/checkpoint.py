@@ -41,7 +41,7 @@ def save_checkpoint(
 ) -> None:
     """Write a checkpoint at `folder`, whole or not at all. Every rank must call it; rank 0 writes.
 
-    `export(folder)` writes the Hugging Face folder and is called on every rank; `tensors` go to trainer/NAME.safetensors.
+    `export(folder)` writes the Hugging Face folder, a collective; `tensors` go to trainer/NAME.safetensors.
     Raises: CheckpointError on every rank when the disk is full or not writable; what was there before is untouched.
     """
     temporary = folder.with_name(f"{folder.name}.tmp")
@@ -52,6 +52,7 @@ def save_checkpoint(
             (temporary / "trainer").mkdir(parents=True)
     except OSError as problem:
         error = str(problem)
+    error = mesh.broadcast_object(error)  # `export` is a collective: all ranks call it, or none
     error = error or guarded(lambda: export(str(temporary)))
     if mesh.main and not error:
         error = guarded(lambda: write_trainer_state(temporary, tensors, state)) or guarded(
@@ -144,10 +145,15 @@ def latest(folder: Path, mesh: Mesh, warn: Callable[[str], None]) -> Path | None
     return mesh.broadcast_object(found)
 
 
-def prune(folder: Path, keep: int, mesh: Mesh) -> None:
-    """Delete all but the newest `keep` checkpoints, and what an interrupted save left."""
+def prune(newest: Path, keep: int, mesh: Mesh) -> None:
+    """Delete all but the last `keep` checkpoints up to `newest`, and what an interrupted save left.
+
+    Those after `newest` go too: the run went on from before them, because they are damaged.
+    """
     if mesh.main:
-        for old in [*checkpoints(folder)[:-keep], *folder.glob("step-*.tmp")]:
+        found = checkpoints(newest.parent)
+        end = found.index(newest) + 1
+        for old in [*found[: max(end - keep, 0)], *found[end:], *newest.parent.glob("step-*.tmp")]:
             shutil.rmtree(old, ignore_errors=True)
 
 

@@ -13,6 +13,7 @@ import hashlib
 import json
 import math
 import os
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -22,8 +23,8 @@ from typing import Protocol
 import numpy as np
 
 from tritium.core.batch import Document, Group, PackedBatch, pack, plan_bins
-from tritium.core.chat import ChatError, render
-from tritium.core.config import ConfigError, opt
+from tritium.core.chat import render
+from tritium.core.config import ConfigError, UserError, opt
 from tritium.core.formats import (
     DataError,
     RecordError,
@@ -50,6 +51,11 @@ class DataConfig:
     on_error: str = opt("skip", "what a bad record does", choices=("skip", "raise"))
     on_overlong: str = opt("skip", "what happens to records longer than the context", choices=("skip", "truncate"))
 
+    @property
+    def quantum(self) -> int:
+        """Streams are filled up to a multiple of this, so that there are eight shapes at most."""
+        return max(self.bin_tokens // 8, 1)
+
     def __post_init__(self):
         if self.bin_tokens < 2 or self.bins_per_step < 1:
             raise ConfigError("data.bin_tokens must be at least 2, and data.bins_per_step at least 1")
@@ -72,7 +78,7 @@ def parse_sources(sources: Sequence[str], key: str = "data.sources") -> list[tup
             parsed.append((text, 1.0))  # an @ in the file's name
         if not Path(parsed[-1][0]).is_file():
             raise DataError(f"{key}: {parsed[-1][0]} does not exist")
-        if parsed[-1][1] <= 0:
+        if not 0 < parsed[-1][1] < math.inf:
             raise ConfigError(f"{key}: the weight of {path} must be positive, not {weight}")
     return parsed
 
@@ -90,28 +96,35 @@ class Source(Protocol):
 
 
 class Windows:
-    """A stretch of a token stream, cut into windows; documents keep to themselves within a window."""
+    """A stretch of a token stream, cut between documents into windows of about `context` tokens.
+
+    A window is small against a bin, so that a bin mixes sources; a document is cut only where it is longer than
+    `context`.
+    """
 
     difficulty = None
 
-    def __init__(self, tokens: np.ndarray, starts: np.ndarray, size: int, context: int):
-        self.tokens, self.starts, self.size, self.context = tokens, starts, size, context
-        count = -(-len(tokens) // size)
-        self.lengths = np.minimum(np.full(count, size), len(tokens) - size * np.arange(count))
-        if count and self.lengths[-1] < 2:  # a lone token predicts nothing
-            self.lengths = self.lengths[:-1]
+    def __init__(self, tokens: np.ndarray, starts: np.ndarray, context: int, capacity: int):
+        piece = min(context, capacity)
+        size = min(piece, capacity - piece)  # no window is longer than size + piece
+        self.tokens, self.cuts = tokens, cut_points(starts, len(tokens), piece)
+        at = np.arange(0, len(tokens), size) if size else self.cuts
+        edges = np.unique(self.cuts[np.searchsorted(self.cuts, at, side="right") - 1]) if len(tokens) else at
+        self.edges = np.append(edges, len(tokens))
+        self.lengths = np.diff(self.edges)
 
     def __getitem__(self, index: int) -> Group:
-        first = index * self.size
-        last = first + int(self.lengths[index])
-        lo, hi = np.searchsorted(self.starts, [first, last], side="right")
-        cuts = [first, *self.starts[lo:hi].tolist(), last]
-        pieces = [
-            np.asarray(self.tokens[at : min(at + self.context, end)], np.int32)
-            for begin, end in zip(cuts[:-1], cuts[1:], strict=True)
-            for at in range(begin, end, self.context)
-        ]
+        first, last = self.edges[index], self.edges[index + 1]
+        inner = self.cuts[slice(*np.searchsorted(self.cuts, [first, last]))]
+        pieces = np.split(np.asarray(self.tokens[first:last], np.int32), inner[1:] - first)
         return [Document(ids, np.ones(len(ids), np.float32)) for ids in pieces]
+
+
+def cut_points(starts: np.ndarray, length: int, piece: int) -> np.ndarray:
+    """Where documents begin, and where longer ones are cut into pieces of `piece` tokens."""
+    counts = -(-np.diff(np.append(starts, length)) // piece)  # pieces of each document
+    within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+    return np.repeat(starts, counts) + piece * within
 
 
 def text_sources(config: DataConfig, tokenizer: Tokenizer, context: int, cache: str, skipped: Skipped):
@@ -119,13 +132,19 @@ def text_sources(config: DataConfig, tokenizer: Tokenizer, context: int, cache: 
     train, heldout, weights = [], [], []
     for path, weight in parse_sources(config.sources):
         tokens, starts = token_shard(path, tokenizer, cache, skipped)
-        kept = int(len(tokens) * (1 - config.holdout))
-        kept -= kept % config.bin_tokens if kept > config.bin_tokens else 0
-        train.append(Windows(tokens[:kept], starts[starts < kept], config.bin_tokens, context))
-        rest = starts[starts >= kept] - kept
-        heldout.append(Windows(tokens[kept:], rest, config.bin_tokens, context))
+        kept = split_point(starts, len(tokens), config.holdout)
+        rest = np.append(0, starts[starts > kept] - kept) if kept < len(tokens) else starts[:0]
+        train.append(Windows(tokens[:kept], starts[starts < kept], context, config.bin_tokens))
+        heldout.append(Windows(tokens[kept:], rest, context, config.bin_tokens))
         weights.append(weight)
     return train, heldout, weights
+
+
+def split_point(starts: np.ndarray, length: int, holdout: float) -> int:
+    """Where the held-out tail begins: between two documents, or within the only one."""
+    at = round(length * (1 - holdout))
+    after = starts[starts >= at]
+    return int(after[0]) if len(after) else at
 
 
 def token_shard(path: str, tokenizer: Tokenizer, cache: str, skipped: Skipped) -> tuple[np.ndarray, np.ndarray]:
@@ -142,7 +161,7 @@ def token_shard(path: str, tokenizer: Tokenizer, cache: str, skipped: Skipped) -
         before, after = ([] if i is None else [i] for i in (tokenizer.bos_id, tokenizer.eos_id))
         encoded = tokenizer.encode_batch(list(read_documents(path, skipped)))
         if not encoded:
-            raise DataError(f"{path} holds no text")
+            raise DataError(f"{path} holds no text\n{skipped.summary()}")
         dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
         streams = [np.array(before + ids + after, dtype) for ids in encoded]
         starts = np.cumsum([0, *map(len, streams)])[:-1]
@@ -191,7 +210,7 @@ def record_sources(
                 group = fit(convert(record), context, config.on_overlong)
                 difficulty.append(float(record[config.difficulty]) if config.difficulty else 0.0)
                 groups.append(group)
-            except (RecordError, ChatError) as error:
+            except (RecordError, UserError) as error:  # of the conversation's form, or of its text
                 skipped.add(str(error), place)
             except (KeyError, TypeError, ValueError) as error:
                 skipped.add(f"a record that can't be used ({type(error).__name__}: {error})", place)
@@ -213,7 +232,7 @@ def fit(group: Group, context: int, on_overlong: str) -> Group:
     if longest > context:
         if on_overlong == "skip":
             raise RecordError("a record longer than the context")
-        group = [Document(d.ids[:context], d.weights[:context], d.fields) for d in group]
+        group = [d.first(context) for d in group]
     if any(not d.weights[1:].any() for d in group):
         raise RecordError("a record without a supervised token within the context")
     return group
@@ -225,14 +244,11 @@ def conversation_group(tokenizer: Tokenizer) -> Callable[[dict], Group]:
 
 
 def preference_group(tokenizer: Tokenizer) -> Callable[[dict], Group]:
-    """record → [chosen, rejected], only the last answer supervised; `is_chosen` per token."""
+    """record → [chosen, rejected], only the last answer supervised."""
 
     def convert(record: dict) -> Group:
         prompt, chosen, rejected = preference(record)
-        pair = [answer_document(tokenizer, prompt, answer) for answer in (chosen, rejected)]
-        for document, flag in zip(pair, (1.0, 0.0), strict=True):
-            document.fields["is_chosen"] = np.full(len(document), flag, np.float32)
-        return pair
+        return [answer_document(tokenizer, prompt, answer) for answer in (chosen, rejected)]
 
     return convert
 
@@ -282,6 +298,7 @@ class Bins:
         self.sources, self.weights, self.config, self.mesh = sources, weights, config, mesh
         self.seed, self.group_name = seed, group_name
         self.epoch_bins = lru_cache(maxsize=2)(self.plan_epoch)
+        self.ends = [0]  # ends[e]: bins before epoch e
 
     def plan_epoch(self, epoch: int) -> list[list[tuple[int, int]]]:
         """The bins of an epoch, each a list of (source, item)."""
@@ -311,16 +328,18 @@ class Bins:
         return int(sum(w * s.lengths.sum() for s, w in zip(self.sources, self.weights, strict=True)))
 
     def bin(self, index: int) -> PackedBatch:
-        """Bin `index` ≥ 0 of the endless sequence."""
-        epoch, bins = 0, self.epoch_bins(0)
-        while index >= len(bins):
-            index -= len(bins)
-            epoch += 1
-            bins = self.epoch_bins(epoch)
-        return self.packed([self.sources[s][i] for s, i in bins[index]])
+        """Bin `index` ≥ 0 of the endless sequence. Raises: DataError where an epoch has none."""
+        while index >= self.ends[-1]:
+            count = len(self.epoch_bins(len(self.ends) - 1))
+            if not count:
+                raise DataError("an epoch of these sources and weights (FILE@W) holds nothing to train on")
+            self.ends.append(self.ends[-1] + count)
+        epoch = bisect_right(self.ends, index) - 1
+        members = self.epoch_bins(epoch)[index - self.ends[epoch]]
+        return self.packed([self.sources[s][i] for s, i in members])
 
     def packed(self, groups: list[Group]) -> PackedBatch:
-        batch = pack(groups, {self.group_name: float(len(groups))})
+        batch = pack(groups, {self.group_name: float(len(groups))}, self.config.quantum)
         return batch.to(self.mesh.device)
 
     def step(self, step: int) -> list[PackedBatch]:

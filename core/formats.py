@@ -14,6 +14,8 @@ The form is found from the record's keys. A record that can't be used raises `Re
 
 import gzip
 import json
+import re
+import zlib
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -25,6 +27,7 @@ from tritium.core.config import UserError
 
 Message = dict[str, Any]  # {"role": …, "content": …}, and "weight" where it is not 1
 
+LONE_SURROGATE = re.compile("[\ud800-\udfff]")  # half of a character: JSON can spell it, UTF-8 can't
 SHAREGPT_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 
 
@@ -57,7 +60,8 @@ class Skipped:
 
 
 def open_text(path: Path):
-    return gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8")
+    """As UTF-8, with or without the mark that Windows puts at the beginning."""
+    return (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8-sig")
 
 
 def read_text(path: str) -> str:
@@ -70,8 +74,8 @@ def read_text(path: str) -> str:
     except UnicodeDecodeError as error:
         where = f"byte {error.start} is {error.object[error.start]:#04x}"
         raise DataError(f"{path} is not UTF-8 text ({where}); convert it, e.g. with iconv") from None
-    except OSError as error:
-        raise DataError(f"{path} can't be read: {error.strerror or error}") from None
+    except (OSError, EOFError, zlib.error) as error:  # the last two: of a .gz file that is cut off or damaged
+        raise DataError(f"{path} can't be read: {getattr(error, 'strerror', None) or error}") from None
     if not text.strip():
         raise DataError(f"{path} is empty")
     return text
@@ -119,10 +123,12 @@ def read_documents(path: str, skipped: Skipped) -> Iterator[str]:
         return
     for place, record in read_records(path, skipped):
         text = record.get("text")
-        if isinstance(text, str) and text:
-            yield text
-        else:
+        if not isinstance(text, str) or not text:
             skipped.add('a record without a "text"', place)
+        elif LONE_SURROGATE.search(text):
+            skipped.add("a text that is not valid Unicode", place)
+        else:
+            yield text
 
 
 def conversation(record: dict) -> list[Message]:

@@ -43,6 +43,7 @@ class Metrics:
         self._file = None
         self._started: tuple[int, float] | None = None  # the first step logged, and when: for the time that is left
         self._shown_at, self._live_width = -math.inf, 0
+        self._warned = False  # that the file can't be written
 
     def resume(self, step: int) -> None:
         """Drop the lines at or after `step`, which a resumed run will write again; 0 starts the file afresh."""
@@ -90,8 +91,13 @@ class Metrics:
         if self._file is None:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115 - open as long as the run
-        self._file.write(json.dumps(record, allow_nan=False) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps(record, allow_nan=False) + "\n")
+            self._file.flush()
+        except OSError as error:  # a full disk must not end the run; the file's buffer is written when there is room
+            if not self._warned:
+                self.message(f"{self._path} can't be written: {error.strerror}; the run goes on")
+            self._warned = True
 
     def _parts(self, step: int, values: Mapping[str, float], now: float) -> list[str]:
         """The phrases of the display, the most wanted first."""
@@ -113,7 +119,8 @@ class Metrics:
 
     def _close_file(self) -> None:
         if self._file is not None:
-            self._file.close()
+            with suppress(OSError):  # it has been told of
+                self._file.close()
             self._file = None
 
 

@@ -2,7 +2,7 @@
 
 An objective has three parts:
 
-    prepare(networks, batches)   before the first backward, without a gradient: reference or old log-probs → batch.fields
+    prepare(networks, batches)   before the first backward, no gradient: reference or old log-probs → batch.fields
     outputs(networks, batch)     the forward pass
     loss(outputs, batch)         {term: Term(sum, denominator, coefficient)}, {metric: Metric(sum, denominator)}
 
@@ -64,7 +64,7 @@ def supervised_logprob(model: Transformer, batch: PackedBatch, temperature: floa
 def sequence_sum(values: Tensor, batch: PackedBatch) -> Tensor:
     """Sum values of the supervised tokens, [N], within each document: [S]."""
     spread = values.new_zeros(len(batch.tokens)).index_copy(0, batch.supervised, values)  # [T]
-    return segment_sum(spread, batch.cu_seqlens)
+    return segment_sum(spread, batch.cu_seqlens)[: batch.sequences]
 
 
 def supervised(values: Tensor, batch: PackedBatch, like: Tensor) -> Tensor:
@@ -94,7 +94,7 @@ class RewardObjective(Objective):
     """Base of the reward objectives: the score of each document, [S]."""
 
     def outputs(self, networks: Networks, batch: PackedBatch) -> Tensor:
-        return networks["reward"].scores(batch.tokens, batch.cu_seqlens)
+        return networks["reward"].scores(batch.tokens, batch.cu_seqlens)[: batch.sequences]
 
 
 @dataclass
@@ -150,7 +150,7 @@ class DPO(Objective):
     """−log σ(β [(π_c − ref_c) − (π_r − ref_r)]), sums of log-probs over the answer (Rafailov et al., arXiv 2305.18290).
 
     Documents 2i and 2i+1 are the chosen and the rejected answer of pair i. `sft` adds that much of the chosen
-    answer's cross-entropy per token (Pang et al., arXiv 2404.19733, who divide by its length).
+    answer's mean cross-entropy per token (Pang et al., arXiv 2404.19733, eq. 1).
     """
 
     beta: float = 0.1
@@ -169,8 +169,8 @@ class DPO(Objective):
         chosen, rejected = (self.beta * (policy - batch.fields["reference"])).view(-1, 2).unbind(-1)  # [pairs]
         terms = {"loss": Term(-F.logsigmoid(chosen - rejected).sum(), "pairs")}
         if self.sft:
-            weights = supervised(batch.weights * batch.fields["is_chosen"], batch, outputs.logp)
-            terms["sft"] = Term(-(weights * outputs.logp).sum(), "chosen_tokens", self.sft)
+            lengths = sequence_sum(torch.ones_like(outputs.logp), batch)  # [S]
+            terms["sft"] = Term(-(policy / lengths).view(-1, 2)[:, 0].sum(), "pairs", self.sft)
         metrics = {
             "accuracy": Metric((chosen > rejected).sum().detach(), "pairs"),
             "margin": Metric((chosen - rejected).sum().detach(), "pairs"),

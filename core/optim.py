@@ -75,7 +75,7 @@ class Optimizer:
         reduce_gradients([b.gradient for b in self.buffers], self.mesh)
         norm = global_grad_norm([(b.gradient, b.sharded) for b in self.buffers], self.mesh)
         found_inf = (~norm.isfinite()).float()
-        scale = (self.config.clip / (norm + 1e-6)).clamp_max(1.0).float()
+        scale = (self.config.clip / (norm + 1e-6)).clamp_max(1.0)
         self.step_count += 1.0 - found_inf
         for decay in (True, False):
             chosen = [b for b in self.buffers if b.decay == decay]
@@ -118,10 +118,14 @@ class Optimizer:
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """The inverse of `state_dict`, on any mesh. Raises: ValueError naming a missing or mis-shaped tensor."""
+        """The inverse of `state_dict`, on any mesh. Raises: ValueError naming a missing, odd or mis-shaped tensor."""
+        kinds = ("master", "exp_avg", "exp_avg_sq")
+        known = {f"{kind}.{name}" for buffer in self.buffers for name, _ in buffer.parameters for kind in kinds}
+        if odd := sorted(state.keys() - known - {"step"}):
+            raise ValueError(f"optimizer state {odd[0]}: the model has no such parameter")
         self.step_count.copy_(state["step"])
         for buffer in self.buffers:
-            for kind in ("master", "exp_avg", "exp_avg_sq"):
+            for kind in kinds:
                 for (name, p), piece in zip(buffer.parameters, views(getattr(buffer, kind), buffer), strict=True):
                     key, wanted = f"{kind}.{name}", full_shape(p, self.mesh.tp)
                     if key not in state or tuple(state[key].shape) != wanted:

@@ -8,7 +8,7 @@ import numpy as np
 
 from tritium.core.batch import Document
 from tritium.core.chat import render, stop_ids
-from tritium.core.config import ConfigError, opt
+from tritium.core.config import ConfigError, UserError, opt
 from tritium.core.data import parse_sources
 from tritium.core.formats import DataError, Message, RecordError, Skipped, problem, read_records
 from tritium.core.rewards import Answer, Reward, Score, judge
@@ -74,8 +74,11 @@ def load_problems(sources: Sequence[str], tokenizer: Tokenizer, context: int, sk
             try:
                 messages, reference = problem(record)
                 ids = render(tokenizer, messages, generation_prompt=True).ids
-            except (RecordError, ValueError) as error:
+            except (RecordError, UserError) as error:
                 skipped.add(str(error), place)
+                continue
+            except (KeyError, TypeError, ValueError) as error:
+                skipped.add(f"a record that can't be used ({type(error).__name__}: {error})", place)
                 continue
             if len(ids) >= context:
                 skipped.add("a question longer than the context", place)

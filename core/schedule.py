@@ -18,7 +18,7 @@ class ScheduleConfig:
 
     kind: str = opt("cosine", "shape after the warm-up", choices=("constant", "linear", "cosine", "wsd"))
     warmup: float = opt(0.02, "warm-up, rising linearly from 0: steps if ≥ 1, else a share of the run")
-    floor: float = opt(0.1, "the last learning rate, as a share of the peak")
+    floor: float = opt(0.1, "the rate at the end of the run, as a share of the peak")
     decay: float = opt(0.2, "wsd: length of the final decay, steps if ≥ 1, else a share of the run")
     decay_shape: str = opt("1-sqrt", "wsd: shape of the final decay", choices=tuple(DECAYS))
 
@@ -35,7 +35,7 @@ def learning_rate(config: ScheduleConfig, peak: float, step: int, total: int) ->
         return peak * (step + 1) / warmup
     if config.kind == "constant":
         return peak
-    start = total - steps_of(config.decay, total) if config.kind == "wsd" else warmup
+    start = max(warmup, total - steps_of(config.decay, total)) if config.kind == "wsd" else warmup
     progress = min(max(step - start, 0) / max(total - start, 1), 1.0)  # 0 … 1 over the decay
     shape = {
         "linear": lambda x: 1.0 - x,

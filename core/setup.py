@@ -66,7 +66,7 @@ def parameter_dtype(name: str, mesh: Mesh) -> torch.dtype:
 
 
 def load_model(folder: str, dtype: str, mesh: Mesh, *, frozen: bool = False) -> Transformer:
-    """A language model from a folder, in a dtype named as in RunConfig. Raises: UserError saying what is wrong with the folder."""
+    """A language model from a folder, in a dtype named as in RunConfig. Raises: UserError saying what is wrong."""
     model = read_model(folder, dtype, mesh)
     if not isinstance(model, Transformer):
         raise UserError(f"{folder} is a reward model; this needs a language model")

@@ -134,19 +134,18 @@ class Trainer:
             if self.index == 0:
                 self.before = self.log(self.evaluate(self.evaluation))
             self.stepped_at = time.perf_counter()
-            while self.index < self.total_steps:
-                if any(self.mesh.gather_objects(self.stop_signal)):
-                    self.interrupt()
+            while self.index < self.total_steps and not self.told_to_stop():
                 first = self.index
                 yield first
                 if self.passed(first, self.run.eval_every) or self.index >= self.total_steps:
                     self.log(self.evaluate(self.evaluation))
                 if self.passed(first, self.run.save_every) and self.index < self.total_steps:
                     self.save()
-        self.flush_metrics()
-        if self.saved != self.index:
-            self.save(last=True)
-        self.metrics.close()
+            if self.saved != self.index:
+                self.save(last=True)
+            self.metrics.close()
+        if self.told_to_stop():
+            self.obey()
 
     def passed(self, first: int, every: int) -> bool:
         """Whether the steps since `first` reached a multiple of `every`."""
@@ -167,7 +166,7 @@ class Trainer:
         rate = learning_rate(self.schedule, self.optim.lr, self.index, self.total_steps)
         values: dict[str, Any] = {"lr": rate}
         with self.clock("optimizer"):
-            if counts["stream"]:  # on nothing, not even momentum moves a parameter
+            if counts.get("tokens"):  # with nothing supervised, not even momentum moves a parameter
                 values |= self.update(rate)
         values |= self.speed(counts) | (extra or {})
         self.index += 1
@@ -242,8 +241,8 @@ class Trainer:
         self.bad_steps = self.bad_steps + 1 if skipped else 0
         if self.bad_steps >= self.run.max_bad_steps:
             raise TrainingError(
-                f"the gradient was not finite in {self.bad_steps} steps in a row, up to step {step}: lower optim.lr, or look "
-                f"at the data of these steps; checkpoints are in {self.out}"
+                f"the gradient was not finite in {self.bad_steps} steps in a row, up to step {step}: lower optim.lr, "
+                f"or look at the data of these steps; checkpoints are in {self.out}"
             )
 
     def log(self, values: dict[str, float]) -> dict[str, float]:
@@ -307,22 +306,25 @@ class Trainer:
             for number in numbers:
                 signal.signal(number, previous[number])
 
-    def interrupt(self) -> None:
-        """Save, then let the signal act as it would have without us; a rank that got none stops with the others."""
-        self.flush_metrics()
-        self.save()
+    def told_to_stop(self) -> bool:
+        """Whether any rank was sent a signal; the same on every rank."""
+        return any(self.mesh.gather_objects(self.stop_signal))
+
+    def obey(self) -> None:
+        """Let the signal act as it would have without us; a rank that got none stops with the others."""
         if self.stop_signal:
             signal.raise_signal(self.stop_signal)  # its own handler is back since it came
         raise KeyboardInterrupt
 
     def save(self, last: bool = False) -> None:
         """Write a checkpoint. A failure stops the run only where it is the last one."""
+        self.flush_metrics()  # what is before a checkpoint must be on disk, too: a resumed run will not write it again
         folder = self.out / f"step-{self.index:08d}"
         tensors = {key: optimizer.state_dict() for key, optimizer in self.optimizers.items()}
         state = {"step": self.index, "before": self.before, "last": self.last, "config": self.config_toml}
         try:
             save_checkpoint(folder, self.mesh, self.export, tensors, state)
-            prune(self.out, self.run.keep, self.mesh)
+            prune(folder, self.run.keep, self.mesh)
             self.saved = self.index
         except CheckpointError as error:
             if last:
@@ -358,7 +360,7 @@ class Trainer:
             raise CheckpointError(f"{folder} does not fit this model: {error}") from None
         self.index = self.saved = state["step"]
         self.before, self.last = state["before"], state["last"]
-        self.metrics.resume(self.index + 1)
+        self.metrics.resume(self.index + 1 if self.index else 0)  # step 0 is evaluated again
         if self.index:
             self.say(f"resuming from {folder}")
 

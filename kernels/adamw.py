@@ -68,6 +68,7 @@ def _chunks(tensors: Sequence[Tensor | None]) -> list[Sequence[Tensor | None]]:
     return [[None if x is None else x[start : start + CHUNK] for x in flat] for start in starts]
 
 
+@torch.compiler.disable  # already one fused kernel; tracing its in-place update of views fails in torch 2.13
 @torch.no_grad()
 def adamw_(
     params: Sequence[Tensor],

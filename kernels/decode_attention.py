@@ -98,7 +98,8 @@ def decode_attention(
         shapes = f"{tuple(page_table.shape)}, {tuple(lengths.shape)}"
         raise ValueError(f"page_table and lengths must be [{B}, N] and [{B}], got {shapes}")
     capacity = page_table.shape[1] * page
-    longest = capacity if lengths.is_cuda or not B else int(lengths.max())
+    unread = lengths.is_cuda or torch.compiler.is_compiling() or not B
+    longest = capacity if unread else int(lengths.max())
     if longest > capacity:
         raise ValueError(f"a length of {longest} is over the {capacity} tokens of {page_table.shape[1]} pages")
     if not longest:

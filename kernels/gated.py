@@ -57,7 +57,7 @@ class _GatedFused(torch.autograd.Function):
         dgate_up = torch.empty_like(gate_up, memory_format=torch.contiguous_format)
         dgate, dup = dgate_up.chunk(2, -1)
         dgate.copy_(ctx.activation.backward(dy * up, gate))
-        torch.mul(ctx.activation(gate), dy, out=dup)
+        dup.copy_(ctx.activation(gate).mul_(dy))
         return dgate_up, None
 
 

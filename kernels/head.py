@@ -59,10 +59,10 @@ def check_head(hidden: Tensor, weight: Tensor, names: tuple[str, str] = ("hidden
 
 
 def check_targets(targets: Tensor, tokens: int, vocab: int, ignore_index: int | None) -> None:
-    """Raise ValueError unless targets is [tokens] and in range; values are read on a CPU only (no host sync)."""
+    """Raise ValueError unless targets is [tokens] and in range; values are read on a CPU only: no host sync."""
     if targets.shape != (tokens,):
         raise ValueError(f"targets must have one id for each of {tokens} tokens, got shape {tuple(targets.shape)}")
-    if targets.is_cuda or not tokens:
+    if targets.is_cuda or torch.compiler.is_compiling() or not tokens:
         return
     ids = targets if ignore_index is None else targets.masked_fill(targets == ignore_index, 0)
     low, high = (int(x) for x in ids.aminmax())
@@ -70,17 +70,18 @@ def check_targets(targets: Tensor, tokens: int, vocab: int, ignore_index: int | 
         raise ValueError(f"targets hold {low if low < 0 else high}: ids must be in [0, {vocab}) or {ignore_index}")
 
 
+def _tile_shape(tokens: int, vocab: int, device: torch.device) -> tuple[int, int]:
+    """(rows, columns) of a tile."""
+    rows = max(1, min(tokens, TILE_ROWS))
+    return rows, min(vocab, max(1, TILE_BYTES.get(device.type, TILE_BYTES["cuda"]) // (4 * rows)))
+
+
 def tiles(tokens: int, vocab: int, device: torch.device) -> Iterator[tuple[int, slice, slice]]:
     """(chunk number, columns, rows) of every tile: the vocabulary outside, so that a chunk of the weight stays hot."""
-    rows = max(1, min(tokens, TILE_ROWS))
-    columns = min(vocab, max(1, TILE_BYTES.get(device.type, TILE_BYTES["cuda"]) // (4 * rows)))
+    rows, columns = _tile_shape(tokens, vocab, device)
     for chunk, column in enumerate(range(0, vocab, columns)):
         for row in range(0, tokens, rows):
             yield chunk, slice(column, min(vocab, column + columns)), slice(row, min(tokens, row + rows))
-
-
-def chunk_count(tokens: int, vocab: int, device: torch.device) -> int:
-    return max((chunk for chunk, _, _ in tiles(tokens, vocab, device)), default=-1) + 1
 
 
 def logits_tile(hidden: Tensor, weight: Tensor, options: HeadOptions) -> Tensor:
@@ -117,7 +118,7 @@ class _Head(torch.autograd.Function):
         lse, top = (hidden.new_full((T,), -torch.inf, dtype=dtype) for _ in range(2))
         picked = hidden.new_zeros(targets.shape, dtype=dtype)
         expected, total = (hidden.new_zeros(T, dtype=dtype) if x else None for x in (options.expected, options.total))
-        chunk_lse = hidden.new_empty(chunk_count(T, V, hidden.device), T, dtype=dtype)
+        chunk_lse = hidden.new_empty(-(-V // _tile_shape(T, V, hidden.device)[1]), T, dtype=dtype)
         for chunk, columns, rows in tiles(T, V, hidden.device):
             z, picked_here = _tile_logits(hidden[rows], weight[columns], targets[rows], columns, options)
             picked[rows] += picked_here

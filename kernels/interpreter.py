@@ -66,7 +66,7 @@ def _internals() -> SimpleNamespace:
     wanted = [(builder, name) for name in (*_FLOAT_OPS, *_BUILDER_METHODS)]
     wanted += [(executor, "__call__"), (jit.JITFunction, "run"), (jit.JITFunction, "__call__")]
     names = ("TensorHandle", "InterpretedFunction", "InterpreterError", "ReduceScanOpInterface")
-    names += ("_patch_lang", "_get_np_dtype")
+    names += ("_patch_lang", "_patch_lang_tensor", "_get_np_dtype")
     wanted += [(interpreter, name) for name in names]
     missing = [name for owner, name in wanted if not hasattr(owner, name)]
     if not missing and interpreter._get_np_dtype(tl.bfloat16) != np.uint16:
@@ -80,13 +80,13 @@ def _internals() -> SimpleNamespace:
         triton=triton,
         tl=tl,
         jit=jit,
+        interpreter=interpreter,
         Builder=builder,
         Executor=executor,
         Handle=interpreter.TensorHandle,
         Interpreted=interpreter.InterpretedFunction,
         Error=interpreter.InterpreterError,
         Reduction=interpreter.ReduceScanOpInterface,
-        patch_lang=interpreter._patch_lang,
     )
 
 
@@ -132,30 +132,35 @@ def _fp32_to_tf32(values: np.ndarray) -> np.ndarray:
     return ((bits + np.uint32(0x1000)) & np.uint32(0xFFFFE000)).view(np.float32)  # 10 bits of mantissa
 
 
-@functools.cache
-def correct_numerics() -> None:
-    """Patch the interpreter, once and for the whole process: bf16 in fp32 with rounding, tl.dot in bf16 and TF32."""
+def _widened(x: Any) -> Any:
+    """A bf16 handle as one in fp32; anything else as it is."""
+    t = _internals()
+    is_bf16 = isinstance(x, t.Handle) and x.dtype.scalar == t.tl.bfloat16
+    return t.Handle(_bf16_to_fp32(x.data), t.tl.float32) if is_bf16 else x
+
+
+def _in_fp32(method: Callable) -> Callable:
+    """An elementwise operation of the interpreter, for bf16 in fp32 and then rounded."""
+    t = _internals()
+
+    @functools.wraps(method)
+    def run(self, *operands):
+        wide = [_widened(x) for x in operands]
+        out = method(self, *wide)
+        rounds = out.data.dtype == np.float32 and any(a is not b for a, b in zip(wide, operands, strict=True))
+        return t.Handle(_fp32_to_bf16(out.data), t.tl.bfloat16) if rounds else out
+
+    return run
+
+
+def _correct_casts() -> None:
     from triton._C.libtriton import ir
 
     t = _internals()
-    bf16, fp32 = t.tl.bfloat16, t.tl.float32
-
-    def widened(x: Any) -> Any:
-        is_bf16 = isinstance(x, t.Handle) and x.dtype.scalar == bf16
-        return t.Handle(_bf16_to_fp32(x.data), fp32) if is_bf16 else x
-
-    def in_fp32(method: Callable) -> Callable:
-        @functools.wraps(method)
-        def run(self, *operands):
-            wide = [widened(x) for x in operands]
-            out = method(self, *wide)
-            rounds = out.data.dtype == np.float32 and any(a is not b for a, b in zip(wide, operands, strict=True))
-            return t.Handle(_fp32_to_bf16(out.data), bf16) if rounds else out
-
-        return run
+    bf16 = t.tl.bfloat16
 
     def cast_impl(self, src, dst_type, *, original=t.Builder.cast_impl):
-        src = widened(src)
+        src = _widened(src)
         if dst_type.scalar != bf16:
             return original(self, src, dst_type)
         return t.Handle(_fp32_to_bf16(src.data.astype(np.float32)), bf16)
@@ -167,24 +172,46 @@ def correct_numerics() -> None:
             raise NotImplementedError("bf16 with fp_downcast_rounding='rtz' is not part of the harness")
         return self.cast_impl(src, dst_type)
 
+    t.Builder.cast_impl = cast_impl
+    t.Builder.create_fp_to_fp = create_fp_to_fp
+    t.Builder.get_bf16 = lambda self, value: t.Handle(_fp32_to_bf16(np.array([value], dtype=np.float32)), bf16)
+
+
+def _correct_dot() -> None:
+    from triton._C.libtriton import ir
+
+    t = _internals()
+
     def create_dot(self, a, b, d, input_precision, max_num_imprecise_acc, *, original=t.Builder.create_dot):
-        if a.dtype.scalar == fp32 and input_precision == ir.INPUT_PRECISION.TF32:
-            a, b = (t.Handle(_fp32_to_tf32(x.data), fp32) for x in (a, b))
-        return original(self, widened(a), widened(b), d, input_precision, max_num_imprecise_acc)
+        if a.dtype.scalar == t.tl.float32 and input_precision == ir.INPUT_PRECISION.TF32:
+            a, b = (t.Handle(_fp32_to_tf32(x.data), t.tl.float32) for x in (a, b))
+        return original(self, _widened(a), _widened(b), d, input_precision, max_num_imprecise_acc)
+
+    t.Builder.create_dot = create_dot
+
+
+@functools.cache
+def correct_numerics() -> None:
+    """Patch the interpreter, once and for the whole process: bf16 in fp32 with rounding, tl.dot on bf16 and in TF32."""
+    t = _internals()
 
     def apply(self, input, *, original=t.Reduction.apply):
         parts = input if isinstance(input, tuple) else (input,)
-        if any(part.dtype.scalar == bf16 for part in parts):
+        if any(part.dtype.scalar == t.tl.bfloat16 for part in parts):
             raise TypeError("a reduction or scan in bf16 loses its sum: cast to fp32 right after the load")
         return original(self, input)
 
+    def patch_lang_tensor(tensor, scope, *, original=t.interpreter._patch_lang_tensor):
+        original(tensor, scope)
+        # Triton 3.6's own, int(data), fails with NumPy 2.4 for arrays of one element, which all its scalars are.
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
     for name in _FLOAT_OPS:
-        setattr(t.Builder, name, in_fp32(getattr(t.Builder, name)))
-    t.Builder.cast_impl = cast_impl
-    t.Builder.create_fp_to_fp = create_fp_to_fp
-    t.Builder.create_dot = create_dot
-    t.Builder.get_bf16 = lambda self, value: t.Handle(_fp32_to_bf16(np.array([value], dtype=np.float32)), bf16)
+        setattr(t.Builder, name, _in_fp32(getattr(t.Builder, name)))
+    _correct_casts()
+    _correct_dot()
     t.Reduction.apply = apply
+    t.interpreter._patch_lang_tensor = patch_lang_tensor
 
 
 # What a launch did ----------------------------------------------------------------------------------------------------
@@ -370,7 +397,7 @@ def _interpret_launch(self, *args, grid, warmup, **kwargs):
 def _interpret_call(self, *args, **kwargs):
     """A kernel's call of another jitted function. InterpretedFunction.__call__ would leave triton.language patched."""
     t = _internals()
-    scope = t.patch_lang(self.fn)
+    scope = t.interpreter._patch_lang(self.fn)
     try:
         return _interpreted(self.fn).rewrite()(*args, **kwargs)
     finally:

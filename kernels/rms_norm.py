@@ -266,10 +266,12 @@ class _TorchRMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, residual, eps, offset):
         s = x if residual is None else x + residual
-        wide = s.to(_compute_dtype(x))
+        compute = _compute_dtype(x)
+        wide = s.to(compute)
         norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)  # one pass; square().mean() takes two
         rstd = (norm.square() / x.shape[-1] + eps).rsqrt()
-        y = (wide * rstd).mul_(weight.to(wide.dtype) + offset).to(x.dtype)
+        normed = wide * rstd if s.dtype == compute else wide.mul_(rstd)  # a copy is ours to overwrite
+        y = normed.mul_(weight.to(compute) + offset).to(x.dtype)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(s, weight, rstd)
         ctx.offset, ctx.has_residual = offset, residual is not None

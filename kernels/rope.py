@@ -24,13 +24,13 @@ def rope_reference(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tens
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x [T, H, D] rotated; computed in the dtype of cos and sin, rounded once."""
+    """x [T, H, D] rotated; computed in the dtype of cos and sin [T, 1, D/2], rounded once."""
     a, b = x.to(cos.dtype).chunk(2, -1)
-    y = torch.empty(x.shape, dtype=cos.dtype, device=x.device)
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     first, second = y.chunk(2, -1)
-    torch.mul(a, cos, out=first).addcmul_(b, sin, value=-1)
-    torch.mul(b, cos, out=second).addcmul_(a, sin)
-    return y.to(x.dtype)
+    first.copy_((a * cos).addcmul_(b, sin, value=-1))
+    second.copy_((b * cos).addcmul_(a, sin))
+    return y
 
 
 class _Rope(torch.autograd.Function):

@@ -19,6 +19,7 @@ from tritium.kernels import attention, decode_attention
 from tritium.model.transformer import Transformer
 
 PREFILL_TOKENS = 8192  # the longest stream of a prefill, unless one prompt alone is longer
+ROWS = 32  # streams and batches are filled up to a multiple: oneDNN builds a matmul kernel for every shape it meets
 
 
 @dataclass
@@ -66,7 +67,8 @@ def generate(
     limit = min(model.config.max_positions, max(map(len, prompts)) + max_tokens)
     batch = Batch(model, min(max_batch, total), limit)
     sampler = Sampler(temperature, top_k, top_p)
-    draws = np.stack([np.random.Generator(np.random.Philox(key=key)).random(max_tokens, np.float32) for key in seeds])
+    keys = np.array(seeds, np.uint64)  # [samples, 2]; left to itself, numpy would round them through float64
+    draws = np.stack([np.random.Generator(np.random.Philox(key=key)).random(max_tokens, np.float32) for key in keys])
     completions = [Completion() for _ in range(total)]
     waiting = list(range(total))[::-1]
     while waiting or batch.running:
@@ -146,7 +148,7 @@ class Sampler:
 
 @dataclass(eq=False)
 class Running:
-    """A running sequence: which sample it is, its slot in the cache, how many tokens the cache holds, the last drawn."""
+    """A running sequence: which sample it is, its slot in the cache, how many tokens that holds, the last drawn."""
 
     index: int
     slot: int
@@ -156,13 +158,14 @@ class Running:
 
 
 class Batch:
-    """The running sequences and their key/value cache: one page of `limit` tokens per slot and layer."""
+    """The running sequences and their key/value cache: one page per slot and layer, and a spare slot."""
 
     def __init__(self, model: Transformer, slots: int, limit: int):
         config, dtype, device = model.config, model.dtype, model.mesh.device
-        shape = (config.num_layers, 2, slots, limit, config.num_kv_heads // model.mesh.tp, config.head_dim)
-        self.model, self.limit = model, limit
-        self.pages = torch.zeros(shape, dtype=dtype, device=device)  # [L, 2, slots, limit, G, D]
+        length = max(limit, ROWS)  # a filler document is shorter than ROWS
+        shape = (config.num_layers, 2, slots + 1, length, config.num_kv_heads // model.mesh.tp, config.head_dim)
+        self.model, self.limit, self.spare = model, limit, slots
+        self.pages = torch.zeros(shape, dtype=dtype, device=device)  # [L, 2, slots + 1, length, G, D]
         self.free = list(range(slots))[::-1]
         self.running: list[Running] = []
 
@@ -185,27 +188,31 @@ class Batch:
     def prefill(self, joined: list[Running]) -> Tensor:
         """Run the prompts as one packed stream, keep their keys and values; the logits after each, [B, V]."""
         device = self.pages.device
-        lengths = torch.tensor([len(s.prompt) for s in joined])
-        cu_seqlens = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
-        tokens = torch.tensor([t for s in joined for t in s.prompt], device=device)
-        slots = torch.tensor([s.slot for s in joined]).repeat_interleave(lengths)
-        positions = torch.arange(len(tokens)) - cu_seqlens[:-1].repeat_interleave(lengths)
+        filler = -sum(len(s.prompt) for s in joined) % ROWS  # one more document, whose keys go to the spare slot
+        lengths = torch.tensor([len(s.prompt) for s in joined] + [filler])
+        ends = lengths.cumsum(0)
+        tokens = torch.tensor([t for s in joined for t in s.prompt] + [0] * filler, device=device)
+        slots = torch.tensor([s.slot for s in joined] + [self.spare]).repeat_interleave(lengths)
+        positions = torch.arange(len(tokens)) - (ends - lengths).repeat_interleave(lengths)
         cache = Prefill(self.pages, slots.to(device), positions.to(device))
-        hidden = self.model.hidden(tokens, cu_seqlens.int().to(device), positions=positions.to(device), cache=cache)
+        cu_seqlens = torch.nn.functional.pad(ends, (1, 0)).int().to(device)
+        hidden = self.model.hidden(tokens, cu_seqlens, positions=positions.to(device), cache=cache)
         for sequence in joined:
             sequence.length = len(sequence.prompt)
-        return self.model.project(hidden[(cu_seqlens[1:] - 1).to(device)])
+        last = torch.nn.functional.pad(ends[:-1] - 1, (0, -len(joined) % ROWS))
+        return self.model.project(hidden[last.to(device)])[: len(joined)]
 
     def decode(self) -> Tensor:
         """Feed each running sequence its last token; the logits of the next, [B, V]."""
         device = self.pages.device
-        positions = torch.tensor([s.length for s in self.running], device=device)
-        slots = torch.tensor([s.slot for s in self.running], device=device)
-        tokens = torch.tensor([s.last for s in self.running], device=device)
+        idle = -len(self.running) % ROWS if len(self.running) > 1 else 0  # rows that play on the spare slot
+        positions = torch.tensor([s.length for s in self.running] + [0] * idle, device=device)
+        slots = torch.tensor([s.slot for s in self.running] + [self.spare] * idle, device=device)
+        tokens = torch.tensor([s.last for s in self.running] + [0] * idle, device=device)
         hidden = self.model.hidden(tokens, positions=positions, cache=Decode(self.pages, slots, positions))
         for sequence in self.running:
             sequence.length += 1
-        return self.model.project(hidden)
+        return self.model.project(hidden)[: len(self.running)]
 
 
 @dataclass

@@ -39,7 +39,7 @@ def load(
     raw = read_json(path / "config.json")
     config = from_hf_config(raw, path / "config.json")
     model = Transformer(config, mesh or Mesh.single(device), dtype)
-    if any(name.endswith("ForSequenceClassification") for name in raw.get("architectures", [])):
+    if any(name.endswith("ForSequenceClassification") for name in raw.get("architectures") or []):
         model = ScalarModel(model)
     with ExitStack() as stack:
         where = tensor_files(path, stack)
@@ -108,7 +108,7 @@ def from_hf_config(raw: dict, path: Path) -> ModelConfig:
         )
     except KeyError as error:
         raise ModelFolderError(f"{path} has no {error.args[0]!r}") from None
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         raise ModelFolderError(f"{path}: {error}") from None
 
 

@@ -30,6 +30,10 @@ from tritium.parallel.mesh import Mesh
 from tritium.parallel.tensor import copy_to_tp, reduce_from_tp, shard, unshard, vocab_parallel_embedding
 
 
+HEAD_ROWS = 256  # the head's input is a multiple of this
+IGNORE = -100  # the target that linear_logprob leaves out
+
+
 @dataclass(frozen=True)
 class Sharding:
     """How a parameter is cut over the tensor-parallel ranks: along `dim`, each of `sections` separately."""
@@ -143,7 +147,7 @@ class Transformer(nn.Module):
             positions = packed_positions(len(tokens), cu_seqlens, tokens.device)
         if tokens.device.type == "cpu" and len(tokens) and int(positions.max()) >= self.config.max_positions:
             raise ValueError(
-                f"a document has {int(positions.max()) + 1} tokens; this model has {self.config.max_positions} positions"
+                f"a document has {int(positions.max()) + 1} tokens, this model {self.config.max_positions} positions"
             )
         cos, sin = self.cos_sin[:, positions]  # [T, D/2]
         x, residual = vocab_parallel_embedding(tokens, self.embedding, self.mesh.tp_group), None
@@ -158,10 +162,15 @@ class Transformer(nn.Module):
 
         `hidden` [T, E], `targets` [T]; `index` [N] picks the tokens that matter, and only these meet the head.
         """
+        count = len(targets) if index is None else len(index)
         if index is not None:
+            # Filled up with an ignored token: oneDNN builds a kernel for every shape it meets.
+            index = F.pad(index, (0, -count % HEAD_ROWS))
             hidden, targets = hidden.index_select(0, index), targets.index_select(0, index)
+            targets[count:] = IGNORE
         hidden = copy_to_tp(hidden, self.mesh.tp_group)
-        return linear_logprob(hidden, self.head_weight, targets, temperature=temperature, group=self.mesh.tp_group)
+        result = linear_logprob(hidden, self.head_weight, targets, temperature=temperature, group=self.mesh.tp_group)
+        return LogProb(*(values[:count] for values in result))
 
     def logits(self, tokens: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
         """[T, V] in the model's dtype: for small uses; training goes through `logprob`."""

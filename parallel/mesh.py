@@ -124,6 +124,7 @@ def _place(tp: int, device: torch.device, timeout: timedelta, owns_process_group
     # Made here and not by init_device_mesh, which gives its groups torch's default timeout whatever the parent's is.
     dp_group, _ = dist.new_subgroups_by_enumeration(grid.t().tolist(), timeout=timeout, group_desc="dp")
     tp_group, _ = dist.new_subgroups_by_enumeration(grid.tolist(), timeout=timeout, group_desc="tp")
+    dist.barrier()  # gloo fails a rank that still connects to one which has closed its groups again
     device_mesh = DeviceMesh.from_group([dp_group, tp_group], device.type, grid, mesh_dim_names=("dp", "tp"))
     dp, (dp_rank, tp_rank) = len(grid), divmod(rank, tp)
     return Mesh(

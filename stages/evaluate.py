@@ -11,6 +11,7 @@ numbers: its last number). Answers are the likeliest ones unless `sampling.tempe
 import json
 import math
 import os
+import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -83,7 +84,7 @@ def solve(config: Config, model: Transformer, tokenizer: Tokenizer) -> Rollout:
     skipped = Skipped()
     problems = load_problems([config.data], tokenizer, model.config.max_positions, skipped)[: config.limit]
     if skipped.reasons and model.mesh.main:
-        print(skipped.summary())
+        print(skipped.summary(), file=sys.stderr)  # standard output is for the numbers
     mine = share(problems, model.mesh)
     return gather(roll_out(model, tokenizer, mine, ExactMatch(), config.sampling, seed=(config.seed,)), model.mesh)
 
@@ -113,12 +114,9 @@ def text_metrics(model: Transformer, tokenizer: Tokenizer, path: str) -> dict[st
     for text in read_documents(path, Skipped()):
         ids = np.array(before + tokenizer.encode(text), np.int32)
         size += len(text.encode())
-        windows = [
-            ids[i : i + context + 1] for i in range(0, len(ids) - 1, context)
-        ]  # each first token but one is seen
-        for window in windows:
-            document = Document(window[:context], np.ones(len(window[:context]), np.float32))
-            batch = pack([[document]]).to(model.mesh.device)
+        # A window begins with the last token of the one before, so that every token but the first is predicted once.
+        for window in (ids[i : i + context] for i in range(0, len(ids) - 1, context - 1)):
+            batch = pack([[Document(window, np.ones(len(window), np.float32))]]).to(model.mesh.device)
             nats -= float(supervised_logprob(model, batch).logp.sum())
             tokens += len(batch.supervised)
     return {"perplexity": math.exp(nats / max(tokens, 1)), "bits_per_byte": nats / math.log(2) / max(size, 1)}

@@ -82,7 +82,7 @@ def train(config: Config) -> Result:
         seed = (config.run.seed, number)
         with trainer.clock("sample"):
             rollout = roll_out(policy, tokenizer, chosen, reward, config.sampling, n=options.group, seed=seed)
-        batches = to_batches(rollout, options, config.data.bin_tokens)
+        batches = to_batches(rollout, options, config.data)
         batches = [batch.to(mesh.device) for batch in batches]
         # ------------------------------------------------------------------------------------------------------
         objective.prepare(trainer.networks, batches)  # log-probs before the first update
@@ -101,7 +101,7 @@ def problems_of(number: int, problems: list[Problem], count: int, seed: int) -> 
     return [problems[orders[p // len(problems)][p % len(problems)]] for p in places]
 
 
-def to_batches(rollout: Rollout, options: GRPOConfig, bin_tokens: int) -> list[PackedBatch]:
+def to_batches(rollout: Rollout, options: GRPOConfig, data: DataConfig) -> list[PackedBatch]:
     """Advantages, and the stream: a group is never split; what taught nothing or was not judged is left out.
 
     With several updates, the batches are dealt to them in turn, and there are at least as many.
@@ -115,8 +115,9 @@ def to_batches(rollout: Rollout, options: GRPOConfig, bin_tokens: int) -> list[P
         advantages = group_advantages(rewards, options.scale).tolist()
         groups.append([sample_document(s, {"advantages": a}) for s, a in zip(judged, advantages, strict=True)])
     lengths = [sum(map(len, group)) for group in groups]
-    capacity = min(bin_tokens, -(-sum(lengths) // options.updates))
-    return [pack([groups[i] for i in members]) for members in plan_bins(lengths, capacity)]
+    capacity = min(data.bin_tokens, -(-sum(lengths) // options.updates))
+    bins = plan_bins(lengths, capacity)
+    return [pack([groups[i] for i in members], multiple_of=data.quantum) for members in bins]
 
 
 def summary(rollout: Rollout) -> dict[str, float]:

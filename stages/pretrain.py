@@ -40,7 +40,7 @@ class ShapeConfig:
     tie_embeddings: bool = opt(True, "one matrix for the embedding and the head")
     qkv_bias: bool = opt(False, "biases on q, k and v (Qwen2)")
     qk_norm: bool = opt(False, "RMSNorm on the heads of q and k (Qwen3)")
-    init_std: float = opt(0.02, "standard deviation of the initial matrices")
+    init_std: float | None = opt(None, "standard deviation of the initial matrices (default: hidden_size^-½)")
 
 
 @dataclass
@@ -121,7 +121,7 @@ def open_model(config: Config, tokenizer: Tokenizer, mesh: Mesh) -> Transformer:
             tie_embeddings=shape.tie_embeddings,
             qkv_bias=shape.qkv_bias,
             qk_norm=shape.qk_norm,
-            init_std=shape.init_std,
+            init_std=shape.init_std or shape.hidden_size**-0.5,
             bos_id=tokenizer.bos_id,
             eos_id=tokenizer.eos_id,
         )

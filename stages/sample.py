@@ -8,6 +8,7 @@ rankings.jsonl   answers of different score, best first: for `reward --loss=list
 """
 
 import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,7 +55,8 @@ def train(config: Config) -> Result:
     rollout = roll_out(model, tokenizer, mine, reward, config.sampling, n=config.k, seed=(config.seed,))
     rollout = gather(rollout, mesh)
     if mesh.main:
-        print(skipped.summary(), end="")
+        if skipped.reasons:
+            print(skipped.summary(), file=sys.stderr)
         write(config, rollout)
     right = [[s.score is not None and s.score.value >= 1.0 for s in group] for group in rollout.groups]
     metrics = {"right": float(np.mean(right)), "solved": float(np.mean([any(row) for row in right]))}

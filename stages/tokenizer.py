@@ -14,7 +14,7 @@ from tritium.core.trainer import Result
 
 @dataclass
 class Config:
-    sources: list[str] = opt([], "text files, or .jsonl with a text or a conversation in each record")
+    sources: list[str] = opt([], 'text files, or .jsonl with a "text" in each record')
     vocab_size: int = opt(8192, "tokens, special ones and the 256 bytes included")
     max_megabytes: float = opt(20.0, "read no more text than this from each file")
     out: str = opt("runs/tokenizer", "folder to write")

@@ -7,20 +7,19 @@
     results = pool2.run(job, x)       # one result per rank
 
 An exception on a rank is raised in the test, with that rank's traceback as a note; a job past its time limit gets its
-stacks printed and its processes killed, and the next `run` starts new ones. Process groups live as long as the job. A
-worker ends when its stdin does, so none outlives pytest, however that ends.
-
-Run as a script, this file is the worker: `workers.py RANK WORLD_SIZE STORE FD`.
+stacks printed and its processes killed, and the next `run` starts new ones. Process groups live as long as the job,
+and no worker outlives pytest, however that ends.
 """
 
 import contextlib
 import faulthandler
 import importlib.util
 import inspect
+import multiprocessing
 import os
 import pickle
+import runpy
 import signal
-import subprocess
 import sys
 import tempfile
 import threading
@@ -28,15 +27,20 @@ import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
-from multiprocessing.connection import Connection, Pipe, wait
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
 from types import ModuleType
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-GRACE = 2.0  # seconds for the other ranks to notice, once one has failed, and for a killed one to print its stacks
+GRACE = 5.0  # seconds for the other ranks to notice, once one has failed, and for a killed one to print its stacks
 TIMEOUT = timedelta(seconds=60)  # of a collective in a job
+
+# Workers are forks of one process that has imported torch and run nothing: 1.5 s of CPU once and not for each.
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(["torch.distributed.device_mesh", "pytest"])
 
 
 class Pool:
@@ -44,7 +48,7 @@ class Pool:
 
     def __init__(self, world_size: int):
         self.world_size = world_size
-        self.processes: list[subprocess.Popen] = []
+        self.processes: list[BaseProcess] = []
         self.connections: list[Connection] = []
         self.jobs = 0
         self.folder: tempfile.TemporaryDirectory | None = None
@@ -57,7 +61,7 @@ class Pool:
         """
         if "<locals>" in job.__qualname__:
             raise ValueError(f"{job.__qualname__} is a local function: workers can only find those of a module")
-        if not self.processes or any(process.poll() is not None for process in self.processes):
+        if not self.processes or not all(process.is_alive() for process in self.processes):
             self.close()
             self._start()
         self.jobs += 1
@@ -80,7 +84,8 @@ class Pool:
                 try:
                     results[rank], failure = pickle.loads(connection.recv_bytes())
                 except EOFError:
-                    end = f"{name}: the worker of rank {rank} died, exit code {self.processes[rank].wait()}"
+                    self.processes[rank].join()
+                    end = f"{name}: the worker of rank {rank} died, exit code {self.processes[rank].exitcode}"
                     results[rank], failure = None, (time.monotonic(), RuntimeError(end))
                 if failure:
                     failures.append(failure)
@@ -93,11 +98,10 @@ class Pool:
         # They meet in a file. A TCP store looks up the name of each peer, and a slow name server makes that seconds.
         self.folder = tempfile.TemporaryDirectory()
         for rank in range(self.world_size):
-            ours, theirs = Pipe()
-            fd = theirs.fileno()
-            command = [sys.executable, __file__, str(rank), str(self.world_size), f"{self.folder.name}/store", str(fd)]
-            environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}  # on a GPU machine too, these are ranks on gloo
-            process = subprocess.Popen(command, stdin=subprocess.PIPE, pass_fds=[fd], env=environment)
+            ours, theirs = _context.Pipe()
+            arguments = {"arguments": (rank, self.world_size, f"{self.folder.name}/store", theirs)}
+            process = _context.Process(target=runpy.run_path, args=(__file__, arguments, "worker"), daemon=True)
+            process.start()
             theirs.close()
             self.processes.append(process)
             self.connections.append(ours)
@@ -105,10 +109,7 @@ class Pool:
     def kill(self) -> None:
         """End the workers at once. What they were doing goes to stderr."""
         for process in self.processes:
-            process.send_signal(signal.SIGABRT)  # faulthandler prints the stacks
-        for process in self.processes:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(GRACE)
+            os.kill(process.pid, signal.SIGABRT)  # faulthandler prints the stacks
         self.close()
 
     def close(self) -> None:
@@ -116,13 +117,9 @@ class Pool:
         for connection in self.connections:
             connection.close()
         for process in self.processes:
-            process.stdin.close()
-        for process in self.processes:
-            try:
-                process.wait(GRACE)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+            process.join(GRACE)
+            process.kill()
+            process.join()
         if self.folder:
             self.folder.cleanup()
         self.processes, self.connections, self.folder = [], [], None
@@ -140,25 +137,41 @@ def work(rank: int, world_size: int, file: str, connection: Connection) -> None:
     faulthandler.enable()
     threading.Thread(target=_end_with_parent, daemon=True).start()
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # on a GPU machine too, these are ranks on gloo
     store = dist.FileStore(file, world_size)
     while True:
         try:
             number, path, name, args = pickle.loads(connection.recv_bytes())
         except EOFError:
             return
+        _join(dist.PrefixStore(str(number), store), rank, world_size)
         try:
-            own = dist.PrefixStore(str(number), store)
-            dist.init_process_group("gloo", store=own, rank=rank, world_size=world_size, timeout=TIMEOUT)
             answer = pickle.dumps((getattr(_load(path), name)(*args), None))
         except Exception as error:
             answer = pickle.dumps((None, (time.monotonic(), _portable(error, rank))))
-        if dist.is_initialized():
-            dist.destroy_process_group()  # before the answer: ranks that wait for a failed one see it leave
+            if dist.is_initialized():
+                dist.destroy_process_group()  # at once: ranks that wait for this one see it leave
         connection.send_bytes(answer)
+        _leave()
+
+
+def _join(store: dist.Store, rank: int, world_size: int) -> None:
+    """Start the job's process group. A failure ends the worker: torch does not clean up after half an init."""
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=TIMEOUT)
+    sys.excepthook = sys.__excepthook__  # each init wraps it once more
+    dist.barrier()  # gloo fails a rank that still connects to one which has closed its groups again
+
+
+def _leave() -> None:
+    """End the job's groups together with the peers: a fast rank must not take its connections from a slow one."""
+    if dist.is_initialized():
+        with contextlib.suppress(RuntimeError):  # a peer has failed, and says so itself
+            dist.barrier()
+        dist.destroy_process_group()
 
 
 def _end_with_parent() -> None:
-    os.read(sys.stdin.fileno(), 1)  # returns when the other end is gone, even if pytest was killed
+    wait([multiprocessing.parent_process().sentinel])
     os._exit(1)
 
 
@@ -186,5 +199,5 @@ def _portable(error: Exception, rank: int) -> Exception:
     return error
 
 
-if __name__ == "__main__":
-    work(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], Connection(int(sys.argv[4])))
+if __name__ == "worker":
+    work(*globals()["arguments"])

@@ -6,9 +6,10 @@
 verifier must never look like a model that is always wrong.
 """
 
+import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 
@@ -51,9 +52,9 @@ def judge(reward: Reward, answers: Sequence[Answer]) -> Judged:
     for answer in answers:
         try:
             score = reward(answer.ids, answer.text, prompt=answer.prompt, reference=answer.reference)
-            if not abs(score.value) < float("inf"):
-                raise ValueError(f"the score is {score.value}")
-            judged.scores.append(score)
+            if not math.isfinite(value := float(score.value)):
+                raise ValueError(f"the score is {value}")
+            judged.scores.append(replace(score, value=value))  # a judge may well say True, or 1
         except Exception as error:  # a judge may fail in any way
             judged.scores.append(None)
             judged.failures[f"{type(error).__name__}: {error}"] += 1

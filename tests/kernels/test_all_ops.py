@@ -114,3 +114,13 @@ def test_costs_are_positive_and_grow_with_the_shape(name):
     small, large = spec.shapes[0], spec.shapes[-1]
     assert 0 < spec.flops(small) < spec.flops(large)
     assert 0 < spec.bytes(small, 2) < spec.bytes(large, 2) < spec.bytes(large, 4)
+
+
+@pytest.mark.parametrize("name", ["linear_logprob", "lora_linear", "rope", "swiglu"])  # what a training step calls
+def test_torch_compile_sees_through(name):
+    spec = OPS[name]
+    args, kwargs = spec.example(spec.shapes[1], torch.float64, "cpu")
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda *args: spec.function(*args, **kwargs), backend="aot_eager", fullgraph=True)
+    for a, e in zip(run(compiled, args, {}), run(spec.function, args, kwargs), strict=True):
+        torch.testing.assert_close(a, e)

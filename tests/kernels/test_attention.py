@@ -81,12 +81,43 @@ def test_queries_that_see_nothing_give_zero():
     assert (grads[0][:2] == 0).all() and all(g.isfinite().all() for g in grads)
 
 
+@pytest.mark.parametrize("n,m", [(9, 9), (4, 9)])
+@pytest.mark.parametrize("causal,window", [(True, None), (True, 3), (False, None), (False, 3)])
+def test_who_sees_whom(n, m, causal, window):
+    """Against a mask that is spelled out, in torch's own attention."""
+    q, k, v = make(n, m, H=2, G=2)
+
+    def sees(i, j):
+        if causal:
+            return j <= i and (window is None or j > i - window)
+        return window is None or abs(i - j) < window
+
+    mask = torch.tensor([[sees(i + m - n, j) for j in range(m)] for i in range(n)])
+    heads = (x.transpose(0, 1) for x in (q, k, v))
+    expected = torch.nn.functional.scaled_dot_product_attention(*heads, attn_mask=mask).transpose(0, 1)
+    torch.testing.assert_close(attention(q, k, v, causal=causal, window=window), expected)
+
+
 def test_packed_documents_equal_documents_alone():
     lengths = (5, 33, 12)
     inputs = make(sum(lengths))
     packed = attention(*inputs, cu_seqlens=cu(*lengths))
     parts = zip(*(x.split(lengths) for x in inputs), strict=True)
     torch.testing.assert_close(packed, torch.cat([attention(*part) for part in parts]), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("kept_bytes", [0, 1 << 20])
+def test_large_scores(kept_bytes, monkeypatch):
+    """Scores of thousands: what padding holds must not overflow into the gradients."""
+    monkeypatch.setattr(file, "KEPT_BYTES", kept_bytes)
+    lengths = (3, 18)
+    q, k, v = make(sum(lengths), dtype=torch.float32)
+    with torch.no_grad():
+        q *= 1000
+    ours = results(attention, [q, k, v], cu_seqlens=cu(*lengths))
+    exact = [x.detach().double().requires_grad_() for x in (q, k, v)]
+    for a, e in zip(ours, results(reference, exact, cu_seqlens=cu(*lengths)), strict=True):
+        assert (a.double() - e).norm() <= 1e-3 * e.norm()
 
 
 def test_a_document_with_nan_leaves_the_others_alone():

@@ -82,8 +82,8 @@ def test_an_exception_that_cannot_be_pickled_arrives_in_words(pool2):
 
 def test_a_hung_worker_is_killed_and_replaced(pool2):
     before = pool2.run(who)
-    with pytest.raises(TimeoutError, match=r"hang_on: no answer from ranks \[1\]"):
-        pool2.run(hang_on, 1, timeout=0.2)
+    with pytest.raises(TimeoutError, match=r"hang_on: no answer from ranks \[.*1\]"):
+        pool2.run(hang_on, 1, timeout=1.0)
     assert pool2.processes == []
     assert not any(alive(pid) for *_, pid in before)
     assert {pid for *_, pid in pool2.run(who)}.isdisjoint(pid for *_, pid in before)
@@ -123,7 +123,7 @@ def test_workers_end_when_the_session_is_killed(tmp_path):
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as session:
         assert session.stdout.readline() == "hanging\n"
         session.kill()
-        assert session.communicate(timeout=20) == ("", None)
+        assert session.communicate(timeout=60) == ("", None)
 
 
 def alive(pid: int) -> bool:

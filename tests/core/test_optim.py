@@ -1,0 +1,165 @@
+"""AdamW over flat buffers: equal to torch's, in fp32 masters whatever the parameters' dtype, and safe from NaN."""
+
+import pytest
+import torch
+from torch import nn
+
+from tritium.core.config import ConfigError
+from tritium.core.optim import OptimConfig, Optimizer
+from tritium.model.transformer import parameter
+from tritium.parallel.mesh import Mesh
+
+CONFIG = OptimConfig(lr=1e-2, beta1=0.8, beta2=0.9, eps=1e-6, weight_decay=0.2, clip=0.7)
+
+
+class Net(nn.Module):
+    """A matrix, a bias, and a matrix that is not trained."""
+
+    def __init__(self, dtype: torch.dtype):
+        super().__init__()
+        torch.manual_seed(0)
+        self.matrix, self.bias, self.frozen = parameter(5, 3), parameter(5), parameter(2, 2)
+        for p in self.parameters():
+            p.data = torch.randn(p.shape, dtype=torch.float64).to(dtype)
+        self.frozen.requires_grad_(False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (x @ self.matrix.t() + self.bias).square().sum() + self.frozen.sum()
+
+
+def optimizer(net: Net, config: OptimConfig = CONFIG) -> Optimizer:
+    return Optimizer(net, config, Mesh.single())
+
+
+def inputs(step: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.randn(4, 3, generator=torch.Generator().manual_seed(step), dtype=torch.float64).to(dtype)
+
+
+def test_it_is_torchs_adamw_with_clipping_and_no_decay_of_vectors():
+    ours, theirs = Net(torch.float64), Net(torch.float64)
+    mine = optimizer(ours)
+    options = dict(lr=CONFIG.lr, betas=(CONFIG.beta1, CONFIG.beta2), eps=CONFIG.eps)
+    reference = torch.optim.AdamW([{"params": [theirs.matrix], "weight_decay": 0.2}], **options)
+    reference.add_param_group({"params": [theirs.bias], "weight_decay": 0.0})
+    for step in range(6):
+        lr = CONFIG.lr / (step + 1)
+        ours(inputs(step, torch.float64)).backward()
+        theirs(inputs(step, torch.float64)).backward()
+        norm, skipped = mine.step(lr)
+        mine.zero_grad()
+        expected = nn.utils.clip_grad_norm_([theirs.matrix, theirs.bias], CONFIG.clip)
+        for group in reference.param_groups:
+            group["lr"] = lr
+        reference.step()
+        reference.zero_grad()
+        assert norm.item() == pytest.approx(expected.item(), rel=1e-12) and expected > CONFIG.clip and skipped == 0
+    for name, p in theirs.named_parameters():
+        torch.testing.assert_close(ours.get_parameter(name), p, rtol=0, atol=1e-12)
+
+
+def test_a_gradient_within_the_clip_is_left_alone():
+    net = Net(torch.float64)
+    mine = optimizer(net, OptimConfig(lr=1e-2, beta1=0.0, clip=1e6))
+    net(inputs(0, torch.float64)).backward()
+    gradient = net.matrix.main_grad.clone()
+    mine.step(1e-2)
+    torch.testing.assert_close(mine.state_dict()["exp_avg.matrix"], gradient, rtol=1e-12, atol=0)
+
+
+def test_micro_batches_accumulate_in_fp32_under_bf16_parameters():
+    net = Net(torch.bfloat16)
+    optimizer(net)
+    expected = torch.zeros(5, 3)
+    for step in range(50):
+        loss = net(inputs(step, torch.bfloat16) * 0.01**step)  # too small to move a bf16 sum
+        (gradient,) = torch.autograd.grad(loss, net.matrix, retain_graph=True)
+        expected += gradient.float()
+        loss.backward()
+    assert net.matrix.grad is None and net.matrix.main_grad.dtype == torch.float32
+    assert torch.equal(net.matrix.main_grad, expected)
+    assert not torch.equal(expected, expected.bfloat16().float())
+
+
+def test_bf16_parameters_are_copies_of_fp32_masters():
+    net, wide = Net(torch.bfloat16), Net(torch.bfloat16).float()
+    mine, reference = optimizer(net), optimizer(wide)
+    for step in range(20):
+        gradient = inputs(step, torch.float32).sum(0).expand(5, 3)
+        net.matrix.main_grad.copy_(gradient)
+        wide.matrix.main_grad.copy_(gradient)
+        mine.step(1e-4)  # smaller than bf16 resolves: only a master remembers
+        reference.step(1e-4)
+    master = mine.state_dict()["master.matrix"]
+    assert master.dtype == torch.float32 and torch.equal(master, wide.matrix)
+    assert net.matrix.dtype == torch.bfloat16 and torch.equal(net.matrix, master.bfloat16())
+    assert not torch.equal(master, master.bfloat16().float())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("poison", [float("nan"), float("inf"), -float("inf")])
+def test_a_gradient_that_is_not_finite_changes_nothing(dtype, poison):
+    net = Net(dtype)
+    mine = optimizer(net)
+    for step in range(3):  # the first step of all, and one with moments
+        before = {k: v.clone() for k, v in mine.state_dict().items()}
+        seen = net.matrix.clone()
+        net(inputs(step, dtype)).backward()
+        net.bias.main_grad[1] = poison
+        norm, skipped = mine.step(1e-2)
+        assert skipped == 1 and not norm.isfinite()
+        assert torch.equal(net.matrix, seen)
+        assert all(torch.equal(v, before[k]) for k, v in mine.state_dict().items())
+        mine.zero_grad()
+        net(inputs(step, dtype)).backward()
+        assert mine.step(1e-2)[1] == 0 and not torch.equal(net.matrix, seen)
+        mine.zero_grad()
+
+
+def test_what_is_not_trained_has_no_state():
+    net = Net(torch.float32)
+    frozen = net.frozen.clone()
+    mine = optimizer(net)
+    net(inputs(0, torch.float32)).backward()
+    mine.step(1.0)
+    kinds = ("master", "exp_avg", "exp_avg_sq")
+    assert set(mine.state_dict()) == {"step"} | {f"{kind}.{name}" for kind in kinds for name in ("matrix", "bias")}
+    assert torch.equal(net.frozen, frozen)
+
+
+def test_the_state_goes_into_another_optimizer():
+    nets = [Net(torch.bfloat16), Net(torch.bfloat16)]
+    first, second = map(optimizer, nets)
+    for step in range(3):
+        nets[0](inputs(step, torch.bfloat16)).backward()
+        first.step(1e-2)
+        first.zero_grad()
+    second.load_state_dict(first.state_dict())
+    for net, mine in zip(nets, (first, second), strict=True):
+        net(inputs(3, torch.bfloat16)).backward()
+        mine.step(1e-2)
+    assert torch.equal(nets[0].matrix, nets[1].matrix) and torch.equal(nets[0].bias, nets[1].bias)
+    for key, value in first.state_dict().items():
+        assert torch.equal(value, second.state_dict()[key]), key
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda s: s.pop("exp_avg.bias"), "exp_avg.bias: found nothing"),
+        (lambda s: s.update({"master.matrix": torch.zeros(5, 4)}), r"found \[5, 4\], the model wants \[5, 3\]"),
+        (lambda s: s.update({"master.more": torch.zeros(1)}), "master.more: the model has no such parameter"),
+    ],
+)
+def test_the_state_of_another_model_is_refused(change, words):
+    mine = optimizer(Net(torch.float32))
+    state = mine.state_dict()
+    change(state)
+    with pytest.raises(ValueError, match=words):
+        mine.load_state_dict(state)
+
+
+def test_settings_that_cannot_be_are_errors():
+    with pytest.raises(ConfigError):
+        OptimConfig(lr=0)
+    with pytest.raises(ConfigError):
+        OptimConfig(beta2=1.0)

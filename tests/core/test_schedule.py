@@ -1,0 +1,64 @@
+"""The learning rate's shapes: where they begin and end, and that they only fall after the warm-up."""
+
+import math
+
+import pytest
+
+from tritium.core.config import ConfigError
+from tritium.core.schedule import DECAYS, ScheduleConfig, learning_rate
+
+TOTAL = 100
+SHAPES = [ScheduleConfig(kind=kind, warmup=0.1, floor=0.2) for kind in ("constant", "linear", "cosine")]
+SHAPES += [ScheduleConfig(kind="wsd", warmup=0.1, floor=0.2, decay=0.3, decay_shape=shape) for shape in DECAYS]
+
+
+def rates(config: ScheduleConfig, total: int = TOTAL) -> list[float]:
+    return [learning_rate(config, 2.0, step, total) for step in range(total)]
+
+
+@pytest.mark.parametrize("config", SHAPES, ids=lambda c: f"{c.kind}-{c.decay_shape}")
+def test_it_rises_linearly_to_the_peak_and_then_never_rises(config):
+    values = rates(config)
+    assert values[:10] == pytest.approx([0.2 * (i + 1) for i in range(10)])
+    assert values[10] == 2.0 == max(values)
+    assert all(a >= b for a, b in zip(values[10:], values[11:], strict=False))
+
+
+@pytest.mark.parametrize("config", SHAPES[1:], ids=lambda c: f"{c.kind}-{c.decay_shape}")
+def test_it_ends_at_the_floor(config):
+    exponential = 0.8 * 2.0**-10 if config.decay_shape == "exponential" else 0.0  # ten halvings, not zero
+    assert learning_rate(config, 2.0, TOTAL, TOTAL) == pytest.approx(2.0 * (0.2 + exponential))
+    assert learning_rate(config, 2.0, 10 * TOTAL, TOTAL) == learning_rate(config, 2.0, TOTAL, TOTAL)
+    assert rates(config)[-1] > 0.4  # the last step still learns
+
+
+def test_the_middle_of_each_shape():
+    linear, cosine, root, halves = SHAPES[1], SHAPES[2], SHAPES[4], SHAPES[5]
+    assert learning_rate(linear, 1.0, 55, TOTAL) == pytest.approx(0.2 + 0.8 / 2)
+    assert learning_rate(cosine, 1.0, 10 + 30, TOTAL) == pytest.approx(0.2 + 0.8 * 0.5 * (1 + math.cos(math.pi / 3)))
+    assert learning_rate(root, 1.0, 85, TOTAL) == pytest.approx(0.2 + 0.8 * (1 - math.sqrt(0.5)))
+    assert learning_rate(halves, 1.0, 73, TOTAL) == pytest.approx(0.2 + 0.8 / 2)
+
+
+def test_wsd_is_flat_until_its_decay_starts():
+    values = rates(SHAPES[3])
+    assert values[10:71] == [2.0] * 61 and values[71] < 2.0
+
+
+def test_a_wsd_decay_longer_than_the_run_starts_after_the_warmup():
+    values = rates(ScheduleConfig(kind="wsd", warmup=0.1, decay=1000, decay_shape="linear"))
+    assert values[10] == 2.0 and values[11] < 2.0
+
+
+def test_lengths_are_steps_from_1_on_and_shares_below():
+    assert rates(ScheduleConfig(warmup=20)) == rates(ScheduleConfig(warmup=0.2))
+    assert rates(ScheduleConfig(warmup=0))[0] == 2.0
+
+
+def test_a_run_of_one_step():
+    assert all(math.isfinite(rates(config, total=1)[0]) for config in SHAPES)
+
+
+def test_a_negative_length_is_an_error():
+    with pytest.raises(ConfigError, match="schedule.warmup=-1"):
+        ScheduleConfig(warmup=-1)

@@ -1,0 +1,198 @@
+"""Every stage once, from Python, on a model of two layers: it learns what it should, and the next stage can read it."""
+
+import io
+import json
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import tritium
+from tritium.core.config import ConfigError
+from tritium.core.data import DataConfig
+from tritium.core.optim import OptimConfig
+from tritium.core.rewards import Score
+from tritium.core.setup import load_reward_model
+from tritium.core.trainer import Result, RunConfig
+from tritium.model.heads import ScalarModel
+from tritium.parallel.mesh import Mesh
+from tritium.stages import chat, dpo, evaluate, grpo, pretrain, reward, sample, sft, tokenizer
+
+pytestmark = pytest.mark.usefixtures("quick")
+LR = OptimConfig(lr=3e-3)
+
+
+def run(out: Path, steps: int) -> RunConfig:
+    return RunConfig(out=str(out), steps=steps, dtype="fp32")
+
+
+def data(*sources: str) -> DataConfig:
+    return DataConfig(list(sources), bin_tokens=512, holdout=0.2)
+
+
+def rows(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def assert_finished(result: Result, out: Path, steps: int) -> None:
+    """A folder with everything, for us and for transformers, and a line for each step."""
+    folder = Path(result.checkpoint)
+    assert folder == out / f"step-{steps:08d}"
+    wanted = ("config.json", "model.safetensors", "tokenizer.model", "tokenizer_config.json", "manifest.json")
+    assert all((folder / name).is_file() for name in wanted)
+    assert [m["step"] for m in rows(out / "metrics.jsonl") if "time/step" in m] == list(range(1, steps + 1))
+    assert (out / "config.toml").read_text() == json.loads((folder / "trainer" / "state.json").read_text())["config"]
+    assert all(math.isfinite(value) for value in result.metrics.values())
+
+
+@pytest.fixture
+def odd_is_right(monkeypatch):
+    """A verifier under which an untrained model is sometimes right: an odd last token is."""
+    judge = lambda ids, text, **_: Score(float(ids[-1] % 2))  # noqa: E731
+    for stage in ("sample", "grpo"):
+        monkeypatch.setattr(f"tritium.stages.{stage}.ExactMatch", lambda malformed: judge)
+
+
+# ---------------------------------------------------------------------------------------------- training
+
+
+def test_pretrain_learns(tiny):
+    assert tiny.metrics["eval_loss"] < tiny.metrics["before"] - 1.0
+    assert tiny.metrics["before"] == pytest.approx(math.log(340), abs=0.1)
+    model = tritium.load(tiny.model, dtype=torch.float32)
+    assert model.config.vocab_size == tritium.Tokenizer.load(tiny.model).vocab_size == 340
+
+
+def test_continued_pretraining_replays_old_text(tiny, tmp_path):
+    (new := tmp_path / "new.txt").write_text("Once upon a time there was a small model. " * 60)
+    config = pretrain.Config(init=tiny.model, replay=[tiny.data("text.jsonl")], replay_share=0.5, data=data(str(new)))
+    config.run, config.optim = run(tmp_path / "out", 4), LR
+    result = pretrain.train(config)
+    assert_finished(result, tmp_path / "out", 4)
+    assert result.metrics["eval_loss"] < result.before["eval_loss"]
+
+
+def test_sft_learns(tiny, tmp_path):
+    result = sft.train(sft.Config(data(tiny.data("chats.jsonl")), LR, run=run(tmp_path, 8), model=tiny.model))
+    assert_finished(result, tmp_path, 8)
+    assert result.metrics["eval_loss"] < result.before["eval_loss"] - 0.3
+
+
+@pytest.mark.parametrize("loss", ["pairwise", "listwise"])
+def test_reward_learns_to_tell_answers_apart(tiny, tmp_path, loss):
+    source = tiny.data("pairs.jsonl" if loss == "pairwise" else "rankings.jsonl")
+    config = reward.Config(loss, data=data(source), optim=LR, run=run(tmp_path, 12), model=tiny.model)
+    result = reward.train(config)
+    assert_finished(result, tmp_path, 12)
+    assert result.metrics["eval_loss"] < result.before["eval_loss"] - 0.1
+    model = load_reward_model(result.checkpoint, "fp32", Mesh.single())
+    assert isinstance(model, ScalarModel) and model.score.abs().sum() > 0
+
+
+def test_dpo_moves_from_ln_2_towards_the_chosen_answers(tiny, tmp_path):
+    config = dpo.Config(sft=0.1, data=data(tiny.data("pairs.jsonl")), optim=LR, run=run(tmp_path, 6), model=tiny.model)
+    result = dpo.train(config)
+    assert_finished(result, tmp_path, 6)
+    first = rows(tmp_path / "metrics.jsonl")[1]
+    assert first["loss"] == pytest.approx(math.log(2), abs=1e-6) == result.before["eval_loss"]
+    assert result.metrics["eval_loss"] < math.log(2) - 0.02 and result.metrics["eval_margin"] > 0.05
+    assert rows(tmp_path / "metrics.jsonl")[-2]["sft"] > 0
+
+
+def test_grpo_reinforces_what_the_verifier_likes(tiny, tmp_path, odd_is_right):
+    config = grpo.Config(model=tiny.model, data=data(tiny.data("problems.jsonl")), run=run(tmp_path, 12))
+    config.grpo, config.optim = grpo.GRPOConfig(prompts=6, group=8), OptimConfig(lr=1e-2, weight_decay=0.0)
+    config.sampling.max_tokens = 4
+    result = grpo.train(config)
+    assert_finished(result, tmp_path, 12)
+    rewards = [m["reward"] for m in rows(tmp_path / "metrics.jsonl")]
+    assert sum(rewards[-3:]) / 3 > sum(rewards[:3]) / 3 + 0.2
+    first = rows(tmp_path / "metrics.jsonl")[0]
+    assert first["ratio"] == pytest.approx(1.0, abs=1e-5) and first["clip_fraction"] == 0.0
+
+
+def test_grpo_steps_on_nothing_where_no_group_teaches(tiny, tmp_path):
+    config = grpo.Config(model=tiny.model, data=data(tiny.data("problems.jsonl")), run=run(tmp_path, 2))
+    config.grpo, config.sampling.max_tokens = grpo.GRPOConfig(prompts=2, group=2), 2
+    result = grpo.train(config)  # two tokens are never an answer: every sample gets the same reward
+    assert result.metrics["varied_groups"] == 0.0 and result.metrics["reward"] <= 0.0
+    before, after = (tritium.load(folder, dtype=torch.float32) for folder in (tiny.model, result.checkpoint))
+    assert all(torch.equal(a, b) for a, b in zip(before.parameters(), after.parameters(), strict=True))
+
+
+# ---------------------------------------------------------------------------------------------- sampling, measuring
+
+
+def test_sample_writes_what_the_later_stages_read(tiny, tmp_path, odd_is_right):
+    config = sample.Config(sources=[tiny.data("problems.jsonl")], k=6, out=str(tmp_path / "out"), model=tiny.model)
+    config.sampling.max_tokens, config.dtype = 6, "fp32"
+    metrics = sample.train(config).metrics
+    assert 0 < metrics["right"] < metrics["solved"] <= 1 and metrics["verifier_failures"] == 0
+    files = {name: rows(tmp_path / "out" / f"{name}.jsonl") for name in ("sft", "pairs", "rankings")}
+    assert len(files["sft"]) == round(6 * metrics["solved"])
+    right = {row["messages"][0]["content"]: row["messages"][-1]["content"] for row in files["sft"]}
+    for row in files["pairs"]:
+        assert row["chosen"] != row["rejected"] and row["prompt"][0]["content"] in right
+    assert all(len(row["ranked"]) == 2 for row in files["rankings"])
+    for stage, name in ((sft, "sft"), (dpo, "pairs")):
+        again = stage.Config(data=data(f"{tmp_path}/out/{name}.jsonl"), run=run(tmp_path / name, 1), model=tiny.model)
+        assert_finished(stage.train(again), tmp_path / name, 1)
+    listwise = reward.Config("listwise", data=data(f"{tmp_path}/out/rankings.jsonl"), model=tiny.model)
+    listwise.run = run(tmp_path / "listwise", 1)
+    assert_finished(reward.train(listwise), tmp_path / "listwise", 1)
+
+
+def test_evaluate_prints_one_json_object_whatever_was_skipped(tiny, tmp_path, capsys):
+    problems = Path(tiny.data("problems.jsonl")).read_text() + '{"question": "no answer"}\n'
+    (tmp_path / "problems.jsonl").write_text(problems)
+    config = evaluate.Config(f"{tmp_path}/problems.jsonl", json=True, save=f"{tmp_path}/a.jsonl", model=tiny.model)
+    config.sampling.max_tokens = 8
+    metrics = evaluate.train(config).metrics
+    shown = capsys.readouterr()
+    assert json.loads(shown.out) == metrics and "skipped 1" in shown.err
+    answers = rows(tmp_path / "a.jsonl")
+    assert metrics["n"] == len(answers) == 6
+    assert metrics["exact_match"] == sum(a["score"]["value"] for a in answers) / 6
+    assert metrics["low_95"] <= metrics["exact_match"] <= metrics["high_95"]
+
+
+def test_bits_per_byte_count_every_token_but_the_first_once(tiny, tmp_path):
+    text = "What is 12 + 34? Ünïcödé. " * 12  # several contexts long
+    (tmp_path / "a.txt").write_text(text)
+    model, ours = tritium.load(tiny.model, dtype=torch.float32), tritium.Tokenizer.load(tiny.model)
+    ids, context = torch.tensor([ours.bos_id, *ours.encode(text)]), model.config.max_positions
+    assert len(ids) > 3 * context
+    nats = 0.0
+    for start in range(0, len(ids) - 1, context - 1):
+        window = ids[start : start + context]
+        logp = model.logits(window).log_softmax(-1)[:-1].gather(-1, window[1:, None])
+        nats -= logp.sum().item()
+        predicted = start + len(window)
+    assert predicted == len(ids)
+    metrics = evaluate.train(evaluate.Config(text=str(tmp_path / "a.txt"), dtype="fp32", model=tiny.model)).metrics
+    assert metrics["bits_per_byte"] == pytest.approx(nats / math.log(2) / len(text.encode()), rel=1e-4)
+    assert metrics["perplexity"] == pytest.approx(math.exp(nats / (len(ids) - 1)), rel=1e-4)
+
+
+def test_evaluate_needs_something_to_measure(tiny):
+    with pytest.raises(ConfigError, match="--data=problems.jsonl"):
+        evaluate.train(evaluate.Config(model=tiny.model))
+
+
+def test_chat_answers_each_line_until_the_end(tiny, monkeypatch, capsys):
+    long = "and " * 100  # does not fit the context, and must not end the session
+    lines = ["What is 1 + 2?", "", "And 2 + 3?", "/reset", long, "Hi", "/quit", "never asked"]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(lines)))
+    config = chat.Config(model=tiny.model, seed=3)
+    config.sampling.max_tokens = 8
+    chat.train(config)
+    shown = capsys.readouterr()
+    assert shown.err.count("tokens, ") == 3 and "starting anew" in shown.out
+
+
+def test_a_tokenizer_is_trained_and_measured(tiny, tmp_path):
+    result = tokenizer.train(tokenizer.Config([tiny.data("text.jsonl")], 320, out=str(tmp_path)))
+    assert result.metrics["vocab_size"] == tritium.Tokenizer.load(tmp_path).vocab_size == 320
+    assert result.metrics["bytes_per_token"] > 1.0

@@ -1,0 +1,75 @@
+"""The README says what is there: its commands parse, its Python runs, its tables are those of the code."""
+
+import dataclasses
+import pathlib
+import re
+import shlex
+from importlib import import_module
+
+import pytest
+
+import tritium
+from tritium.core import arithmetic
+from tritium.core.config import load
+from tritium.kernels import all_ops
+from tritium.stages.cli import STAGES
+
+README = (pathlib.Path(tritium.__file__).parent / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+SHELL = [line for kind, text in BLOCKS if kind == "sh" for line in text.replace("\\\n", " ").splitlines()]
+COMMANDS = [
+    match["arguments"]
+    for line in SHELL
+    if (match := re.search(r"(?:\btritium |-m tritium\.stages\.)(?P<arguments>[^#]*)", line))
+]
+
+
+def rows(text: str) -> list[list[str]]:
+    """The cells of every line of every table."""
+    return [[cell.strip() for cell in line.strip(" |").split("|")] for line in text.splitlines() if line[:1] == "|"]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_is_a_valid_configuration(command):
+    name, *arguments = shlex.split(command)
+    assert name in STAGES
+    module = import_module(f"tritium.stages.{name}")
+    if dataclasses.is_dataclass(getattr(module, "Config", None)):
+        load(module.Config, arguments, name, "")  # raises ConfigError
+
+
+def test_commands_pasted_one_by_one_do_not_meet():
+    """Each writes to a folder of its own, and reads a model that one before it wrote."""
+    written = {"runs/ladder"}
+    for command in COMMANDS:
+        name, *arguments = shlex.split(command)
+        given = dict(argument.lstrip("-").split("=", 1) for argument in arguments if "=" in argument)
+        for folder in (given.get("model"), given.get("init")):
+            assert folder is None or any(folder.startswith(f"{out}/") for out in written), command
+        out = given.get("run.out") or given.get("out")
+        if out or name in ("pretrain", "sft", "reward", "dpo", "grpo"):
+            assert out and out not in written, f"{command}: {out}"
+            written.add(out)
+
+
+def test_every_stage_has_a_command():
+    shown = {command.split()[0] for command in COMMANDS}
+    assert shown >= set(STAGES) - {"run", "corpus", "doctor"}  # make run, its data, and a sentence
+
+
+def test_the_python_runs():
+    kernels, embedding = [text for kind, text in BLOCKS if kind == "python"]
+    exec(compile(kernels, "README.md", "exec"), {})
+    trained = embedding.index("result =")
+    exec(compile(embedding[:trained], "README.md", "exec"), names := {})
+    names["sft"].Config(model="m", data=names["data"], run=names["run"])
+
+
+def test_the_table_of_kernels_is_the_registry():
+    table = {cells[0].strip("`"): cells[2] for cells in rows(README) if cells[-1] in ("Triton", "torch")}
+    assert table == {name: "Triton" if spec.launches() else "torch" for name, spec in all_ops().items()}
+
+
+def test_the_question_forms_are_those_of_the_generator():
+    wanted = [cells for cells in rows(arithmetic.__doc__) if "---" not in cells[0]]
+    assert len(wanted) > 3 and all(cells in rows(README) for cells in wanted)
