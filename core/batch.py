@@ -82,6 +82,8 @@ def pack(groups: Iterable[Group], counts: dict[str, float] | None = None, multip
     cu = np.concatenate([[0], lengths.cumsum()])  # [S+1]
     starts, ends = cu[:-1].repeat(lengths), cu[1:].repeat(lengths)  # [T]
     tokens = concatenate([d.ids for d in documents], np.int64)
+    positions = np.arange(len(tokens)) - starts
+    positions[sum(map(len, real)) :] = 0  # fillers fit in any context
     last = np.arange(len(tokens)) == ends - 1
     weights = np.where(last, 0.0, np.roll(concatenate([d.weights for d in documents], np.float32), -1))
     names = real[0].fields if real else ()
@@ -90,7 +92,7 @@ def pack(groups: Iterable[Group], counts: dict[str, float] | None = None, multip
         tokens=torch.from_numpy(tokens),
         targets=torch.from_numpy(np.where(last, IGNORE, np.roll(tokens, -1))),
         weights=torch.from_numpy(weights.astype(np.float32)),
-        positions=torch.from_numpy(np.arange(len(tokens)) - starts),
+        positions=torch.from_numpy(positions),
         cu_seqlens=torch.from_numpy(cu.astype(np.int32)),
         doc_start=torch.from_numpy(starts.astype(np.int32)),
         doc_end=torch.from_numpy(ends.astype(np.int32)),

@@ -157,6 +157,12 @@ def prune(newest: Path, keep: int, mesh: Mesh) -> None:
             shutil.rmtree(old, ignore_errors=True)
 
 
+def model_folder(path: str) -> str:
+    """The folder of a model that `path` means: a model's own, or that of a run, whose newest checkpoint it is."""
+    found = [] if (Path(path) / "config.json").exists() else checkpoints(Path(path))
+    return str(found[-1]) if found else path
+
+
 def read_state(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "trainer" / "state.json").read_text())
 

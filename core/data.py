@@ -217,7 +217,8 @@ def record_sources(
         if not groups:
             raise DataError(f"{path} holds no usable record\n{skipped.summary()}")
         order = np.random.default_rng([seed, number]).permutation(len(groups))
-        kept = np.sort(order[int(len(groups) * config.holdout) :]) if len(groups) > 1 else order
+        aside = math.ceil(len(groups) * config.holdout)  # at least one, so that there is an evaluation
+        kept = np.sort(order[aside:]) if aside < len(groups) else order
         aside = np.setdiff1d(order, kept)
         levels = np.array(difficulty) if config.difficulty else None
         train.append(Examples([groups[i] for i in kept], None if levels is None else levels[kept]))

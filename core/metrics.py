@@ -24,6 +24,7 @@ from typing import TextIO
 import torch
 
 import tritium
+from tritium.core.config import UserError
 
 _PLAIN_INTERVAL = 10.0  # seconds between lines where the stream is a file
 
@@ -46,14 +47,20 @@ class Metrics:
         self._warned = False  # that the file can't be written
 
     def resume(self, step: int) -> None:
-        """Drop the lines at or after `step`, which a resumed run will write again; 0 starts the file afresh."""
+        """Drop the lines at or after `step`, which a resumed run will write again; 0 starts the file afresh.
+
+        Raises: UserError where the file can't be written.
+        """
         if self._path is None or not self._path.exists():
             return
         self._close_file()
         kept = [line for line, values in read_lines(self._path) if values["step"] < step]
         temporary = self._path.with_suffix(".tmp")
-        temporary.write_text("".join(kept), encoding="utf-8")
-        os.replace(temporary, self._path)
+        try:
+            temporary.write_text("".join(kept), encoding="utf-8")
+            os.replace(temporary, self._path)
+        except OSError as error:
+            raise UserError(f"{self._path} can't be written: {error.strerror}; free some space") from None
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Append one line to the file and bring the display up to date. Values may be 0-d tensors."""
@@ -88,10 +95,10 @@ class Metrics:
     def _append(self, record: dict) -> None:
         if self._path is None:
             return
-        if self._file is None:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115 - open as long as the run
         try:
+            if self._file is None:
+                self._path.parent.mkdir(parents=True, exist_ok=True)
+                self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115 - open as long as the run
             self._file.write(json.dumps(record, allow_nan=False) + "\n")
             self._file.flush()
         except OSError as error:  # a full disk must not end the run; the file's buffer is written when there is room

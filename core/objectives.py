@@ -94,7 +94,7 @@ class RewardObjective(Objective):
     """Base of the reward objectives: the score of each document, [S]."""
 
     def outputs(self, networks: Networks, batch: PackedBatch) -> Tensor:
-        return networks["reward"].scores(batch.tokens, batch.cu_seqlens)[: batch.sequences]
+        return networks["reward"].scores(batch.tokens, batch.cu_seqlens, batch.positions)[: batch.sequences]
 
 
 @dataclass

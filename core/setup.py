@@ -6,7 +6,9 @@ from typing import Any
 
 import torch
 
+from tritium.core.checkpoint import model_folder
 from tritium.core.config import ConfigError, UserError, opt, to_toml
+from tritium.core.data import parse_sources
 from tritium.core.tokenizer import Tokenizer
 from tritium.model.heads import ScalarModel
 from tritium.model.hf import ModelFolderError, load
@@ -39,10 +41,11 @@ def join(mesh: MeshConfig, device: str, settings: str) -> Mesh:
 
 
 def start(config: Any, stage: str) -> Mesh:
-    """Join the mesh and make the run's folder. `config` has `run` and `mesh`; an empty `run.out` is filled in.
+    """Join the mesh and make the run's folder. `config` has `data`, `run` and `mesh`; an empty `run.out` is filled in.
 
-    Raises: ConfigError, as `join`; UserError where the folder can't be written.
+    Raises: ConfigError, as `join`; UserError where a source is missing, or the folder can't be written.
     """
+    parse_sources(config.data.sources)
     config.run.out = config.run.out or f"runs/{stage}"
     mesh = join(config.mesh, config.run.device, to_toml(config))
     if mesh.main:
@@ -73,15 +76,8 @@ def load_model(folder: str, dtype: str, mesh: Mesh, *, frozen: bool = False) -> 
     return model.requires_grad_(not frozen)
 
 
-def load_reward_model(folder: str, dtype: str, mesh: Mesh) -> ScalarModel:
-    """A frozen reward model from a folder. Raises: UserError."""
-    model = read_model(folder, dtype, mesh)
-    if not isinstance(model, ScalarModel):
-        raise UserError(f"{folder} is a language model; this needs a reward model (tritium reward makes one)")
-    return model.requires_grad_(False)
-
-
 def read_model(folder: str, dtype: str, mesh: Mesh) -> Transformer | ScalarModel:
+    folder = model_folder(folder)
     if not Path(folder).is_dir():
         raise UserError(f"model: the folder {folder!r} does not exist")
     try:
@@ -94,7 +90,7 @@ def read_model(folder: str, dtype: str, mesh: Mesh) -> Transformer | ScalarModel
 
 def load_tokenizer(folder: str, model: Transformer | ScalarModel | None = None) -> Tokenizer:
     """The tokenizer in a model's folder. Raises: UserError, also where its vocabulary is larger than the model's."""
-    tokenizer = Tokenizer.load(folder)
+    tokenizer = Tokenizer.load(model_folder(folder))
     if model is not None and tokenizer.vocab_size > model.config.vocab_size:
         raise UserError(
             f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, the model only {model.config.vocab_size}"

@@ -50,7 +50,7 @@ from tritium.parallel.mesh import Mesh
 class RunConfig:
     """Where a run writes, how long it is, and on what it runs."""
 
-    out: str = opt("", "folder of the run: checkpoints, metrics.jsonl, report.html (default: runs/STAGE)")
+    out: str = opt("", "folder of the run: checkpoints, config.toml, metrics.jsonl (default: runs/STAGE)")
     steps: int | None = opt(None, "optimizer steps (default: what `epochs` makes)")
     epochs: float = opt(1.0, "passes over the data, where `steps` is not given")
     seed: int = opt(0, "seed of everything random")

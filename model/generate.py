@@ -162,10 +162,9 @@ class Batch:
 
     def __init__(self, model: Transformer, slots: int, limit: int):
         config, dtype, device = model.config, model.dtype, model.mesh.device
-        length = max(limit, ROWS)  # a filler document is shorter than ROWS
-        shape = (config.num_layers, 2, slots + 1, length, config.num_kv_heads // model.mesh.tp, config.head_dim)
+        shape = (config.num_layers, 2, slots + 1, limit, config.num_kv_heads // model.mesh.tp, config.head_dim)
         self.model, self.limit, self.spare = model, limit, slots
-        self.pages = torch.zeros(shape, dtype=dtype, device=device)  # [L, 2, slots + 1, length, G, D]
+        self.pages = torch.zeros(shape, dtype=dtype, device=device)  # [L, 2, slots + 1, limit, G, D]
         self.free = list(range(slots))[::-1]
         self.running: list[Running] = []
 
@@ -194,6 +193,7 @@ class Batch:
         tokens = torch.tensor([t for s in joined for t in s.prompt] + [0] * filler, device=device)
         slots = torch.tensor([s.slot for s in joined] + [self.spare]).repeat_interleave(lengths)
         positions = torch.arange(len(tokens)) - (ends - lengths).repeat_interleave(lengths)
+        positions[len(tokens) - filler :] = 0  # it fits in any context
         cache = Prefill(self.pages, slots.to(device), positions.to(device))
         cu_seqlens = torch.nn.functional.pad(ends, (1, 0)).int().to(device)
         hidden = self.model.hidden(tokens, cu_seqlens, positions=positions.to(device), cache=cache)

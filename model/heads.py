@@ -28,18 +28,18 @@ class ScalarModel(nn.Module):
     def mesh(self):
         return self.backbone.mesh
 
-    def values(self, tokens: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
-        """[T] fp32 (fp64 for an fp64 model)."""
-        hidden = self.backbone.hidden(tokens, cu_seqlens)  # [T, E]
+    def values(self, tokens: Tensor, cu_seqlens: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
+        """[T] fp32 (fp64 for an fp64 model); see Transformer.hidden for the arguments."""
+        hidden = self.backbone.hidden(tokens, cu_seqlens, positions=positions)  # [T, E]
         wide = torch.promote_types(hidden.dtype, torch.float32)
         return (hidden.to(wide) * self.score[0].to(wide)).sum(-1)
 
-    def scores(self, tokens: Tensor, cu_seqlens: Tensor) -> Tensor:
+    def scores(self, tokens: Tensor, cu_seqlens: Tensor, positions: Tensor | None = None) -> Tensor:
         """The value at the last token of each document, [S]; documents must not be empty.
 
         It depends on the document alone: not on padding (there is none), nor on its neighbours in the stream.
         """
-        return self.values(tokens, cu_seqlens)[cu_seqlens[1:].long() - 1]
+        return self.values(tokens, cu_seqlens, positions)[cu_seqlens[1:].long() - 1]
 
     @torch.no_grad()
     def initialize(self, seed: int) -> "ScalarModel":

@@ -19,6 +19,8 @@ from tritium.model.generate import generate
 from tritium.model.transformer import Transformer
 from tritium.parallel.mesh import Mesh, local_device
 
+SHOWS_ITS_RESULT = True  # the command line need not
+
 
 @dataclass
 class Config:

@@ -24,14 +24,18 @@ STAGES = {
     "dpo": "align a model with preference pairs, without a reward model",
     # ppo and distill: their stages come with a later issue, and their lines with them.
     "grpo": "align a model with rewards, by reinforcement learning on groups of samples",
-    "sample": "generate text from a model",
+    "sample": "draw several answers to each problem, verify and rank them",
     "evaluate": "measure perplexity and accuracy of a model",
     "chat": "talk to a model in the terminal",
     "run": "run several stages from one recipe file",
     "tokenizer": "train a tokenizer on raw text",
-    "corpus": "turn raw text into token files",
+    "corpus": "write the ladder's data, which every machine can make",
     "doctor": "say what this machine has, and compile every kernel for every target",
 }
+
+
+# What of a result's metrics the last line of a stage shows.
+RESULT_METRICS = ("loss", "eval_loss", "eval_accuracy", "right", "solved", "bytes_per_token", "megabytes")
 
 
 class Terminated(KeyboardInterrupt):
@@ -77,7 +81,10 @@ def run_stage(stage: str | ModuleType, argv: list[str] | None = None) -> int:
             if _rank() == 0:
                 print(f"# {prog}\n{to_toml(config)}", file=sys.stderr, flush=True)
             _share_cores()
-            module.train(config)
+            result = module.train(config)
+            if _rank() == 0 and not getattr(module, "SHOWS_ITS_RESULT", False):
+                numbers = "  ".join(f"{k}={v:.4g}" for k, v in result.metrics.items() if k in RESULT_METRICS)
+                print(f"{prog}: done: {result.checkpoint}  {numbers}", file=sys.stderr)
     except UserError as error:
         print(f"{prog}: {error}", file=sys.stderr)
         return 2

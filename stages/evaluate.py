@@ -29,6 +29,8 @@ from tritium.core.tokenizer import Tokenizer
 from tritium.core.trainer import Result
 from tritium.model.transformer import Transformer
 
+SHOWS_ITS_RESULT = True  # the command line need not
+
 
 @dataclass
 class Config:
@@ -56,7 +58,7 @@ def train(config: Config) -> Result:
     result = measure(config)
     if int(os.environ.get("RANK", 0)) == 0:
         metrics = result.metrics
-        print(json.dumps(metrics) if config.json else "\n".join(f"{k:>18}  {v:.4f}" for k, v in metrics.items()))
+        print(json.dumps(metrics) if config.json else "\n".join(f"{k:>18}  {v:.4g}" for k, v in metrics.items()))
     return result
 
 
@@ -97,7 +99,7 @@ def problem_metrics(rollout: Rollout) -> dict[str, float]:
     return {
         "exact_match": p,
         "n": n,
-        "low_95": middle - spread / (1 + z * z / n),
+        "low_95": max(middle - spread / (1 + z * z / n), 0.0),
         "high_95": middle + spread / (1 + z * z / n),
         "answer_tokens": float(np.mean([len(s.completion.tokens) for s in rollout.samples])),
         "cut_off": float(np.mean([s.completion.finish_reason != "stop" for s in rollout.samples])),

@@ -7,6 +7,7 @@ Without `tokenizer`, one is trained on the sources first. A replay mix of old te
 forgetting (Ibrahim et al., arXiv 2403.08763).
 """
 
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from tritium.core.setup import MeshConfig, load_model, load_tokenizer, parameter
 from tritium.core.tokenizer import Tokenizer
 from tritium.core.trainer import Result, RunConfig, Trainer
 from tritium.model.config import ModelConfig
-from tritium.model.transformer import Transformer
+from tritium.model.transformer import Transformer, full_shape
 from tritium.parallel.mesh import Mesh
 from tritium.stages import tokenizer as tokenizer_stage
 
@@ -79,7 +80,8 @@ def train(config: Config) -> Result:
         tokenizer=tokenizer,
         evaluation=evaluation,
     )
-    trainer.say(f"{sum(p.numel() for p in model.parameters()):,} parameters, {bins.tokens:,} tokens an epoch")
+    parameters = sum(math.prod(full_shape(p, mesh.tp)) for p in model.parameters())
+    trainer.say(f"{parameters:,} parameters, {bins.tokens:,} tokens an epoch")
     trainer.say(skipped.summary())
     for step in trainer.steps():
         batches = bins.step(step)

@@ -36,6 +36,8 @@ from tritium.stages import evaluate
 
 STAGE_KEYS = {"kind", "metric", "before", "higher_is_better", "config"}
 
+SHOWS_ITS_RESULT = True  # the command line need not
+
 
 @dataclass
 class Config:
@@ -55,7 +57,8 @@ def train(config: Config) -> Result:
     print(f"\npeak memory {peak_memory() / 1e9:.1f} GB   report {out / 'report.html'}   results {out / 'results.json'}")
     models = [row for row in ladder.rows if row["metric"] == "exact_match"]
     if models:
-        print(f"talk to it:  tritium chat --model={models[-1]['checkpoint']}")
+        command = sys.argv[0] if Path(sys.argv[0]).name == "tritium" else "tritium"
+        print(f"talk to it:  {command} chat --model={models[-1]['checkpoint']}")
     last = ladder.rows[-1]
     return Result(last["checkpoint"], {last["metric"]: last["after"]})
 
@@ -143,7 +146,7 @@ class Ladder:
             after = self.exact_match(result.checkpoint)
         else:
             after = result.metrics[metric]
-            before = result.metrics[table["before"]] if "before" in table else result.before.get(metric, 0.0)
+            before = result.metrics[table["before"]] if "before" in table else result.before.get(metric)
         return {
             "name": name,
             "metric": metric,
@@ -151,8 +154,8 @@ class Ladder:
             "after": after,
             "higher_is_better": table.get("higher_is_better", True),
             "seconds": seconds,
-            "tokens_per_second": result.metrics.get("tokens_per_second", 0.0),
-            "mfu": result.metrics.get("mfu", 0.0),
+            "tokens_per_second": result.metrics.get("tokens_per_second"),
+            "mfu": result.metrics.get("mfu"),
             "checkpoint": result.checkpoint,
         }
 
@@ -219,12 +222,12 @@ class Ladder:
 
     def table(self) -> str:
         """The stages, a line each."""
-        lines = [f"{'stage':<12}{'metric':<16}{'before':>9}{'after':>9}{'seconds':>9}{'tokens/s':>10}  checkpoint"]
+        show = lambda value, digits: "–" if value is None else f"{value:.{digits}f}"  # noqa: E731
+        lines = [f"{'stage':<12}{'metric':<18}{'before':>8}{'after':>8}{'seconds':>9}{'tokens/s':>10}  checkpoint"]
         for row in self.rows:
-            numbers = (
-                f"{row['before']:>9.3f}{row['after']:>9.3f}{row['seconds']:>9.0f}{row['tokens_per_second']:>10.0f}"
-            )
-            lines.append(f"{row['name']:<12}{row['metric']:<16}{numbers}  {row['checkpoint']}")
+            scores = f"{show(row['before'], 3):>8}{show(row['after'], 3):>8}"
+            speed = f"{show(row['seconds'], 0):>9}{show(row['tokens_per_second'], 0):>10}"
+            lines.append(f"{row['name']:<12}{row['metric']:<18}{scores}{speed}  {row['checkpoint']}")
         return "\n".join(lines)
 
 

@@ -28,6 +28,7 @@ class Config:
     sources: list[str] = opt([], "files of problems")
     k: int = opt(8, "answers to each problem")
     pairs: int = opt(2, "pairs written for a problem, at most")
+    chosen: str = opt("right", "a pair's better answer: a right one, or the best there is", choices=("right", "best"))
     limit: int | None = opt(None, "use only the first problems")
     sampling: SamplingConfig = opt(SamplingConfig, "how answers are drawn")
     out: str = opt("runs/sample", "folder to write")
@@ -75,6 +76,7 @@ def write(config: Config, rollout: Rollout) -> None:
         prompt, (best, *worse) = group[0].problem.messages, levels
         if best[0].score.value >= 1.0:
             put(files["sft"], {"messages": [*prompt, {"role": "assistant", "content": best[0].text}]})
+        if best[0].score.value >= 1.0 or config.chosen == "best":
             wrong = [sample for level in worse for sample in level]
             for chosen, rejected in list(zip(best, wrong, strict=False))[: config.pairs]:
                 put(files["pairs"], {"prompt": prompt, "chosen": chosen.text, "rejected": rejected.text})

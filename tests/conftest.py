@@ -72,7 +72,7 @@ def tiny(tmp_path_factory) -> Tiny:
     }
     for name, records in rows.items():
         (folder / name).write_text("".join(json.dumps(record) + "\n" for record in records))
-    shape = pretrain.ShapeConfig(2, 32, 64, heads=2, kv_heads=1, head_dim=16, context=96)
+    shape = pretrain.ShapeConfig(2, 32, 64, heads=2, kv_heads=1, head_dim=16, context=96, init_std=0.02)
     config = pretrain.Config(vocab_size=340, model=shape, optim=OptimConfig(lr=1e-2))
     config.data.sources, config.data.bin_tokens, config.data.holdout = [str(folder / "text.jsonl")], 512, 0.1
     config.run = RunConfig(out=str(folder / "pretrain"), steps=12, dtype="fp32", eval_bins=2)

@@ -56,6 +56,7 @@ def test_fillers_reach_a_multiple_and_count_for_nothing():
     assert batch.counts == free.counts and batch.sequences == free.sequences == 2
     assert batch.fields["reward"].tolist() == [2.0, 1.0]
     assert batch.fields["value"].tolist() == [8, 9, 0, 1, 0] + [0] * 95
+    assert batch.positions.tolist() == [0, 1, 2, 0, 1] + [0] * 95  # they fit in any context
     assert len(pack(groups, multiple_of=5).tokens) == 5
 
 

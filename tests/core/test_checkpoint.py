@@ -13,6 +13,7 @@ from tritium.core.checkpoint import (
     checkpoints,
     damage,
     latest,
+    model_folder,
     prune,
     read_state,
     read_tensors,
@@ -146,6 +147,13 @@ def test_a_folder_that_cannot_be_made_is_a_sentence(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match="Not a directory"):
         save(tmp_path / "file", 1)
+
+
+def test_a_runs_folder_stands_for_its_newest_checkpoint(tmp_path):
+    folders = [str(save(tmp_path, step)) for step in (9, 10)]
+    assert model_folder(str(tmp_path)) == folders[1]
+    assert model_folder(folders[0]) == folders[0]
+    assert model_folder(str(tmp_path / "none")) == str(tmp_path / "none")
 
 
 def test_a_mistake_in_the_code_is_not_taken_for_a_full_disk(tmp_path):

@@ -13,7 +13,7 @@ from torch import nn
 
 from tritium.core.batch import Document, PackedBatch, pack
 from tritium.core.checkpoint import CheckpointError, checkpoints
-from tritium.core.config import opt
+from tritium.core.config import UserError, opt
 from tritium.core.objectives import CrossEntropy, Metric, Term, supervised
 from tritium.core.optim import OptimConfig
 from tritium.core.schedule import ScheduleConfig
@@ -354,6 +354,19 @@ def test_a_metrics_file_that_cannot_grow_does_not_end_the_run(tmp_path, capsys):
     assert capsys.readouterr().err.count("metrics.jsonl can't be written") == 1
     assert [m["step"] for m in lines(tmp_path)] == [1, 2, 3, 4, 5, 6]
     assert one.index == 6
+
+
+def test_a_disk_that_is_full_from_the_beginning_is_a_sentence(tmp_path):
+    train(trainer(tmp_path, steps=4))
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, before[1]))
+    try:
+        with pytest.raises(UserError, match="metrics.jsonl can't be written: .*; free some space"):
+            trainer(tmp_path, steps=6)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    train(trainer(tmp_path, steps=6))
+    assert [m["step"] for m in lines(tmp_path)] == [1, 2, 3, 4, 5, 6]
 
 
 # ---------------------------------------------------------------------------------------------- several terms

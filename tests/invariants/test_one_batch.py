@@ -15,7 +15,7 @@ from tritium.model.heads import ScalarModel
 from tritium.model.transformer import Transformer
 
 pytestmark = pytest.mark.usefixtures("quick")
-SHAPE = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_layers": 2, "max_positions": 64}
+SHAPE = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_layers": 2, "max_positions": 30}
 HEADS = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 8, "init_std": 0.3}
 MODELS = {
     "tied head, biases": ModelConfig(**SHAPE, **HEADS, tie_embeddings=True, qkv_bias=True),

@@ -111,6 +111,15 @@ def test_how_a_sequence_ends(model):
     assert full.finish_reason == "context" and len(full.tokens) == 5  # 64 positions, and a last one never fed
 
 
+def test_a_model_with_a_short_context_generates(model):
+    short = Transformer(ModelConfig(**vars(SHAPE) | {"max_positions": 8})).initialize(0)
+    found = generate(short, [[1, 2, 3], [4]], max_tokens=20, temperature=0)
+    assert [(len(c.tokens), c.finish_reason) for c in found] == [(6, "context"), (8, "context")]
+    for prompt, tokens in zip(([1, 2, 3], [4]), (c.tokens for c in found), strict=True):
+        expected = generate(model, [prompt], max_tokens=len(tokens), temperature=0)[0].tokens
+        assert tokens == expected  # the same weights, with room
+
+
 def test_the_models_eos_stops_where_no_other_is_named():
     ends = Transformer(ModelConfig(**vars(SHAPE) | {"eos_id": 3})).initialize(0)
     found = generate(ends, prompts(20), max_tokens=60, temperature=2.0)

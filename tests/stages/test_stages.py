@@ -14,8 +14,10 @@ from tritium.core.config import ConfigError
 from tritium.core.data import DataConfig
 from tritium.core.optim import OptimConfig
 from tritium.core.rewards import Score
-from tritium.core.setup import load_reward_model
+from tritium.core.rollout import Problem, Rollout, Sample
+from tritium.core.setup import read_model
 from tritium.core.trainer import Result, RunConfig
+from tritium.model.generate import Completion
 from tritium.model.heads import ScalarModel
 from tritium.parallel.mesh import Mesh
 from tritium.stages import chat, dpo, evaluate, grpo, pretrain, reward, sample, sft, tokenizer
@@ -87,7 +89,7 @@ def test_reward_learns_to_tell_answers_apart(tiny, tmp_path, loss):
     result = reward.train(config)
     assert_finished(result, tmp_path, 12)
     assert result.metrics["eval_loss"] < result.before["eval_loss"] - 0.1
-    model = load_reward_model(result.checkpoint, "fp32", Mesh.single())
+    model = read_model(result.checkpoint, "fp32", Mesh.single())
     assert isinstance(model, ScalarModel) and model.score.abs().sum() > 0
 
 
@@ -111,6 +113,39 @@ def test_grpo_reinforces_what_the_verifier_likes(tiny, tmp_path, odd_is_right):
     assert sum(rewards[-3:]) / 3 > sum(rewards[:3]) / 3 + 0.2
     first = rows(tmp_path / "metrics.jsonl")[0]
     assert first["ratio"] == pytest.approx(1.0, abs=1e-5) and first["clip_fraction"] == 0.0
+
+
+def test_grpo_goes_through_all_problems_before_it_repeats_one():
+    problems = [Problem(i, [], [], "") for i in range(10)]
+    passes = [[p.index for n in (5 * e, 5 * e + 1, 5 * e + 2, 5 * e + 3, 5 * e + 4) for p in chosen(n, problems)]
+              for e in range(3)]  # fmt: skip
+    assert all(sorted(found) == list(range(10)) for found in passes) and passes[0] != passes[1] != passes[2]
+    across = grpo.problems_of(1, problems, 7, seed=0)  # the end of one pass, and the beginning of the next
+    assert [p.index for p in across] == (passes[0] + passes[1])[7:14]
+    assert grpo.problems_of(0, problems, 10, seed=1) != grpo.problems_of(0, problems, 10, seed=0)
+
+
+def chosen(number: int, problems: list[Problem]) -> list[Problem]:
+    return grpo.problems_of(number, problems, 2, seed=0)
+
+
+def test_grpo_trains_on_groups_that_differ_and_on_answers_that_were_judged():
+    def group(index: int, *rewards: float | None) -> list[Sample]:
+        problem = Problem(index, [], [50 + index, 9], "")
+        completion = Completion([index, 2], [0.0, 0.0], "stop")
+        return [Sample(problem, completion, "", None if r is None else Score(float(r))) for r in rewards]
+
+    rollout = Rollout(
+        [group(0, 1, 1), group(1, 1, 0), group(2, None, 1), group(3, 0, None, 1, 1), group(4, None, None)]
+    )
+    options = grpo.GRPOConfig(updates=2, scale=False)
+    batches = grpo.to_batches(rollout, options, DataConfig(bin_tokens=64))
+    assert [batch.sequences for batch in batches] == [2, 3]  # two updates get a batch each; groups are whole
+    first, second = batches
+    assert first.fields["advantages"].tolist() == [0.5, -0.5]
+    assert second.fields["advantages"].tolist() == pytest.approx([-2 / 3, 1 / 3, 1 / 3])
+    assert first.tokens[:8].tolist() == [51, 9, 1, 2] * 2  # token in, token out
+    assert first.targets[first.supervised].tolist() == [1, 2] * 2
 
 
 def test_grpo_steps_on_nothing_where_no_group_teaches(tiny, tmp_path):
