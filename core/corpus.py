@@ -11,6 +11,7 @@ import numpy as np
 from tritium.core.arithmetic import Problem, chat_answer
 
 SKIPPED_FOLDERS = {"test", "tests", "idlelib", "lib2to3", "site-packages", "encodings", "pydoc_data", "__pycache__"}
+TERSE = 0.7  # share of bare results among the answers to longer questions: what RL has to unlearn
 PIECE = 6000  # characters of a document: sources are long, and a document should fit a small context
 
 GREETINGS = ("Hi", "Hello", "Hello!", "Good morning", "Hey there", "Hi, how are you?")
@@ -53,10 +54,10 @@ def documented(module: str, source: str) -> Iterator[tuple[str, str]]:
         if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
             if text := ast.get_docstring(node):
                 yield f"{module}.{node.name}", text
-            for member in node.body if isinstance(node, ast.ClassDef) else ():
-                if isinstance(member, ast.FunctionDef) and not member.name.startswith("_"):
-                    if text := ast.get_docstring(member):
-                        yield f"{module}.{node.name}.{member.name}", text
+            methods = node.body if isinstance(node, ast.ClassDef) else []
+            for member in (m for m in methods if isinstance(m, ast.FunctionDef) and not m.name.startswith("_")):
+                if text := ast.get_docstring(member):
+                    yield f"{module}.{node.name}.{member.name}", text
 
 
 def library_texts(characters: int, seed: int) -> list[str]:
@@ -100,6 +101,12 @@ def turns(*texts: str) -> list[dict]:
     return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
 
 
+def worked_or_terse(problem: Problem, rng: np.random.Generator) -> str:
+    """An answer as people give it: sums are worked out; of longer questions, most get the bare result."""
+    terse = problem.kind in ("two_step", "story") and rng.random() < TERSE
+    return problem.answer if terse else chat_answer(problem)
+
+
 def small_talk(problems: list[Problem], count: int, seed: int) -> list[list[dict]]:
     """General conversations of one to three exchanges, some with problems among them."""
     rng = np.random.default_rng([seed, 3])
@@ -112,7 +119,7 @@ def small_talk(problems: list[Problem], count: int, seed: int) -> list[list[dict
             parts += [question, GENERAL[question]]
         if rng.random() < 0.5 or not parts:
             problem = pick(problems)
-            parts += [problem.question, chat_answer(problem)]
+            parts += [problem.question, worked_or_terse(problem, rng)]
         if rng.random() < 0.3:
             parts += [pick(THANKS), pick(PLEASURES)]
         conversations.append(turns(*parts))

@@ -51,7 +51,6 @@ def start(config: Any, stage: str) -> Mesh:
     if mesh.main:
         try:
             Path(config.run.out).mkdir(parents=True, exist_ok=True)
-            (Path(config.run.out) / "config.toml").write_text(to_toml(config))
         except OSError as error:
             raise UserError(f"run.out={config.run.out}: {error.strerror}") from None
     mesh.barrier()

@@ -35,7 +35,8 @@ from tritium.core.checkpoint import (
     read_tensors,
     save_checkpoint,
 )
-from tritium.core.config import ConfigError, opt, to_toml
+from tritium.core.config import ConfigError, UserError, opt, to_toml
+from tritium.core.formats import Skipped
 from tritium.core.metrics import Clock, Metrics, matmul_rate, peak_memory
 from tritium.core.objectives import Objective
 from tritium.core.optim import OptimConfig, Optimizer
@@ -103,13 +104,14 @@ class Trainer:
         total_steps: int,
         tokenizer: Tokenizer | None = None,
         evaluation: Sequence[PackedBatch] = (),
+        skipped: Skipped | None = None,
     ):
         self.networks, self.objective, self.mesh = nn.ModuleDict(networks), objective, mesh
         self.run: RunConfig = settings.run
         self.optim: OptimConfig = settings.optim
         self.schedule: ScheduleConfig = settings.schedule
         self.config_toml, self.tokenizer, self.total_steps = to_toml(settings), tokenizer, total_steps
-        self.evaluation = evaluation
+        self.evaluation, self.skipped = evaluation, skipped or Skipped()
         trained = {k: m for k, m in networks.items() if any(p.requires_grad for p in m.parameters())}
         self.optimizers = {k: Optimizer(m, self.optim, mesh) for k, m in trained.items()}
         self.out = Path(self.run.out)
@@ -123,6 +125,17 @@ class Trainer:
         self.totals = {"tokens": 0.0, "seconds": 0.0, "work": 0.0, "trained_seconds": 0.0}  # since this process began
         self.peak = self.measure_peak()
         self.resume()
+        self.write_config()
+        self.say(self.skipped.summary())
+
+    def write_config(self) -> None:
+        """Leave the resolved config in the run's folder. Raises: UserError where it can't be written."""
+        if self.mesh.main:
+            try:
+                self.out.mkdir(parents=True, exist_ok=True)
+                (self.out / "config.toml").write_text(self.config_toml)
+            except OSError as error:
+                raise UserError(f"run.out={self.out} can't be written: {error.strerror}") from None
 
     # ------------------------------------------------------------------------------------------ the loop
 
@@ -143,6 +156,7 @@ class Trainer:
                     self.save()
             if self.saved != self.index:
                 self.save(last=True)
+            self.say(self.skipped.summary())
             self.metrics.close()
         if self.told_to_stop():
             self.obey()

@@ -29,7 +29,6 @@ from tritium.model.config import ModelConfig
 from tritium.parallel.mesh import Mesh
 from tritium.parallel.tensor import copy_to_tp, reduce_from_tp, shard, unshard, vocab_parallel_embedding
 
-
 HEAD_ROWS = 256  # the head's input is a multiple of this
 IGNORE = -100  # the target that linear_logprob leaves out
 

@@ -68,9 +68,7 @@ def reply(model: Transformer, tokenizer: Tokenizer, messages: list[dict], config
     """Stream one answer; None where the conversation has outgrown the model's context."""
     ids = render(tokenizer, messages, generation_prompt=True).ids
     if len(ids) >= model.config.max_positions:
-        print(
-            f"(the conversation has {len(ids)} tokens, the model's context is {model.config.max_positions}: starting anew)"
-        )
+        print(f"(the conversation has {len(ids)} tokens, the context {model.config.max_positions}: starting anew)")
         return None
     decoder, start = tokenizer.incremental(), time.perf_counter()
     sampling = config.sampling

@@ -6,6 +6,7 @@
     arithmetic.jsonl   worked problems, one to a document                            pretraining
     cold.jsonl         problems, the reasoning in <think>, then the answer           cold-start SFT
     chat.jsonl         the same, questions about Python functions, multi-turn chat   overall SFT
+                       (most answers to longer questions are bare results, as people give them)
     sample.jsonl, rl.jsonl, test.jsonl   {"question", "answer"}                      sampling, RL, evaluation
 
 Every file's problems come from a seed of their own, and no question of test.jsonl is in another file.
@@ -20,7 +21,7 @@ import numpy as np
 
 from tritium.core.arithmetic import Problem, chat_answer, equation, problems
 from tritium.core.config import opt
-from tritium.core.corpus import library_questions, library_texts, small_talk, turns
+from tritium.core.corpus import library_questions, library_texts, small_talk, turns, worked_or_terse
 from tritium.core.trainer import Result
 
 
@@ -28,10 +29,10 @@ from tritium.core.trainer import Result
 class Config:
     out: str = opt("runs/corpus", "folder to write")
     library_characters: int = opt(6_000_000, "characters of the standard library")
-    arithmetic: int = opt(40_000, "worked problems for pretraining")
-    cold: int = opt(3_000, "problems of the cold start")
-    chat: int = opt(6_000, "conversations of the overall SFT")
-    sample: int = opt(1_000, "problems to sample answers to")
+    arithmetic: int = opt(36_000, "worked problems for pretraining")
+    cold: int = opt(1_500, "problems of the cold start")
+    chat: int = opt(3_000, "conversations of the overall SFT")
+    sample: int = opt(800, "problems to sample answers to")
     rl: int = opt(6_000, "problems for reinforcement learning")
     test: int = opt(500, "held-out problems")
     seed: int = opt(0, "seed of everything generated")
@@ -72,13 +73,14 @@ def question(problem: Problem) -> dict:
 
 
 def overall(chat: list[Problem], seed: int) -> list[list[dict]]:
-    """As many conversations as problems: half of them problems alone, a quarter Python functions, a quarter chat."""
+    """As many conversations as problems: half are problems alone, a quarter about Python functions, a quarter chat."""
     count = len(chat)
-    alone = [turns(p.question, chat_answer(p)) for p in chat[: count // 2]]
+    rng = np.random.default_rng([seed, 4])
+    alone = [turns(p.question, worked_or_terse(p, rng)) for p in chat[: count // 2]]
     functions = library_questions(seed)[: count // 4]
     mixed = small_talk(chat[count // 2 :], count - len(alone) - len(functions), seed)
     conversations = alone + functions + mixed
-    return [conversations[i] for i in np.random.default_rng([seed, 4]).permutation(count)]
+    return [conversations[i] for i in rng.permutation(count)]
 
 
 if __name__ == "__main__":

@@ -49,9 +49,9 @@ def train(config: Config) -> Result:
         name="dpo",
         total_steps=config.run.steps or bins.steps_in(config.run.epochs),
         tokenizer=tokenizer,
+        skipped=skipped,
         evaluation=evaluation,
     )
-    trainer.say(skipped.summary())
     for step in trainer.steps():
         batches = bins.step(step)
         # ------------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ Records are {"question", "answer"}. The sampler is the policy itself; token in, 
 score the same teach nothing and are left out (DAPO's dynamic sampling, arXiv 2503.14476, without the refill).
 """
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -73,9 +74,18 @@ def train(config: Config) -> Result:
     clip = (options.clip_low, options.clip_high)
     objective = GRPO(*clip, options.beta, options.normalization, temperature)
     rollouts = max(1, round(config.run.epochs * len(problems) / options.prompts))
-    total_steps = config.run.steps or rollouts * options.updates
-    trainer = Trainer(networks, objective, config, mesh, name="grpo", total_steps=total_steps, tokenizer=tokenizer)
-    trainer.say(skipped.summary())
+    if config.run.steps:
+        rollouts = math.ceil(config.run.steps / options.updates)  # whole ones
+    trainer = Trainer(
+        networks,
+        objective,
+        config,
+        mesh,
+        name="grpo",
+        total_steps=rollouts * options.updates,
+        tokenizer=tokenizer,
+        skipped=skipped,
+    )
     for step in trainer.steps():
         number = step // options.updates
         chosen = share(problems_of(number, problems, options.prompts, config.run.seed), mesh)
@@ -121,7 +131,7 @@ def to_batches(rollout: Rollout, options: GRPOConfig, data: DataConfig) -> list[
 
 
 def summary(rollout: Rollout) -> dict[str, float]:
-    """What this rank's rollout looks like: rewards, right answers, lengths, ends, groups that teach, judge's failures."""
+    """What this rank's rollout looks like; `varied_groups` are those that teach something."""
     samples = rollout.samples
     scores = [s.score.value for s in samples if s.score is not None]
     varied = [len({s.score.value for s in group if s.score is not None}) > 1 for group in rollout.groups]

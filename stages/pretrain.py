@@ -78,11 +78,11 @@ def train(config: Config) -> Result:
         name="pretrain",
         total_steps=config.run.steps or bins.steps_in(config.run.epochs),
         tokenizer=tokenizer,
+        skipped=skipped,
         evaluation=evaluation,
     )
     parameters = sum(math.prod(full_shape(p, mesh.tp)) for p in model.parameters())
     trainer.say(f"{parameters:,} parameters, {bins.tokens:,} tokens an epoch")
-    trainer.say(skipped.summary())
     for step in trainer.steps():
         batches = bins.step(step)
         # ------------------------------------------------------------------------------------------------------

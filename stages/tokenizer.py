@@ -3,6 +3,7 @@
 tritium tokenizer --sources=book.txt,articles.jsonl --vocab_size=8192 --out=runs/tokenizer
 """
 
+import sys
 from dataclasses import dataclass
 
 from tritium.core.config import ConfigError, opt
@@ -34,6 +35,8 @@ def train(config: Config) -> Result:
             room -= len(text)
             if room <= 0:
                 break
+    if skipped.reasons:
+        print(skipped.summary(), file=sys.stderr)
     tokenizer = train_tokenizer(texts, config.vocab_size, config.out)
     sample = texts[:: max(1, len(texts) // 200)]
     size = sum(len(text.encode()) for text in sample)

@@ -11,6 +11,7 @@ import torch
 
 import tritium
 from tritium.core.config import UserError, opt
+from tritium.core.trainer import Result
 from tritium.stages.cli import STAGES, main, run_stage
 
 
@@ -35,9 +36,16 @@ def fail(error: BaseException):
 
 def test_a_stage_gets_its_configuration_and_shows_it(capsys):
     seen = []
-    assert run_stage(stage(seen.append), ["--steps=7"]) == 0
+
+    def train(config):
+        seen.append(config)
+        return Result("runs/toy/step-7", {"eval_loss": 1.25})
+
+    assert run_stage(stage(train), ["--steps=7"]) == 0
     assert seen == [Config(steps=7)]
-    assert "steps = 7" in capsys.readouterr().err
+    shown = capsys.readouterr().err
+    assert "steps = 7" in shown
+    assert "done: runs/toy/step-7  eval_loss=1.25" in shown
 
 
 def test_only_the_main_rank_shows_the_configuration(capsys, monkeypatch):
@@ -100,11 +108,16 @@ def test_local_ranks_share_the_cores(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     torch.set_num_threads(2)
     seen = []
+
+    def train(config):
+        seen.append(torch.get_num_threads())
+        return Result("")
+
     try:
-        assert run_stage(stage(lambda config: seen.append(torch.get_num_threads())), []) == 0
+        assert run_stage(stage(train), []) == 0
         monkeypatch.setenv("OMP_NUM_THREADS", "5")  # chosen by the user: left alone
         torch.set_num_threads(2)
-        assert run_stage(stage(lambda config: seen.append(torch.get_num_threads())), []) == 0
+        assert run_stage(stage(train), []) == 0
     finally:
         torch.set_num_threads(threads)
     assert seen == [1, 2]
