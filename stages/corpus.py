@@ -6,7 +6,7 @@
     arithmetic.jsonl   worked problems, one to a document                            pretraining
     cold.jsonl         problems, the reasoning in <think>, then the answer           cold-start SFT
     chat.jsonl         the same, questions about Python functions, multi-turn chat   overall SFT
-                       (most answers to longer questions are bare results, as people give them)
+                       (most answers to stories are bare results, as people give them)
     sample.jsonl, rl.jsonl, test.jsonl   {"question", "answer"}                      sampling, RL, evaluation
 
 Every file's problems come from a seed of their own, and no question of test.jsonl is in another file.
@@ -29,9 +29,9 @@ from tritium.core.trainer import Result
 class Config:
     out: str = opt("runs/corpus", "folder to write")
     library_characters: int = opt(6_000_000, "characters of the standard library")
-    arithmetic: int = opt(36_000, "worked problems for pretraining")
+    arithmetic: int = opt(60_000, "worked problems for pretraining")
     cold: int = opt(1_500, "problems of the cold start")
-    chat: int = opt(3_000, "conversations of the overall SFT")
+    chat: int = opt(4_000, "conversations of the overall SFT")
     sample: int = opt(800, "problems to sample answers to")
     rl: int = opt(6_000, "problems for reinforcement learning")
     test: int = opt(500, "held-out problems")
