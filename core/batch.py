@@ -8,7 +8,8 @@
     cu_seqlens   0         3       5          9   [S+1] int32
 
 What a batch is worth is known when it is built: `counts` holds the denominators of every loss ("tokens" is the sum
-of the weights), so that a step's loss can be divided by the global count before the first backward.
+of the weights), so that a step's loss can be divided by the global count before the first backward. "stream" is the
+number of tokens whatever their weight, for the throughput.
 """
 
 from collections.abc import Iterable, Sequence
@@ -18,7 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-IGNORE = -100  # the target of a token that predicts nothing
+from tritium.model.transformer import IGNORE
+
 FILLER = 64  # tokens of a filler document
 
 Group = Sequence["Document"]  # documents that must share a batch: a pair, a ranking, the samples of a prompt
@@ -60,7 +62,7 @@ class PackedBatch:
     fields: dict[str, Tensor] = field(default_factory=dict)
     counts: dict[str, float] = field(default_factory=dict)
     sequences: int = 0  # S; `cu_seqlens` may hold fillers after them
-    squared_lengths: float = 0.0  # Σ n² over the documents: attention's work
+    squared_lengths: float = 0.0  # Σ n² over the documents, fillers aside: attention's work
 
     def to(self, device: torch.device | str) -> "PackedBatch":
         moved = {k: v.to(device, non_blocking=True) for k, v in vars(self).items() if isinstance(v, Tensor)}
@@ -70,24 +72,26 @@ class PackedBatch:
 def pack(groups: Iterable[Group], counts: dict[str, float] | None = None, multiple_of: int = 1) -> PackedBatch:
     """Lay the documents of `groups` end to end.
 
-    `counts` are denominators beyond the ones known here (tokens, sequences, groups). With `multiple_of`, documents
-    of weight 0 fill the stream up to a multiple of so many tokens: a compiler, a CUDA graph, or oneDNN, which builds
-    a matmul kernel for every shape it meets (20 ms and 7 MB each), want few shapes. Fillers are no sequences: [S]
-    fields and `sequences` leave them out; `cu_seqlens` has them at the end.
+    `counts` are denominators beyond the ones known here (tokens, stream, sequences, groups). With `multiple_of`,
+    documents of weight 0 fill the stream up to a multiple of so many tokens: a compiler, a CUDA graph, or oneDNN,
+    which builds a matmul kernel for every shape it meets (20 ms and 7 MB each), want few shapes. Fillers are no
+    sequences: [S] fields, `sequences` and the counts leave them out; `cu_seqlens` has them at the end.
     """
     groups = [list(group) for group in groups]
     real = [document for group in groups for document in group]
-    documents = real + fillers(-sum(map(len, real)) % multiple_of)
+    size = sum(map(len, real))
+    documents = real + fillers(-size % multiple_of)
     lengths = np.array([len(d) for d in documents], dtype=np.int64)
     cu = np.concatenate([[0], lengths.cumsum()])  # [S+1]
     starts, ends = cu[:-1].repeat(lengths), cu[1:].repeat(lengths)  # [T]
     tokens = concatenate([d.ids for d in documents], np.int64)
     positions = np.arange(len(tokens)) - starts
-    positions[sum(map(len, real)) :] = 0  # fillers fit in any context
+    positions[size:] = 0  # fillers fit in any context
     last = np.arange(len(tokens)) == ends - 1
     weights = np.where(last, 0.0, np.roll(concatenate([d.weights for d in documents], np.float32), -1))
     names = real[0].fields if real else ()
-    known = {"tokens": float(weights.sum()), "sequences": float(len(real)), "groups": float(len(groups))}
+    known = {"tokens": float(weights.sum()), "stream": float(size)}
+    known |= {"sequences": float(len(real)), "groups": float(len(groups))}
     return PackedBatch(
         tokens=torch.from_numpy(tokens),
         targets=torch.from_numpy(np.where(last, IGNORE, np.roll(tokens, -1))),
@@ -100,7 +104,7 @@ def pack(groups: Iterable[Group], counts: dict[str, float] | None = None, multip
         fields={name: pack_field([d.fields[name] for d in real], last) for name in names},
         counts=known | (counts or {}),
         sequences=len(real),
-        squared_lengths=float((lengths.astype(np.float64) ** 2).sum()),
+        squared_lengths=float((lengths[: len(real)].astype(np.float64) ** 2).sum()),
     )
 
 

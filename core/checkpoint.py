@@ -14,7 +14,9 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -110,14 +112,19 @@ def digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def damage(folder: Path) -> str:
-    """What is wrong with a checkpoint: the first file that is missing or changed; empty if nothing is."""
+def damage(folder: Path, without: str = "") -> str:
+    """What is wrong with a checkpoint: the first file that is missing or changed; empty if nothing is.
+
+    Files in its folder `without` are not looked at.
+    """
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
     except (OSError, ValueError) as error:
         return f"{MANIFEST} can't be read ({error})"
     for name, wanted in manifest.items():
         path = folder / name
+        if without and name.startswith(without + "/"):
+            continue
         if not path.is_file():
             return f"{name} is missing"
         if path.stat().st_size != wanted["bytes"]:
@@ -158,9 +165,24 @@ def prune(newest: Path, keep: int, mesh: Mesh) -> None:
 
 
 def model_folder(path: str) -> str:
-    """The folder of a model that `path` means: a model's own, or that of a run, whose newest checkpoint it is."""
+    """The folder of a model that `path` means: a model's own, or that of a run, whose newest undamaged one it is.
+
+    Raises: CheckpointError where all of them are damaged.
+    """
     found = [] if (Path(path) / "config.json").exists() else checkpoints(Path(path))
-    return str(found[-1]) if found else path
+    for candidate in reversed(found):
+        problem = damage(candidate, without="trainer")
+        if not problem:
+            return str(candidate)
+        tell(f"checkpoint {candidate} is damaged: {problem}; trying the one before")
+    if found:
+        raise CheckpointError(f"{path}: all of its {len(found)} checkpoints are damaged: train it again")
+    return path
+
+
+@cache  # once for each message: a stage asks for a model's folder several times
+def tell(message: str) -> None:
+    print(message, file=sys.stderr)
 
 
 def read_state(folder: Path) -> dict[str, Any]:

@@ -82,11 +82,6 @@ def from_dict(cls: type[T], mapping: Mapping[str, Any]) -> T:
     return _build(cls, _read_mapping(_leaves(cls), mapping, ""))
 
 
-def to_dict(config: Any) -> dict[str, Any]:
-    """Nested plain dicts, copied, that `from_dict` turns into an equal configuration."""
-    return dataclasses.asdict(config)
-
-
 def to_toml(config: Any) -> str:
     """TOML text that reads back as an equal configuration.
 

@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -40,25 +40,37 @@ from tritium.parallel.mesh import Mesh
 
 
 @dataclass
-class DataConfig:
-    """Which files, and how they become batches."""
+class SourcesConfig:
+    """Which files, and how long their micro-batches are."""
 
-    sources: list[str] = opt([], "files; FILE@W passes W times through it in an epoch")
+    sources: list[str] = opt([], "files")
     bin_tokens: int = opt(4096, "tokens of a micro-batch (a bin)")
-    bins_per_step: int = opt(1, "bins of a step, over all ranks")
-    holdout: float = opt(0.01, "share of each source that is kept for evaluation")
-    difficulty: str = opt("", "curriculum: order records by this numeric key, easiest first (empty: shuffle)")
     on_error: str = opt("skip", "what a bad record does", choices=("skip", "raise"))
-    on_overlong: str = opt("skip", "what happens to records longer than the context", choices=("skip", "truncate"))
+
+    def __post_init__(self):
+        if self.bin_tokens < 2:
+            raise ConfigError(f"data.bin_tokens={self.bin_tokens} must be at least 2")
 
     @property
     def quantum(self) -> int:
         """Streams are filled up to a multiple of this, so that there are eight shapes at most."""
         return max(self.bin_tokens // 8, 1)
 
+
+@dataclass
+class DataConfig(SourcesConfig):
+    """Which files, and how they become batches."""
+
+    sources: list[str] = opt([], "files; FILE@W passes W times through it in an epoch")
+    bins_per_step: int = opt(1, "bins of a step, over all ranks")
+    holdout: float = opt(0.01, "share of each source that is kept for evaluation")
+    difficulty: str = opt("", "curriculum: order records by this numeric key, easiest first (empty: shuffle)")
+    on_overlong: str = opt("skip", "what happens to records longer than the context", choices=("skip", "truncate"))
+
     def __post_init__(self):
-        if self.bin_tokens < 2 or self.bins_per_step < 1:
-            raise ConfigError("data.bin_tokens must be at least 2, and data.bins_per_step at least 1")
+        super().__post_init__()
+        if self.bins_per_step < 1:
+            raise ConfigError(f"data.bins_per_step={self.bins_per_step} must be at least 1")
         if not 0 <= self.holdout < 1:
             raise ConfigError(f"data.holdout={self.holdout} must be in [0, 1)")
 
@@ -157,7 +169,6 @@ def token_shard(path: str, tokenizer: Tokenizer, cache: str, skipped: Skipped) -
     base = Path(cache) / f"{Path(path).stem}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
     tokens_file, starts_file = base.with_suffix(".tokens.npy"), base.with_suffix(".starts.npy")
     if not starts_file.exists():
-        base.parent.mkdir(parents=True, exist_ok=True)
         before, after = ([] if i is None else [i] for i in (tokenizer.bos_id, tokenizer.eos_id))
         encoded = tokenizer.encode_batch(list(read_documents(path, skipped)))
         if not encoded:
@@ -171,10 +182,18 @@ def token_shard(path: str, tokenizer: Tokenizer, cache: str, skipped: Skipped) -
 
 
 def write_array(path: Path, array: np.ndarray) -> None:
-    """Write under another name first: a reader never sees half a file, and two writers do not mix."""
+    """Write under another name first: a reader never sees half a file, and two writers do not mix.
+
+    Raises: UserError where it can't be written.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.npy")
-    np.save(temporary, array)
-    os.replace(temporary, path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        np.save(temporary, array)
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise UserError(f"{path} can't be written: {error.strerror or error}; free some space") from None
 
 
 # ---------------------------------------------------------------------------------------------- records
@@ -285,6 +304,7 @@ class Bins:
     """The endless sequence of bins, and each step's share of it for this rank. See the module's docstring.
 
     `group_name` names the count of atomic groups ("pairs", "rankings") among the denominators.
+    Raises: ConfigError where a step has fewer bins than there are ranks to share them.
     """
 
     def __init__(
@@ -296,6 +316,11 @@ class Bins:
         seed: int,
         group_name: str = "groups",
     ):
+        if config.bins_per_step < mesh.dp:
+            raise ConfigError(
+                f"data.bins_per_step={config.bins_per_step} leaves some of the {mesh.dp} data-parallel ranks without "
+                f"work: set data.bins_per_step={mesh.dp} or a multiple of it (and perhaps a smaller data.bin_tokens)"
+            )
         self.sources, self.weights, self.config, self.mesh = sources, weights, config, mesh
         self.seed, self.group_name = seed, group_name
         self.epoch_bins = lru_cache(maxsize=2)(self.plan_epoch)
@@ -352,3 +377,30 @@ class Bins:
         """This rank's share of the first epoch's bins (of its first `limit` bins): for evaluation."""
         count = min(len(self.epoch_bins(0)), limit or len(self.epoch_bins(0)))
         return [self.bin(i) for i in range(self.mesh.dp_rank, count, self.mesh.dp)]
+
+
+def open_bins(
+    train: Sequence[Source],
+    held_out: Sequence[Source],
+    weights: Sequence[float],
+    settings: Any,
+    mesh: Mesh,
+    group_name: str = "groups",
+) -> tuple[Bins, list[PackedBatch]]:
+    """(bins to train on, this rank's batches of an evaluation). `settings` is a stage's config: `data` and `run`."""
+    bins = Bins(train, weights, settings.data, mesh, settings.run.seed, group_name)
+    evaluation = Bins(held_out, [1.0] * len(held_out), settings.data, mesh, 0, group_name)
+    return bins, evaluation.all(settings.run.eval_bins)
+
+
+def open_records(
+    settings: Any,
+    convert: Callable[[dict], Group],
+    context: int,
+    mesh: Mesh,
+    skipped: Skipped,
+    group_name: str = "groups",
+) -> tuple[Bins, list[PackedBatch]]:
+    """`record_sources`, then `open_bins`."""
+    sources = record_sources(settings.data, convert, context, settings.run.seed, skipped)
+    return open_bins(*sources, settings, mesh, group_name)

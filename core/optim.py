@@ -35,8 +35,12 @@ class OptimConfig:
     clip: float = opt(1.0, "largest global gradient norm")
 
     def __post_init__(self):
-        if self.lr <= 0 or self.clip <= 0 or not 0 <= self.beta1 < 1 or not 0 <= self.beta2 < 1:
-            raise ConfigError("optim: lr and clip must be positive, beta1 and beta2 in [0, 1)")
+        for name in ("lr", "clip", "eps"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"optim.{name}={getattr(self, name)} must be positive")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ConfigError(f"optim.{name}={getattr(self, name)} must be in [0, 1)")
 
 
 @dataclass

@@ -29,8 +29,11 @@ class SamplingConfig:
     max_batch: int = opt(256, "sequences generated together: bounds the key/value cache")
 
     def __post_init__(self):
-        if self.temperature < 0 or not 0 < self.top_p <= 1 or self.max_tokens < 1 or self.max_batch < 1:
-            raise ConfigError("sampling: want temperature ≥ 0, 0 < top_p ≤ 1, max_tokens ≥ 1 and max_batch ≥ 1")
+        for name, least in (("temperature", 0), ("top_k", 0), ("max_tokens", 1), ("max_batch", 1)):
+            if not getattr(self, name) >= least:
+                raise ConfigError(f"sampling.{name}={getattr(self, name)} must be at least {least}")
+        if not 0 < self.top_p <= 1:
+            raise ConfigError(f"sampling.top_p={self.top_p} must be in (0, 1]")
 
 
 @dataclass
@@ -52,6 +55,11 @@ class Sample:
     text: str
     score: Score | None = None
 
+    @property
+    def right(self) -> bool:
+        """Whether the judge found it right; one that failed found nothing."""
+        return self.score is not None and self.score.value >= 1.0
+
 
 @dataclass
 class Rollout:
@@ -65,10 +73,17 @@ class Rollout:
         return [sample for group in self.groups for sample in group]
 
 
-def load_problems(sources: Sequence[str], tokenizer: Tokenizer, context: int, skipped: Skipped) -> list[Problem]:
-    """Read {"question", "answer"} records. Raises: DataError for a file without a usable one."""
+def load_problems(
+    sources: Sequence[str], tokenizer: Tokenizer, context: int, skipped: Skipped, key: str = "data.sources"
+) -> list[Problem]:
+    """Read {"question", "answer"} records; `key` is the option that names the files.
+
+    Raises: DataError for a file without a usable one; ConfigError for a weight, which problems don't have.
+    """
     problems = []
-    for path, _ in parse_sources(sources):
+    for path, weight in parse_sources(sources, key):
+        if weight != 1:
+            raise ConfigError(f"{key}: {path}@{weight:g}: problems have no weights; leave out the @{weight:g}")
         before = len(problems)
         for place, record in read_records(path, skipped):
             try:
@@ -99,8 +114,13 @@ def roll_out(
     n: int = 1,
     seed: Sequence[int] = (0,),
 ) -> Rollout:
-    """`n` judged answers to each problem. A sample's randomness depends on (seed, problem, its number) alone."""
-    seeds = [sample_seed(*seed, p.index, i) for p in problems for i in range(n)]
+    """`n` judged answers to each problem of this data-parallel rank's `share`.
+
+    A sample's randomness depends on `seed`, its problem's place among those of all ranks, and its number: neither on
+    the number of ranks, nor the same for a problem that comes twice.
+    """
+    places = [model.mesh.dp_rank + model.mesh.dp * i for i in range(len(problems))]  # as `share` dealt them
+    seeds = [sample_seed(*seed, place, i) for place in places for i in range(n)]
     completions = generate(
         model,
         [p.ids for p in problems],
@@ -140,8 +160,12 @@ def gather(rollout: Rollout, mesh: Mesh) -> Rollout:
 
 
 def sample_document(sample: Sample, fields: dict[str, float]) -> Document:
-    """Prompt and answer as sampled, token for token; the answer's tokens, its end included, carry weight 1."""
-    ids = np.array(sample.problem.ids + sample.completion.tokens, np.int32)
-    weights = np.zeros(len(ids), np.float32)
-    weights[len(sample.problem.ids) :] = 1.0
-    return Document(ids, weights, dict(fields))
+    """Prompt and answer as sampled, token for token; the answer's tokens, its end included, carry weight 1.
+
+    The field "sampler_logp" holds the log-probs of the answer's tokens as the sampler saw them.
+    """
+    prompt, answer = sample.problem.ids, sample.completion
+    silent = np.zeros(len(prompt), np.float32)
+    weights = np.append(silent, np.ones(len(answer.tokens), np.float32))
+    logps = np.append(silent, np.array(answer.logps, np.float32))
+    return Document(np.array(prompt + answer.tokens, np.int32), weights, {**fields, "sampler_logp": logps})

@@ -16,6 +16,7 @@ so that the loss and its gradient do not depend on how the batch was cut up.
 import signal
 import threading
 import time
+import tomllib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -37,7 +38,7 @@ from tritium.core.checkpoint import (
 )
 from tritium.core.config import ConfigError, UserError, opt, to_toml
 from tritium.core.formats import Skipped
-from tritium.core.metrics import Clock, Metrics, matmul_rate, peak_memory
+from tritium.core.metrics import Clock, Metrics, gpu_stats, matmul_rate, peak_memory
 from tritium.core.objectives import Objective
 from tritium.core.optim import OptimConfig, Optimizer
 from tritium.core.schedule import ScheduleConfig, learning_rate
@@ -48,7 +49,7 @@ from tritium.parallel.mesh import Mesh
 
 
 @dataclass
-class RunConfig:
+class LoopConfig:
     """Where a run writes, how long it is, and on what it runs."""
 
     out: str = opt("", "folder of the run: checkpoints, config.toml, metrics.jsonl (default: runs/STAGE)")
@@ -61,16 +62,33 @@ class RunConfig:
     device: str = opt("auto", "where to run", choices=("auto", "cpu", "cuda"))
     save_every: int = opt(200, "steps between checkpoints")
     keep: int = opt(2, "checkpoints to keep")
-    eval_every: int = opt(100, "steps between evaluations on held-out data")
-    eval_bins: int = opt(8, "bins of an evaluation, at most")
     max_bad_steps: int = opt(10, "stop after so many steps in a row whose gradient is not finite")
 
     def __post_init__(self):
-        if (self.steps is not None and self.steps < 1) or self.epochs <= 0:
-            raise ConfigError("run.steps must be at least 1, and run.epochs positive")
-        for name in ("save_every", "keep", "eval_every", "eval_bins", "max_bad_steps"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"run.{name}={getattr(self, name)} must be at least 1")
+        if self.seed < 0:
+            raise ConfigError(f"run.seed={self.seed} must not be negative")
+        if not self.epochs > 0:
+            raise ConfigError(f"run.epochs={self.epochs} must be positive")
+        for name in ("steps", "save_every", "keep", "max_bad_steps"):
+            self.at_least_1(name)
+
+    def at_least_1(self, name: str) -> None:
+        value = getattr(self, name)
+        if value is not None and value < 1:
+            raise ConfigError(f"run.{name}={value} must be at least 1")
+
+
+@dataclass
+class RunConfig(LoopConfig):
+    """The same, for a stage that holds data out to evaluate on."""
+
+    eval_every: int = opt(100, "steps between evaluations on held-out data")
+    eval_bins: int = opt(8, "bins of an evaluation, at most")
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("eval_every", "eval_bins"):
+            self.at_least_1(name)
 
 
 @dataclass
@@ -107,7 +125,8 @@ class Trainer:
         skipped: Skipped | None = None,
     ):
         self.networks, self.objective, self.mesh = nn.ModuleDict(networks), objective, mesh
-        self.run: RunConfig = settings.run
+        self.run: LoopConfig = settings.run
+        self.eval_every = self.run.eval_every if isinstance(self.run, RunConfig) else total_steps
         self.optim: OptimConfig = settings.optim
         self.schedule: ScheduleConfig = settings.schedule
         self.config_toml, self.tokenizer, self.total_steps = to_toml(settings), tokenizer, total_steps
@@ -150,7 +169,7 @@ class Trainer:
             while self.index < self.total_steps and not self.told_to_stop():
                 first = self.index
                 yield first
-                if self.passed(first, self.run.eval_every) or self.index >= self.total_steps:
+                if self.passed(first, self.eval_every) or self.index >= self.total_steps:
                     self.log(self.evaluate(self.evaluation))
                 if self.passed(first, self.run.save_every) and self.index < self.total_steps:
                     self.save()
@@ -202,12 +221,11 @@ class Trainer:
         return loss
 
     def global_counts(self, batches: Sequence[PackedBatch]) -> dict[str, float]:
-        """Every denominator over all micro-batches and ranks, with the stream's tokens and the step's FLOPs."""
-        local: dict[str, float] = {"work": 0.0, "stream": 0.0}
+        """Every denominator over all micro-batches and ranks, and the step's FLOPs ("work")."""
+        local: dict[str, float] = {"work": 0.0}
         for batch in batches:
             for key, value in batch.counts.items():
                 local[key] = local.get(key, 0.0) + value
-            local["stream"] += len(batch.tokens)
             local["work"] += self.flops(batch)
         return all_reduce_counts(local, self.mesh)
 
@@ -221,8 +239,9 @@ class Trainer:
         return values
 
     @torch.no_grad()
-    def evaluate(self, batches: Sequence[PackedBatch], prefix: str = "eval_") -> dict[str, float]:
-        """The objective's terms and metrics over held-out batches, averaged by their denominators; {} without any."""
+    def evaluate(self, batches: Sequence[PackedBatch]) -> dict[str, float]:
+        """The objective's terms and metrics over held-out batches as eval_NAME, averaged by their denominators; {}
+        without any batch on any rank."""
         sums: dict[str, Tensor] = {}
         local: dict[str, float] = {}
         for batch in batches:
@@ -234,7 +253,7 @@ class Trainer:
         self.objective.prepare(self.networks, batches)
         for batch in batches:
             self.micro_loss(batch, counts, sums)
-        return {prefix + k: v for k, v in self.reduce(sums).items()}
+        return {f"eval_{k}": v for k, v in self.reduce(sums).items()}
 
     # ------------------------------------------------------------------------------------------ numbers
 
@@ -273,7 +292,7 @@ class Trainer:
         for key in self.optimizers:
             network = self.networks[key]
             head_tokens = len(batch.supervised) if isinstance(network, Transformer) else 0
-            total += 3 * network.config.flops(len(batch.tokens), head_tokens, batch.squared_lengths)
+            total += 3 * network.config.flops(batch.counts["stream"], head_tokens, batch.squared_lengths)
         return total
 
     def measure_peak(self) -> float:
@@ -284,20 +303,26 @@ class Trainer:
         return rate * self.mesh.world_size
 
     def speed(self, counts: dict[str, float]) -> dict[str, float]:
-        """Throughput and the step's breakdown, since the last call. MFU covers forward, backward and optimizer."""
-        spent = self.clock.take()
-        trained = sum(spent.get(k, 0.0) for k in ("forward", "backward", "optimizer"))
+        """Throughput and the step's breakdown, since the last call.
+
+        MFU covers forward, backward and optimizer. On a GPU, where the host only queues these, it is that of all that
+        passed since the last step: waiting, evaluating and sampling included.
+        """
+        spent, queued = self.clock.take(), self.mesh.device.type == "cuda"
         now = time.perf_counter()
         elapsed, self.stepped_at = now - self.stepped_at, now
-        done = {"tokens": counts["stream"], "seconds": elapsed, "work": counts["work"], "trained_seconds": trained}
+        trained = elapsed if queued else sum(spent.get(k, 0.0) for k in ("forward", "backward", "optimizer"))
+        tokens = counts.get("stream", 0.0)  # without any batch, nothing is counted
+        done = {"tokens": tokens, "seconds": elapsed, "work": counts["work"], "trained_seconds": trained}
         self.totals = {k: v + done[k] for k, v in self.totals.items()}
-        return {
-            "tokens": counts["stream"],
-            "tokens_per_second": counts["stream"] / elapsed,
+        values = {
+            "tokens": tokens,
+            "tokens_per_second": tokens / elapsed,
             "mfu": counts["work"] / trained / self.peak if trained else 0.0,
             "memory": float(peak_memory()),
             "time/step": elapsed,
-        } | {f"time/{k}": v for k, v in spent.items()}
+        }
+        return values | {f"time/{k}": v for k, v in spent.items()} | (gpu_stats() if queued else {})
 
     # ------------------------------------------------------------------------------------------ stopping and resuming
 
@@ -393,8 +418,17 @@ class Trainer:
 
 
 def changed_lines(before: str, after: str) -> str:
-    """The settings that differ between two configs, those aside that may change when a run is resumed."""
-    free = ("save_every", "keep", "device", "tp", "out", "steps", "epochs")
-    old, new = (dict(line.split(" = ", 1) for line in text.splitlines() if " = " in line) for text in (before, after))
+    """The settings that differ between two configs in TOML, those aside that may change when a run is resumed."""
+    free = {f"run.{name}" for name in ("save_every", "keep", "device", "out", "steps", "epochs")}
+    free |= {"mesh.tp", "mesh.timeout"}
+    old, new = (flat(tomllib.loads(text)) for text in (before, after))
     keys = [k for k in {**old, **new} if old.get(k) != new.get(k) and k not in free]
     return ", ".join(f"{k}: {old.get(k, 'unset')} → {new.get(k, 'unset')}" for k in keys)
+
+
+def flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested tables as one, by dotted key."""
+    values = {}
+    for key, value in table.items():
+        values |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return values

@@ -27,11 +27,11 @@ class ModelConfig:
     def __post_init__(self):
         for name in ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads"):
             if getattr(self, name) < 1:
-                raise ValueError(f"model.{name} is {getattr(self, name)}: it must be at least 1")
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"num_heads={self.num_heads} must be a multiple of num_kv_heads={self.num_kv_heads}")
         if self.head_dim % 8 or not 8 <= self.head_dim <= 256:
-            raise ValueError(f"head_dim={self.head_dim}: it must be a multiple of 8 from 8 to 256")
+            raise ValueError(f"head_dim={self.head_dim} must be a multiple of 8 from 8 to 256")
 
     @property
     def layer_parameters(self) -> int:

@@ -25,8 +25,8 @@ ROWS = 32  # streams and batches are filled up to a multiple: oneDNN builds a ma
 @dataclass
 class Completion:
     """What the model added to one prompt. `finish_reason` is "stop" (a stop token, kept as the last of `tokens`),
-    "length" (max_tokens) or "context" (the model has no further position). `logps[i]` is the log-probability of
-    `tokens[i]` under the policy itself (temperature 1, nothing cut off), fp32."""
+    "length" (max_tokens) or "context" (prompt and completion fill the model's positions). `logps[i]` is the
+    log-probability of `tokens[i]` under the policy itself (temperature 1, nothing cut off), fp32."""
 
     tokens: list[int] = field(default_factory=list)
     logps: list[float] = field(default_factory=list)
@@ -64,8 +64,8 @@ def generate(
         raise ValueError(f"{len(seeds)} seeds for {total} samples")
     if not total:
         return []
-    limit = min(model.config.max_positions, max(map(len, prompts)) + max_tokens)
-    batch = Batch(model, min(max_batch, total), limit)
+    context = model.config.max_positions
+    batch = Batch(model, min(max_batch, total), min(context, max(map(len, prompts)) + max_tokens))
     sampler = Sampler(temperature, top_k, top_p)
     keys = np.array(seeds, np.uint64)  # [samples, 2]; left to itself, numpy would round them through float64
     draws = np.stack([np.random.Generator(np.random.Philox(key=key)).random(max_tokens, np.float32) for key in keys])
@@ -82,7 +82,7 @@ def generate(
             completion.tokens.append(token)
             completion.logps.append(logp)
             sequence.last = token
-            completion.finish_reason = finish_reason(sequence, completion, token, stop_ids, max_tokens, limit)
+            completion.finish_reason = finish_reason(sequence, completion, stop_ids, max_tokens, context)
             if on_token is not None:
                 on_token(sequence.index, token)
             if completion.finish_reason:
@@ -103,13 +103,13 @@ def check_options(model, prompts, max_tokens, temperature, top_k, top_p, n) -> N
         raise ValueError(f"temperature={temperature}, top_k={top_k}, top_p={top_p}: want ≥ 0, ≥ 0, and 0 < top_p ≤ 1")
 
 
-def finish_reason(sequence, completion: Completion, token: int, stop_ids, max_tokens: int, limit: int) -> str:
-    if token in stop_ids:
+def finish_reason(sequence, completion: Completion, stop_ids, max_tokens: int, context: int) -> str:
+    if completion.tokens[-1] in stop_ids:
         return "stop"
     if len(completion.tokens) >= max_tokens:
         return "length"
-    # The token just drawn would be fed at position `length`; the cache (and the model) has none beyond `limit`.
-    return "context" if sequence.length >= limit else ""
+    # What is trained on must fit the model: the token just drawn counts, though it is not fed yet.
+    return "context" if len(sequence.prompt) + len(completion.tokens) >= context else ""
 
 
 @dataclass

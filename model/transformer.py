@@ -30,7 +30,7 @@ from tritium.parallel.mesh import Mesh
 from tritium.parallel.tensor import copy_to_tp, reduce_from_tp, shard, unshard, vocab_parallel_embedding
 
 HEAD_ROWS = 256  # the head's input is a multiple of this
-IGNORE = -100  # the target that linear_logprob leaves out
+IGNORE = -100  # the target of a token that predicts nothing: linear_logprob leaves it out
 
 
 @dataclass(frozen=True)

@@ -70,16 +70,6 @@ def _norm(tensors: list[Tensor], device: torch.device) -> Tensor:
     return global_norm(tensors) if tensors else torch.zeros((), device=device)
 
 
-@torch.no_grad()
-def broadcast_parameters(parameters: Iterable[Tensor], mesh: Mesh) -> None:
-    """Give every replica the first one's parameters (any shapes and dtypes, contiguous), in place."""
-    if mesh.dp == 1:
-        return
-    works = [dist.broadcast(p, group_src=0, group=mesh.dp_group, async_op=True) for p in parameters]
-    for work in works:
-        work.wait()
-
-
 def check_same(mesh: Mesh, value: str, what: str) -> None:
     """Refuse to start where ranks differ in `value`: their config, their data, their version.
 

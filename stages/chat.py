@@ -20,6 +20,7 @@ from tritium.model.transformer import Transformer
 from tritium.parallel.mesh import Mesh, local_device
 
 SHOWS_ITS_RESULT = True  # the command line need not
+ONE_PROCESS = True  # there is one terminal
 
 
 @dataclass

@@ -2,6 +2,10 @@
 
 Exit codes: 0 finished; 2 the user's mistake, told in one sentence; 1 a failure, with its traceback; 130 after
 Ctrl-C and 143 after SIGTERM, which a stage may catch as KeyboardInterrupt to save its state.
+
+GOMP_SPINCOUNT is set here only, since importing a library should not change its program's environment. As
+`python -m tritium.stages.STAGE` a stage has loaded torch before it comes here: there, `export GOMP_SPINCOUNT=10000`
+does the same, where other programs compute on the same cores.
 """
 
 import os
@@ -15,7 +19,7 @@ from importlib import import_module
 from types import ModuleType
 
 import tritium
-from tritium.core.config import UserError, load, nearest, to_toml
+from tritium.core.config import ConfigError, UserError, load, nearest, to_toml
 
 STAGES = {
     "pretrain": "train a model from scratch, or further, on raw text",
@@ -67,7 +71,8 @@ def run_stage(stage: str | ModuleType, argv: list[str] | None = None) -> int:
     """Run one stage, given by name or as a module of the same form, and return the exit code.
 
     A stage is a module with `Config`, `train(config)` and a docstring whose first line describes it; or, if it is
-    not a training run, with `main(argv) -> int`. Stages end with
+    not a training run, with `main(argv) -> int`. It may say `SHOWS_ITS_RESULT = True` (nothing is printed at the end)
+    and `ONE_PROCESS = True` (torchrun is refused). Stages end with
 
         if __name__ == "__main__":
             raise SystemExit(run_stage("sft"))
@@ -81,6 +86,8 @@ def run_stage(stage: str | ModuleType, argv: list[str] | None = None) -> int:
             if hasattr(module, "main"):
                 return module.main(argv)
             config = load(module.Config, argv, prog, _first_line(module))
+            if getattr(module, "ONE_PROCESS", False) and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+                raise ConfigError("this is the work of one process: start it without torchrun")
             if _rank() == 0:
                 print(f"# {prog}\n{to_toml(config)}", file=sys.stderr, flush=True)
             _share_cores()
@@ -113,7 +120,8 @@ def _overview() -> str:
     lines = ["tritium trains language models: raw text in, aligned model out.", ""]
     lines += ["usage: tritium STAGE [--config FILE.toml] [--name=value …]", "       tritium STAGE --help", ""]
     lines += ["stages:", *(f"  {name:<{width}}  {line}" for name, line in STAGES.items()), ""]
-    lines += ["On several GPUs: torchrun --nproc-per-node N -m tritium.stages.STAGE …"]
+    lines += ["Training stages, sample and evaluate run on several GPUs:"]
+    lines += ["       torchrun --nproc-per-node N -m tritium.stages.STAGE [--name=value …]"]
     return "\n".join(lines)
 
 

@@ -15,14 +15,16 @@ Every file's problems come from a seed of their own, and no question of test.jso
 import itertools
 import json
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
 from tritium.core.arithmetic import Problem, chat_answer, equation, problems
 from tritium.core.config import opt
 from tritium.core.corpus import library_questions, library_texts, small_talk, turns, worked_or_terse
+from tritium.core.output import make_folder
 from tritium.core.trainer import Result
+
+ONE_PROCESS = True  # others would write the same files
 
 
 @dataclass
@@ -40,8 +42,7 @@ class Config:
 
 def train(config: Config) -> Result:
     """Write the files; the result's `megabytes` is their size."""
-    folder = Path(config.out)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = make_folder(config.out, "out")
     test = problems(config.seed + 1_000_000, config.test)
     held_out = {p.question for p in test}
 

@@ -8,7 +8,7 @@ The reference is the starting model, frozen; its log-probs are computed once per
 from dataclasses import dataclass
 
 from tritium.core.config import REQUIRED, opt
-from tritium.core.data import Bins, DataConfig, preference_group, record_sources
+from tritium.core.data import DataConfig, open_records, preference_group
 from tritium.core.formats import Skipped
 from tritium.core.objectives import DPO
 from tritium.core.optim import OptimConfig
@@ -37,10 +37,7 @@ def train(config: Config) -> Result:
     tokenizer = load_tokenizer(config.model, policy)
     skipped = Skipped(config.data.on_error)
     convert = preference_group(tokenizer)
-    sources = record_sources(config.data, convert, policy.config.max_positions, config.run.seed, skipped)
-    train_set, held_out, weights = sources
-    bins = Bins(train_set, weights, config.data, mesh, config.run.seed, "pairs")
-    evaluation = Bins(held_out, [1.0] * len(held_out), config.data, mesh, 0, "pairs").all(config.run.eval_bins)
+    bins, evaluation = open_records(config, convert, policy.config.max_positions, mesh, skipped, "pairs")
     trainer = Trainer(
         {"policy": policy, "reference": reference},
         DPO(config.beta, config.sft),

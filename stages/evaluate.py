@@ -20,14 +20,16 @@ import torch
 
 from tritium.core.batch import Document, pack
 from tritium.core.config import REQUIRED, ConfigError, opt, to_toml
-from tritium.core.formats import Skipped, read_documents
+from tritium.core.formats import DataError, Skipped, read_documents
 from tritium.core.objectives import supervised_logprob
+from tritium.core.output import make_room_for
 from tritium.core.rewards.exact import ExactMatch
 from tritium.core.rollout import Rollout, SamplingConfig, gather, load_problems, roll_out, share
 from tritium.core.setup import MeshConfig, join, load_model, load_tokenizer
 from tritium.core.tokenizer import Tokenizer
 from tritium.core.trainer import Result
 from tritium.model.transformer import Transformer
+from tritium.parallel.mesh import Mesh
 
 SHOWS_ITS_RESULT = True  # the command line need not
 
@@ -66,6 +68,11 @@ def measure(config: Config) -> Result:
     """`train` without the print."""
     if not config.data and not config.text:
         raise ConfigError("give --data=problems.jsonl, --text=file.txt, or both")
+    for key, file in (("data", config.data), ("text", config.text)):
+        if file and not Path(file).is_file():
+            raise DataError(f"{key}: {file} does not exist")
+    if config.save:
+        make_room_for(config.save, "save")
     mesh = join(config.mesh, config.device, to_toml(config))
     model = load_model(config.model, config.dtype, mesh, frozen=True)
     tokenizer = load_tokenizer(config.model, model)
@@ -84,16 +91,21 @@ def measure(config: Config) -> Result:
 def solve(config: Config, model: Transformer, tokenizer: Tokenizer) -> Rollout:
     """The model's answers to all problems, judged, on every rank."""
     skipped = Skipped()
-    problems = load_problems([config.data], tokenizer, model.config.max_positions, skipped)[: config.limit]
-    if skipped.reasons and model.mesh.main:
-        print(skipped.summary(), file=sys.stderr)  # standard output is for the numbers
+    context = model.config.max_positions
+    problems = load_problems([config.data], tokenizer, context, skipped, key="data")[: config.limit]
+    tell(skipped, model.mesh)
     mine = share(problems, model.mesh)
     return gather(roll_out(model, tokenizer, mine, ExactMatch(), config.sampling, seed=(config.seed,)), model.mesh)
 
 
+def tell(skipped: Skipped, mesh: Mesh) -> None:
+    if skipped.reasons and mesh.main:
+        print(skipped.summary(), file=sys.stderr)  # standard output is for the numbers
+
+
 def problem_metrics(rollout: Rollout) -> dict[str, float]:
     """Exact match with its 95 % interval (Wilson's); a sample whose judge failed counts as unsolved, and is told."""
-    right = [s.score is not None and s.score.value >= 1.0 for s in rollout.samples]
+    right = [s.right for s in rollout.samples]
     n, p, z = len(right), float(np.mean(right)), 1.96
     middle, spread = (p + z * z / (2 * n)) / (1 + z * z / n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     return {
@@ -113,7 +125,8 @@ def text_metrics(model: Transformer, tokenizer: Tokenizer, path: str) -> dict[st
     nats = tokens = size = 0
     context = model.config.max_positions
     before = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
-    for text in read_documents(path, Skipped()):
+    skipped = Skipped()
+    for text in read_documents(path, skipped):
         ids = np.array(before + tokenizer.encode(text), np.int32)
         size += len(text.encode())
         # A window begins with the last token of the one before, so that every token but the first is predicted once.
@@ -121,6 +134,7 @@ def text_metrics(model: Transformer, tokenizer: Tokenizer, path: str) -> dict[st
             batch = pack([[Document(window, np.ones(len(window), np.float32))]]).to(model.mesh.device)
             nats -= float(supervised_logprob(model, batch).logp.sum())
             tokens += len(batch.supervised)
+    tell(skipped, model.mesh)
     return {"perplexity": math.exp(nats / max(tokens, 1)), "bits_per_byte": nats / math.log(2) / max(size, 1)}
 
 
@@ -131,7 +145,8 @@ def write_answers(path: str, rollout: Rollout) -> None:
         | ({"score": asdict(s.score)} if s.score else {})
         for s in rollout.samples
     ]
-    Path(path).write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    Path(path).write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -11,18 +11,21 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import nn
 
 from tritium.core.batch import Group, PackedBatch, pack, plan_bins
 from tritium.core.config import REQUIRED, ConfigError, opt
-from tritium.core.data import DataConfig
+from tritium.core.data import SourcesConfig
 from tritium.core.formats import Skipped
-from tritium.core.objectives import GRPO, group_advantages
+from tritium.core.objectives import GRPO, group_advantages, supervised
 from tritium.core.optim import OptimConfig
 from tritium.core.rewards.exact import ExactMatch
 from tritium.core.rollout import Problem, Rollout, SamplingConfig, load_problems, roll_out, sample_document, share
 from tritium.core.schedule import ScheduleConfig
 from tritium.core.setup import MeshConfig, load_model, load_tokenizer, start
-from tritium.core.trainer import Result, RunConfig, Trainer
+from tritium.core.trainer import LoopConfig, Result, Trainer
+from tritium.parallel.data import all_reduce_counts
+from tritium.parallel.mesh import Mesh
 
 
 @dataclass
@@ -47,59 +50,73 @@ class GRPOConfig:
 
 
 @dataclass
+class ProblemsConfig(SourcesConfig):
+    """Which problems, and how long the micro-batches of their answers are."""
+
+    sources: list[str] = opt([], "files of problems")
+    bin_tokens: int = opt(8192, "tokens of a micro-batch (a bin)")
+
+
+@dataclass
 class Config:
     model: str = opt(REQUIRED, "folder of the model to start from, with its tokenizer")
     grpo: GRPOConfig = opt(GRPOConfig, "the objective")
     sampling: SamplingConfig = opt(SamplingConfig, "how answers are drawn")
-    data: DataConfig = opt(DataConfig(bin_tokens=8192), "problems")
+    data: ProblemsConfig = opt(ProblemsConfig, "problems")
     optim: OptimConfig = opt(OptimConfig(lr=5e-5, weight_decay=0.0), "optimizer")
     schedule: ScheduleConfig = opt(ScheduleConfig(kind="constant"), "learning rate over the run")
-    run: RunConfig = opt(RunConfig, "the run itself; steps are optimizer steps")
+    run: LoopConfig = opt(LoopConfig, "the run itself; steps are optimizer steps")
     mesh: MeshConfig = opt(MeshConfig, "parallelism")
+
+    def __post_init__(self):
+        if not self.sampling.temperature:
+            raise ConfigError("sampling.temperature=0: a group of equal answers teaches nothing; it must be positive")
 
 
 def train(config: Config) -> Result:
     """Reinforce right answers; `reward` and `right` (the share of right answers) are of the newest rollout."""
     mesh = start(config, "grpo")
-    options = config.grpo
-    policy = load_model(config.model, config.run.dtype, mesh)
-    networks = {"policy": policy}
-    if options.beta:
-        networks["reference"] = load_model(config.model, config.run.dtype, mesh, frozen=True)
+    options, networks = config.grpo, open_networks(config, mesh)
+    policy = networks["policy"]
     tokenizer = load_tokenizer(config.model, policy)
     skipped = Skipped(config.data.on_error)
     problems = load_problems(config.data.sources, tokenizer, policy.config.max_positions, skipped)
     reward = ExactMatch(malformed=options.malformed)
-    temperature = config.sampling.temperature or 1.0
     clip = (options.clip_low, options.clip_high)
-    objective = GRPO(*clip, options.beta, options.normalization, temperature)
-    rollouts = max(1, round(config.run.epochs * len(problems) / options.prompts))
-    if config.run.steps:
-        rollouts = math.ceil(config.run.steps / options.updates)  # whole ones
-    trainer = Trainer(
-        networks,
-        objective,
-        config,
-        mesh,
-        name="grpo",
-        total_steps=rollouts * options.updates,
-        tokenizer=tokenizer,
-        skipped=skipped,
-    )
+    objective = GRPO(*clip, options.beta, options.normalization, config.sampling.temperature)
+    total_steps = rollouts_in(config, len(problems)) * options.updates
+    settings = {"name": "grpo", "total_steps": total_steps, "tokenizer": tokenizer, "skipped": skipped}
+    trainer = Trainer(networks, objective, config, mesh, **settings)
     for step in trainer.steps():
         number = step // options.updates
         chosen = share(problems_of(number, problems, options.prompts, config.run.seed), mesh)
         seed = (config.run.seed, number)
         with trainer.clock("sample"):
             rollout = roll_out(policy, tokenizer, chosen, reward, config.sampling, n=options.group, seed=seed)
-        batches = to_batches(rollout, options, config.data)
-        batches = [batch.to(mesh.device) for batch in batches]
+        batches = [batch.to(mesh.device) for batch in to_batches(rollout, options, config.data)]
         # ------------------------------------------------------------------------------------------------------
-        objective.prepare(trainer.networks, batches)  # log-probs before the first update
+        with trainer.clock("prepare"):
+            objective.prepare(trainer.networks, batches)  # log-probs before the first update
+        numbers = summary(rollout, mesh) | sampler_gap(batches, objective, mesh)
         for i in range(options.updates):
-            trainer.step(batches[i :: options.updates], summary(rollout))  # −min(ρA, clip(ρ)A) + β KL, per token
+            trainer.step(batches[i :: options.updates], numbers)  # −min(ρA, clip(ρ)A) + β KL, per token
         # ------------------------------------------------------------------------------------------------------
     return trainer.result()
+
+
+def open_networks(config: Config, mesh: Mesh) -> dict[str, nn.Module]:
+    """The policy, and the model that it started from where the KL to it counts."""
+    networks = {"policy": load_model(config.model, config.run.dtype, mesh)}
+    if config.grpo.beta:
+        networks["reference"] = load_model(config.model, config.run.dtype, mesh, frozen=True)
+    return networks
+
+
+def rollouts_in(config: Config, problems: int) -> int:
+    """How many rollouts a run has: whole ones, where `run.steps` says how many optimizer steps."""
+    if config.run.steps:
+        return math.ceil(config.run.steps / config.grpo.updates)
+    return max(1, round(config.run.epochs * problems / config.grpo.prompts))
 
 
 def problems_of(number: int, problems: list[Problem], count: int, seed: int) -> list[Problem]:
@@ -111,10 +128,11 @@ def problems_of(number: int, problems: list[Problem], count: int, seed: int) -> 
     return [problems[orders[p // len(problems)][p % len(problems)]] for p in places]
 
 
-def to_batches(rollout: Rollout, options: GRPOConfig, data: DataConfig) -> list[PackedBatch]:
+def to_batches(rollout: Rollout, options: GRPOConfig, data: SourcesConfig) -> list[PackedBatch]:
     """Advantages, and the stream: a group is never split; what taught nothing or was not judged is left out.
 
-    With several updates, the batches are dealt to them in turn, and there are at least as many.
+    With several updates, which are dealt the batches in turn, these are small enough for each to get one, as far as
+    there are groups; an update without a batch on any rank moves nothing.
     """
     groups: list[Group] = []
     for samples in rollout.groups:
@@ -130,19 +148,39 @@ def to_batches(rollout: Rollout, options: GRPOConfig, data: DataConfig) -> list[
     return [pack([groups[i] for i in members], multiple_of=data.quantum) for members in bins]
 
 
-def summary(rollout: Rollout) -> dict[str, float]:
-    """What this rank's rollout looks like; `varied_groups` are those that teach something."""
+def summary(rollout: Rollout, mesh: Mesh) -> dict[str, float]:
+    """What the rollout of all ranks looks like; `varied_groups` are those that teach something."""
     samples = rollout.samples
     scores = [s.score.value for s in samples if s.score is not None]
     varied = [len({s.score.value for s in group if s.score is not None}) > 1 for group in rollout.groups]
-    return {
-        "reward": float(np.mean(scores)) if scores else 0.0,
-        "right": float(np.mean([s >= 1.0 for s in scores])) if scores else 0.0,
-        "length": float(np.mean([len(s.completion.tokens) for s in samples])),
-        "ended": float(np.mean([s.completion.finish_reason == "stop" for s in samples])),
-        "varied_groups": float(np.mean(varied)),
-        "verifier_failures": float(sum(rollout.failures.values())),
+    counts = {"judged": len(scores), "samples": len(samples), "groups": len(varied)}
+    sums = {  # name → (sum, what it is a mean over)
+        "reward": (sum(scores), "judged"),
+        "right": (sum(s.right for s in samples), "judged"),
+        "length": (sum(len(s.completion.tokens) for s in samples), "samples"),
+        "ended": (sum(s.completion.finish_reason == "stop" for s in samples), "samples"),
+        "varied_groups": (sum(varied), "groups"),
     }
+    failures = {"verifier_failures": sum(rollout.failures.values())}
+    total = all_reduce_counts(counts | failures | {name: value for name, (value, _) in sums.items()}, mesh)
+    means = {name: total[name] / (total[over] or 1.0) for name, (_, over) in sums.items()}
+    return means | {"verifier_failures": total["verifier_failures"]}
+
+
+def sampler_gap(batches: list[PackedBatch], objective: GRPO, mesh: Mesh) -> dict[str, float]:
+    """How far the sampler's log-probs are from the trainer's: the mean |difference| over the rollout's tokens.
+
+    Only where both are of the same distribution: the sampler's are always those at temperature 1.
+    """
+    if objective.temperature != 1:
+        return {}
+    sums = {"gap": 0.0, "tokens": 0.0}
+    for batch in batches:
+        old = batch.fields["old_logp"]  # [N]
+        sums["gap"] += float((old - supervised(batch.fields["sampler_logp"], batch, old)).abs().sum())
+        sums["tokens"] += len(old)
+    total = all_reduce_counts(sums, mesh)
+    return {"sampler_gap": total["gap"] / total["tokens"]} if total["tokens"] else {}
 
 
 if __name__ == "__main__":

@@ -8,11 +8,13 @@ forgetting (Ibrahim et al., arXiv 2403.08763).
 """
 
 import math
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from tritium.core.batch import PackedBatch
 from tritium.core.config import ConfigError, opt
-from tritium.core.data import Bins, DataConfig, text_sources
+from tritium.core.data import Bins, DataConfig, Source, open_bins, parse_sources, text_sources
 from tritium.core.formats import Skipped
 from tritium.core.objectives import CrossEntropy
 from tritium.core.optim import OptimConfig
@@ -24,6 +26,10 @@ from tritium.model.config import ModelConfig
 from tritium.model.transformer import Transformer, full_shape
 from tritium.parallel.mesh import Mesh
 from tritium.stages import tokenizer as tokenizer_stage
+
+# ModelConfig's names → the options that set them.
+OPTIONS = {"num_layers": "model.layers", "num_heads": "model.heads", "num_kv_heads": "model.kv_heads"}
+OPTIONS |= {name: f"model.{name}" for name in ("hidden_size", "intermediate_size", "head_dim")}
 
 
 @dataclass
@@ -43,13 +49,19 @@ class ShapeConfig:
     qk_norm: bool = opt(False, "RMSNorm on the heads of q and k (Qwen3)")
     init_std: float | None = opt(None, "standard deviation of the initial matrices (default: hidden_size^-½)")
 
+    def __post_init__(self):
+        if self.context < 8:
+            raise ConfigError(f"model.context={self.context} must be at least 8")
+        if self.qkv_bias and self.qk_norm:
+            raise ConfigError("model.qkv_bias with model.qk_norm is no published architecture: it can't be exported")
+
 
 @dataclass
 class Config:
     init: str = opt("", "folder of a model to go on from (empty: from scratch)")
     tokenizer: str = opt("", "folder of a tokenizer (empty: that of `init`, or a new one trained on the sources)")
     vocab_size: int = opt(8192, "tokens of a new tokenizer")
-    replay: list[str] = opt([], "old text files to mix in")
+    replay: list[str] = opt([], "old text files to mix in; FILE@W: one passed W times as often as the others")
     replay_share: float = opt(0.1, "share of an epoch's tokens that come from `replay`")
     model: ShapeConfig = opt(ShapeConfig, "shape of a new model")
     data: DataConfig = opt(DataConfig, "text")
@@ -66,6 +78,8 @@ class Config:
 def train(config: Config) -> Result:
     """Train on text; the result's metrics hold `eval_loss` in nats per token."""
     mesh = start(config, "pretrain")
+    if config.replay:
+        parse_sources(config.replay, "replay")  # a mistake is told before the tokenizer is trained
     tokenizer = open_tokenizer(config, mesh)
     model = open_model(config, tokenizer, mesh)
     skipped = Skipped(config.data.on_error)
@@ -92,7 +106,10 @@ def train(config: Config) -> Result:
 
 
 def open_tokenizer(config: Config, mesh: Mesh) -> Tokenizer:
-    """The tokenizer that the config names, or a new one in the run's folder (made by rank 0, once)."""
+    """The tokenizer that the config names, or a new one in the run's folder (made by rank 0, once).
+
+    Raises: ConfigError where the run's folder has one of another size.
+    """
     if config.tokenizer or config.init:
         return load_tokenizer(config.tokenizer or config.init)
     folder = Path(config.run.out) / "tokenizer"
@@ -100,7 +117,13 @@ def open_tokenizer(config: Config, mesh: Mesh) -> Tokenizer:
         settings = tokenizer_stage.Config(config.data.sources, config.vocab_size, out=str(folder))
         tokenizer_stage.train(settings)
     mesh.barrier()
-    return load_tokenizer(str(folder))
+    tokenizer = load_tokenizer(str(folder))
+    if tokenizer.vocab_size != config.vocab_size:
+        raise ConfigError(
+            f"vocab_size={config.vocab_size}, but {folder} holds a tokenizer of {tokenizer.vocab_size} tokens: "
+            "use another --run.out, or delete it"
+        )
+    return tokenizer
 
 
 def open_model(config: Config, tokenizer: Tokenizer, mesh: Mesh) -> Transformer:
@@ -129,31 +152,38 @@ def open_model(config: Config, tokenizer: Tokenizer, mesh: Mesh) -> Transformer:
         )
         model = Transformer(built, mesh, parameter_dtype(config.run.dtype, mesh))
     except ValueError as error:
-        raise ConfigError(f"model: {error}") from None
+        named = re.sub(r"\w+", lambda word: OPTIONS.get(word[0], word[0]), str(error))
+        raise ConfigError(named) from None
     return model.initialize(config.run.seed)
 
 
-def open_data(config: Config, tokenizer: Tokenizer, context: int, mesh: Mesh, skipped: Skipped):
+def open_data(
+    config: Config, tokenizer: Tokenizer, context: int, mesh: Mesh, skipped: Skipped
+) -> tuple[Bins, list[PackedBatch]]:
     """(training bins, held-out batches); rank 0 tokenises first, the others read what it wrote."""
     cache = str(Path(config.run.out) / "tokens")
     for turn in (True, False):
         if mesh.main == turn:
             train, held_out, weights = text_sources(config.data, tokenizer, context, cache, skipped)
             if config.replay:
-                old = text_sources(replace(config.data, sources=config.replay), tokenizer, context, cache, skipped)
-                weights += replay_weights(train, weights, old[0], config.replay_share)
-                train, held_out = train + old[0], held_out + old[1]
+                settings = replace(config.data, sources=config.replay)
+                old, old_held_out, passes = text_sources(settings, tokenizer, context, cache, skipped)
+                weights += replay_weights(train, weights, old, passes, config.replay_share)
+                train, held_out = train + old, held_out + old_held_out
         mesh.barrier()
-    bins = Bins(train, weights, config.data, mesh, config.run.seed)
-    evaluation = Bins(held_out, [1.0] * len(held_out), config.data, mesh, 0).all(config.run.eval_bins)
-    return bins, evaluation
+    return open_bins(train, held_out, weights, config, mesh)
 
 
-def replay_weights(new: list, weights: list[float], old: list, share: float) -> list[float]:
-    """Passes through the old sources that make them `share` of an epoch's tokens."""
-    fresh = sum(w * source.lengths.sum() for w, source in zip(weights, new, strict=True))
-    stale = sum(source.lengths.sum() for source in old)
-    return [share / (1 - share) * fresh / max(stale, 1)] * len(old)
+def replay_weights(
+    new: list[Source], weights: list[float], old: list[Source], old_weights: list[float], share: float
+) -> list[float]:
+    """Passes through the old sources, in proportion to `old_weights`, that make them `share` of an epoch's tokens."""
+    fresh, stale = (
+        sum(w * source.lengths.sum() for w, source in zip(passes, sources, strict=True))
+        for passes, sources in ((weights, new), (old_weights, old))
+    )
+    scale = share / (1 - share) * fresh / max(stale, 1)
+    return [scale * w for w in old_weights]
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ The score of an answer is read at its last token; it depends on nothing else in 
 from dataclasses import dataclass
 
 from tritium.core.config import REQUIRED, opt
-from tritium.core.data import Bins, DataConfig, preference_group, ranking_group, record_sources
+from tritium.core.data import DataConfig, open_records, preference_group, ranking_group
 from tritium.core.formats import Skipped
 from tritium.core.objectives import Listwise, Pairwise
 from tritium.core.optim import OptimConfig
@@ -40,11 +40,8 @@ def train(config: Config) -> Result:
     skipped = Skipped(config.data.on_error)
     pairwise = config.loss == "pairwise"
     convert = preference_group(tokenizer) if pairwise else ranking_group(tokenizer)
-    sources = record_sources(config.data, convert, model.config.max_positions, config.run.seed, skipped)
-    train_set, held_out, weights = sources
     name = "pairs" if pairwise else "rankings"
-    bins = Bins(train_set, weights, config.data, mesh, config.run.seed, name)
-    evaluation = Bins(held_out, [1.0] * len(held_out), config.data, mesh, 0, name).all(config.run.eval_bins)
+    bins, evaluation = open_records(config, convert, model.config.max_positions, mesh, skipped, name)
     trainer = Trainer(
         {"reward": model},
         Pairwise(config.centering) if pairwise else Listwise(),

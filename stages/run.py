@@ -6,11 +6,12 @@
 A recipe is a TOML file:
 
     title = "…"
-    test = "{corpus}/test.jsonl"          problems that every language model of the run is measured on
+    test = "{corpus}/test.jsonl"          problems that models with the metric exact_match are measured on
 
-    [stages.sft]                          in this order; "{NAME}" in a setting is that stage's result folder
+    [stages.sft]                          in this order; "{NAME}" in a setting is the result folder of a stage before
     kind = "sft"                          the stage to run, where it is not the table's name
     metric = "exact_match"                shown before and after: on `test`, or one of the stage's own numbers
+    higher_is_better = true               of the metric; the default is false for a loss
     config.model = "{pretrain}"           the stage's settings
 
 `extends = "ladder"` starts from another recipe. A rerun skips what is finished and resumes what was interrupted;
@@ -19,24 +20,32 @@ a stage whose settings changed, and all after it, run anew. results.json and rep
 
 import hashlib
 import json
+import re
 import shutil
 import sys
 import time
 import tomllib
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from importlib import import_module, resources
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
-from tritium.core.config import ConfigError, from_dict, opt
+from tritium.core.config import ConfigError, from_dict, nearest, opt, to_toml
 from tritium.core.metrics import machine, peak_memory
+from tritium.core.output import make_folder
 from tritium.core.report import read_curves, write_report
 from tritium.core.trainer import Result
 from tritium.stages import evaluate
+from tritium.stages.cli import STAGES
 
-STAGE_KEYS = {"kind", "metric", "before", "higher_is_better", "config"}
+RECIPE_KEYS = {"title": str, "test": str, "stages": dict}
+STAGE_KEYS = {"kind": str, "metric": str, "higher_is_better": bool, "config": dict}
+REFERENCE = re.compile(r"\{([A-Za-z_][\w-]*)\}")  # "{sft}"; other braces, "{}" or JSON, are text
 
 SHOWS_ITS_RESULT = True  # the command line need not
+ONE_PROCESS = True  # its stages would each join torchrun's mesh, and leave it closed for the next
 
 
 @dataclass
@@ -49,8 +58,8 @@ def train(config: Config) -> Result:
     """Run the recipe; the result is the last stage's checkpoint, and its metric."""
     recipe = read_recipe(config.recipe)
     out = Path(config.out or f"runs/{Path(config.recipe).stem}")
-    out.mkdir(parents=True, exist_ok=True)
-    ladder = Ladder(recipe, out)
+    check(recipe, out)
+    ladder = Ladder(recipe, make_folder(out, "out"))
     for name in recipe["stages"]:
         ladder.climb(name)
     print(ladder.table())
@@ -77,13 +86,25 @@ def read_recipe(name: str, seen: tuple[str, ...] = ()) -> dict[str, Any]:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: {error}") from None
     if "extends" in recipe:
-        recipe = merge(read_recipe(recipe.pop("extends"), (*seen, name)), recipe)
+        recipe = merge(read_recipe(str(recipe.pop("extends")), (*seen, name)), recipe)
+    check_table(str(path), recipe, RECIPE_KEYS)
     if not recipe.get("stages"):
         raise ConfigError(f"{path}: a recipe needs at least one [stages.NAME]")
     for stage, table in recipe["stages"].items():
-        if unknown := set(table) - STAGE_KEYS:
-            raise ConfigError(f"{path}: [stages.{stage}] has {', '.join(unknown)}; known are {', '.join(STAGE_KEYS)}")
+        check_table(f"{path}: [stages.{stage}]", table, STAGE_KEYS)
     return recipe
+
+
+def check_table(where: str, table: Any, keys: dict[str, type]) -> None:
+    """Raise ConfigError unless `table` has only these keys, with values of these types."""
+    words = {str: "a string", bool: "true or false", dict: "a table"}
+    if not isinstance(table, dict):
+        raise ConfigError(f"{where} = {table!r} must be a table")
+    for key, value in table.items():
+        if key not in keys:
+            raise ConfigError(f"{where} has {key!r}; known are {', '.join(keys)}")
+        if not isinstance(value, keys[key]):
+            raise ConfigError(f"{where}: {key} = {value!r} must be {words[keys[key]]}")
 
 
 def merge(base: dict, over: dict) -> dict:
@@ -94,103 +115,163 @@ def merge(base: dict, over: dict) -> dict:
     return base | both
 
 
+def check(recipe: dict[str, Any], out: Path) -> None:
+    """Find what can be known to be wrong before the first stage runs. Raises: ConfigError."""
+    folders: dict[str, str] = {}
+    for name, table in recipe["stages"].items():
+        if not REFERENCE.fullmatch(f"{{{name}}}") or name == "answers":
+            raise ConfigError(f"[stages.{name!r}]: a stage's name is that of its folder: a word, not `answers`")
+        _, config = configure(name, table, folders, out)
+        if metric_of(table) == "exact_match":
+            if begins_with(config) is None:
+                raise ConfigError(f'[stages.{name}]: metric = "exact_match" measures a model, and this stage has none')
+            if "test" not in recipe:
+                raise ConfigError(f'[stages.{name}]: metric = "exact_match" needs test = "problems.jsonl" at the top')
+            test = fill(recipe["test"], folders, "test")
+            if test == recipe["test"] and not Path(test).is_file():
+                raise ConfigError(f"test: {test} does not exist")
+        folders[name] = str(out / name)
+
+
+def configure(name: str, table: dict, folders: Mapping[str, str], out: Path) -> tuple[ModuleType, Any]:
+    """The module that stage `name` runs, and its Config, which writes to out/name. Raises: ConfigError."""
+    where, kind = f"[stages.{name}]", table.get("kind", name)
+    if kind not in STAGES:
+        guess = nearest(kind, list(STAGES))
+        hint = f"did you mean {guess}?" if guess else f"there are {', '.join(STAGES)}"
+        raise ConfigError(f"{where}: there is no stage {kind!r}; {hint}")
+    module = import_module(f"tritium.stages.{kind}")
+    options = getattr(getattr(module, "Config", None), "__dataclass_fields__", {})
+    if not options.keys() & {"run", "out"}:
+        raise ConfigError(f"{where}: {kind!r} makes no folder that another stage could use: a recipe can't run it")
+    folder = str(out / name)
+    place = {"run": {"out": folder}} if "run" in options else {"out": folder}
+    settings = fill(table.get("config", {}), folders, where)
+    try:
+        return module, from_dict(module.Config, merge(settings, place))
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from None
+
+
+def fill(value: Any, folders: Mapping[str, str], where: str) -> Any:
+    """Replace "{NAME}" by the folder that stage NAME made, in every string. Raises: ConfigError."""
+    if isinstance(value, dict):
+        return {k: fill(v, folders, where) for k, v in value.items()}
+    if isinstance(value, list):
+        return [fill(v, folders, where) for v in value]
+    if not isinstance(value, str):
+        return value
+    for name in REFERENCE.findall(value):
+        if name not in folders:
+            before = ", ".join(folders) or "none"
+            raise ConfigError(f"{where}: {value!r}: no stage {name!r} comes before; these do: {before}")
+    return REFERENCE.sub(lambda match: folders[match[1]], value)
+
+
+def metric_of(table: dict) -> str:
+    return table.get("metric", "eval_loss")
+
+
+def begins_with(config: Any) -> str | None:
+    """The model that a stage starts from: empty where it makes one, None where it has nothing to do with models."""
+    return config.init if hasattr(config, "init") else getattr(config, "model", None)  # pretrain's `model` is a shape
+
+
+def digest(*parts: str) -> str:
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
 class Ladder:
-    """A run of a recipe: what is done, and where it is written."""
+    """A run of a recipe: what is done, and where it is written.
+
+    state.json holds, by stage, the key of what it was run with and, once it is finished, its Result; and by model,
+    its exact match with the key of what was measured.
+    """
 
     def __init__(self, recipe: dict[str, Any], out: Path):
+        """Raises: ConfigError where a stage would write into a folder that no run of a recipe made."""
         self.recipe, self.out = recipe, out
         self.state_file = out / "state.json"
-        self.state = json.loads(self.state_file.read_text()) if self.state_file.exists() else {}
+        self.state = json.loads(self.state_file.read_text(encoding="utf-8")) if self.state_file.exists() else {}
+        self.done: dict[str, dict] = self.state.setdefault("stages", {})
+        for name in recipe["stages"]:
+            if name not in self.done and (out / name).exists():
+                raise ConfigError(f"{out / name} is there, and not of a recipe's making: use another --out, or move it")
         self.rows: list[dict[str, Any]] = []
+        self.configs: dict[str, str] = {}
         self.folders: dict[str, str] = {}
+        self.made: dict[str, tuple[str, str]] = {}  # a result's folder → its stage's name and key
         self.key = ""  # of the stages so far: a stage is the same only if all before it are
 
     def climb(self, name: str) -> None:
         """Run stage `name`, or find that it is done."""
         table = self.recipe["stages"][name]
-        settings = self.fill(table.get("config", {}))
-        folder = self.out / name
-        self.key = hashlib.sha256(json.dumps([self.key, name, table, settings], sort_keys=True).encode()).hexdigest()
-        known = self.state.get(name, {})
-        if known.get("key") != self.key:
-            shutil.rmtree(folder, ignore_errors=True)
-            known = {}
-        if "row" in known and Path(known["row"]["checkpoint"]).exists():
-            print(f"== {name}: already done", file=sys.stderr, flush=True)
-            row = known["row"]
-        else:
-            self.remember(name, {"key": self.key})
-            print(f"== {name}", file=sys.stderr, flush=True)
-            row = self.run(name, table, settings, folder)
-            self.remember(name, {"key": self.key, "row": row})
-        self.folders[name] = row["checkpoint"]
-        self.rows.append(row)
+        module, config = configure(name, table, self.folders, self.out)
+        self.configs[name] = to_toml(config)
+        self.key = digest(self.key, module.__name__, self.configs[name])
+        if self.done.get(name, {}).get("key") != self.key:
+            if (self.out / name).exists():
+                shutil.rmtree(self.out / name)
+            self.done[name] = {"key": self.key}
+            self.save_state()
+        finished = "result" in self.done[name] and Path(self.done[name]["result"]["checkpoint"]).exists()
+        print(f"== {name}: already done" if finished else f"== {name}", file=sys.stderr, flush=True)
+        measured = metric_of(table) == "exact_match"
+        before = self.exact_match(begins_with(config)) if measured else None
+        if not finished:
+            start = time.perf_counter()
+            result = asdict(module.train(config))
+            self.done[name] |= {"seconds": time.perf_counter() - start, "result": result}
+            self.save_state()
+        checkpoint = self.done[name]["result"]["checkpoint"]
+        self.folders[name], self.made[checkpoint] = checkpoint, (name, self.key)
+        self.rows.append(self.describe(name, table, before, self.exact_match(checkpoint) if measured else None))
         self.write()
 
-    def run(self, name: str, table: dict, settings: dict, folder: Path) -> dict[str, Any]:
-        """Run the stage and describe it in a row of results.json."""
-        try:
-            module = import_module(f"tritium.stages.{table.get('kind', name)}")
-        except ModuleNotFoundError:
-            raise ConfigError(f"[stages.{name}]: there is no stage {table.get('kind', name)!r}") from None
-        place = {"run": {"out": str(folder)}} if "run" in module.Config.__dataclass_fields__ else {"out": str(folder)}
-        config = from_dict(module.Config, merge(settings, place))
-        metric = table.get("metric", "eval_loss")
-        before = None
-        if metric == "exact_match":
-            before = self.exact_match(config.model if hasattr(config, "model") else config.init)
-        start = time.perf_counter()
-        result = module.train(config)
-        seconds = time.perf_counter() - start
-        if metric == "exact_match":
-            after = self.exact_match(result.checkpoint)
-        else:
-            after = result.metrics[metric]
-            before = result.metrics[table["before"]] if "before" in table else result.before.get(metric)
+    def describe(self, name: str, table: dict, before: float | None, after: float | None) -> dict[str, Any]:
+        """A finished stage's row of results.json. Raises: ConfigError where its metric is not among its numbers."""
+        metric, done = metric_of(table), self.done[name]
+        metrics = done["result"]["metrics"]
+        if metric != "exact_match":
+            if metric not in metrics:
+                raise ConfigError(f"[stages.{name}]: metric = {metric!r} is not one of its own: {', '.join(metrics)}")
+            before, after = done["result"]["before"].get(metric), metrics[metric]
         return {
             "name": name,
             "metric": metric,
             "before": before,
             "after": after,
-            "higher_is_better": table.get("higher_is_better", True),
-            "seconds": seconds,
-            "tokens_per_second": result.metrics.get("tokens_per_second"),
-            "mfu": result.metrics.get("mfu"),
-            "checkpoint": result.checkpoint,
+            "higher_is_better": table.get("higher_is_better", "loss" not in metric),
+            "seconds": done["seconds"],
+            "tokens_per_second": metrics.get("tokens_per_second"),
+            "mfu": metrics.get("mfu"),
+            "checkpoint": done["result"]["checkpoint"],
         }
 
-    def exact_match(self, model: str) -> float:
-        """The share of the test's problems that a model solves; measured once per model."""
+    def exact_match(self, model: str) -> float | None:
+        """The share of the test's problems that a model solves, measured once; None for no model at all."""
+        if not model:
+            return None
+        test = Path(fill(self.recipe["test"], self.folders, "test"))
+        name, key = self.made.get(model, ("", model))
+        key = digest(key, hashlib.sha256(test.read_bytes()).hexdigest())
         known = self.state.setdefault("exact_match", {})
-        if model not in known:
-            answers = self.out / "answers" / f"{Path(model).parent.name}.jsonl"
-            answers.parent.mkdir(exist_ok=True)
-            settings = evaluate.Config(model=model, data=self.fill(self.recipe["test"]), save=str(answers))
-            known[model] = evaluate.measure(settings).metrics["exact_match"]
-        return known[model]
+        if known.get(name or model, {}).get("key") != key:
+            answers = make_folder(self.out / "answers", "out") / f"{name}.jsonl"
+            settings = evaluate.Config(model=model, data=str(test), save=str(answers) if name else "")
+            known[name or model] = {"key": key, "value": evaluate.measure(settings).metrics["exact_match"]}
+            self.save_state()
+        return known[name or model]["value"]
 
-    def fill(self, value: Any) -> Any:
-        """Replace "{NAME}" by the folder that stage NAME made, in every string. Raises: ConfigError."""
-        if isinstance(value, dict):
-            return {k: self.fill(v) for k, v in value.items()}
-        if isinstance(value, list):
-            return [self.fill(v) for v in value]
-        if not isinstance(value, str):
-            return value
-        try:
-            return value.format(**self.folders)
-        except KeyError as error:
-            raise ConfigError(f"{value!r}: no stage {error} comes before") from None
-
-    def remember(self, name: str, entry: dict) -> None:
-        self.state[name] = entry
+    def save_state(self) -> None:
         temporary = self.state_file.with_suffix(".tmp")
-        temporary.write_text(json.dumps(self.state, indent=2))
+        temporary.write_text(json.dumps(self.state, indent=2), encoding="utf-8")
         temporary.replace(self.state_file)
 
     def write(self) -> None:
         """results.json and report.html, of the stages so far."""
-        (self.out / "results.json").write_text(json.dumps({"stages": self.rows}, indent=2) + "\n")
+        text = json.dumps({"stages": self.rows}, indent=2) + "\n"
+        (self.out / "results.json").write_text(text, encoding="utf-8")
         curves = {}
         for row in self.rows:
             file = self.out / row["name"] / "metrics.jsonl"
@@ -200,7 +281,7 @@ class Ladder:
         write_report(
             self.out / "report.html",
             title=self.recipe.get("title", "A run"),
-            config_toml=json.dumps(self.recipe, indent=2),
+            config_toml="\n".join(f"# ── {name} ──\n\n{config}" for name, config in self.configs.items()),
             stages=self.rows,
             curves={k: v for k, v in curves.items() if v},
             samples=self.samples(),
@@ -214,7 +295,10 @@ class Ladder:
         files = [file for file in files if file.exists()]
         if not files:
             return []
-        first, last = ([json.loads(line) for line in f.read_text().splitlines()[:count]] for f in (files[0], files[-1]))
+        first, last = (
+            [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n")[:count] if line]
+            for file in (files[0], files[-1])
+        )
         return [
             {"prompt": a["messages"][-1]["content"], "before": a["answer"], "after": b["answer"]}
             for a, b in zip(first, last, strict=True)

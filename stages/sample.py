@@ -9,6 +9,7 @@ rankings.jsonl   answers of different score, best first: for `reward --loss=list
 
 import json
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import numpy as np
 
 from tritium.core.config import REQUIRED, ConfigError, opt, to_toml
 from tritium.core.formats import Skipped
+from tritium.core.output import make_folder
 from tritium.core.rewards.exact import ExactMatch
 from tritium.core.rollout import Rollout, Sample, SamplingConfig, gather, load_problems, roll_out, share
 from tritium.core.setup import MeshConfig, join, load_model, load_tokenizer
@@ -42,41 +44,50 @@ class Config:
     def __post_init__(self):
         if self.k < 2 or self.pairs < 1:
             raise ConfigError(f"k={self.k} must be at least 2, and pairs={self.pairs} at least 1")
+        if self.limit is not None and self.limit < 1:
+            raise ConfigError(f"limit={self.limit} must be at least 1")
 
 
 def train(config: Config) -> Result:
-    """Write the three files; `right` is the share of right answers, `solved` that of problems with one."""
+    """Write the three files; `right` is the share of right answers, `solved` that of problems with one.
+
+    `tokens_per_second` counts the tokens of all answers, over the seconds until the last of them was judged.
+    """
+    make_folder(config.out, "out")
     mesh = join(config.mesh, config.device, to_toml(config))
     model = load_model(config.model, config.dtype, mesh, frozen=True)
     tokenizer = load_tokenizer(config.model, model)
     skipped = Skipped()
-    problems = load_problems(config.sources, tokenizer, model.config.max_positions, skipped)[: config.limit]
-    reward = ExactMatch(malformed=-0.5)
-    mine = share(problems, mesh)
+    context = model.config.max_positions
+    problems = load_problems(config.sources, tokenizer, context, skipped, key="sources")[: config.limit]
+    mine, reward, start = share(problems, mesh), ExactMatch(malformed=-0.5), time.perf_counter()
     rollout = roll_out(model, tokenizer, mine, reward, config.sampling, n=config.k, seed=(config.seed,))
     rollout = gather(rollout, mesh)
+    seconds = time.perf_counter() - start
     if mesh.main:
         if skipped.reasons:
             print(skipped.summary(), file=sys.stderr)
         write(config, rollout)
-    right = [[s.score is not None and s.score.value >= 1.0 for s in group] for group in rollout.groups]
+    mesh.close()
+    right = [[s.right for s in group] for group in rollout.groups]
     metrics = {"right": float(np.mean(right)), "solved": float(np.mean([any(row) for row in right]))}
-    return Result(config.out, metrics | {"verifier_failures": float(sum(rollout.failures.values()))})
+    metrics["verifier_failures"] = float(sum(rollout.failures.values()))
+    metrics["tokens_per_second"] = sum(len(s.completion.tokens) for s in rollout.samples) / seconds
+    return Result(config.out, metrics)
 
 
 def write(config: Config, rollout: Rollout) -> None:
     """The three files, each in the order of the problems."""
     folder = Path(config.out)
-    folder.mkdir(parents=True, exist_ok=True)
     files = {name: (folder / f"{name}.jsonl").open("w", encoding="utf-8") for name in ("sft", "pairs", "rankings")}
     for group in rollout.groups:
         levels = by_score(group)
         if not levels:
             continue
         prompt, (best, *worse) = group[0].problem.messages, levels
-        if best[0].score.value >= 1.0:
+        if best[0].right:
             put(files["sft"], {"messages": [*prompt, {"role": "assistant", "content": best[0].text}]})
-        if best[0].score.value >= 1.0 or config.chosen == "best":
+        if best[0].right or config.chosen == "best":
             wrong = [sample for level in worse for sample in level]
             for chosen, rejected in list(zip(best, wrong, strict=False))[: config.pairs]:
                 put(files["pairs"], {"prompt": prompt, "chosen": chosen.text, "rejected": rejected.text})

@@ -9,7 +9,7 @@ without padding and do not see each other. See core/formats.py for the records t
 from dataclasses import dataclass
 
 from tritium.core.config import REQUIRED, opt
-from tritium.core.data import Bins, DataConfig, conversation_group, record_sources
+from tritium.core.data import DataConfig, conversation_group, open_records
 from tritium.core.formats import Skipped
 from tritium.core.objectives import CrossEntropy
 from tritium.core.optim import OptimConfig
@@ -35,10 +35,7 @@ def train(config: Config) -> Result:
     tokenizer = load_tokenizer(config.model, model)
     skipped = Skipped(config.data.on_error)
     convert = conversation_group(tokenizer)
-    sources = record_sources(config.data, convert, model.config.max_positions, config.run.seed, skipped)
-    train_set, held_out, weights = sources
-    bins = Bins(train_set, weights, config.data, mesh, config.run.seed)
-    evaluation = Bins(held_out, [1.0] * len(held_out), config.data, mesh, 0).all(config.run.eval_bins)
+    bins, evaluation = open_records(config, convert, model.config.max_positions, mesh, skipped)
     trainer = Trainer(
         {"policy": model},
         CrossEntropy(),

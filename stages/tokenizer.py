@@ -9,8 +9,11 @@ from dataclasses import dataclass
 from tritium.core.config import ConfigError, opt
 from tritium.core.data import parse_sources
 from tritium.core.formats import Skipped, read_documents
+from tritium.core.output import make_folder
 from tritium.core.tokenizer import train_tokenizer
 from tritium.core.trainer import Result
+
+ONE_PROCESS = True  # others would write the same file
 
 
 @dataclass
@@ -27,8 +30,9 @@ class Config:
 
 def train(config: Config) -> Result:
     """Train on `config.sources`; the result's `bytes_per_token` is measured on the same text."""
-    skipped, texts = Skipped(), []
-    for path, _ in parse_sources(config.sources, "sources"):
+    skipped, texts, sources = Skipped(), [], parse_sources(config.sources, "sources")
+    make_folder(config.out, "out")
+    for path, _ in sources:
         room = config.max_megabytes * 1e6
         for text in read_documents(path, skipped):
             texts.append(text[: max(int(room), 0)])

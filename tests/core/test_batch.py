@@ -28,7 +28,7 @@ def test_the_stream_of_the_modules_picture():
 def test_tokens_are_counted_by_their_weight_and_groups_as_groups():
     pair = [document([1, 2, 3], [0, 0.5, 0.25]), document([4, 5], [0, 2])]
     batch = pack([pair, [document([6, 7])]], {"pairs": 1.0})
-    assert batch.counts == {"tokens": 3.75, "sequences": 3.0, "groups": 2.0, "pairs": 1.0}
+    assert batch.counts == {"tokens": 3.75, "stream": 7.0, "sequences": 3.0, "groups": 2.0, "pairs": 1.0}
 
 
 def test_the_weight_of_a_first_token_is_never_used():
@@ -53,7 +53,8 @@ def test_fillers_reach_a_multiple_and_count_for_nothing():
     assert len(batch.tokens) == batch.cu_seqlens[-1] == 100 and free.cu_seqlens.tolist() == [0, 3, 5]
     assert batch.cu_seqlens[:3].tolist() == [0, 3, 5] and batch.cu_seqlens.diff().max() <= 64
     assert batch.supervised.tolist() == free.supervised.tolist()
-    assert batch.counts == free.counts and batch.sequences == free.sequences == 2
+    assert batch.counts == free.counts and batch.counts["stream"] == 5.0 and batch.sequences == free.sequences == 2
+    assert batch.squared_lengths == free.squared_lengths == 9 + 4
     assert batch.fields["reward"].tolist() == [2.0, 1.0]
     assert batch.fields["value"].tolist() == [8, 9, 0, 1, 0] + [0] * 95
     assert batch.positions.tolist() == [0, 1, 2, 0, 1] + [0] * 95  # they fit in any context

@@ -156,6 +156,19 @@ def test_a_runs_folder_stands_for_its_newest_checkpoint(tmp_path):
     assert model_folder(str(tmp_path / "none")) == str(tmp_path / "none")
 
 
+def test_a_runs_folder_stands_for_the_newest_model_that_is_whole(tmp_path, capsys):
+    folders = [save(tmp_path, step) for step in (8, 9, 10)]
+    flip(folders[1] / "trainer/policy.safetensors")  # the model is whole all the same
+    (folders[2] / "config.json").write_text("{ ")
+    assert model_folder(str(tmp_path)) == model_folder(str(tmp_path)) == str(folders[1])
+    told = capsys.readouterr().err
+    assert told.count(f"{folders[2]} is damaged: config.json") == 1
+    for folder in folders:
+        (folder / "config.json").unlink()
+    with pytest.raises(CheckpointError, match="all of its 3 checkpoints are damaged"):
+        model_folder(str(tmp_path))
+
+
 def test_a_mistake_in_the_code_is_not_taken_for_a_full_disk(tmp_path):
     def broken(folder: str) -> None:
         raise KeyError("oops")

@@ -1,13 +1,14 @@
 """From files to bins: what is trained on, how often, in which order, on which rank."""
 
 import json
+import resource
 from collections import Counter
 
 import numpy as np
 import pytest
 
 from tritium.core.batch import Document
-from tritium.core.config import ConfigError
+from tritium.core.config import ConfigError, UserError
 from tritium.core.data import (
     Bins,
     DataConfig,
@@ -20,6 +21,7 @@ from tritium.core.data import (
     ranking_group,
     record_sources,
     text_sources,
+    write_array,
 )
 from tritium.core.formats import DataError, RecordError, Skipped
 from tritium.core.tokenizer import Tokenizer
@@ -86,7 +88,7 @@ def test_epochs_follow_one_another_each_in_its_own_order():
     assert len({tuple(first) for first in firsts}) == 4
 
 
-@pytest.mark.parametrize(("dp", "bins_per_step"), [(2, 4), (2, 3), (4, 2)])
+@pytest.mark.parametrize(("dp", "bins_per_step"), [(2, 4), (2, 3), (4, 4)])
 def test_ranks_share_what_one_process_would_take(dp, bins_per_step):
     alone = bins_of([examples(0, SIZES)], bins_per_step=bins_per_step)
     ranks = [
@@ -98,6 +100,11 @@ def test_ranks_share_what_one_process_would_take(dp, bins_per_step):
         together = [shares[i % dp][i // dp] for i in range(bins_per_step)]
         assert together == [b.tokens.tolist() for b in alone.step(step)]
         assert sum(map(len, shares)) == bins_per_step
+
+
+def test_fewer_bins_than_ranks_are_refused_with_the_remedy():
+    with pytest.raises(ConfigError, match=r"bins_per_step=2 leaves some of the 4 .* set data.bins_per_step=4"):
+        bins_of([examples(0, SIZES)], bins_per_step=2, mesh=Mesh(world_size=4, dp=4))
 
 
 def test_a_curriculum_goes_from_easy_to_hard_with_ties_shuffled():
@@ -130,7 +137,8 @@ def test_a_weight_with_a_fraction():
 
 def test_replayed_text_has_its_share_of_an_epochs_tokens():
     new, old = [examples(0, [10] * 400)], [examples(500, [10] * 100), examples(900, [10] * 200)]
-    weights = replay_weights(new, [1.0], old, 0.2)
+    weights = replay_weights(new, [1.0], old, [1.0, 3.0], 0.2)
+    assert weights[1] == 3 * weights[0]
     counts = seen(bins_of(new + old, [1.0, *weights]))
     replayed = sum(n for (s, _), n in counts.items() if s > 0)
     assert replayed / counts.total() == pytest.approx(0.2, abs=0.002)
@@ -267,6 +275,17 @@ def test_documents_of_text_have_a_beginning_and_an_end(tmp_path, tokenizer):
     train, _, _ = text_sources(config, tokenizer, 64, str(tmp_path), Skipped())
     found = [d.ids.tolist() for i in range(len(train[0].lengths)) for d in train[0][i]]
     assert found == [[tokenizer.bos_id, *tokenizer.encode(text), tokenizer.eos_id] for text in ("one", "two")]
+
+
+def test_a_disk_too_full_for_the_tokens_is_a_sentence_and_leaves_nothing_half_written(tmp_path):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    try:
+        with pytest.raises(UserError, match="tokens.npy can't be written: .*; free some space"):
+            write_array(tmp_path / "cache" / "a.tokens.npy", np.zeros(10_000))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not list((tmp_path / "cache").iterdir())
 
 
 # ---------------------------------------------------------------------------------------------- records

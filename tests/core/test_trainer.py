@@ -3,6 +3,7 @@
 import json
 import resource
 import signal
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,11 +14,11 @@ from torch import nn
 
 from tritium.core.batch import Document, PackedBatch, pack
 from tritium.core.checkpoint import CheckpointError, checkpoints
-from tritium.core.config import UserError, opt
+from tritium.core.config import ConfigError, UserError, opt
 from tritium.core.objectives import CrossEntropy, Metric, Term, supervised
 from tritium.core.optim import OptimConfig
 from tritium.core.schedule import ScheduleConfig
-from tritium.core.trainer import RunConfig, Trainer, TrainingError
+from tritium.core.trainer import LoopConfig, RunConfig, Trainer, TrainingError, changed_lines
 from tritium.model.config import ModelConfig
 from tritium.model.transformer import Transformer
 from tritium.parallel.mesh import Mesh
@@ -144,6 +145,45 @@ def test_evaluation_is_averaged_over_all_its_batches_and_changes_nothing(tmp_pat
     assert one.result().metrics["eval_loss"] == found[-1]["eval_loss"]
 
 
+def test_throughput_counts_what_is_trained_on_and_not_what_fills_the_stream(tmp_path):
+    found = []
+    for name, multiple in (("bare", 1), ("filled", 256)):
+        one = trainer(tmp_path / name, steps=1)
+        for step in one.steps():
+            batch = pack([[d] for d in documents(step, 8)], multiple_of=multiple)
+            one.step([batch])
+        assert len(batch.tokens) == (256 if multiple > 1 else sum(map(len, documents(0, 8))))
+        found.append((lines(tmp_path / name)[0]["tokens"], one.totals["work"]))
+    assert found[0] == found[1] and found[0][0] == sum(map(len, documents(0, 8)))
+
+
+def test_on_a_gpu_mfu_is_of_the_steps_time_and_not_of_the_time_to_queue_it(tmp_path, monkeypatch):
+    monkeypatch.setattr("tritium.core.trainer.gpu_stats", lambda: {"gpu/power": 70.0})
+    one = trainer(tmp_path, steps=1)
+    one.peak = 1e3
+    monkeypatch.setattr(one.clock, "take", lambda: {"forward": 2.0})
+    for device, seconds in (("cpu", 2.0), ("cuda", 100.0)):
+        one.mesh = Mesh(device=torch.device(device))
+        one.stepped_at = time.perf_counter() - 100.0
+        values = one.speed({"work": 1e5, "stream": 10.0})
+        assert values["mfu"] == pytest.approx(100 / seconds, rel=0.01)
+        assert ("gpu/power" in values) == (device == "cuda")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"seed": -1}, "run.seed=-1 must not be negative"),
+        ({"steps": 0}, "run.steps=0 must be at least 1"),
+        ({"epochs": 0.0}, "run.epochs=0.0 must be positive"),
+        ({"keep": 0}, "run.keep=0 must be at least 1"),
+    ],
+)
+def test_a_run_that_cannot_be(options, words):
+    with pytest.raises(ConfigError, match=words):
+        LoopConfig(**options)
+
+
 # ---------------------------------------------------------------------------------------------- gradients that fail
 
 
@@ -224,6 +264,13 @@ def test_a_run_can_be_made_longer(tmp_path):
     assert [m["step"] for m in lines(tmp_path)] == [1, 2, 3, 4, 5, 6]
 
 
+def test_what_a_run_may_change_when_it_is_resumed():
+    before = "[run]\nsteps = 4\nkeep = 2\n[mesh]\ntp = 1\ntimeout = 600.0\n[optim]\nlr = 0.1\n"
+    after = "[run]\nsteps = 9\nkeep = 3\n[mesh]\ntp = 2\ntimeout = 60.0\n[optim]\nlr = 0.1\n"
+    assert changed_lines(before, after) == ""
+    assert changed_lines(before, after + "clip = 2.0\n") == "optim.clip: unset → 2.0"
+
+
 def test_checkpoints_come_as_often_as_asked_and_the_last_ones_stay(tmp_path):
     train(trainer(tmp_path, steps=7, keep=2))
     assert [p.name for p in checkpoints(tmp_path)] == ["step-00000006", "step-00000007"]
@@ -231,7 +278,7 @@ def test_checkpoints_come_as_often_as_asked_and_the_last_ones_stay(tmp_path):
 
 def test_another_configuration_is_refused(tmp_path):
     train(trainer(tmp_path))
-    with pytest.raises(CheckpointError, match=r"another configuration \(lr: 0.01 → 0.5\): use another --run.out"):
+    with pytest.raises(CheckpointError, match=r"another configuration \(optim.lr: 0.01 → 0.5\): use another --run.out"):
         trainer(tmp_path, lr=0.5)
 
 

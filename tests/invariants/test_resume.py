@@ -7,7 +7,7 @@ import pytest
 from safetensors.torch import load_file
 
 from tritium.core.data import DataConfig
-from tritium.core.trainer import RunConfig, Trainer
+from tritium.core.trainer import LoopConfig, RunConfig, Trainer
 from tritium.stages import dpo, grpo, sft
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -35,7 +35,7 @@ def grpo_run(tiny, out: Path, dtype: str) -> None:
     config.grpo = grpo.GRPOConfig(prompts=3, group=4, updates=2, beta=0.1)
     config.sampling.max_tokens, config.data.bin_tokens, config.optim.lr = 12, 256, 1e-3
     config.data.sources = [tiny.data("problems.jsonl")]
-    config.run = RunConfig(out=str(out), steps=6, dtype=dtype, save_every=2, keep=9)
+    config.run = LoopConfig(out=str(out), steps=6, dtype=dtype, save_every=2, keep=9)
     grpo.train(config)
 
 

@@ -1,4 +1,4 @@
-"""What must hold for every op of the registry: agreement with its fp64 reference, in all dtypes, layouts and edges."""
+"""What must hold for every op of the registry besides agreement in fp32 (test_registry.py): dtypes, layouts, edges."""
 
 import pytest
 import torch
@@ -48,17 +48,6 @@ def rms_error(actual, expected):
 
 def rms(x):
     return x.detach().square().mean().sqrt().item() if x.numel() else 0.0
-
-
-@pytest.mark.parametrize("name,i", CASES)
-def test_fp32_agrees_with_the_reference_in_fp64(name, i):
-    spec = OPS[name]
-    args, kwargs = spec.example(spec.shapes[i], torch.float32, "cpu")
-    actual = run(spec.function, args, kwargs)
-    expected = run(spec.reference, *cast((args, kwargs), torch.float64))
-    for a, e in zip(actual, expected, strict=True):
-        assert a.shape == e.shape and a.isfinite().all()
-        assert rms_error(a, e) <= spec.tolerance * max(rms(e), 1e-3)
 
 
 @pytest.mark.parametrize("dtype", ULP)

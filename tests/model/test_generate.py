@@ -108,16 +108,17 @@ def test_how_a_sequence_ends(model):
     (stopped,) = generate(model, [[1, 2, 3]], max_tokens=10, temperature=0, stop_ids=[stop])
     assert stopped.finish_reason == "stop" and stopped.tokens == free.tokens[: free.tokens.index(stop) + 1]
     (full,) = generate(model, [[1] * 60], max_tokens=10, temperature=0)
-    assert full.finish_reason == "context" and len(full.tokens) == 5  # 64 positions, and a last one never fed
+    assert full.finish_reason == "context" and len(full.tokens) == 4  # 64 positions in all
 
 
 def test_a_model_with_a_short_context_generates(model):
     short = Transformer(ModelConfig(**vars(SHAPE) | {"max_positions": 8})).initialize(0)
     found = generate(short, [[1, 2, 3], [4]], max_tokens=20, temperature=0)
-    assert [(len(c.tokens), c.finish_reason) for c in found] == [(6, "context"), (8, "context")]
+    assert [(len(c.tokens), c.finish_reason) for c in found] == [(5, "context"), (7, "context")]
     for prompt, tokens in zip(([1, 2, 3], [4]), (c.tokens for c in found), strict=True):
         expected = generate(model, [prompt], max_tokens=len(tokens), temperature=0)[0].tokens
         assert tokens == expected  # the same weights, with room
+        short.hidden(torch.tensor(prompt + tokens))  # what was drawn can be trained on
 
 
 def test_the_models_eos_stops_where_no_other_is_named():

@@ -158,7 +158,7 @@ def test_a_mesh_that_does_not_divide_the_model_is_an_error():
         ({"num_kv_heads": 3}, "multiple of num_kv_heads=3"),
         ({"head_dim": 12}, "head_dim=12"),
         ({"head_dim": 264}, "head_dim=264"),
-        ({"num_layers": 0}, "num_layers is 0"),
+        ({"num_layers": 0}, "num_layers=0 must be at least 1"),
     ],
 )
 def test_a_shape_that_cannot_be(change, words):

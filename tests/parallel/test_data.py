@@ -8,7 +8,6 @@ import torch
 from tritium.parallel import data
 from tritium.parallel.data import (
     all_reduce_counts,
-    broadcast_parameters,
     check_same,
     global_grad_norm,
     reduce_gradients,
@@ -52,13 +51,6 @@ def norm(cut, whole):
     mesh = init_mesh(tp=2)
     shards = [(shard(g, 0, mesh), True) for g in cut] + [(g, False) for g in whole]
     return global_grad_norm(shards, mesh)
-
-
-def broadcast(per_rank, tp):
-    mesh = init_mesh(tp=tp)
-    parameters = [torch.nn.Parameter(p) for p in own(per_rank)]
-    broadcast_parameters(parameters, mesh)
-    return [p.detach() for p in parameters]
 
 
 def compare(per_rank):
@@ -131,13 +123,6 @@ def test_the_clip_norm_of_bf16_is_in_fp32_and_shows_what_is_not_finite(pool2):
     broken[3] = torch.inf  # on rank 1 only; both must skip the step
     assert [x.item() for x in pool2.run(norm, [broken], [])] == [torch.inf] * 2
     assert global_grad_norm([], Mesh.single()).item() == 0
-
-
-def test_replicas_start_with_the_first_ones_parameters_and_shards_keep_theirs(pool4):
-    per_rank = [[draw(3, 2, seed=rank), draw(4, seed=rank, dtype=torch.bfloat16)] for rank in range(4)]
-    for tp in (1, 2, 4):
-        for rank, parameters in enumerate(pool4.run(broadcast, per_rank, tp)):
-            assert all(torch.equal(p, q) for p, q in zip(parameters, per_rank[rank % tp], strict=True))
 
 
 def test_ranks_that_differ_are_refused_by_name_on_every_rank(pool4):

@@ -95,6 +95,15 @@ def test_a_module_with_main_is_called_with_the_arguments():
     assert run_stage(module, ["a", "b", "c"]) == 3
 
 
+@pytest.mark.parametrize("name", ["run", "corpus", "tokenizer", "chat"])
+def test_what_is_for_one_process_refuses_torchrun(name, capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.chdir(tmp_path)
+    assert run_stage(name, ["--model=m"] if name == "chat" else []) == 2
+    assert "the work of one process: start it without torchrun" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
 def test_help_of_a_stage(capsys):
     with pytest.raises(SystemExit) as stopped:
         run_stage(stage(lambda config: None), ["--help"])

@@ -1,11 +1,13 @@
 """The ladder at smoke size, and what recipes may say."""
 
 import json
+import re
+from html import escape
 
 import pytest
 
 from tritium.core.config import ConfigError
-from tritium.stages import run
+from tritium.stages import evaluate, run
 
 NAMES = ["corpus", "tokenizer", "pretrain", "cold", "sft", "sample", "reward", "dpo", "grpo"]
 KEYS = {"name", "metric", "before", "after", "higher_is_better", "seconds", "tokens_per_second", "checkpoint"}
@@ -29,9 +31,12 @@ def test_every_stage_is_run_and_described(smoke):
     pretrain = rows(smoke)[2]
     assert not pretrain["higher_is_better"]
     assert pretrain["after"] < pretrain["before"] - 1.0  # it learned something
+    assert rows(smoke)[NAMES.index("sample")]["tokens_per_second"] > 0
     report = (smoke / "report.html").read_text()
     assert all(f">{name}<" in report for name in NAMES)
     assert "<svg" in report
+    settings = (smoke / "pretrain" / "config.toml").read_text()
+    assert "eval_bins = 8" in settings and escape(settings) in report  # defaults too: what really ran
 
 
 def test_a_rerun_finds_everything_done(smoke, capsys):
@@ -43,42 +48,53 @@ def test_a_rerun_finds_everything_done(smoke, capsys):
     assert "chat --model=" in shown.out
 
 
-def test_an_interrupted_stage_is_resumed_and_a_changed_one_run_anew(smoke, tmp_path, monkeypatch):
-    recipe = tmp_path / "mine.toml"
-    text = '[stages.corpus]\nmetric="megabytes"\n[stages.tokenizer]\nmetric="bytes_per_token"\n[stages.tokenizer.config]\n'
-    recipe.write_text(f'extends = "smoke"\n{text}vocab_size = 700\n')
-    monkeypatch.setattr(run, "read_recipe", only(run.read_recipe, "corpus", "tokenizer"))
-    run.train(run.Config(recipe=str(recipe), out=str(tmp_path / "out")))
-    kept = (tmp_path / "out" / "corpus" / "test.jsonl").stat().st_mtime_ns
-    recipe.write_text(f'extends = "smoke"\n{text}vocab_size = 720\n')
-    run.train(run.Config(recipe=str(recipe), out=str(tmp_path / "out")))
-    assert (tmp_path / "out" / "corpus" / "test.jsonl").stat().st_mtime_ns == kept  # not changed: not run again
-    state = json.loads((tmp_path / "out" / "state.json").read_text())
-    del state["tokenizer"]["row"]  # as if it had been interrupted
-    marker = tmp_path / "out" / "tokenizer" / "of-the-interrupted-run"
+def test_an_interrupted_stage_is_resumed_and_a_changed_one_run_anew(tiny, tmp_path):
+    recipe, out = tmp_path / "mine.toml", tmp_path / "out"
+
+    def climb(size: int) -> None:
+        text = ""
+        for name, vocab_size in (("first", 320), ("second", size)):
+            text += f'[stages.{name}]\nkind = "tokenizer"\nmetric = "vocab_size"\n'
+            text += f'config = {{ sources = ["{tiny.data("text.jsonl")}"], vocab_size = {vocab_size} }}\n'
+        recipe.write_text(text)
+        run.train(run.Config(recipe=str(recipe), out=str(out)))
+
+    climb(325)
+    kept = (out / "first" / "tokenizer.model").stat().st_mtime_ns
+    marker = out / "second" / "of-this-run"
     marker.touch()
-    (tmp_path / "out" / "state.json").write_text(json.dumps(state))
-    run.train(run.Config(recipe=str(recipe), out=str(tmp_path / "out")))
+    climb(330)
+    assert (out / "first" / "tokenizer.model").stat().st_mtime_ns == kept  # not changed: not run again
+    assert rows(out)[1]["after"] == 330 and not marker.exists()
+    state = json.loads((out / "state.json").read_text())
+    del state["stages"]["second"]["result"]  # as if it had been interrupted
+    (out / "state.json").write_text(json.dumps(state))
+    marker.touch()
+    climb(330)
     assert marker.exists()  # its folder was kept, so that a training stage can resume from it
-
-
-def only(read, *names):
-    """`read_recipe`, with the stages of these names alone."""
-
-    def shortened(name):
-        recipe = read(name)
-        return recipe | {"stages": {k: v for k, v in recipe["stages"].items() if k in names}}
-
-    return shortened
 
 
 @pytest.mark.parametrize(
     "text,word",
     [
-        ("title = 1\n", "at least one"),
+        ("title = 't'\n", "at least one"),
         ("[stages.sft]\nconfg = {}\n", "confg"),
         ("[stages.nosuchstage]\n", "nosuchstage"),
-        ('[stages.sft]\nconfig.model = "{pretrain}"\n', "pretrain"),
+        ('[stages.sft]\nconfig.model = "{pretrain}"\n', "no stage 'pretrain' comes before"),
+        ('[stages.sft]\nconfig.model = "m"\nconfig.optim.lrr = 1\n', "did you mean optim.lr"),
+        ('[stages.mine]\nkind = "stf"\n', "did you mean sft"),
+        ("[stages.evaluate]\n", "makes no folder"),
+        ("[stages.cli]\n", "no stage 'cli'"),
+        ('[stages."../x"]\nkind = "corpus"\n', "a word"),
+        ('[stages.sft]\nconfig.model = "m"\nmetric = "exact_match"\n', "needs test ="),
+        (
+            'test = "none.jsonl"\n[stages.sft]\nconfig.model = "m"\nmetric = "exact_match"\n',
+            "none.jsonl does not exist",
+        ),
+        ('test = "none.jsonl"\n[stages.corpus]\nmetric = "exact_match"\n', "measures a model"),
+        ("[stages.corpus]\nmetric = 3\n", "metric = 3 must be a string"),
+        ("stages = 3\n", "must be a table"),
+        ('tests = "a.jsonl"\n[stages.corpus]\n', "tests"),
         ("[stages.sft\n", "mine.toml"),
         ('extends = "nothing"\n', "nothing"),
     ],
@@ -86,5 +102,102 @@ def only(read, *names):
 def test_a_recipe_with_a_mistake_says_what_is_wrong(tmp_path, text, word):
     recipe = tmp_path / "mine.toml"
     recipe.write_text(text)
-    with pytest.raises(ConfigError, match=word):
+    with pytest.raises(ConfigError, match=re.escape(word)):
         run.train(run.Config(recipe=str(recipe), out=str(tmp_path / "out")))
+    assert not (tmp_path / "out").exists()  # nothing was run
+
+
+def test_a_mistake_in_the_last_stage_is_found_before_the_first_runs(tmp_path):
+    recipe = tmp_path / "mine.toml"
+    recipe.write_text('[stages.corpus]\nmetric = "megabytes"\n[stages.sft]\nconfig.model = "{pretrain}"\n')
+    with pytest.raises(ConfigError, match="these do: corpus"):
+        run.train(run.Config(recipe=str(recipe), out=str(tmp_path / "out")))
+    assert not (tmp_path / "out").exists()
+
+
+def test_only_names_in_braces_are_references():
+    folders = {"sft": "out/sft/step-3", "my-data": "out/my-data"}
+    assert run.fill(["{sft}/a", {"k": "{my-data}{sft}"}, 3], folders, "") == [
+        "out/sft/step-3/a",
+        {"k": "out/my-dataout/sft/step-3"},
+        3,
+    ]
+    text = 'Answer as {} or {"a": 1}; \\d{3}'
+    assert run.fill(text, folders, "") == text
+
+
+def test_a_folder_that_no_recipe_made_is_left_alone(tmp_path):
+    recipe, out = tmp_path / "mine.toml", tmp_path / "out"
+    recipe.write_text('[stages.corpus]\nmetric = "megabytes"\n')
+    (precious := out / "corpus" / "precious.txt").parent.mkdir(parents=True)
+    precious.touch()
+    with pytest.raises(ConfigError, match=re.escape(f"{out / 'corpus'} is there")):
+        run.train(run.Config(recipe=str(recipe), out=str(out)))
+    assert precious.exists()
+
+
+def test_a_metric_that_the_stage_does_not_have(tiny, tmp_path, capsys):
+    recipe, config = tmp_path / "mine.toml", run.Config(recipe=str(tmp_path / "mine.toml"), out=str(tmp_path / "out"))
+    settings = f'config = {{ sources = ["{tiny.data("text.jsonl")}"], vocab_size = 320 }}\n'
+    recipe.write_text(f'[stages.tokenizer]\nmetric = "bytes"\n{settings}')
+    with pytest.raises(ConfigError, match="'bytes' is not one of its own: bytes_per_token, vocab_size"):
+        run.train(config)
+    recipe.write_text(f'[stages.tokenizer]\nmetric = "bytes_per_token"\n{settings}')
+    assert run.train(config).metrics["bytes_per_token"] > 1
+    assert "already done" in capsys.readouterr().err  # what is shown of a stage is no reason to run it again
+
+
+def test_a_model_is_measured_once_and_anew_where_it_or_the_test_changed(tiny, tmp_path, monkeypatch, capsys, quick):
+    measured, measure = [], evaluate.measure
+
+    def counted(settings):
+        measured.append(settings.model)
+        settings.sampling.max_tokens = 4
+        return measure(settings)
+
+    def climb(steps: int) -> list[dict]:
+        measured.clear()
+        recipe.write_text(RECIPE.format(test=test, model=tiny.model, text=tiny.data("text.jsonl"), steps=steps))
+        run.train(run.Config(recipe=str(recipe), out=str(out)))
+        return rows(out)
+
+    monkeypatch.setattr(evaluate, "measure", counted)
+    out, recipe, test = tmp_path / "out", tmp_path / "mine.toml", tmp_path / "test.jsonl"
+    test.write_text('{"question": "What is 1 + 1?", "answer": "2"}\n')
+    scratch, continued = climb(steps=1)
+    assert scratch["before"] is None and scratch["after"] is not None  # there was no model before it
+    assert continued["before"] == scratch["after"]
+    assert len(measured) == 2 and climb(steps=1) == [scratch, continued] and not measured
+
+    test.write_text(test.read_text() * 2)
+    climb(steps=1)
+    assert len(measured) == 2 and len((out / "answers" / "continued.jsonl").read_text().splitlines()) == 2
+    (out / "answers" / "continued.jsonl").write_text("of the run before\n")
+    climb(steps=2)  # of `continued` only, which is trained and measured anew
+    assert len(measured) == 1 and "of the run before" not in (out / "answers" / "continued.jsonl").read_text()
+
+    capsys.readouterr()
+    recipe.write_text(recipe.read_text().replace('"exact_match"', '"eval_loss"'))
+    run.train(run.Config(recipe=str(recipe), out=str(out)))
+    assert capsys.readouterr().err.count("already done") == 2
+    assert all(row["after"] < row["before"] and not row["higher_is_better"] for row in rows(out))
+
+
+RECIPE = """
+test = "{test}"
+[stages.scratch]
+kind = "pretrain"
+metric = "exact_match"
+[stages.scratch.config]
+tokenizer = "{model}"
+model = {{ layers = 1, hidden_size = 16, intermediate_size = 16, heads = 1, kv_heads = 1, head_dim = 16, context = 64 }}
+data = {{ sources = ["{text}"], bin_tokens = 256 }}
+run = {{ steps = 1, dtype = "fp32" }}
+[stages.continued]
+kind = "pretrain"
+metric = "exact_match"
+[stages.continued.config]
+init = "{{scratch}}"
+data = {{ sources = ["{text}"], bin_tokens = 256 }}
+run = {{ steps = {steps}, dtype = "fp32" }}
+"""

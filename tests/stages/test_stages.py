@@ -16,11 +16,12 @@ from tritium.core.optim import OptimConfig
 from tritium.core.rewards import Score
 from tritium.core.rollout import Problem, Rollout, Sample
 from tritium.core.setup import read_model
-from tritium.core.trainer import Result, RunConfig
+from tritium.core.trainer import LoopConfig, Result, RunConfig
 from tritium.model.generate import Completion
 from tritium.model.heads import ScalarModel
 from tritium.parallel.mesh import Mesh
 from tritium.stages import chat, dpo, evaluate, grpo, pretrain, reward, sample, sft, tokenizer
+from tritium.stages.cli import run_stage
 
 pytestmark = pytest.mark.usefixtures("quick")
 LR = OptimConfig(lr=3e-3)
@@ -103,8 +104,13 @@ def test_dpo_moves_from_ln_2_towards_the_chosen_answers(tiny, tmp_path):
     assert rows(tmp_path / "metrics.jsonl")[-2]["sft"] > 0
 
 
+def grpo_config(tiny, out: Path, steps: int) -> grpo.Config:
+    run = LoopConfig(out=str(out), steps=steps, dtype="fp32")
+    return grpo.Config(model=tiny.model, data=grpo.ProblemsConfig([tiny.data("problems.jsonl")], 512), run=run)
+
+
 def test_grpo_reinforces_what_the_verifier_likes(tiny, tmp_path, odd_is_right):
-    config = grpo.Config(model=tiny.model, data=data(tiny.data("problems.jsonl")), run=run(tmp_path, 12))
+    config = grpo_config(tiny, tmp_path, 12)
     config.grpo, config.optim = grpo.GRPOConfig(prompts=6, group=8), OptimConfig(lr=1e-2, weight_decay=0.0)
     config.sampling.max_tokens = 4
     result = grpo.train(config)
@@ -139,7 +145,7 @@ def test_grpo_trains_on_groups_that_differ_and_on_answers_that_were_judged():
         [group(0, 1, 1), group(1, 1, 0), group(2, None, 1), group(3, 0, None, 1, 1), group(4, None, None)]
     )
     options = grpo.GRPOConfig(updates=2, scale=False)
-    batches = grpo.to_batches(rollout, options, DataConfig(bin_tokens=64))
+    batches = grpo.to_batches(rollout, options, grpo.ProblemsConfig(bin_tokens=64))
     assert [batch.sequences for batch in batches] == [2, 3]  # two updates get a batch each; groups are whole
     first, second = batches
     assert first.fields["advantages"].tolist() == [0.5, -0.5]
@@ -149,7 +155,7 @@ def test_grpo_trains_on_groups_that_differ_and_on_answers_that_were_judged():
 
 
 def test_grpo_steps_on_nothing_where_no_group_teaches(tiny, tmp_path):
-    config = grpo.Config(model=tiny.model, data=data(tiny.data("problems.jsonl")), run=run(tmp_path, 2))
+    config = grpo_config(tiny, tmp_path, 2)
     config.grpo, config.sampling.max_tokens = grpo.GRPOConfig(prompts=2, group=2), 2
     result = grpo.train(config)  # two tokens are never an answer: every sample gets the same reward
     assert result.metrics["varied_groups"] == 0.0 and result.metrics["reward"] <= 0.0
@@ -165,6 +171,7 @@ def test_sample_writes_what_the_later_stages_read(tiny, tmp_path, odd_is_right):
     config.sampling.max_tokens, config.dtype = 6, "fp32"
     metrics = sample.train(config).metrics
     assert 0 < metrics["right"] < metrics["solved"] <= 1 and metrics["verifier_failures"] == 0
+    assert metrics["tokens_per_second"] > 0
     files = {name: rows(tmp_path / "out" / f"{name}.jsonl") for name in ("sft", "pairs", "rankings")}
     assert len(files["sft"]) == round(6 * metrics["solved"])
     right = {row["messages"][0]["content"]: row["messages"][-1]["content"] for row in files["sft"]}
@@ -209,6 +216,44 @@ def test_bits_per_byte_count_every_token_but_the_first_once(tiny, tmp_path):
     metrics = evaluate.train(evaluate.Config(text=str(tmp_path / "a.txt"), dtype="fp32", model=tiny.model)).metrics
     assert metrics["bits_per_byte"] == pytest.approx(nats / math.log(2) / len(text.encode()), rel=1e-4)
     assert metrics["perplexity"] == pytest.approx(math.exp(nats / (len(ids) - 1)), rel=1e-4)
+
+
+def test_text_that_is_skipped_is_told(tiny, tmp_path, capsys):
+    (tmp_path / "a.jsonl").write_text('{"text": "What is 12 + 34?"}\n{"txt": "?"}\n')
+    evaluate.train(evaluate.Config(text=str(tmp_path / "a.jsonl"), model=tiny.model, json=True))
+    shown = capsys.readouterr()
+    assert json.loads(shown.out)["perplexity"] > 1 and 'skipped 1 × a record without a "text"' in shown.err
+
+
+@pytest.mark.parametrize("stage,option", [("evaluate", "data"), ("evaluate", "text"), ("sample", "sources")])
+def test_a_missing_file_is_told_with_its_option(tiny, tmp_path, capsys, stage, option):
+    out = [f"--out={tmp_path}/out"] if stage == "sample" else []
+    assert run_stage(stage, [f"--model={tiny.model}", f"--{option}={tmp_path}/none.jsonl", *out]) == 2
+    assert f"tritium {stage}: {option}: {tmp_path}/none.jsonl does not exist" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "stage,option,more",
+    [
+        ("sample", "out", ["--model=none"]),  # told before the model is loaded
+        ("evaluate", "save", ["--model=none", "--data={text}"]),
+        ("corpus", "out", []),
+        ("tokenizer", "out", ["--sources={text}"]),
+        ("run", "out", []),
+    ],
+)
+def test_a_place_that_cannot_be_written_is_told_before_the_work(tiny, tmp_path, capsys, stage, option, more):
+    (tmp_path / "file").touch()
+    arguments = [argument.format(text=tiny.data("text.jsonl")) for argument in more]
+    assert run_stage(stage, [f"--{option}={tmp_path}/file/out", *arguments]) == 2
+    shown = capsys.readouterr().err
+    assert f"{option}={tmp_path}/file" in shown and "can't be written: " in shown and "Traceback" not in shown
+
+
+def test_a_limit_leaves_something():
+    for stage in (sample, evaluate):
+        with pytest.raises(ConfigError, match="limit=0 must be at least 1"):
+            stage.Config(limit=0, model="m")
 
 
 def test_evaluate_needs_something_to_measure(tiny):

@@ -1,0 +1,72 @@
+"""What a run of GRPO says about its rollouts, whatever the ranks, and what it does at the end of the context."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tritium.core.config import from_dict
+from tritium.core.rewards import Score
+from tritium.core.rollout import Problem, Rollout, Sample
+from tritium.core.tokenizer import Tokenizer
+from tritium.model.generate import Completion
+from tritium.parallel.mesh import Mesh, init_mesh
+from tritium.stages import grpo
+
+pytestmark = pytest.mark.usefixtures("quick")
+
+
+def group(*rewards: float | None, length: int = 2) -> list[Sample]:
+    completion = Completion([1] * length, [0.0] * length, "stop" if length < 4 else "length")
+    return [Sample(Problem(0, [], [5], ""), completion, "", None if r is None else Score(float(r))) for r in rewards]
+
+
+def summary_of(groups_per_rank: list[list[list[Sample]]]) -> dict[str, float]:
+    mesh = init_mesh()
+    rollout = Rollout(groups_per_rank[mesh.rank])
+    rollout.failures["broken"] = sum(s.score is None for s in rollout.samples)
+    return grpo.summary(rollout, mesh)
+
+
+def test_a_rollouts_numbers_are_those_of_all_ranks(pool2):
+    first, second = [group(1, 0), group(1, 1)], [group(None, -0.5, length=8)]
+    expected = {"reward": 2.5 / 5, "right": 3 / 5, "length": 24 / 6, "ended": 4 / 6, "varied_groups": 1 / 3}
+    assert pool2.run(summary_of, [first, second]) == [pytest.approx(expected | {"verifier_failures": 1.0})] * 2
+    alone = grpo.summary(Rollout(first), Mesh.single())
+    assert pool2.run(summary_of, [first, []]) == [alone] * 2  # a rank may have no problem at all
+    assert set(grpo.summary(Rollout([]), Mesh.single()).values()) == {0.0}
+
+
+@pytest.fixture
+def trained(tiny, tmp_path, monkeypatch):
+    """Train under a verifier that likes odd token sums; the metrics of each step."""
+    judge = lambda ids, text, **_: Score(sum(ids) % 2)  # noqa: E731
+    monkeypatch.setattr("tritium.stages.grpo.ExactMatch", lambda malformed: judge)
+
+    def run(source: str, **sections) -> list[dict]:
+        fixed = {"model": tiny.model, "grpo": {"prompts": 4, "group": 4}, "data": {"sources": [source]}}
+        config = from_dict(grpo.Config, fixed | sections)
+        config.run.out, config.run.steps, config.run.dtype = str(tmp_path / "out"), 2, "fp32"
+        grpo.train(config)
+        return [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+
+    return run
+
+
+def test_the_sampler_and_the_trainer_agree_on_the_log_probs(tiny, trained):
+    for step in trained(tiny.data("problems.jsonl"), sampling={"max_tokens": 24, "top_k": 50}):
+        assert step["varied_groups"] > 0 and 0 < step["sampler_gap"] < 1e-5
+
+
+def test_a_gap_is_measured_at_temperature_1_only(tiny, trained):
+    steps = trained(tiny.data("problems.jsonl"), sampling={"max_tokens": 8, "temperature": 0.7})
+    assert all(step["varied_groups"] > 0 and "sampler_gap" not in step for step in steps)
+
+
+def test_answers_that_reach_the_end_of_the_context_are_trained_on(tiny, tmp_path, trained):
+    tokenizer, question = Tokenizer.load(tiny.model), "What is 1 + 2?"
+    while len(tokenizer.encode(question)) < 70:  # of 96 positions
+        question = "1 + " + question
+    (file := Path(tmp_path / "long.jsonl")).write_text(json.dumps({"question": question, "answer": "3"}) + "\n")
+    steps = trained(str(file), sampling={"max_tokens": 200})
+    assert all(step["varied_groups"] > 0 and step["length"] < 26 for step in steps)

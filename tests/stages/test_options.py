@@ -1,0 +1,66 @@
+"""Options of the training stages that can't be: each gets a sentence that names the option."""
+
+from pathlib import Path
+
+import pytest
+
+from tritium.core.config import ConfigError, UserError, from_dict
+from tritium.core.data import DataConfig
+from tritium.core.trainer import RunConfig
+from tritium.stages import grpo, pretrain
+
+pytestmark = pytest.mark.usefixtures("quick")
+
+
+def pretrained(tiny, out: Path, **options) -> None:
+    data = DataConfig([tiny.data("text.jsonl")], bin_tokens=256)
+    run = RunConfig(out=str(out), steps=1, dtype="fp32", eval_bins=1)
+    shape = pretrain.ShapeConfig(1, 16, 16, heads=2, kv_heads=1, head_dim=8, context=32)
+    pretrain.train(pretrain.Config(**{"vocab_size": 330, "data": data, "run": run, "model": shape} | options))
+
+
+@pytest.mark.parametrize(
+    ("shape", "words"),
+    [
+        ({"layers": 0}, r"^model.layers=0 must be at least 1"),
+        ({"heads": 3, "kv_heads": 2}, r"^model.heads=3 must be a multiple of model.kv_heads=2"),
+        ({"head_dim": 12}, r"^model.head_dim=12 must be a multiple of 8"),
+    ],
+)
+def test_a_shape_that_cannot_be_is_told_in_the_options_names(tiny, tmp_path, shape, words):
+    with pytest.raises(ConfigError, match=words):
+        pretrained(tiny, tmp_path, tokenizer=tiny.model, model=pretrain.ShapeConfig(**shape))
+
+
+def test_a_shape_that_cannot_be_used_later():
+    with pytest.raises(ConfigError, match="model.context=4 must be at least 8"):
+        pretrain.ShapeConfig(context=4)
+    with pytest.raises(ConfigError, match="model.qkv_bias with model.qk_norm"):
+        pretrain.ShapeConfig(qkv_bias=True, qk_norm=True)
+
+
+def test_the_tokenizer_of_an_earlier_run_is_not_taken_for_one_of_another_size(tiny, tmp_path):
+    (tmp_path / "tokenizer").mkdir()
+    (tmp_path / "tokenizer" / "tokenizer.model").write_bytes(Path(tiny.model, "tokenizer.model").read_bytes())
+    with pytest.raises(ConfigError, match=r"vocab_size=330, but .*tokenizer holds a tokenizer of 340 tokens"):
+        pretrained(tiny, tmp_path)
+    pretrained(tiny, tmp_path, vocab_size=340)
+
+
+def test_a_mistake_in_replay_is_told_before_a_tokenizer_is_trained(tiny, tmp_path):
+    with pytest.raises(UserError, match=r"^replay: no/such.txt does not exist"):
+        pretrained(tiny, tmp_path, replay=["no/such.txt"])
+    assert not (tmp_path / "tokenizer").exists()
+
+
+@pytest.mark.parametrize("option", ["holdout", "difficulty", "bins_per_step", "on_overlong"])
+def test_grpo_has_no_option_that_it_would_ignore(option):
+    with pytest.raises(ConfigError, match=f"data.{option}: no such option"):
+        from_dict(grpo.Config, {"model": "m", "data": {option: 1}})
+    with pytest.raises(ConfigError, match="run.eval_every: no such option"):
+        from_dict(grpo.Config, {"model": "m", "run": {"eval_every": 5}})
+
+
+def test_grpo_needs_answers_that_differ():
+    with pytest.raises(ConfigError, match="sampling.temperature=0: a group of equal answers"):
+        from_dict(grpo.Config, {"model": "m", "sampling": {"temperature": 0}})
