@@ -110,11 +110,11 @@ def grpo_config(tiny, out: Path, steps: int) -> grpo.Config:
 
 
 def test_grpo_reinforces_what_the_verifier_likes(tiny, tmp_path, odd_is_right):
-    config = grpo_config(tiny, tmp_path, 12)
-    config.grpo, config.optim = grpo.GRPOConfig(prompts=6, group=8), OptimConfig(lr=1e-2, weight_decay=0.0)
+    config = grpo_config(tiny, tmp_path, 20)
+    config.grpo, config.optim = grpo.GRPOConfig(prompts=6, group=8), OptimConfig(lr=3e-3, weight_decay=0.0)
     config.sampling.max_tokens = 4
     result = grpo.train(config)
-    assert_finished(result, tmp_path, 12)
+    assert_finished(result, tmp_path, 20)
     rewards = [m["reward"] for m in rows(tmp_path / "metrics.jsonl")]
     assert sum(rewards[-3:]) / 3 > sum(rewards[:3]) / 3 + 0.2
     first = rows(tmp_path / "metrics.jsonl")[0]
