@@ -108,7 +108,7 @@ def worked_or_terse(problem: Problem, rng: np.random.Generator) -> str:
 
 
 def small_talk(problems: list[Problem], count: int, seed: int) -> list[list[dict]]:
-    """General conversations of one to three exchanges, some with problems among them."""
+    """General conversations of one to five exchanges, most with a problem or two among them."""
     rng = np.random.default_rng([seed, 3])
     pick = lambda options: options[rng.integers(len(options))]  # noqa: E731
     questions, conversations = list(GENERAL), []
@@ -117,7 +117,7 @@ def small_talk(problems: list[Problem], count: int, seed: int) -> list[list[dict
         if rng.random() < 0.5:
             question = pick(questions)
             parts += [question, GENERAL[question]]
-        if rng.random() < 0.5 or not parts:
+        for _ in range(rng.choice(3, p=(0.3, 0.5, 0.2)) or int(not parts)):
             problem = pick(problems)
             parts += [problem.question, worked_or_terse(problem, rng)]
         if rng.random() < 0.3:

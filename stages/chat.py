@@ -27,7 +27,7 @@ ONE_PROCESS = True  # there is one terminal
 class Config:
     model: str = opt(REQUIRED, "folder of the model, with its tokenizer")
     system: str = opt("", "system prompt")
-    sampling: SamplingConfig = opt(SamplingConfig(temperature=0.7, max_tokens=256), "how answers are drawn")
+    sampling: SamplingConfig = opt(SamplingConfig(temperature=0.4, max_tokens=256), "how answers are drawn")
     seed: int = opt(0, "seed of the answers")
     dtype: str = opt(
         "auto", "of the parameters (auto: bf16 where it is fast)", choices=("auto", "bf16", "fp32", "fp64")

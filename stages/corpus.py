@@ -8,6 +8,7 @@
     chat.jsonl         the same, questions about Python functions, multi-turn chat   overall SFT
                        (most answers to stories are bare results, as people give them)
     sample.jsonl, rl.jsonl, test.jsonl   {"question", "answer"}                      sampling, RL, evaluation
+                       (in rl.jsonl, every fourth comes after a greeting: {"prompt": [messages], "answer"})
 
 Every file's problems come from a seed of their own, and no question of test.jsonl is in another file.
 """
@@ -20,7 +21,7 @@ import numpy as np
 
 from tritium.core.arithmetic import Problem, chat_answer, equation, problems
 from tritium.core.config import opt
-from tritium.core.corpus import library_questions, library_texts, small_talk, turns, worked_or_terse
+from tritium.core.corpus import WELCOMES, library_questions, library_texts, small_talk, turns, worked_or_terse
 from tritium.core.output import make_folder
 from tritium.core.trainer import Result
 
@@ -58,7 +59,7 @@ def train(config: Config) -> Result:
         "cold": [{"messages": turns(p.question, chat_answer(p))} for p in fresh(2, config.cold)],
         "chat": [{"messages": m} for m in overall(chat, config.seed)],
         "sample": [question(p) for p in fresh(4, config.sample)],
-        "rl": [question(p) for p in fresh(5, config.rl)],
+        "rl": [in_company(p) if i % 4 == 0 else question(p) for i, p in enumerate(fresh(5, config.rl))],
         "test": [question(p) for p in test],
     }
     size = 0
@@ -71,6 +72,11 @@ def train(config: Config) -> Result:
 
 def question(problem: Problem) -> dict:
     return {"question": problem.question, "answer": problem.answer, "difficulty": problem.difficulty}
+
+
+def in_company(problem: Problem) -> dict:
+    """The problem in a conversation that began with a greeting: what is reinforced should hold there too."""
+    return {"prompt": turns("Hi", WELCOMES[0], problem.question), "answer": problem.answer}
 
 
 def overall(chat: list[Problem], seed: int) -> list[list[dict]]:
