@@ -142,7 +142,7 @@ class Trainer:
         self.last: dict[str, float] = {}  # the newest value of everything logged
         self.stop_signal = 0
         self.totals = {"tokens": 0.0, "seconds": 0.0, "work": 0.0, "trained_seconds": 0.0}  # since this process began
-        self.peak = self.measure_peak()
+        self.peaks = [self.measure_peak()]
         self.resume()
         self.write_config()
         self.say(self.skipped.summary())
@@ -170,6 +170,7 @@ class Trainer:
                 first = self.index
                 yield first
                 if self.passed(first, self.eval_every) or self.index >= self.total_steps:
+                    self.peaks.append(self.measure_peak())  # a machine's speed drifts: MFU is relative to the mean
                     self.log(self.evaluate(self.evaluation))
                 if self.passed(first, self.run.save_every) and self.index < self.total_steps:
                     self.save()
@@ -294,6 +295,11 @@ class Trainer:
             head_tokens = len(batch.supervised) if isinstance(network, Transformer) else 0
             total += 3 * network.config.flops(batch.counts["stream"], head_tokens, batch.squared_lengths)
         return total
+
+    @property
+    def peak(self) -> float:
+        """The mean of the run's measurements so far."""
+        return sum(self.peaks) / len(self.peaks)
 
     def measure_peak(self) -> float:
         """FLOP/s that this machine reaches in matmuls of the model's own shapes: what MFU is relative to."""

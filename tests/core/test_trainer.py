@@ -160,7 +160,7 @@ def test_throughput_counts_what_is_trained_on_and_not_what_fills_the_stream(tmp_
 def test_on_a_gpu_mfu_is_of_the_steps_time_and_not_of_the_time_to_queue_it(tmp_path, monkeypatch):
     monkeypatch.setattr("tritium.core.trainer.gpu_stats", lambda: {"gpu/power": 70.0})
     one = trainer(tmp_path, steps=1)
-    one.peak = 1e3
+    one.peaks = [1e3]
     monkeypatch.setattr(one.clock, "take", lambda: {"forward": 2.0})
     for device, seconds in (("cpu", 2.0), ("cuda", 100.0)):
         one.mesh = Mesh(device=torch.device(device))
