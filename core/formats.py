@@ -87,7 +87,8 @@ def read_records(path: str, skipped: Skipped) -> Iterator[tuple[str, dict]]:
     Raises: DataError where the file can't be read, or holds no record at all.
     """
     text, found = read_text(path), False
-    if Path(path.removesuffix(".gz")).suffix == ".json":
+    # A list over several lines is one, whatever its file is called; a line of its own may begin with "[" by mistake.
+    if Path(path.removesuffix(".gz")).suffix == ".json" or text.lstrip().split("\n", 1)[0].strip() == "[":
         try:
             rows = json.loads(text)
         except json.JSONDecodeError as error:

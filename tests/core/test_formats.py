@@ -177,3 +177,9 @@ def test_documents(tmp_path):
     skipped = Skipped()
     assert list(read_documents(str(lines), skipped)) == ["one", "three"]
     assert skipped.reasons == {'a record without a "text"': 2, "a text that is not valid Unicode": 1}
+
+
+def test_a_json_list_that_is_called_jsonl_is_read_as_what_it_is(tmp_path):
+    path = tmp_path / "chats.jsonl"
+    path.write_text(json.dumps([{"question": "a", "answer": "b"}, {"question": "c", "answer": "d"}], indent=1))
+    assert [record["question"] for _, record in read_records(str(path), Skipped())] == ["a", "c"]
