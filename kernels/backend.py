@@ -1,17 +1,22 @@
-"""Which implementation of an op runs, and the one import of Triton.
+"""Which implementation of an op runs, for which GPU its launches are chosen, and the one import of Triton.
 
 `TRITIUM_BACKEND=auto|triton|torch`: auto is Triton for tensors on a GPU and torch for tensors on a CPU. `triton` on
-CPU tensors needs Triton's interpreter (`TRITON_INTERPRET=1`, set before triton is imported). An op that has no Triton
-kernel yet runs its torch path under every setting; `tritium doctor` says which op uses what, and why.
+CPU tensors needs Triton's interpreter (`TRITON_INTERPRET=1`, set before triton is imported). Kernels compute in fp32:
+fp64 tensors take the torch path under every setting. `tritium doctor` says which op uses what, and why.
+
+`TRITIUM_DEBUG=1` checks on the GPU what can't be checked there without waiting for it: see `device_assert`.
 
 Files with kernels write `from tritium.kernels.backend import tl, triton`: where triton is not installed (it exists on
 Linux only) the two names are stand-ins, with which kernels can be defined but not launched.
 """
 
+import functools
 import os
+from dataclasses import dataclass
 from importlib.util import find_spec
 
 import torch
+from torch import Tensor
 
 CHOICES = ("auto", "triton", "torch")
 HAS_TRITON = find_spec("triton") is not None
@@ -28,15 +33,55 @@ else:
         constexpr = None
 
 
-def use_triton(x: torch.Tensor) -> bool:
-    """Whether an op with a Triton kernel should launch it for `x`. Called outside the registered op.
+@dataclass(frozen=True)
+class Target:
+    """A GPU as launch configurations see it: how Triton names it, and the shared memory that one block may have."""
 
-    Raises: ValueError for an unknown TRITIUM_BACKEND; RuntimeError if Triton is asked for and can't run on `x`.
+    name: str
+    backend: str  # "cuda" or "hip"
+    arch: int | str  # compute capability × 10, or AMD's name
+    warp_size: int
+    shared_bytes: int
+
+
+TARGETS = {
+    target.name: target
+    for target in (
+        Target("sm_80", "cuda", 80, 32, 163 * 1024),
+        Target("sm_86", "cuda", 86, 32, 99 * 1024),
+        Target("sm_90", "cuda", 90, 32, 227 * 1024),
+        Target("sm_100", "cuda", 100, 32, 227 * 1024),
+        Target("sm_120", "cuda", 120, 32, 99 * 1024),
+        Target("gfx942", "hip", "gfx942", 64, 64 * 1024),
+    )
+}
+
+
+@functools.cache
+def target_of(device: torch.device) -> Target:
+    """The target of a device; for a CPU, where kernels are interpreted, sm_80."""
+    if device.type == "cpu":
+        return TARGETS["sm_80"]
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip:
+        return Target(properties.gcnArchName.split(":")[0], "hip", properties.gcnArchName, 64, 64 * 1024)
+    arch = 10 * properties.major + properties.minor
+    return Target(f"sm_{arch}", "cuda", arch, 32, properties.shared_memory_per_block_optin)
+
+
+def use_triton(x: Tensor, *others: Tensor | None) -> bool:
+    """Whether an op with a Triton kernel should launch it for these tensors. Called outside the registered op.
+
+    Raises: ValueError for tensors on several devices and for an unknown TRITIUM_BACKEND; RuntimeError if Triton is
+    asked for and can't run.
     """
+    for other in others:
+        if other is not None and other.device != x.device:
+            raise ValueError(f"tensors on {x.device} and on {other.device}: move them to one device")
     choice = os.environ.get("TRITIUM_BACKEND", "auto")
     if choice not in CHOICES:
         raise ValueError(f"TRITIUM_BACKEND={choice!r}: expected one of {', '.join(CHOICES)}")
-    if choice == "torch" or (choice == "auto" and not (HAS_TRITON and x.is_cuda)):
+    if choice == "torch" or x.dtype == torch.float64 or (choice == "auto" and not (HAS_TRITON and x.is_cuda)):
         return False
     if not HAS_TRITON:
         raise RuntimeError("TRITIUM_BACKEND=triton, but triton is not installed: pip install triton, or unset it")
@@ -45,3 +90,9 @@ def use_triton(x: torch.Tensor) -> bool:
 
         interpreter.require()
     return True
+
+
+def device_assert(holds: Tensor, message: str) -> None:
+    """With TRITIUM_DEBUG=1, stop the program where `holds` (a bool scalar on a GPU) is false; the host never waits."""
+    if os.environ.get("TRITIUM_DEBUG") == "1":
+        torch._assert_async(holds, message)

@@ -29,18 +29,9 @@ from typing import Any
 import torch
 
 from tritium.kernels import all_ops
-from tritium.kernels.backend import CHOICES, HAS_TRITON
+from tritium.kernels.backend import CHOICES, HAS_TRITON, TARGETS, Target, target_of
 from tritium.kernels.registry import Launch, OpSpec
 
-# name: (backend, architecture, threads in a warp, bytes of shared memory that one block may have)
-TARGETS = {
-    "sm_80": ("cuda", 80, 32, 163 * 1024),
-    "sm_86": ("cuda", 86, 32, 99 * 1024),
-    "sm_90": ("cuda", 90, 32, 227 * 1024),
-    "sm_100": ("cuda", 100, 32, 227 * 1024),
-    "sm_120": ("cuda", 120, 32, 99 * 1024),
-    "gfx942": ("hip", "gfx942", 64, 64 * 1024),
-}
 # Matrix instructions, and accesses to global and local memory with their width. In SASS after the address, since the
 # listing holds data too; perhaps with a predicate.
 _SASS = re.compile(
@@ -70,7 +61,7 @@ def problems(rows: Iterable[dict[str, Any]]) -> list[str]:
     found = []
     for row in rows:
         name = f"{row['op']}: {row['kernel']} {row['config']} on {row['target']}"
-        limit = TARGETS[row["target"]][3]
+        limit = TARGETS[row["target"]].shared_bytes
         if "error" in row:
             found.append(f"{name} does not compile: {row['error']}")
         elif row["shared_bytes"] > limit:
@@ -147,8 +138,8 @@ def _backend(spec: OpSpec) -> str:
         return "torch: TRITIUM_BACKEND=torch"
     if not HAS_TRITON:
         return "torch: triton is not installed"
-    if not spec.launches():
-        return "torch: it has no Triton kernel yet"
+    if not spec.launches(target_of(torch.device("cpu"))):
+        return "torch: it has no Triton kernel"
     if torch.cuda.is_available():
         return f"triton: tensors on a GPU, TRITIUM_BACKEND={choice}"
     if choice == "triton":
@@ -159,8 +150,8 @@ def _backend(spec: OpSpec) -> str:
 # The process that compiles --------------------------------------------------------------------------------------------
 
 
-def _row(op: str, launch: Launch, target: str) -> dict[str, Any]:
-    names = {"op": op, "kernel": launch.kernel.__name__, "config": launch.name, "target": target}
+def _row(op: str, launch: Launch, target: Target) -> dict[str, Any]:
+    names = {"op": op, "kernel": launch.kernel.__name__, "config": launch.name, "target": target.name}
     file = _cache_folder() / f"{_key(launch, target)}.json"
     if file.exists():
         return names | json.loads(file.read_text())
@@ -179,14 +170,14 @@ def _cache_folder() -> pathlib.Path:
     return pathlib.Path(os.environ.get("TRITIUM_CACHE", "~/.cache/tritium")).expanduser() / "doctor"
 
 
-def _key(launch: Launch, target: str) -> str:
+def _key(launch: Launch, target: Target) -> str:
     """A hash of all that the numbers depend on: kernel source with its callees, configuration, compiler, this file."""
     configuration = (launch.signature, launch.constexprs, launch.divisible, launch.num_warps, launch.num_stages)
     parts = (launch.kernel.cache_key, configuration, target, _version("triton"), pathlib.Path(__file__).read_text())
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
-def _compile(launch: Launch, target: str) -> dict[str, Any]:
+def _compile(launch: Launch, target: Target) -> dict[str, Any]:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -197,10 +188,10 @@ def _compile(launch: Launch, target: str) -> dict[str, Any]:
     aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in launch.divisible}
     compiled = triton.compile(
         ASTSource(launch.kernel, signature, constexprs, aligned),
-        target=GPUTarget(*TARGETS[target][:3]),
+        target=GPUTarget(target.backend, target.arch, target.warp_size),
         options={"num_warps": launch.num_warps, "num_stages": launch.num_stages},
     )
-    read = _read_cubin if TARGETS[target][0] == "cuda" else _read_amdgcn
+    read = _read_cubin if target.backend == "cuda" else _read_amdgcn
     registers, spill_bytes, instructions = read(compiled.asm)
     return {
         "registers": registers,
@@ -239,8 +230,13 @@ def _compiling_process(request: dict[str, list[str]]) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as folder:  # Triton's own cache: ours holds the numbers
         os.environ["TRITON_CACHE_DIR"] = folder
         ops = {name: spec for name, spec in sorted(all_ops().items()) if name in (request["ops"] or all_ops())}
-        launches = [(name, launch) for name, spec in ops.items() for launch in spec.launches()]
-        return [_row(name, launch, target) for name, launch in launches for target in request["targets"]]
+        targets = [TARGETS[name] for name in request["targets"]]
+        return [
+            _row(name, launch, target)
+            for name, spec in ops.items()
+            for target in targets
+            for launch in spec.launches(target)
+        ]
 
 
 if __name__ == "__main__":

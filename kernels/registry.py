@@ -1,10 +1,12 @@
 """The list of ops. Tests, benchmarks, the doctor and the README's table read it; an op's file adds its own entry."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+
+from tritium.kernels.backend import Target
 
 Shape = dict[str, int]  # the letters of the README (T, E, V, …) and their values
 
@@ -26,6 +28,10 @@ class Launch:
     num_stages: int = 2
 
 
+def _none(target: Target) -> tuple[Launch, ...]:
+    return ()
+
+
 @dataclass(frozen=True)
 class OpSpec:
     """What is known about an op.
@@ -33,7 +39,11 @@ class OpSpec:
     `function` is the public one and `reference` the same in plain torch, right in any dtype. `example(shape, dtype,
     device)` gives `(args, kwargs)` for both; tensors among `args` that require a gradient are the differentiable
     ones. `flops` and `bytes` are what a call on `shape` must spend and move at the least, forward, with elements of
-    `itemsize` bytes. `tolerance` is the allowed relative error in fp32 against the reference in fp64.
+    `itemsize` bytes; `backward_flops` and `backward_bytes` likewise. `tolerance` is the allowed relative error in
+    fp32 against the reference in fp64. `launches(target)`: what a launch on that GPU would compile.
+
+    The traffic of the kernels on `lean_shape` is held to `traffic(shape, itemsize)` = (forward, backward) bytes, plus
+    5 %: what must move, or, where tiles are read more than once, the model that the op's docstring derives.
     """
 
     name: str
@@ -43,9 +53,13 @@ class OpSpec:
     shapes: tuple[Shape, ...]  # awkward ones for tests first; the last is a realistic one for benchmarks
     flops: Callable[[Shape], int]
     bytes: Callable[[Shape, int], int]
+    backward_flops: Callable[[Shape], int] | None = None
+    backward_bytes: Callable[[Shape, int], int] | None = None
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)
     tolerance: float = 2e-5
-    launches: Callable[[], tuple[Launch, ...]] = field(default=tuple)  # empty: the op has no Triton kernel yet
+    launches: Callable[[Target], tuple[Launch, ...]] = _none  # none: the op has no Triton kernel
+    lean_shape: Shape | None = None
+    traffic: Callable[[Shape, int], tuple[int, int]] | None = None
     differentiable: bool = True
 
 

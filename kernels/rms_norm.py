@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from tritium.kernels.backend import tl, triton, use_triton
+from tritium.kernels.backend import Target, tl, triton, use_triton
 from tritium.kernels.registry import Launch, OpSpec, Shape, register
 
 
@@ -327,7 +327,7 @@ def _example(shape: Shape, dtype: torch.dtype, device: str) -> tuple[tuple, dict
     return (x.requires_grad_(), weight.requires_grad_()), {}
 
 
-def _launches() -> tuple[Launch, ...]:
+def _launches(target: Target) -> tuple[Launch, ...]:
     def launch(kernel, name, E, flag, pointers, integers, floats, **config):
         constexprs = _config(E, torch.float32) | config
         warps = constexprs.pop("num_warps")

@@ -74,7 +74,7 @@ def test_a_kernel_that_does_not_compile_is_a_row_with_an_error(monkeypatch, tmp_
     class broken:  # a kernel with an argument that its launch does not name
         cache_key, arg_names = "", ["p_x"]
 
-    row = doctor._row("op", Launch(broken, "all", {}, {}), "sm_90")
+    row = doctor._row("op", Launch(broken, "all", {}, {}), doctor.TARGETS["sm_90"])
     assert row == {"op": "op", "kernel": "broken", "config": "all", "target": "sm_90", "error": "KeyError: 'p_x'"}
     assert not list(tmp_path.rglob("*.json"))
 
@@ -94,7 +94,7 @@ def test_backend_and_reason(monkeypatch, setting, cuda, kernels, expected):
     monkeypatch.setenv("TRITIUM_BACKEND", setting)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
     launches = (Launch(None, "", {}, {}),) if kernels else ()
-    spec = OpSpec("op", abs, abs, abs, (), abs, abs, launches=lambda: launches)
+    spec = OpSpec("op", abs, abs, abs, (), abs, abs, launches=lambda target: launches)
     assert doctor._backend(spec).startswith(expected)
 
 
