@@ -61,7 +61,11 @@ def test_rms_norm_is_as_written_on_nvidia_and_amd_and_results_are_kept(monkeypat
 
 def test_problems_are_sentences():
     row = dict(zip(KEY, ("op", "kernel", "D=256", "sm_86"), strict=True))
-    assert doctor.problems([row | {"shared_bytes": 99 * 1024}]) == []
+    row |= {"shared_bytes": 99 * 1024, "spill_bytes": 0}
+    assert doctor.problems([row]) == []
+    (spilling,) = doctor.problems([row | {"spill_bytes": 8}])
+    assert spilling == "op: kernel D=256 on sm_86 spills 8 bytes; 0 are allowed"
+    assert doctor.problems([row | {"kernel": "_attention_dkv", "spill_bytes": 256}]) == []
     (large,) = doctor.problems([row | {"shared_bytes": 120_000}])
     assert re.match(r"op: kernel D=256 on sm_86 needs 120000 bytes of shared memory; a block there has 101376", large)
     (broken,) = doctor.problems([row | {"error": "CompilationError: at 3:4"}])
