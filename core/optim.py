@@ -13,6 +13,7 @@ Nothing here reads a tensor's value on the host: skipping a step is arithmetic w
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from tritium.core.config import ConfigError, opt
@@ -49,7 +50,6 @@ class Buffer:
 
     parameters: list[tuple[str, nn.Parameter]]
     decay: bool
-    sharded: bool
     master: Tensor
     shadow: Tensor
     gradient: Tensor
@@ -77,7 +77,9 @@ class Optimizer:
         A gradient that is not finite changes nothing but the count of skipped steps.
         """
         reduce_gradients([b.gradient for b in self.buffers], self.mesh)
-        norm = global_grad_norm([(b.gradient, b.sharded) for b in self.buffers], self.mesh)
+        runs = [run for b in self.buffers for run in gradient_runs(b)]
+        add_parts([gradient for gradient, _, partial in runs if partial], self.mesh)
+        norm = global_grad_norm([(gradient, cut) for gradient, cut, _ in runs], self.mesh)
         found_inf = (~norm.isfinite()).float()
         scale = (self.config.clip / (norm + 1e-6)).clamp_max(1.0)
         self.step_count += 1.0 - found_inf
@@ -115,9 +117,7 @@ class Optimizer:
         for buffer in self.buffers:
             for kind in ("master", "exp_avg", "exp_avg_sq"):
                 for (name, p), piece in zip(buffer.parameters, views(getattr(buffer, kind), buffer), strict=True):
-                    cut = p.sharding
-                    whole = piece if cut is None else unshard(piece, cut.dim, self.mesh, sections=cut.sections)
-                    state[f"{kind}.{name}"] = whole.contiguous()
+                    state[f"{kind}.{name}"] = unshard(piece, p.sharding, self.mesh).contiguous()
         return state
 
     @torch.no_grad()
@@ -135,9 +135,7 @@ class Optimizer:
                     if key not in state or tuple(state[key].shape) != wanted:
                         found = list(state[key].shape) if key in state else "nothing"
                         raise ValueError(f"optimizer state {key}: found {found}, the model wants {list(wanted)}")
-                    cut = p.sharding
-                    whole = state[key]
-                    piece.copy_(whole if cut is None else shard(whole, cut.dim, self.mesh, sections=cut.sections))
+                    piece.copy_(shard(state[key], p.sharding, self.mesh))
             if buffer.shadow is not buffer.master:
                 buffer.shadow.copy_(buffer.master)
 
@@ -147,18 +145,38 @@ def build_buffers(module: nn.Module) -> list[Buffer]:
     kinds: dict[tuple, list[tuple[str, nn.Parameter]]] = {}
     for name, p in module.named_parameters():
         if p.requires_grad:
-            decay, sharded = p.dim() >= 2, getattr(p, "sharding", None) is not None
-            kinds.setdefault((decay, sharded, p.dtype), []).append((name, p))
-    return [build_buffer(members, decay, sharded) for (decay, sharded, _), members in kinds.items()]
+            # What is cut over tp and what is not lie apart, in few long runs.
+            kinds.setdefault((p.dim() >= 2, p.sharding is None, p.dtype), []).append((name, p))
+    return [build_buffer(members, decay) for (decay, _, _), members in kinds.items()]
 
 
-def build_buffer(members: list[tuple[str, nn.Parameter]], decay: bool, sharded: bool) -> Buffer:
+def gradient_runs(buffer: Buffer) -> list[tuple[Tensor, bool, bool]]:
+    """(a view of the gradient, whether it is cut over tp, whether it is only a part) for each run treated alike."""
+    lengths: list[tuple[int, bool, bool]] = []
+    for _, p in buffer.parameters:
+        for n, cut, partial in p.sharding.runs(p) if p.sharding else [(p.numel(), False, p.partial)]:
+            if lengths and lengths[-1][1:] == (cut, partial):
+                n += lengths.pop()[0]
+            lengths.append((n, cut, partial))
+    views = buffer.gradient.split([n for n, _, _ in lengths])
+    return [(view, cut, partial) for view, (_, cut, partial) in zip(views, lengths, strict=True)]
+
+
+def add_parts(gradients: list[Tensor], mesh: Mesh) -> None:
+    """Sum, over tp and in one exchange, the gradients of which each rank has a part."""
+    if mesh.tp > 1 and gradients:
+        together = torch.cat(gradients)
+        dist.all_reduce(together, group=mesh.tp_group)
+        torch._foreach_copy_(gradients, together.split([len(g) for g in gradients]))
+
+
+def build_buffer(members: list[tuple[str, nn.Parameter]], decay: bool) -> Buffer:
     first = members[0][1]
     wide = torch.promote_types(first.dtype, torch.float32)
     master = torch.cat([p.detach().to(wide).flatten() for _, p in members])
     shadow = master if wide == first.dtype else master.to(first.dtype)
     gradient, exp_avg, exp_avg_sq = (torch.zeros_like(master) for _ in range(3))
-    buffer = Buffer(members, decay, sharded, master, shadow, gradient, exp_avg, exp_avg_sq)
+    buffer = Buffer(members, decay, master, shadow, gradient, exp_avg, exp_avg_sq)
     for (_, p), data, grad in zip(members, views(shadow, buffer), views(gradient, buffer), strict=True):
         p.data = data
         p.main_grad = grad

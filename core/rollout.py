@@ -154,7 +154,7 @@ def share(problems: Sequence[Problem], mesh: Mesh) -> list[Problem]:
 
 def gather(rollout: Rollout, mesh: Mesh) -> Rollout:
     """The rollouts of all data-parallel ranks, in the order of their problems, on every rank."""
-    parts = mesh.gather_objects(rollout)[:: mesh.tp]  # the tensor-parallel ranks of a replica hold the same
+    parts = mesh.gather_objects(rollout)[:: mesh.cp * mesh.tp]  # the ranks of a replica hold the same
     groups = sorted((g for part in parts for g in part.groups), key=lambda g: g[0].problem.index)
     return Rollout(groups, sum((part.failures for part in parts), Counter()))
 

@@ -21,9 +21,10 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
 
 @dataclass
 class MeshConfig:
-    """How the processes of `torchrun` share the work; what tp leaves is data parallel."""
+    """How the processes of `torchrun` share the work; what tp and cp leave is data parallel."""
 
     tp: int = opt(1, "tensor-parallel ranks that hold one model together")
+    cp: int = opt(1, "context-parallel ranks that share the tokens of one batch")
     timeout: float = opt(600.0, "seconds that a collective waits for the other ranks before it fails")
 
 
@@ -33,7 +34,7 @@ def join(mesh: MeshConfig, device: str, settings: str) -> Mesh:
     Raises: ConfigError for a mesh that can't be, and for ranks that were started with different settings.
     """
     try:
-        joined = init_mesh(mesh.tp, device, mesh.timeout)
+        joined = init_mesh(mesh.tp, mesh.cp, device, mesh.timeout)
         check_same(joined, settings, "configuration")
     except ValueError as error:
         raise ConfigError(f"mesh: {error}") from None

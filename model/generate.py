@@ -162,7 +162,7 @@ class Batch:
 
     def __init__(self, model: Transformer, slots: int, limit: int):
         config, dtype, device = model.config, model.dtype, model.mesh.device
-        shape = (config.num_layers, 2, slots + 1, limit, config.num_kv_heads // model.mesh.tp, config.head_dim)
+        shape = (config.num_layers, 2, slots + 1, limit, model.layers[0].attention.kv_heads, config.head_dim)
         self.model, self.limit, self.spare = model, limit, slots
         self.pages = torch.zeros(shape, dtype=dtype, device=device)  # [L, 2, slots + 1, limit, G, D]
         self.free = list(range(slots))[::-1]

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from tritium.model.transformer import Transformer, parameter
+from tritium.parallel.context import Split, gather_results
+from tritium.parallel.tensor import part_of_gradient
 
 
 class ScalarModel(nn.Module):
@@ -29,10 +31,12 @@ class ScalarModel(nn.Module):
         return self.backbone.mesh
 
     def values(self, tokens: Tensor, cu_seqlens: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
-        """[T] fp32 (fp64 for an fp64 model); see Transformer.hidden for the arguments."""
-        hidden = self.backbone.hidden(tokens, cu_seqlens, positions=positions)  # [T, E]
+        """[T] fp32 (fp64 for an fp64 model), on every rank; see Transformer.hidden for the arguments."""
+        hidden = self.backbone.hidden(tokens, cu_seqlens, positions=positions)  # [T, E], or this rank's
         wide = torch.promote_types(hidden.dtype, torch.float32)
-        return (hidden.to(wide) * self.score[0].to(wide)).sum(-1)
+        values = (hidden.to(wide) * self.score[0].to(wide)).sum(-1)
+        values = part_of_gradient(values, self.mesh.tp_group)  # these ranks all compute the same
+        return gather_results(values, Split.of(len(tokens), self.mesh))
 
     def scores(self, tokens: Tensor, cu_seqlens: Tensor, positions: Tensor | None = None) -> Tensor:
         """The value at the last token of each document, [S]; documents must not be empty.

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from tritium.model.config import ModelConfig
 from tritium.model.heads import ScalarModel
-from tritium.model.transformer import Transformer, cut, full_shape
+from tritium.model.transformer import Transformer, full_shape
 from tritium.parallel.mesh import Mesh
-from tritium.parallel.tensor import unshard
+from tritium.parallel.tensor import shard, unshard
 
 FAMILIES = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3"}  # model_type → class prefix
 
@@ -173,9 +173,7 @@ def parts(model: Transformer | ScalarModel) -> Iterator[tuple[torch.nn.Parameter
 def hf_tensors(model: Transformer | ScalarModel) -> Iterator[tuple[str, Tensor]]:
     """The model's tensors whole, under their Hugging Face names. A collective on a tensor-parallel mesh."""
     for p, names in parts(model):
-        full = p.detach()
-        if p.sharding is not None:
-            full = unshard(full, p.sharding.dim, model.mesh, sections=p.sharding.sections)
+        full = unshard(p.detach(), p.sharding, model.mesh)
         for (name, _), piece in zip(names, full.split([n for _, n in names], 0), strict=True):
             yield name, piece
 
@@ -211,7 +209,7 @@ def fill(model: Transformer | ScalarModel, where: dict, path: Path) -> None:
                 problems.append(f"{name} is {list(piece.shape)}, config.json wants {list(wanted)}")
             pieces.append(piece)
         if not problems:
-            p.copy_(cut(torch.cat(pieces) if len(pieces) > 1 else pieces[0], p, model.mesh))
+            p.copy_(shard(torch.cat(pieces) if len(pieces) > 1 else pieces[0], p.sharding, model.mesh))
     ignored = {"lm_head.weight"}  # a tied head written out, or the head of a backbone that becomes a reward model
     extra = [name for name in where if name not in used | ignored and not name.endswith("rotary_emb.inv_freq")]
     problems += [f"{name} is not part of this model" for name in extra]

@@ -7,8 +7,9 @@ Pre-norm residual blocks as in Llama (arXiv 2302.13971): RMSNorm (arXiv 1910.074
 layout), grouped-query attention (arXiv 2305.13245), SwiGLU (arXiv 2002.05202). The residual sum is fused into the
 norm that reads it. q, k, v are one matrix, and so are gate and up: two matmuls fewer per layer.
 
-Tensor parallel (arXiv 1909.08053): qkv, gate_up and the vocabulary are cut by rows, o and down by columns; a block
-enters through `copy_to_tp` (backward: all-reduce) and leaves through `reduce_from_tp` (forward: all-reduce).
+Tensor parallel: qkv, gate_up and the vocabulary are cut by rows, o and down by columns; between blocks each rank has
+its own tokens (parallel/tensor.py). Context parallel: each rank has its own chunks of the stream, and `hidden` is of
+these (parallel/context.py); what `logprob` returns is of the whole batch again. With a cache all ranks see all tokens.
 
 Initialisation: every matrix N(0, init_std²); o and down divided by √(2L), so that the residual stream's variance
 does not grow with depth (GPT-2, section 2.3); norms 1, biases 0. Each parameter draws from a generator seeded with
@@ -17,28 +18,51 @@ does not grow with depth (GPT-2, section 2.3); norms 1, biases 0. Each parameter
 
 import hashlib
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 from torch.nn import functional as F
 
-from tritium.kernels import attention, linear_logprob, rms_norm, rope, swiglu
+from tritium.kernels import linear_logprob, rms_norm, rope, swiglu
 from tritium.kernels.linear_logprob import LogProb
 from tritium.model.config import ModelConfig
+from tritium.parallel.context import ContextAttention, Split, gather_results
 from tritium.parallel.mesh import Mesh
-from tritium.parallel.tensor import copy_to_tp, reduce_from_tp, shard, unshard, vocab_parallel_embedding
+from tritium.parallel.tensor import (
+    Sharding,
+    all_reduce,
+    embedding_part,
+    gather_tokens,
+    scatter_tokens,
+    shard,
+    unshard,
+)
 
 HEAD_ROWS = 256  # the head's input is a multiple of this
 IGNORE = -100  # the target of a token that predicts nothing: linear_logprob leaves it out
 
 
-@dataclass(frozen=True)
-class Sharding:
-    """How a parameter is cut over the tensor-parallel ranks: along `dim`, each of `sections` separately."""
+@dataclass
+class Stream:
+    """What the layers need to know about the tokens they see: all T, or this rank's part of them."""
 
-    dim: int
-    sections: tuple[int, ...] | None = None
+    cos: Tensor  # [T, D/2], as sin
+    sin: Tensor
+    attend: Callable[[int, Tensor, Tensor, Tensor], Tensor]  # layer, q [T, H, D], k and v [T, G, D] → [T, H, D]
+    tp_group: ProcessGroup | None
+    cached: bool  # all ranks see all tokens, and nothing has a gradient
+
+    def enter(self, x: Tensor) -> Tensor:
+        """Into a block: all tokens of the tensor-parallel ranks, [T / tp, E] → [T, E]."""
+        return x if self.cached else gather_tokens(x, self.tp_group)
+
+    def leave(self, x: Tensor) -> Tensor:
+        """Out of a block: the sum of the ranks' [T, E] → [T / tp, E]."""
+        return all_reduce(x, self.tp_group) if self.cached else scatter_tokens(x, self.tp_group)
 
 
 class Attention(nn.Module):
@@ -46,30 +70,37 @@ class Attention(nn.Module):
 
     def __init__(self, config: ModelConfig, mesh: Mesh, index: int):
         super().__init__()
-        self.index, self.group, self.eps = index, mesh.tp_group, config.norm_eps
-        self.heads, self.kv_heads = config.num_heads // mesh.tp, config.num_kv_heads // mesh.tp
-        self.head_dim = config.head_dim
+        self.index, self.eps, self.head_dim = index, config.norm_eps, config.head_dim
+        self.heads = config.num_heads // mesh.tp
         sizes = tuple(n * config.head_dim for n in (config.num_heads, config.num_kv_heads, config.num_kv_heads))
-        rows = sum(sizes) // mesh.tp
-        self.qkv = parameter(rows, config.hidden_size, sharding=Sharding(0, sizes))
-        self.qkv_bias = parameter(rows, sharding=Sharding(0, sizes)) if config.qkv_bias else None
+        shared = config.num_kv_heads < mesh.tp  # then all ranks have all K and V rows, and use one head's
+        self.kv_heads = 1 if shared else config.num_kv_heads // mesh.tp
+        self.kv_head = mesh.tp_rank * config.num_kv_heads // mesh.tp if shared else None
+        cut = Sharding(0, sizes, (False, shared, shared))
+        rows = sum(local for _, local in cut.plan(sum(sizes), mesh.tp))
+        self.qkv = parameter(rows, config.hidden_size, sharding=cut)
+        self.qkv_bias = parameter(rows, sharding=cut) if config.qkv_bias else None
         self.o = parameter(config.hidden_size, self.heads * self.head_dim, sharding=Sharding(1))
         self.q_norm = parameter(self.head_dim) if config.qk_norm else None
         self.k_norm = parameter(self.head_dim) if config.qk_norm else None
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: Tensor | None, cache) -> Tensor:
-        qkv = F.linear(copy_to_tp(x, self.group), self.qkv, self.qkv_bias)
-        q, k, v = qkv.view(len(x), -1, self.head_dim).split([self.heads, self.kv_heads, self.kv_heads], 1)  # [T, ·, D]
+    def forward(self, x: Tensor, stream: Stream) -> Tensor:
+        qkv = F.linear(stream.enter(x), self.used(self.qkv), self.used(self.qkv_bias))
+        qkv = qkv.unflatten(-1, (-1, self.head_dim))
+        q, k, v = qkv.split([self.heads, self.kv_heads, self.kv_heads], 1)  # [T, ·, D]
         if self.q_norm is not None:
-            # The norms' weights are replicated but see only this rank's heads: their gradients are summed over tp.
-            q = rms_norm(q, copy_to_tp(self.q_norm, self.group), self.eps)
-            k = rms_norm(k, copy_to_tp(self.k_norm, self.group), self.eps)
-        q, k = rope(q, k, cos, sin)
-        if cache is None:
-            out = attention(q, k, v, cu_seqlens=cu_seqlens)  # [T, H, D]
-        else:
-            out = cache.attend(self.index, q, k, v, cu_seqlens)
-        return reduce_from_tp(F.linear(out.flatten(1), self.o), self.group)
+            q, k = rms_norm(q, self.q_norm, self.eps), rms_norm(k, self.k_norm, self.eps)
+        q, k = rope(q, k, stream.cos, stream.sin)
+        out = stream.attend(self.index, q, k, v)  # [T, H, D]
+        return stream.leave(F.linear(out.flatten(1), self.o))
+
+    def used(self, rows: Tensor | None) -> Tensor | None:
+        """Of all K and V rows, where ranks share heads, those of this rank's."""
+        if rows is None or self.kv_head is None:
+            return rows
+        q, kv = rows.tensor_split([self.heads * self.head_dim])
+        k, v = kv.unflatten(0, (2, -1, self.head_dim))[:, self.kv_head]  # [D, E] each
+        return torch.cat([q, k, v])
 
 
 class MLP(nn.Module):
@@ -77,13 +108,13 @@ class MLP(nn.Module):
 
     def __init__(self, config: ModelConfig, mesh: Mesh):
         super().__init__()
-        self.group, width = mesh.tp_group, config.intermediate_size
+        width = config.intermediate_size
         self.gate_up = parameter(2 * width // mesh.tp, config.hidden_size, sharding=Sharding(0, (width, width)))
         self.down = parameter(config.hidden_size, width // mesh.tp, sharding=Sharding(1))
 
-    def forward(self, x: Tensor) -> Tensor:
-        hidden = swiglu(F.linear(copy_to_tp(x, self.group), self.gate_up))  # [T, F]
-        return reduce_from_tp(F.linear(hidden, self.down), self.group)
+    def forward(self, x: Tensor, stream: Stream) -> Tensor:
+        hidden = swiglu(F.linear(stream.enter(x), self.gate_up))  # [T, F]
+        return stream.leave(F.linear(hidden, self.down))
 
 
 class Layer(nn.Module):
@@ -95,15 +126,15 @@ class Layer(nn.Module):
         self.mlp_norm = parameter(config.hidden_size)
         self.mlp = MLP(config, mesh)
 
-    def forward(self, x: Tensor, residual: Tensor | None, cos, sin, cu_seqlens, cache) -> tuple[Tensor, Tensor]:
-        """`x` is the last block's output, not yet added to the residual stream: the norm adds it. Both [T, E]."""
+    def forward(self, x: Tensor, residual: Tensor | None, stream: Stream) -> tuple[Tensor, Tensor]:
+        """`x` is the last block's output, not yet added to the residual stream: the norm adds it. Both [T / tp, E]."""
         if residual is None:
             residual, x = x, rms_norm(x, self.attention_norm, self.eps)
         else:
             x, residual = rms_norm(x, self.attention_norm, self.eps, residual=residual)
-        x = self.attention(x, cos, sin, cu_seqlens, cache)
+        x = self.attention(x, stream)
         x, residual = rms_norm(x, self.mlp_norm, self.eps, residual=residual)
-        return self.mlp(x), residual
+        return self.mlp(x, stream), residual
 
 
 class Transformer(nn.Module):
@@ -136,7 +167,7 @@ class Transformer(nn.Module):
     def hidden(
         self, tokens: Tensor, cu_seqlens: Tensor | None = None, *, positions: Tensor | None = None, cache=None
     ) -> Tensor:
-        """Final hidden states, [T, E], of a packed stream.
+        """Final hidden states, [T, E], of a packed stream; without a cache, of this rank's T'/cp tokens (see `Split`).
 
         `tokens` [T] holds whole documents, bounded by `cu_seqlens` [S+1] int32 (None: one document). `positions` [T]
         restart in each document when not given. `cache` is generation's (see model/generate.py).
@@ -148,39 +179,57 @@ class Transformer(nn.Module):
             raise ValueError(
                 f"a document has {int(positions.max()) + 1} tokens, this model {self.config.max_positions} positions"
             )
+        if cache is None:
+            split = Split.of(len(tokens), self.mesh)
+            tokens, positions = split.take(tokens), split.take(positions)
+            attend = ContextAttention(split, split.fill(cu_seqlens, tokens.device))
+        else:
+            attend = partial(cache.attend, cu_seqlens=cu_seqlens)
         cos, sin = self.cos_sin[:, positions]  # [T, D/2]
-        x, residual = vocab_parallel_embedding(tokens, self.embedding, self.mesh.tp_group), None
+        stream = Stream(cos, sin, attend, self.mesh.tp_group, cache is not None)
+        x, residual = stream.leave(embedding_part(tokens, self.embedding, self.mesh.tp_group)), None
         for layer in self.layers:
-            x, residual = layer(x, residual, cos, sin, cu_seqlens, cache)
-        return rms_norm(x, self.norm, self.config.norm_eps, residual=residual)[0]
+            x, residual = layer(x, residual, stream)
+        return stream.enter(rms_norm(x, self.norm, self.config.norm_eps, residual=residual)[0])
 
     def logprob(
         self, hidden: Tensor, targets: Tensor, index: Tensor | None = None, *, temperature: float = 1.0
     ) -> LogProb:
         """log p(target | prefix), log-sum-exp, entropy and hit of each token, [N] fp32; the only door to the head.
 
-        `hidden` [T, E], `targets` [T]; `index` [N] picks the tokens that matter, and only these meet the head.
+        `hidden` is that of `hidden`; `targets` [T]; `index` [N] picks the tokens that matter, and only these meet the
+        head. Under context parallelism each rank computes its own of them (how many is one host sync), and has all.
         """
+        split = Split.of(len(targets), self.mesh)
+        if split.group is None:
+            return self.local_logprob(hidden[: split.tokens], targets, index, temperature)
+        index = torch.arange(len(targets), device=targets.device) if index is None else index
+        place = split.place(index)
+        own = place[place >= 0]
+        results = torch.stack(self.local_logprob(hidden, split.take(targets), own, temperature), 1)  # [·, 4]
+        results = results.new_zeros(split.local, 4).index_copy(0, own, results)
+        logp, lse, entropy, hit = gather_results(results, split).index_select(0, index).unbind(1)  # [N] each
+        return LogProb(logp, lse, entropy, hit != 0)
+
+    def local_logprob(self, hidden: Tensor, targets: Tensor, index: Tensor | None, temperature: float) -> LogProb:
+        """`logprob` of hidden states [T, E] that are all here."""
         count = len(targets) if index is None else len(index)
         if index is not None:
             # Filled up with an ignored token: oneDNN builds a kernel for every shape it meets.
             index = F.pad(index, (0, -count % HEAD_ROWS))
             hidden, targets = hidden.index_select(0, index), targets.index_select(0, index)
             targets[count:] = IGNORE
-        hidden = copy_to_tp(hidden, self.mesh.tp_group)
         result = linear_logprob(hidden, self.head_weight, targets, temperature=temperature, group=self.mesh.tp_group)
         return LogProb(*(values[:count] for values in result))
 
     def logits(self, tokens: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
         """[T, V] in the model's dtype: for small uses; training goes through `logprob`."""
-        return self.project(self.hidden(tokens, cu_seqlens))
+        return gather_results(self.project(self.hidden(tokens, cu_seqlens)), Split.of(len(tokens), self.mesh))
 
     def project(self, hidden: Tensor) -> Tensor:
         """Logits of hidden states, [N, E] → [N, V], whole on every rank; without a gradient on a vocabulary shard."""
         logits = F.linear(hidden, self.head_weight)  # [N, V / tp]
-        if self.mesh.tp_group is None:
-            return logits
-        return unshard(logits.detach(), 1, self.mesh)
+        return unshard(logits.detach(), Sharding(1), self.mesh) if self.mesh.tp > 1 else logits
 
     def save(self, folder: str) -> None:
         """Write a Hugging Face folder (config.json, model.safetensors); see model/hf.py."""
@@ -202,27 +251,21 @@ class Transformer(nn.Module):
                 digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
                 generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
                 full = torch.empty(full_shape(p, self.mesh.tp)).normal_(0.0, std, generator=generator)
-                p.copy_(cut(full, p, self.mesh))
+                p.copy_(shard(full, p.sharding, self.mesh))
         return self
 
 
 def parameter(*shape: int, sharding: Sharding | None = None) -> nn.Parameter:
-    """An uninitialised parameter that knows how it is sharded."""
+    """An uninitialised parameter that knows how it is cut; where it is not, its gradient on a rank is only a part."""
     p = nn.Parameter(torch.empty(*shape))
-    p.sharding = sharding
+    p.sharding, p.partial = sharding, sharding is None
     return p
 
 
 def full_shape(p: nn.Parameter, tp: int) -> tuple[int, ...]:
     """The shape of the whole parameter of which `p` is one of `tp` shards."""
-    if p.sharding is None:
-        return tuple(p.shape)
-    return tuple(n * tp if i == p.sharding.dim else n for i, n in enumerate(p.shape))
-
-
-def cut(full: Tensor, p: nn.Parameter, mesh: Mesh) -> Tensor:
-    """This rank's part of the whole parameter `full`."""
-    return full if p.sharding is None else shard(full, p.sharding.dim, mesh, sections=p.sharding.sections)
+    cut = p.sharding
+    return tuple(cut.whole_size(n, tp) if cut and i == cut.dim else n for i, n in enumerate(p.shape))
 
 
 def packed_positions(length: int, cu_seqlens: Tensor | None, device: torch.device) -> Tensor:
@@ -244,6 +287,8 @@ def rope_table(config: ModelConfig) -> Tensor:
 def check_divides(config: ModelConfig, tp: int) -> None:
     """Raises: ValueError naming every size that the tensor-parallel ranks can't share evenly."""
     sizes = {n: getattr(config, n) for n in ("num_heads", "num_kv_heads", "intermediate_size", "vocab_size")}
+    if tp % config.num_kv_heads == 0:
+        del sizes["num_kv_heads"]  # several ranks share a head
     wrong = [f"{name}={size}" for name, size in sizes.items() if size % tp]
     if wrong:
         raise ValueError(f"mesh.tp={tp} does not divide {', '.join(wrong)}")

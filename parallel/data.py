@@ -1,7 +1,7 @@
 """Data parallelism: sums over the replicas, once per step, and the one clip norm.
 
-Losses are sums over the global batch divided by denominators known beforehand, so gradients are *added* over dp,
-never averaged: two replicas give what one process gives on the same batch.
+Losses are sums over the global batch divided by denominators known beforehand, so gradients are *added* over dp (and
+cp, whose ranks see parts of a batch), never averaged: two replicas give what one process gives on the same batch.
 """
 
 import math
@@ -33,19 +33,19 @@ def all_reduce_counts(counts: dict[str, float], mesh: Mesh) -> dict[str, float]:
 
 
 def reduce_gradients(flat_buffers: Iterable[Tensor], mesh: Mesh) -> None:
-    """Sum the flat main-gradient buffers, each [N] fp32 or fp64, over dp: in place, once per step.
+    """Sum the flat main-gradient buffers, each [N] fp32 or fp64, over dp and cp: in place, once per step.
 
     Buckets are in flight together and waited for at the end.
     Raises: ValueError for a buffer of another dtype (a sum in bf16 loses small gradients) or with another layout.
     """
-    if mesh.dp == 1:
+    if mesh.data_group is None:
         return
     works = []
     for buffer in flat_buffers:
         if buffer.dtype not in (torch.float32, torch.float64) or buffer.dim() != 1 or not buffer.is_contiguous():
             raise ValueError(f"gradients are flat fp32 or fp64 buffers, not {buffer.dtype} {tuple(buffer.shape)}")
         for bucket in buffer.split(BUCKET_BYTES // buffer.element_size()):
-            works.append(dist.all_reduce(bucket, group=mesh.dp_group, async_op=True))
+            works.append(dist.all_reduce(bucket, group=mesh.data_group, async_op=True))
     for work in works:
         work.wait()
 
@@ -54,7 +54,7 @@ def global_grad_norm(shards: Iterable[tuple[Tensor, bool]], mesh: Mesh) -> Tenso
     """The L2 norm of the whole gradient, the same 0-d tensor on every rank, without a host sync.
 
     `shards` are (gradient, whether it is cut over tp) pairs: what is cut is summed over tp, what is replicated is
-    counted once. Gradients must have been reduced over dp before. fp64 where a gradient is fp64, else fp32.
+    counted once. Gradients must have been reduced over dp and cp before. fp64 where a gradient is fp64, else fp32.
     """
     cut, whole = [], []
     for gradient, is_sharded in shards:

@@ -1,13 +1,19 @@
 """The grid of processes, handed to whoever needs it; nothing here is global.
 
-    mesh = init_mesh(tp=2)            # under torchrun; Mesh.single() without it
+    mesh = init_mesh(tp=2, cp=2)      # under torchrun; Mesh.single() without it
     …
     mesh.close()
 
-Ranks lie in the grid as [dp, tp] with tp the fast axis, so that the ranks of one tensor-parallel group, which talk in
-every layer, are neighbours on one host:
+Ranks lie in the grid as [dp, cp, tp] with tp the fast axis, so that the ranks of one tensor-parallel group, which talk
+most, are neighbours on one host:
 
-    rank = dp_rank · tp + tp_rank            world_size = dp · tp
+    rank = (dp_rank · cp + cp_rank) · tp + tp_rank            world_size = dp · cp · tp
+
+    axis    its ranks have                                 and share
+    dp      different batches                              counts, and with cp the gradients
+    cp      chunks of the same batch                       keys and values
+    tp      shards of the same parameters                  hidden states
+    data    dp × cp: everything but the parameters         gradients (added), and ZeRO's parts of the optimizer
 """
 
 import os
@@ -20,6 +26,12 @@ import torch.distributed as dist
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
+AXES = ("dp", "cp", "tp")
+
+# torch 2.13 has renamed these, and warns of the old names, which older ones need.
+all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
 
 @dataclass(frozen=True)
 class Mesh:
@@ -28,13 +40,17 @@ class Mesh:
     rank: int = 0
     world_size: int = 1
     dp: int = 1  # data-parallel replicas
-    tp: int = 1  # tensor-parallel shards of one replica
+    cp: int = 1  # context-parallel parts of one replica's stream
+    tp: int = 1  # tensor-parallel shards of the parameters
     dp_rank: int = 0
+    cp_rank: int = 0
     tp_rank: int = 0
     dp_group: ProcessGroup | None = None
+    cp_group: ProcessGroup | None = None
     tp_group: ProcessGroup | None = None
+    data_group: ProcessGroup | None = None  # the dp × cp ranks that hold the same shard of the parameters
     device: torch.device = torch.device("cpu")
-    device_mesh: DeviceMesh | None = None  # the same grid with named axes ("dp", "tp"), for torch's own tools
+    device_mesh: DeviceMesh | None = None  # the same grid with named axes ("dp", "cp", "tp"), for torch's own tools
     owns_process_group: bool = False  # whether `init_mesh` started torch.distributed, so that `close` ends it
 
     @classmethod
@@ -73,24 +89,27 @@ class Mesh:
         if self.owns_process_group:
             dist.destroy_process_group()
         elif self.device_mesh is not None:
-            for axis in ("dp", "tp"):
-                dist.destroy_process_group(self.device_mesh.get_group(axis))
+            groups = [self.device_mesh.get_group(axis) for axis in AXES]
+            for group in dict.fromkeys([*groups, self.data_group or groups[0]]):
+                dist.destroy_process_group(group)
 
 
-def init_mesh(tp: int = 1, device: str = "auto", timeout: float = 600.0) -> Mesh:
-    """Place this process in a grid of `tp` tensor-parallel ranks × the rest data-parallel.
+def init_mesh(tp: int = 1, cp: int = 1, device: str = "auto", timeout: float = 600.0) -> Mesh:
+    """Place this process in a grid of `tp` tensor-parallel × `cp` context-parallel ranks × the rest data-parallel.
 
     RANK, WORLD_SIZE and LOCAL_RANK come from torchrun; a process group that already runs is used instead, and left
     running by `close`. `device` is "cpu", "cuda" or "auto" (cuda where there is one); a rank takes the GPU of its
     LOCAL_RANK. A collective that waits longer than `timeout` seconds for a peer fails.
 
-    Raises: ValueError where `tp` does not divide the world, the device asked for is not there, or the ranks ask for
+    Raises: ValueError where cp · tp does not divide the world, the device asked for is not there, or the ranks ask for
     different meshes. What was started is ended then.
     """
     running = dist.is_initialized()
     world_size = dist.get_world_size() if running else int(os.environ.get("WORLD_SIZE", 1))
-    if tp < 1 or world_size % tp:
-        raise ValueError(f"tp={tp} does not divide the {world_size} processes of this run: start a multiple of tp")
+    if min(cp, tp) < 1 or world_size % (cp * tp):
+        raise ValueError(
+            f"cp={cp} × tp={tp} does not divide the {world_size} processes of this run: start a multiple of it"
+        )
     place = local_device(device)
     if world_size == 1:
         return Mesh.single(place)
@@ -99,8 +118,8 @@ def init_mesh(tp: int = 1, device: str = "auto", timeout: float = 600.0) -> Mesh
         # gloo stays beside NCCL: objects and counts are on the host already, and reading them back is no device sync.
         dist.init_process_group("cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo", timeout=limit)
     try:
-        _check_agreement(f"tp={tp} on {place.type}")
-        return _place(tp, place, limit, owns_process_group=not running)
+        _check_agreement(f"cp={cp}, tp={tp} on {place.type}")
+        return _place(cp, tp, place, limit, owns_process_group=not running)
     except Exception:
         if not running:
             dist.destroy_process_group()
@@ -118,26 +137,33 @@ def _check_agreement(mine: str) -> None:
             )
 
 
-def _place(tp: int, device: torch.device, timeout: timedelta, owns_process_group: bool) -> Mesh:
+def _place(cp: int, tp: int, device: torch.device, timeout: timedelta, owns_process_group: bool) -> Mesh:
     rank, world_size = dist.get_rank(), dist.get_world_size()
-    grid = torch.arange(world_size).view(-1, tp)  # [dp, tp], of ranks
-    # Made here and not by init_device_mesh, which gives its groups torch's default timeout whatever the parent's is.
-    dp_group, _ = dist.new_subgroups_by_enumeration(grid.t().tolist(), timeout=timeout, group_desc="dp")
-    tp_group, _ = dist.new_subgroups_by_enumeration(grid.tolist(), timeout=timeout, group_desc="tp")
+    grid = torch.arange(world_size).view(-1, cp, tp)  # [dp, cp, tp], of ranks
+    dp, (dp_rank, cp_rank, tp_rank) = len(grid), (grid == rank).nonzero()[0].tolist()
+
+    def groups(name: str, ranks: torch.Tensor) -> ProcessGroup:
+        # Made here and not by init_device_mesh, which gives its groups torch's default timeout whatever the parent's.
+        return dist.new_subgroups_by_enumeration(ranks.tolist(), timeout=timeout, group_desc=name)[0]
+
+    dp_group, cp_group, tp_group = (groups(AXES[i], grid.movedim(i, -1).flatten(0, 1)) for i in range(3))
+    data_group = dp_group if cp == 1 else cp_group if dp == 1 else groups("data", grid.flatten(0, 1).t())
     dist.barrier()  # gloo fails a rank that still connects to one which has closed its groups again
-    device_mesh = DeviceMesh.from_group([dp_group, tp_group], device.type, grid, mesh_dim_names=("dp", "tp"))
-    dp, (dp_rank, tp_rank) = len(grid), divmod(rank, tp)
     return Mesh(
         rank=rank,
         world_size=world_size,
         dp=dp,
+        cp=cp,
         tp=tp,
         dp_rank=dp_rank,
+        cp_rank=cp_rank,
         tp_rank=tp_rank,
         dp_group=dp_group if dp > 1 else None,
+        cp_group=cp_group if cp > 1 else None,
         tp_group=tp_group if tp > 1 else None,
+        data_group=data_group if dp * cp > 1 else None,
         device=device,
-        device_mesh=device_mesh,
+        device_mesh=DeviceMesh.from_group([dp_group, cp_group, tp_group], device.type, grid, mesh_dim_names=AXES),
         owns_process_group=owns_process_group,
     )
 

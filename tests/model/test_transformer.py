@@ -140,8 +140,7 @@ def test_the_first_weights_are_the_same_on_two_ranks(name):
         mesh = Mesh(rank=rank, world_size=2, tp=2, tp_rank=rank)  # no process group: none is needed to start
         part = Transformer(CONFIGS[name], mesh).initialize(3)
         for (key, p), full in zip(part.named_parameters(), whole.parameters(), strict=True):
-            wanted = full if p.sharding is None else shard(full, p.sharding.dim, mesh, sections=p.sharding.sections)
-            assert torch.equal(p, wanted), key
+            assert torch.equal(p, shard(full, p.sharding, mesh)), key
 
 
 def test_a_mesh_that_does_not_divide_the_model_is_an_error():

@@ -13,7 +13,7 @@ from tritium.parallel.data import (
     reduce_gradients,
 )
 from tritium.parallel.mesh import Mesh, init_mesh
-from tritium.parallel.tensor import shard
+from tritium.parallel.tensor import Sharding, shard
 
 
 def draw(*shape, seed=0, dtype=torch.float64):
@@ -49,7 +49,7 @@ def refuse_buffer(buffer):
 
 def norm(cut, whole):
     mesh = init_mesh(tp=2)
-    shards = [(shard(g, 0, mesh), True) for g in cut] + [(g, False) for g in whole]
+    shards = [(shard(g, Sharding(0), mesh), True) for g in cut] + [(g, False) for g in whole]
     return global_grad_norm(shards, mesh)
 
 

@@ -9,21 +9,22 @@ import torch.distributed as dist
 from tritium.parallel.mesh import Mesh, init_mesh
 
 
-def place(tp):
-    mesh = init_mesh(tp=tp, device="cpu")
+def place(tp, cp):
+    mesh = init_mesh(tp, cp, device="cpu")
     sums = []
-    for group in (mesh.dp_group, mesh.tp_group):
+    for group in (mesh.dp_group, mesh.cp_group, mesh.tp_group, mesh.data_group):
         x = torch.tensor([float(mesh.rank)])
         if group is not None:
             dist.all_reduce(x, group=group)
         sums.append(x.item())
     named = mesh.device_mesh.get_coordinate()
-    return mesh.rank, mesh.world_size, mesh.dp, mesh.tp, mesh.dp_rank, mesh.tp_rank, sums, named, mesh.main
+    assert named == (mesh.dp_rank, mesh.cp_rank, mesh.tp_rank) and mesh.main == (mesh.rank == 0)
+    return mesh.rank, mesh.world_size, (mesh.dp, mesh.cp, mesh.tp), named, sums
 
 
-def has_groups(tp):
-    mesh = init_mesh(tp=tp)
-    return mesh.dp_group is not None, mesh.tp_group is not None
+def has_groups(tp, cp):
+    mesh = init_mesh(tp, cp)
+    return [group is not None for group in (mesh.dp_group, mesh.cp_group, mesh.tp_group, mesh.data_group)]
 
 
 def broadcast_and_gather():
@@ -32,12 +33,13 @@ def broadcast_and_gather():
     return mesh.broadcast_object({"from": mesh.rank}), mesh.gather_objects(mesh.rank * 10)
 
 
-def embedded():
-    mesh = init_mesh(tp=2)
+def embedded(tp, cp):
+    before = len(dist.distributed_c10d._world.pg_map)
+    mesh = init_mesh(tp, cp)
     mesh.close()
     x = torch.ones(1)
     dist.all_reduce(x)
-    return mesh.owns_process_group, mesh.tp, x.item()
+    return mesh.owns_process_group, mesh.tp, x.item(), len(dist.distributed_c10d._world.pg_map) - before
 
 
 def start_and_close(port, timeout):
@@ -53,9 +55,9 @@ def start_and_close(port, timeout):
     return mesh.owns_process_group, x.item(), limits, dist.is_initialized()
 
 
-def refused(tp_of_rank):
+def refused(tp_of_rank, cp=1):
     try:
-        init_mesh(tp=tp_of_rank[dist.get_rank()])
+        init_mesh(tp_of_rank[dist.get_rank()], cp)
     except ValueError as error:
         return str(error)
     return None
@@ -70,23 +72,35 @@ def test_one_process_needs_no_group():
 
 
 def test_four_ranks_make_a_grid_with_tensor_parallel_neighbours(pool4):
-    for rank, placed in enumerate(pool4.run(place, 2)):
+    for rank, placed in enumerate(pool4.run(place, 2, 1)):
         dp_rank, tp_rank = divmod(rank, 2)
-        sums = [float(tp_rank + tp_rank + 2), float(4 * dp_rank + 1)]  # the ranks of each group, added
-        assert placed == (rank, 4, 2, 2, dp_rank, tp_rank, sums, (dp_rank, tp_rank), rank == 0)
+        dp_sum, tp_sum = float(2 * tp_rank + 2), float(4 * dp_rank + 1)  # the ranks of each group, added
+        assert placed == (rank, 4, (2, 1, 2), (dp_rank, 0, tp_rank), [dp_sum, rank, tp_sum, dp_sum])
 
 
-@pytest.mark.parametrize("tp,groups", [(1, (True, False)), (2, (False, True))])
-def test_an_axis_of_size_one_has_no_group(pool2, tp, groups):
-    assert pool2.run(has_groups, tp) == [groups, groups]
+def test_data_ranks_are_those_that_hold_the_same_parameters(pool4):
+    for rank, (*_, sums) in enumerate(pool4.run(place, 1, 2)):
+        dp_rank, cp_rank = divmod(rank, 2)
+        assert sums == [2 * cp_rank + 2, 4 * dp_rank + 1, rank, 0 + 1 + 2 + 3]
+    for rank, (*_, sums) in enumerate(pool4.run(place, 2, 2)):
+        cp_rank, tp_rank = divmod(rank, 2)
+        assert sums == [rank, 2 * tp_rank + 2, 4 * cp_rank + 1, 2 * tp_rank + 2]
+
+
+@pytest.mark.parametrize(
+    "tp,cp,groups", [(1, 1, [True, False, False, True]), (2, 1, [False, False, True, False]), (1, 2, [False, True] * 2)]
+)
+def test_an_axis_of_size_one_has_no_group(pool2, tp, cp, groups):
+    assert pool2.run(has_groups, tp, cp) == [groups, groups]
 
 
 def test_objects_travel(pool2):
     assert pool2.run(broadcast_and_gather) == [({"from": 0}, [0, 10])] * 2
 
 
-def test_a_process_group_of_the_host_program_is_used_and_left_running(pool2):
-    assert pool2.run(embedded) == [(False, 2, 2.0)] * 2
+@pytest.mark.parametrize("tp,cp", [(2, 1), (1, 2)])
+def test_a_process_group_of_the_host_program_is_used_and_left_running(pool4, tp, cp):
+    assert pool4.run(embedded, tp, cp) == [(False, tp, 4.0, 0)] * 4  # and no group of the mesh's own is left
 
 
 def test_what_was_started_has_the_time_limit_and_is_closed(pool2):
@@ -94,14 +108,14 @@ def test_what_was_started_has_the_time_limit_and_is_closed(pool2):
     assert pool2.run(start_and_close, store.port, 77.0) == [(True, 2.0, [77.0, 77.0], False)] * 2
 
 
-@pytest.mark.parametrize("tp", [0, 3])
-def test_a_tp_that_does_not_divide_the_world_is_refused_on_every_rank(pool2, tp):
-    sentence = f"tp={tp} does not divide the 2 processes of this run: start a multiple of tp"
-    assert pool2.run(refused, [tp, tp]) == [sentence] * 2
+@pytest.mark.parametrize("tp,cp", [(0, 1), (3, 1), (1, 3), (2, 2), (1, 0)])
+def test_a_mesh_that_does_not_divide_the_world_is_refused_on_every_rank(pool2, tp, cp):
+    sentence = f"cp={cp} × tp={tp} does not divide the 2 processes of this run: start a multiple of it"
+    assert pool2.run(refused, [tp, tp], cp) == [sentence] * 2
 
 
 def test_ranks_that_want_different_meshes_are_refused_without_a_hang(pool2):
-    sentence = "rank 0 has tp=1 on cpu, rank 1 tp=2 on cpu: start every process with the same command"
+    sentence = "rank 0 has cp=1, tp=1 on cpu, rank 1 cp=1, tp=2 on cpu: start every process with the same command"
     assert pool2.run(refused, [1, 2]) == [sentence] * 2
 
 

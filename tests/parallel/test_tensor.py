@@ -5,10 +5,21 @@ import torch
 from torch.nn import functional as F
 
 from tritium.kernels import linear_logprob
+from tritium.model.config import ModelConfig
+from tritium.model.transformer import Transformer
 from tritium.parallel.mesh import Mesh, init_mesh
-from tritium.parallel.tensor import copy_to_tp, reduce_from_tp, shard, unshard, vocab_parallel_embedding
+from tritium.parallel.tensor import (
+    Sharding,
+    embedding_part,
+    gather_tokens,
+    part_of_gradient,
+    scatter_tokens,
+    shard,
+    unshard,
+)
 
-T, E, FF, V = 7, 6, 8, 12
+T, E, FF, V = 8, 6, 8, 12
+ROWS, COLUMNS, GATE_UP = Sharding(0), Sharding(1), Sharding(0, (FF, FF))
 
 
 def draw(*shape, seed=0, dtype=torch.float64):
@@ -16,8 +27,8 @@ def draw(*shape, seed=0, dtype=torch.float64):
 
 
 def swiglu_mlp(x, gate_up, down, group):
-    gate, up = F.linear(copy_to_tp(x, group), gate_up).chunk(2, -1)
-    return reduce_from_tp(F.linear(F.silu(gate) * up, down), group)
+    gate, up = F.linear(gather_tokens(x, group), gate_up).chunk(2, -1)
+    return scatter_tokens(F.linear(F.silu(gate) * up, down), group)
 
 
 def mlp_weights():
@@ -31,54 +42,67 @@ def run_mlp(x, gate_up, down, seed_gradient, group):
 
 
 def sharded_mlp(x, seed_gradient):
+    """Each rank has half of the tokens between the blocks."""
     mesh = init_mesh(tp=2)
-    gate_up, down = mlp_weights()
-    gate_up, down = shard(gate_up, 0, mesh, sections=(FF, FF)), shard(down, 1, mesh)
-    y, (dx, d_gate_up, d_down) = run_mlp(x, gate_up, down, seed_gradient, mesh.tp_group)
-    return y, (dx, unshard(d_gate_up, 0, mesh, sections=(FF, FF)), unshard(d_down, 1, mesh))
+    weights = [shard(w, cut, mesh) for w, cut in zip(mlp_weights(), (GATE_UP, COLUMNS), strict=True)]
+    y, (dx, d_gate_up, d_down) = run_mlp(
+        shard(x, ROWS, mesh), *weights, shard(seed_gradient, ROWS, mesh), mesh.tp_group
+    )
+    gradients = unshard(dx, ROWS, mesh), unshard(d_gate_up, GATE_UP, mesh), unshard(d_down, COLUMNS, mesh)
+    return unshard(y, ROWS, mesh), gradients
 
 
-def inputs_after_reduction():
-    """`reduce_from_tp` must leave its input alone, and both take gradients that are expanded."""
+def inputs_after_a_block():
+    """Inputs are left alone, and gradients that are expanded are taken."""
     mesh = init_mesh(tp=2)
     x = torch.full((3,), float(mesh.rank + 1), requires_grad=True)
-    reduce_from_tp(copy_to_tp(x, mesh.tp_group), mesh.tp_group).sum().backward()
-    return x.detach(), x.grad
+    y = scatter_tokens(gather_tokens(x, mesh.tp_group), mesh.tp_group)
+    y.sum().backward()
+    return x.detach(), y.detach(), x.grad
+
+
+def replicated_use(x, weight):
+    """All ranks compute the same of what they have gathered."""
+    mesh = init_mesh(tp=2)
+    own, weight = shard(x, ROWS, mesh).requires_grad_(), weight.clone().requires_grad_()
+    part_of_gradient(gather_tokens(own, mesh.tp_group) @ weight, mesh.tp_group).square().sum().backward()
+    return unshard(own.grad, ROWS, mesh), unshard(weight.grad[None], ROWS, mesh).sum(0)
 
 
 def embed(tokens, weight, seed_gradient):
     mesh = init_mesh(tp=2)
-    own = shard(weight, 0, mesh).requires_grad_()
-    x = vocab_parallel_embedding(tokens, own, mesh.tp_group)
-    return x.detach(), unshard(torch.autograd.grad(x, own, seed_gradient)[0], 0, mesh)
+    own = shard(weight, ROWS, mesh).requires_grad_()
+    x = scatter_tokens(embedding_part(tokens, own, mesh.tp_group), mesh.tp_group)
+    (gradient,) = torch.autograd.grad(x, own, shard(seed_gradient, ROWS, mesh))
+    return unshard(x.detach(), ROWS, mesh), unshard(gradient, ROWS, mesh)
 
 
 def embed_with_a_poisoned_row(tokens, weight):
     mesh = init_mesh(tp=2)
-    own = shard(weight, 0, mesh)
+    own = shard(weight, ROWS, mesh)
     own[0] = torch.nan  # rows 0 and V/2 are the ones that a masked lookup reads instead
-    return vocab_parallel_embedding(tokens, own, mesh.tp_group)
+    return unshard(scatter_tokens(embedding_part(tokens, own, mesh.tp_group), mesh.tp_group), ROWS, mesh)
 
 
 def head(hidden, weight, targets, seeds, temperature):
     mesh = init_mesh(tp=2)
-    leaves = hidden.clone().requires_grad_(), shard(weight, 0, mesh).requires_grad_()
+    leaves = shard(hidden, ROWS, mesh).requires_grad_(), shard(weight, ROWS, mesh).requires_grad_()
     result = linear_logprob(
-        copy_to_tp(leaves[0], mesh.tp_group), leaves[1], targets, temperature=temperature, group=mesh.tp_group
+        gather_tokens(leaves[0], mesh.tp_group), leaves[1], targets, temperature=temperature, group=mesh.tp_group
     )
-    d_hidden, d_weight = torch.autograd.grad(result[:3], leaves, seeds)
-    return [x.detach() for x in result], d_hidden, unshard(d_weight, 0, mesh)
+    gradients = torch.autograd.grad(result[:3], leaves, seeds)
+    return [x.detach() for x in result], *(unshard(gradient, ROWS, mesh) for gradient in gradients)
 
 
-def cut_and_join(tensor, dim, sections):
-    mesh = init_mesh(tp=2)
-    own = shard(tensor, dim, mesh, sections)
-    return own, unshard(own, dim, mesh, sections)
+def cut_and_join(tensor, sharding, tp=2):
+    mesh = init_mesh(tp)
+    own = shard(tensor, sharding, mesh)
+    return own, unshard(own, sharding, mesh)
 
 
 def join_transposed(tensor):
     mesh = init_mesh(tp=2)
-    return unshard(shard(tensor, 0, mesh).t(), 1, mesh)
+    return unshard(shard(tensor, ROWS, mesh).t(), COLUMNS, mesh)
 
 
 def cut_wrongly():
@@ -86,14 +110,25 @@ def cut_wrongly():
     sentences = []
     for length, sections in ((7, None), (8, (4, 3)), (8, (5, 3))):
         try:
-            shard(torch.zeros(length), 0, mesh, sections)
+            shard(torch.zeros(length), Sharding(0, sections), mesh)
         except ValueError as error:
             sentences.append(str(error))
     try:
-        unshard(torch.zeros(4), 0, mesh, sections=(5, 3))
+        unshard(torch.zeros(4), Sharding(0, (5, 3)), mesh)
     except ValueError as error:
         sentences.append(str(error))
     return sentences
+
+
+def refused(**changes):
+    """What a model says whose sizes the ranks can't share."""
+    sizes = dict(vocab_size=32, hidden_size=16, intermediate_size=24, num_layers=1, num_heads=12, num_kv_heads=6)
+    config = ModelConfig(**sizes | changes, head_dim=8)
+    try:
+        Transformer(config, init_mesh(tp=4))
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 def assert_close(actual, expected):
@@ -110,14 +145,23 @@ def test_a_block_by_rows_then_columns_equals_the_whole_one(pool2):
 
 
 def test_an_input_is_left_alone_and_an_expanded_gradient_is_taken(pool2):
-    for rank, (x, gradient) in enumerate(pool2.run(inputs_after_reduction)):
-        assert x.tolist() == [rank + 1.0] * 3 and gradient.tolist() == [2.0] * 3
+    for rank, (x, y, gradient) in enumerate(pool2.run(inputs_after_a_block)):
+        assert x.tolist() == [rank + 1.0] * 3 and y.tolist() == [2.0 * (rank + 1)] * 3
+        assert gradient.tolist() == [2.0] * 3
+
+
+def test_what_ranks_compute_alike_counts_once_in_the_gradient(pool2):
+    leaves = draw(T, E).requires_grad_(), draw(E, seed=1).requires_grad_()
+    (leaves[0] @ leaves[1]).square().sum().backward()
+    for gradients in pool2.run(replicated_use, *(leaf.detach() for leaf in leaves)):
+        for actual, leaf in zip(gradients, leaves, strict=True):
+            assert_close(actual, leaf.grad)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("length", [T, 0])
 def test_an_embedding_over_ranks_is_exact(pool2, dtype, length):
-    tokens = torch.tensor([0, V - 1, 3, 3, 6, 5, 11])[:length]
+    tokens = torch.tensor([0, V - 1, 3, 3, 6, 5, 11, 0])[:length]
     weight, seed_gradient = draw(V, E, dtype=dtype), draw(length, E, seed=3, dtype=dtype)
     leaf = weight.clone().requires_grad_()
     x = F.embedding(tokens, leaf)
@@ -127,14 +171,14 @@ def test_an_embedding_over_ranks_is_exact(pool2, dtype, length):
 
 
 def test_an_embedding_does_not_see_the_row_that_stands_in_for_a_foreign_token(pool2):
-    tokens, weight = torch.tensor([1, 7, 11]), draw(V, E)
+    tokens, weight = torch.tensor([1, 7, 11, 8]), draw(V, E)
     for x in pool2.run(embed_with_a_poisoned_row, tokens, weight):
         assert torch.equal(x, weight[tokens])
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_a_head_over_ranks_equals_the_whole_one(pool2, temperature):
-    hidden, weight, targets = draw(T, E), draw(V, E, seed=1), torch.tensor([0, 5, 6, 11, -100, 3, 8])
+    hidden, weight, targets = draw(T, E), draw(V, E, seed=1), torch.tensor([0, 5, 6, 11, -100, 3, 8, 1])
     targets[1] = (hidden[1] @ weight.t()).argmax()  # a hit, whatever the rest is
     seeds = [draw(T, seed=s) for s in (2, 3, 4)]
     leaves = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
@@ -150,16 +194,26 @@ def test_a_head_over_ranks_equals_the_whole_one(pool2, temperature):
 def test_fused_sections_are_cut_separately(pool2):
     q, k, v = torch.arange(8), torch.arange(100, 104), torch.arange(200, 204)
     fused = torch.cat([q, k, v])[:, None].expand(-1, 3).double()
-    for rank, (own, joined) in enumerate(pool2.run(cut_and_join, fused, 0, (8, 4, 4))):
+    for rank, (own, joined) in enumerate(pool2.run(cut_and_join, fused, Sharding(0, (8, 4, 4)))):
         expected = torch.cat([section.chunk(2)[rank] for section in (q, k, v)])
         assert torch.equal(own[:, 0].long(), expected) and torch.equal(joined, fused)
+
+
+def test_replicated_sections_are_whole_on_every_rank(pool4):
+    q, k, v = torch.arange(8), torch.arange(100, 102), torch.arange(200, 202)
+    fused = torch.cat([q, k, v])[:, None].expand(-1, 3).double()
+    sharding = Sharding(0, (8, 2, 2), (False, True, True))
+    for rank, (own, joined) in enumerate(pool4.run(cut_and_join, fused, sharding, 4)):
+        assert own[:, 0].tolist() == [2 * rank, 2 * rank + 1, 100, 101, 200, 201] and torch.equal(joined, fused)
+        assert sharding.runs(own) == [(6, True, False), (6, False, True), (6, False, True)]
+    assert ROWS.runs(own) == [(18, True, False)]
 
 
 @pytest.mark.parametrize("dim,sections", [(0, None), (1, None), (-1, (2, 4))])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_unshard_is_the_inverse_of_shard(pool2, dim, sections, dtype):
     tensor = draw(4, 6, dtype=dtype)
-    for own, joined in pool2.run(cut_and_join, tensor, dim, sections):
+    for own, joined in pool2.run(cut_and_join, tensor, Sharding(dim, sections)):
         assert own.numel() == 12 and own.untyped_storage().nbytes() == 12 * own.element_size()
         assert torch.equal(joined, tensor)
 
@@ -180,9 +234,31 @@ def test_a_cut_that_does_not_fit_is_refused_with_the_sizes(pool2):
         ]
 
 
+def test_a_model_that_the_ranks_cannot_share_is_refused_on_every_rank(pool4):
+    assert (
+        pool4.run(refused_models)
+        == [
+            [
+                "mesh.tp=4 does not divide num_kv_heads=6",
+                "mesh.tp=4 does not divide num_kv_heads=3",
+                "mesh.tp=4 does not divide num_heads=6, intermediate_size=26",
+                "mesh.tp=4 does not divide vocab_size=30",
+                None,
+            ]
+        ]
+        * 4
+    )
+
+
+def refused_models():
+    changes = [{}, {"num_kv_heads": 3}, {"num_heads": 6, "num_kv_heads": 2, "intermediate_size": 26}]
+    changes += [{"num_kv_heads": 12, "vocab_size": 30}, {"num_kv_heads": 2}]
+    return [refused(**change) for change in changes]
+
+
 def test_without_a_group_nothing_is_done():
     mesh, x, weight = Mesh.single(), draw(4, E), draw(V, E)
-    assert copy_to_tp(x, None) is x and reduce_from_tp(x, None) is x
-    assert shard(x, 0, mesh) is x and unshard(x, 0, mesh) is x
+    assert gather_tokens(x, None) is x and scatter_tokens(x, None) is x and part_of_gradient(x, None) is x
+    assert shard(x, ROWS, mesh) is x and unshard(x, ROWS, mesh) is x
     tokens = torch.tensor([2, 0, 11])
-    assert torch.equal(vocab_parallel_embedding(tokens, weight, None), weight[tokens])
+    assert torch.equal(embedding_part(tokens, weight, None), weight[tokens])

@@ -1,4 +1,4 @@
-"""Training does not depend on the mesh: losses, gradients and weights of dp2, tp2 and both equal one process's.
+"""Training does not depend on the mesh: losses, gradients and weights of any grid of ranks equal one process's.
 
 The comparison is between what a run leaves on disk: its metrics, and the checkpoints of every step, which hold whole
 tensors whatever the mesh. The first step's `exp_avg` is its clipped gradient times 1 - beta1.
@@ -7,6 +7,8 @@ tensors whatever the mesh. The first step's `exp_avg` is its clipped gradient ti
 import dataclasses
 import json
 import pathlib
+import shutil
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -14,14 +16,18 @@ import torch
 from safetensors.torch import load_file
 
 from tritium.core.batch import Document, PackedBatch, pack
-from tritium.core.config import opt
-from tritium.core.objectives import CrossEntropy
+from tritium.core.config import from_dict, opt
+from tritium.core.objectives import DPO, CrossEntropy, Objective, Pairwise
 from tritium.core.optim import OptimConfig
+from tritium.core.rewards import Score
 from tritium.core.schedule import ScheduleConfig
+from tritium.core.setup import DTYPES
 from tritium.core.trainer import RunConfig, Trainer
 from tritium.model.config import ModelConfig
+from tritium.model.heads import ScalarModel
 from tritium.model.transformer import Transformer
-from tritium.parallel.mesh import init_mesh
+from tritium.parallel.mesh import Mesh, init_mesh
+from tritium.stages import grpo
 
 STEPS = 5
 SHAPE = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "num_layers": 2}
@@ -29,7 +35,10 @@ HEADS = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 8, "max_positions": 32, 
 MODELS = {
     "tied head, biases": ModelConfig(**SHAPE, **HEADS, tie_embeddings=True, qkv_bias=True),
     "own head, normed heads": ModelConfig(**SHAPE, **HEADS, qk_norm=True),
+    "one shared head": ModelConfig(**SHAPE, **HEADS | {"num_kv_heads": 1}, tie_embeddings=True, qk_norm=True),
 }
+TIED, OWN, SHARED = MODELS
+METRICS = ("loss", "accuracy", "entropy", "margin", "grad_norm", "tokens")
 
 
 @dataclasses.dataclass
@@ -39,58 +48,84 @@ class Settings:
     schedule: ScheduleConfig = opt(ScheduleConfig, "")
 
 
+class QuickTrainer(Trainer):
+    def measure_peak(self) -> float:
+        return 1.0
+
+
 def bins_of(step: int) -> list[PackedBatch]:
-    """The step's bins over all ranks: uneven, and in step 2 a single one, so that a rank has none."""
+    """The step's bins over all ranks: uneven, of pairs, and in step 2 a single one, so that a replica has none."""
     rng = np.random.default_rng(step)
     bins = []
     for _ in range(1 if step == 2 else 3):
-        lengths = rng.integers(2, 12, size=rng.integers(1, 4))
+        lengths = rng.integers(2, 12, size=2 * rng.integers(1, 3))
         documents = [
             Document(rng.integers(0, 32, n, dtype=np.int32), rng.random(n, np.float32).round()) for n in lengths
         ]
-        documents[0].weights[1] = 1.0
-        bins.append(pack([[document] for document in documents]))
+        for document in documents:
+            document.weights[1] = 1.0
+        pairs = [documents[i : i + 2] for i in range(0, len(documents), 2)]
+        bins.append(pack(pairs, {"pairs": float(len(pairs))}))
     return bins
 
 
-def train(out: str, config: ModelConfig, tp: int) -> None:
-    mesh = init_mesh(tp=tp, device="cpu")
-    run = RunConfig(out=out, steps=STEPS, dtype="fp64", save_every=1, keep=STEPS)
+def networks_of(stage: str, config: ModelConfig, mesh: Mesh, dtype: torch.dtype) -> tuple[dict, Objective]:
+    model = Transformer(config, mesh, dtype).initialize(seed=1)
+    if stage == "reward":
+        return {"reward": ScalarModel(model).initialize(seed=2)}, Pairwise(centering=0.1)
+    if stage == "dpo":
+        reference = Transformer(config, mesh, dtype).initialize(seed=3).requires_grad_(False)
+        return {"policy": model, "reference": reference}, DPO(beta=0.5, sft=0.2)
+    return {"policy": model}, CrossEntropy()
+
+
+def train(out: str, stage: str, config: ModelConfig, tp: int = 1, cp: int = 1, dtype: str = "fp64") -> list[int]:
+    """The steps that were done."""
+    mesh = init_mesh(tp, cp, device="cpu")
+    run = RunConfig(out=out, steps=STEPS, dtype=dtype, save_every=1, keep=STEPS)
     settings = Settings(run, OptimConfig(lr=1e-2, clip=0.5), ScheduleConfig(warmup=0.0))
-    model = Transformer(config, mesh, torch.float64).initialize(seed=1)
-    trainer = Trainer({"policy": model}, CrossEntropy(), settings, mesh, name="pretrain", total_steps=STEPS)
+    networks, objective = networks_of(stage, config, mesh, DTYPES[dtype])
+    trainer = QuickTrainer(networks, objective, settings, mesh, name=stage, total_steps=STEPS)
+    done = []
     for step in trainer.steps():
         trainer.step(bins_of(step)[mesh.dp_rank :: mesh.dp])
+        done.append(step)
     mesh.close()
+    return done
 
 
 def left_behind(out: pathlib.Path) -> tuple[list[dict], list[dict[str, torch.Tensor]]]:
     metrics = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    states = [load_file(folder / "trainer" / "policy.safetensors") for folder in sorted(out.glob("step-*"))]
+    folders = [folder / "trainer" for folder in sorted(out.glob("step-*"))]
+    states = [load_file(next(folder.glob("*.safetensors"))) for folder in folders]
     return [m for m in metrics if "loss" in m], states
 
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
-    """What each model leaves behind when one process trains it."""
-    results = {}
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    for name, config in MODELS.items():
-        out = tmp_path_factory.mktemp(name)
-        train(str(out), config, 1)
-        results[name] = left_behind(out)
-    torch.set_num_threads(threads)
-    return results
+    """The folder of a run of one process: each is made once, when it is asked for."""
+    folders = {}
+
+    def run(stage: str, name: str) -> pathlib.Path:
+        if (stage, name) not in folders:
+            folders[stage, name] = out = tmp_path_factory.mktemp("alone")
+            threads = torch.get_num_threads()
+            torch.set_num_threads(1)
+            train(str(out), stage, MODELS[name])
+            torch.set_num_threads(threads)
+        return folders[stage, name]
+
+    return run
 
 
-def assert_same_run(out: pathlib.Path, expected: tuple) -> None:
-    metrics, states = left_behind(out)
-    assert len(metrics) == len(states) == STEPS == len(expected[1])
-    for actual, wanted in zip(metrics, expected[0], strict=True):
-        for key in ("loss", "accuracy", "entropy", "grad_norm", "tokens"):
-            assert actual[key] == pytest.approx(wanted[key], abs=1e-9), (key, actual["step"])
-    for actual, wanted in zip(states, expected[1], strict=True):
+def assert_same_run(out: pathlib.Path, alone: pathlib.Path) -> None:
+    (metrics, states), (wanted_metrics, wanted_states) = left_behind(out), left_behind(alone)
+    assert len(metrics) == len(states) == STEPS == len(wanted_states)
+    for actual, wanted in zip(metrics, wanted_metrics, strict=True):
+        for key in METRICS & wanted.keys():
+            tolerance = 1e-6 if key == "accuracy" else 1e-9  # a count, divided in fp32
+            assert actual[key] == pytest.approx(wanted[key], abs=tolerance), (key, actual["step"])
+    for actual, wanted in zip(states, wanted_states, strict=True):
         assert actual.keys() == wanted.keys()
         for key, tensor in wanted.items():
             torch.testing.assert_close(
@@ -98,22 +133,83 @@ def assert_same_run(out: pathlib.Path, expected: tuple) -> None:
             )
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_the_run_to_compare_with_clips_and_moves_every_parameter(alone, name):
-    metrics, states = alone[name]
-    assert all(m["grad_norm"] > 0.5 for m in metrics)
+RUNS_OF_TWO = [
+    *(("pretrain", name, tp, cp) for name in (TIED, OWN) for tp, cp in ((1, 1), (2, 1), (1, 2))),
+    ("dpo", OWN, 1, 2),
+    ("reward", TIED, 2, 1),
+]
+RUNS_OF_FOUR = [
+    ("pretrain", OWN, 2, 1),  # with dp 2
+    ("pretrain", TIED, 1, 2),  # with dp 2
+    ("pretrain", OWN, 2, 2),
+    ("pretrain", TIED, 4, 1),  # two ranks share a KV head
+    ("pretrain", SHARED, 4, 1),
+    ("dpo", SHARED, 2, 2),
+    ("reward", OWN, 2, 2),
+    ("reward", TIED, 1, 2),  # with dp 2
+]
+
+
+@pytest.mark.parametrize("stage,name", sorted({run[:2] for run in RUNS_OF_TWO + RUNS_OF_FOUR}))
+def test_the_run_to_compare_with_clips_and_moves_every_parameter(alone, stage, name):
+    metrics, states = left_behind(alone(stage, name))
+    assert any(m["grad_norm"] > 0.5 for m in metrics)
     for key, tensor in states[0].items():
         assert key == "step" or tensor.abs().amax() > 0, key
 
 
-@pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("tp", [1, 2])
-def test_two_ranks_train_as_one_process(pool2, tmp_path, alone, name, tp):
-    pool2.run(train, str(tmp_path), MODELS[name], tp)
-    assert_same_run(tmp_path, alone[name])
+@pytest.mark.parametrize("stage,name,tp,cp", RUNS_OF_TWO)
+def test_two_ranks_train_as_one_process(pool2, tmp_path, alone, stage, name, tp, cp):
+    pool2.run(train, str(tmp_path), stage, MODELS[name], tp, cp)
+    assert_same_run(tmp_path, alone(stage, name))
 
 
-def test_two_replicas_of_two_shards_train_as_one_process(pool4, tmp_path, alone):
-    name = "own head, normed heads"
-    pool4.run(train, str(tmp_path), MODELS[name], 2)
-    assert_same_run(tmp_path, alone[name])
+@pytest.mark.parametrize("stage,name,tp,cp", RUNS_OF_FOUR)
+def test_four_ranks_train_as_one_process(pool4, tmp_path, alone, stage, name, tp, cp):
+    pool4.run(train, str(tmp_path), stage, MODELS[name], tp, cp)
+    assert_same_run(tmp_path, alone(stage, name))
+
+
+@pytest.mark.parametrize("dtype,tolerance", [("fp32", 1e-5), ("bf16", 5e-2)])
+def test_first_gradients_are_those_of_fp64_to_rounding(pool4, tmp_path, alone, dtype, tolerance):
+    pool4.run(train, str(tmp_path), "pretrain", MODELS[OWN], 2, 2, dtype)
+    states, expected = left_behind(tmp_path)[1], left_behind(alone("pretrain", OWN))[1]
+    for key, tensor in expected[0].items():
+        if key.startswith("exp_avg."):
+            actual, gradient = 10 * states[0][key], 10 * tensor.float()  # by 1 - beta1
+            torch.testing.assert_close(actual, gradient, rtol=0, atol=tolerance, msg=lambda m, k=key: f"{k}: {m}")
+
+
+def test_a_run_goes_on_on_another_mesh(pool4, tmp_path, alone):
+    """From one process's checkpoint of step 3, on ranks that share a KV head."""
+    expected = alone("pretrain", SHARED)
+    shutil.copytree(expected, tmp_path, dirs_exist_ok=True)
+    for step in (4, 5):
+        shutil.rmtree(tmp_path / f"step-{step:08d}")
+    assert pool4.run(train, str(tmp_path), "pretrain", MODELS[SHARED], 4, 1) == [[3, 4]] * 4
+    assert_same_run(tmp_path, expected)
+
+
+def reinforce(model: str, problems: str, out: str, mesh: dict[str, int]) -> None:
+    """Two steps of GRPO, in which a verifier likes odd token sums."""
+    sections = {"model": model, "grpo": {"prompts": 4, "group": 4}, "data": {"sources": [problems]}, "mesh": mesh}
+    config = from_dict(grpo.Config, sections | {"sampling": {"max_tokens": 12}})
+    config.run.out, config.run.steps, config.run.dtype, config.run.device = out, 2, "fp64", "cpu"
+    odd = lambda ids, text, **_: Score(sum(ids) % 2)  # noqa: E731
+    with mock.patch.object(grpo, "ExactMatch", lambda malformed: odd), mock.patch.object(grpo, "Trainer", QuickTrainer):
+        grpo.train(config)
+
+
+@pytest.mark.parametrize("tp,cp", [(1, 2), (2, 1)])
+def test_rollouts_and_their_training_are_those_of_one_process(pool2, tmp_path, tiny, tp, cp):
+    """Every rank of a replica samples the same answers; one that had others would learn from others."""
+    problems = tiny.data("problems.jsonl")
+    reinforce(tiny.model, problems, str(tmp_path / "alone"), {})
+    pool2.run(reinforce, tiny.model, problems, str(tmp_path / "mesh"), {"tp": tp, "cp": cp})
+    expected, found = (left_behind(tmp_path / name) for name in ("alone", "mesh"))
+    assert all(metrics["varied_groups"] > 0 for metrics in expected[0])
+    for actual, wanted in zip(found[0], expected[0], strict=True):
+        for key in ("loss", "reward", "entropy", "ratio", "length", "grad_norm", "tokens"):
+            assert actual[key] == pytest.approx(wanted[key], abs=1e-9), key
+    for key, tensor in expected[1][-1].items():
+        torch.testing.assert_close(found[1][-1][key], tensor, rtol=0, atol=1e-9, msg=key)
