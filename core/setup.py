@@ -25,6 +25,7 @@ class MeshConfig:
 
     tp: int = opt(1, "tensor-parallel ranks that hold one model together")
     cp: int = opt(1, "context-parallel ranks that share the tokens of one batch")
+    zero: int = opt(0, "what data-parallel ranks share: 1 the optimizer's state, 2 also gradients, 3 also parameters")
     timeout: float = opt(600.0, "seconds that a collective waits for the other ranks before it fails")
 
 
@@ -34,7 +35,7 @@ def join(mesh: MeshConfig, device: str, settings: str) -> Mesh:
     Raises: ConfigError for a mesh that can't be, and for ranks that were started with different settings.
     """
     try:
-        joined = init_mesh(mesh.tp, mesh.cp, device, mesh.timeout)
+        joined = init_mesh(mesh.tp, mesh.cp, mesh.zero, device, mesh.timeout)
         check_same(joined, settings, "configuration")
     except ValueError as error:
         raise ConfigError(f"mesh: {error}") from None

@@ -18,7 +18,7 @@ import threading
 import time
 import tomllib
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tritium.core.batch import PackedBatch
+from tritium.core.batch import FILLER, PackedBatch, pack
 from tritium.core.checkpoint import (
     CheckpointError,
     checkpoints,
@@ -46,6 +46,7 @@ from tritium.core.tokenizer import Tokenizer
 from tritium.model.transformer import Transformer
 from tritium.parallel.data import all_reduce_counts
 from tritium.parallel.mesh import Mesh
+from tritium.parallel.zero import FlatModule
 
 
 @dataclass
@@ -131,8 +132,8 @@ class Trainer:
         self.schedule: ScheduleConfig = settings.schedule
         self.config_toml, self.tokenizer, self.total_steps = to_toml(settings), tokenizer, total_steps
         self.evaluation, self.skipped = evaluation, skipped or Skipped()
-        trained = {k: m for k, m in networks.items() if any(p.requires_grad for p in m.parameters())}
-        self.optimizers = {k: Optimizer(m, self.optim, mesh) for k, m in trained.items()}
+        self.flat = {k: FlatModule(m, mesh) for k, m in networks.items()}
+        self.optimizers = {k: Optimizer(flat, self.optim) for k, flat in self.flat.items() if flat.trained}
         self.out = Path(self.run.out)
         self.clock, self.metrics = Clock(), Metrics(self.run.out, main=mesh.main, total_steps=total_steps, name=name)
         self.index = self.bad_steps = 0  # steps done; steps skipped in a row
@@ -187,16 +188,17 @@ class Trainer:
 
     def step(self, batches: Sequence[PackedBatch], extra: dict[str, float] | None = None) -> None:
         """One optimizer step on this rank's micro-batches. `extra` numbers go into the step's metrics."""
-        counts = self.global_counts(batches)
-        with self.clock("prepare"):
+        counts, batches = self.global_counts(batches), self.in_step(batches)
+        with self.clock("prepare"), self.whole():
             self.objective.prepare(self.networks, batches)
         sums: dict[str, Tensor] = {}
-        for batch in batches:
-            with self.clock("forward"):
-                loss = self.micro_loss(batch, counts, sums)
-            if loss is not None:
-                with self.clock("backward"):
-                    loss.backward()
+        for i, batch in enumerate(batches or [None]):
+            with self.whole():
+                with self.clock("forward"):
+                    loss = None if batch is None else self.micro_loss(batch, counts, sums)
+                with self.clock("backward"), self.reducing(last=i + 1 >= len(batches)):
+                    if loss is not None:
+                        loss.backward()
         rate = learning_rate(self.schedule, self.optim.lr, self.index, self.total_steps)
         values: dict[str, Any] = {"lr": rate}
         with self.clock("optimizer"):
@@ -209,8 +211,8 @@ class Trainer:
 
     def micro_loss(self, batch: PackedBatch, counts: dict[str, float], sums: dict[str, Tensor]) -> Tensor | None:
         """The micro-batch's share of the step's loss; adds its terms and metrics to `sums`. None if it is empty."""
-        if not len(batch.tokens):
-            return None
+        if not batch.sequences:
+            return self.idle_loss(batch) if self.mesh.zero == 3 else None
         terms, metrics = self.objective.loss(self.objective.outputs(self.networks, batch), batch)
         loss = None
         for key, (total, denominator, coefficient) in terms.items():
@@ -220,6 +222,34 @@ class Trainer:
         for key, (total, denominator) in metrics.items():
             sums[key] = sums.get(key, 0.0) + total / (counts[denominator] or 1.0)
         return loss
+
+    def idle_loss(self, batch: PackedBatch) -> Tensor:
+        """Nothing, by way of every trained layer: other ranks wait for this one to gather and to reduce these."""
+        decoders = [getattr(self.networks[key], "backbone", self.networks[key]) for key in self.optimizers]
+        return sum(d.hidden(batch.tokens, batch.cu_seqlens, positions=batch.positions).sum() * 0.0 for d in decoders)
+
+    def in_step(self, batches: Sequence[PackedBatch]) -> list[PackedBatch]:
+        """The batches, and where ranks work layer by layer together, empty ones up to the most that a rank has."""
+        if self.mesh.zero < 2:
+            return list(batches)
+        most = max(self.mesh.gather_objects(len(batches)))
+        return [*batches, *[pack([], multiple_of=FILLER)] * (most - len(batches))]
+
+    @contextmanager
+    def reducing(self, last: bool) -> Iterator[None]:
+        """Around a backward: every network's gradients are summed over the ranks in time."""
+        with ExitStack() as stack:
+            for key in self.optimizers:
+                stack.enter_context(self.flat[key].backward(last))
+            yield
+
+    @contextmanager
+    def whole(self, layers: bool = False) -> Iterator[None]:
+        """Within, what the networks' forward passes need is there; with `layers`, all of them: for decoding."""
+        with ExitStack() as stack:
+            for flat in self.flat.values():
+                stack.enter_context(flat.whole(layers))
+            yield
 
     def global_counts(self, batches: Sequence[PackedBatch]) -> dict[str, float]:
         """Every denominator over all micro-batches and ranks, and the step's FLOPs ("work")."""
@@ -236,7 +266,7 @@ class Trainer:
         for key, optimizer in self.optimizers.items():
             suffix = "" if len(self.optimizers) == 1 else f".{key}"
             values["grad_norm" + suffix], values["skipped" + suffix] = optimizer.step(rate)
-            optimizer.zero_grad()
+            optimizer.network.zero_grad()
         return values
 
     @torch.no_grad()
@@ -251,9 +281,11 @@ class Trainer:
         counts = all_reduce_counts(local, self.mesh)
         if not counts:
             return {}
-        self.objective.prepare(self.networks, batches)
-        for batch in batches:
-            self.micro_loss(batch, counts, sums)
+        batches = self.in_step(batches)
+        with self.whole():
+            self.objective.prepare(self.networks, batches)
+            for batch in batches:
+                self.micro_loss(batch, counts, sums)
         return {f"eval_{k}": v for k, v in self.reduce(sums).items()}
 
     # ------------------------------------------------------------------------------------------ numbers
@@ -365,7 +397,7 @@ class Trainer:
         """Write a checkpoint. A failure stops the run only where it is the last one."""
         self.flush_metrics()  # what is before a checkpoint must be on disk, too: a resumed run will not write it again
         folder = self.out / f"step-{self.index:08d}"
-        tensors = {key: optimizer.state_dict() for key, optimizer in self.optimizers.items()}
+        tensors = {key: dict(optimizer.tensors()) for key, optimizer in self.optimizers.items()}
         state = {"step": self.index, "before": self.before, "last": self.last, "config": self.config_toml}
         try:
             save_checkpoint(folder, self.mesh, self.export, tensors, state)
@@ -377,7 +409,8 @@ class Trainer:
             self.say(f"{error} (the run goes on; older checkpoints are untouched)")
 
     def export(self, folder: str) -> None:
-        next(iter(self.networks.values())).save(folder)
+        with self.whole(layers=True):
+            next(iter(self.networks.values())).save(folder)
         if self.tokenizer is not None and self.mesh.main:
             self.tokenizer.save(folder)
 
@@ -400,7 +433,7 @@ class Trainer:
             )
         try:
             for key, optimizer in self.optimizers.items():
-                optimizer.load_state_dict(read_tensors(folder, key, self.mesh.device))
+                optimizer.load(read_tensors(folder, key, torch.device("cpu")))
         except ValueError as error:
             raise CheckpointError(f"{folder} does not fit this model: {error}") from None
         self.index = self.saved = state["step"]
@@ -426,7 +459,7 @@ class Trainer:
 def changed_lines(before: str, after: str) -> str:
     """The settings that differ between two configs in TOML, those aside that may change when a run is resumed."""
     free = {f"run.{name}" for name in ("save_every", "keep", "device", "out", "steps", "epochs")}
-    free |= {"mesh.tp", "mesh.cp", "mesh.timeout"}
+    free |= {"mesh.tp", "mesh.cp", "mesh.zero", "mesh.timeout"}
     old, new = (flat(tomllib.loads(text)) for text in (before, after))
     keys = [k for k in {**old, **new} if old.get(k) != new.get(k) and k not in free]
     return ", ".join(f"{k}: {old.get(k, 'unset')} → {new.get(k, 'unset')}" for k in keys)

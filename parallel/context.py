@@ -38,7 +38,8 @@ class Split:
     @classmethod
     def of(cls, tokens: int, mesh: Mesh) -> "Split":
         count, r = (1 if mesh.cp == 1 else 2 * mesh.cp), mesh.cp_rank
-        chunk = -(-tokens // (count * mesh.tp)) * mesh.tp
+        filled = tokens or mesh.cp - 1  # a chunk of nothing is not a chunk
+        chunk = -(-filled // (count * mesh.tp)) * mesh.tp
         return cls(tokens, chunk, (0,) if count == 1 else (r, count - 1 - r), mesh.cp, mesh.cp_group)
 
     @property

@@ -17,7 +17,7 @@ most, are neighbours on one host:
 """
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
 
@@ -49,14 +49,15 @@ class Mesh:
     cp_group: ProcessGroup | None = None
     tp_group: ProcessGroup | None = None
     data_group: ProcessGroup | None = None  # the dp × cp ranks that hold the same shard of the parameters
+    zero: int = 0  # how much the data ranks share of a network: see parallel/zero.py
     device: torch.device = torch.device("cpu")
     device_mesh: DeviceMesh | None = None  # the same grid with named axes ("dp", "cp", "tp"), for torch's own tools
     owns_process_group: bool = False  # whether `init_mesh` started torch.distributed, so that `close` ends it
 
     @classmethod
-    def single(cls, device: str | torch.device = "cpu") -> "Mesh":
+    def single(cls, device: str | torch.device = "cpu", zero: int = 0) -> "Mesh":
         """The mesh of one process, which needs no process group."""
-        return cls(device=torch.device(device))
+        return cls(device=torch.device(device), zero=zero)
 
     @property
     def main(self) -> bool:
@@ -94,7 +95,7 @@ class Mesh:
                 dist.destroy_process_group(group)
 
 
-def init_mesh(tp: int = 1, cp: int = 1, device: str = "auto", timeout: float = 600.0) -> Mesh:
+def init_mesh(tp: int = 1, cp: int = 1, zero: int = 0, device: str = "auto", timeout: float = 600.0) -> Mesh:
     """Place this process in a grid of `tp` tensor-parallel × `cp` context-parallel ranks × the rest data-parallel.
 
     RANK, WORLD_SIZE and LOCAL_RANK come from torchrun; a process group that already runs is used instead, and left
@@ -110,16 +111,18 @@ def init_mesh(tp: int = 1, cp: int = 1, device: str = "auto", timeout: float = 6
         raise ValueError(
             f"cp={cp} × tp={tp} does not divide the {world_size} processes of this run: start a multiple of it"
         )
+    if zero not in range(4):
+        raise ValueError(f"zero={zero}: the levels are 0, 1, 2 and 3")
     place = local_device(device)
     if world_size == 1:
-        return Mesh.single(place)
+        return Mesh.single(place, zero)
     limit = timedelta(seconds=timeout)
     if not running:
         # gloo stays beside NCCL: objects and counts are on the host already, and reading them back is no device sync.
         dist.init_process_group("cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo", timeout=limit)
     try:
-        _check_agreement(f"cp={cp}, tp={tp} on {place.type}")
-        return _place(cp, tp, place, limit, owns_process_group=not running)
+        _check_agreement(f"cp={cp}, tp={tp}, zero={zero} on {place.type}")
+        return replace(_place(cp, tp, place, limit), zero=zero, owns_process_group=not running)
     except Exception:
         if not running:
             dist.destroy_process_group()
@@ -137,7 +140,7 @@ def _check_agreement(mine: str) -> None:
             )
 
 
-def _place(cp: int, tp: int, device: torch.device, timeout: timedelta, owns_process_group: bool) -> Mesh:
+def _place(cp: int, tp: int, device: torch.device, timeout: timedelta) -> Mesh:
     rank, world_size = dist.get_rank(), dist.get_world_size()
     grid = torch.arange(world_size).view(-1, cp, tp)  # [dp, cp, tp], of ranks
     dp, (dp_rank, cp_rank, tp_rank) = len(grid), (grid == rank).nonzero()[0].tolist()
@@ -164,7 +167,6 @@ def _place(cp: int, tp: int, device: torch.device, timeout: timedelta, owns_proc
         data_group=data_group if dp * cp > 1 else None,
         device=device,
         device_mesh=DeviceMesh.from_group([dp_group, cp_group, tp_group], device.type, grid, mesh_dim_names=AXES),
-        owns_process_group=owns_process_group,
     )
 
 

@@ -156,7 +156,7 @@ class Sharding:
             return [(p.numel(), True, False)]
         common = sum(n for n, whole in zip(self.sections, self.replicated, strict=True) if whole)
         tp = (sum(self.sections) - common) // (p.shape[0] - common)
-        row = p[0].numel()  # replicated sections are of rows: dim is 0
+        row = p.shape[1:].numel()  # replicated sections are of rows: dim is 0
         sizes = [n for _, n in self.plan(sum(self.sections), tp)]
         return [(n * row, not whole, whole) for n, whole in zip(sizes, self.replicated, strict=True)]
 

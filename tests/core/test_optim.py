@@ -8,6 +8,7 @@ from tritium.core.config import ConfigError
 from tritium.core.optim import OptimConfig, Optimizer
 from tritium.model.transformer import parameter
 from tritium.parallel.mesh import Mesh
+from tritium.parallel.zero import FlatModule
 
 CONFIG = OptimConfig(lr=1e-2, beta1=0.8, beta2=0.9, eps=1e-6, weight_decay=0.2, clip=0.7)
 
@@ -28,7 +29,11 @@ class Net(nn.Module):
 
 
 def optimizer(net: Net, config: OptimConfig = CONFIG) -> Optimizer:
-    return Optimizer(net, config, Mesh.single())
+    return Optimizer(FlatModule(net, Mesh.single()), config)
+
+
+def state_of(optimizer: Optimizer) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in optimizer.tensors()}
 
 
 def inputs(step: int, dtype: torch.dtype) -> torch.Tensor:
@@ -46,7 +51,7 @@ def test_it_is_torchs_adamw_with_clipping_and_no_decay_of_vectors():
         ours(inputs(step, torch.float64)).backward()
         theirs(inputs(step, torch.float64)).backward()
         norm, skipped = mine.step(lr)
-        mine.zero_grad()
+        mine.network.zero_grad()
         expected = nn.utils.clip_grad_norm_([theirs.matrix, theirs.bias], CONFIG.clip)
         for group in reference.param_groups:
             group["lr"] = lr
@@ -63,7 +68,7 @@ def test_a_gradient_within_the_clip_is_left_alone():
     net(inputs(0, torch.float64)).backward()
     gradient = net.matrix.main_grad.clone()
     mine.step(1e-2)
-    torch.testing.assert_close(mine.state_dict()["exp_avg.matrix"], gradient, rtol=1e-12, atol=0)
+    torch.testing.assert_close(state_of(mine)["exp_avg.matrix"], gradient, rtol=1e-12, atol=0)
 
 
 def test_micro_batches_accumulate_in_fp32_under_bf16_parameters():
@@ -89,7 +94,7 @@ def test_bf16_parameters_are_copies_of_fp32_masters():
         wide.matrix.main_grad.copy_(gradient)
         mine.step(1e-4)  # smaller than bf16 resolves: only a master remembers
         reference.step(1e-4)
-    master = mine.state_dict()["master.matrix"]
+    master = state_of(mine)["master.matrix"]
     assert master.dtype == torch.float32 and torch.equal(master, wide.matrix)
     assert net.matrix.dtype == torch.bfloat16 and torch.equal(net.matrix, master.bfloat16())
     assert not torch.equal(master, master.bfloat16().float())
@@ -101,18 +106,18 @@ def test_a_gradient_that_is_not_finite_changes_nothing(dtype, poison):
     net = Net(dtype)
     mine = optimizer(net)
     for step in range(3):  # the first step of all, and one with moments
-        before = {k: v.clone() for k, v in mine.state_dict().items()}
+        before = {k: v.clone() for k, v in state_of(mine).items()}
         seen = net.matrix.clone()
         net(inputs(step, dtype)).backward()
         net.bias.main_grad[1] = poison
         norm, skipped = mine.step(1e-2)
         assert skipped == 1 and not norm.isfinite()
         assert torch.equal(net.matrix, seen)
-        assert all(torch.equal(v, before[k]) for k, v in mine.state_dict().items())
-        mine.zero_grad()
+        assert all(torch.equal(v, before[k]) for k, v in state_of(mine).items())
+        mine.network.zero_grad()
         net(inputs(step, dtype)).backward()
         assert mine.step(1e-2)[1] == 0 and not torch.equal(net.matrix, seen)
-        mine.zero_grad()
+        mine.network.zero_grad()
 
 
 def test_what_is_not_trained_has_no_state():
@@ -122,7 +127,7 @@ def test_what_is_not_trained_has_no_state():
     net(inputs(0, torch.float32)).backward()
     mine.step(1.0)
     kinds = ("master", "exp_avg", "exp_avg_sq")
-    assert set(mine.state_dict()) == {"step"} | {f"{kind}.{name}" for kind in kinds for name in ("matrix", "bias")}
+    assert set(state_of(mine)) == {"step"} | {f"{kind}.{name}" for kind in kinds for name in ("matrix", "bias")}
     assert torch.equal(net.frozen, frozen)
 
 
@@ -132,14 +137,14 @@ def test_the_state_goes_into_another_optimizer():
     for step in range(3):
         nets[0](inputs(step, torch.bfloat16)).backward()
         first.step(1e-2)
-        first.zero_grad()
-    second.load_state_dict(first.state_dict())
+        first.network.zero_grad()
+    second.load(state_of(first))
     for net, mine in zip(nets, (first, second), strict=True):
         net(inputs(3, torch.bfloat16)).backward()
         mine.step(1e-2)
     assert torch.equal(nets[0].matrix, nets[1].matrix) and torch.equal(nets[0].bias, nets[1].bias)
-    for key, value in first.state_dict().items():
-        assert torch.equal(value, second.state_dict()[key]), key
+    for key, value in state_of(first).items():
+        assert torch.equal(value, state_of(second)[key]), key
 
 
 @pytest.mark.parametrize(
@@ -152,10 +157,10 @@ def test_the_state_goes_into_another_optimizer():
 )
 def test_the_state_of_another_model_is_refused(change, words):
     mine = optimizer(Net(torch.float32))
-    state = mine.state_dict()
+    state = state_of(mine)
     change(state)
     with pytest.raises(ValueError, match=words):
-        mine.load_state_dict(state)
+        mine.load(state)
 
 
 def test_settings_that_cannot_be_are_errors():

@@ -73,7 +73,7 @@ def train(one: Trainer, until: int | None = None) -> Trainer:
 
 def weights(one: Trainer) -> dict[str, torch.Tensor]:
     """Masters, moments and the step count."""
-    return {k: v.clone() for k, v in one.optimizers["policy"].state_dict().items()}
+    return {k: v.clone() for k, v in one.optimizers["policy"].tensors()}
 
 
 def lines(out: Path) -> list[dict]:

@@ -1,23 +1,11 @@
-"""Sums over the replicas, the clip norm, and what refuses to start."""
+"""Counts summed over the replicas, and what refuses to start."""
 
 import os
 
 import pytest
-import torch
 
-from tritium.parallel import data
-from tritium.parallel.data import (
-    all_reduce_counts,
-    check_same,
-    global_grad_norm,
-    reduce_gradients,
-)
+from tritium.parallel.data import all_reduce_counts, check_same
 from tritium.parallel.mesh import Mesh, init_mesh
-from tritium.parallel.tensor import Sharding, shard
-
-
-def draw(*shape, seed=0, dtype=torch.float64):
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
 def own(per_rank):
@@ -27,30 +15,6 @@ def own(per_rank):
 
 def count(per_rank, tp):
     return all_reduce_counts(own(per_rank), init_mesh(tp=tp))
-
-
-def reduce(per_rank, bucket_bytes):
-    data.BUCKET_BYTES, before = bucket_bytes, data.BUCKET_BYTES
-    try:
-        buffers = own(per_rank)
-        reduce_gradients(buffers, init_mesh())
-        return buffers
-    finally:
-        data.BUCKET_BYTES = before
-
-
-def refuse_buffer(buffer):
-    try:
-        reduce_gradients([buffer], init_mesh())
-    except ValueError as error:
-        return str(error)
-    return None
-
-
-def norm(cut, whole):
-    mesh = init_mesh(tp=2)
-    shards = [(shard(g, Sharding(0), mesh), True) for g in cut] + [(g, False) for g in whole]
-    return global_grad_norm(shards, mesh)
 
 
 def compare(per_rank):
@@ -89,40 +53,6 @@ def test_a_rank_with_an_empty_batch_gets_every_name(pool2, empty):
 
 def test_counts_of_one_process_are_its_own():
     assert all_reduce_counts({"tokens": 3}, Mesh.single()) == {"tokens": 3.0}
-
-
-@pytest.mark.parametrize("bucket_bytes", [64, 1 << 20])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_gradients_are_summed_in_place_in_any_bucket(pool2, dtype, bucket_bytes):
-    per_rank = [[draw(n, seed=10 * rank + n, dtype=dtype) for n in (37, 0, 5)] for rank in range(2)]
-    for buffers in pool2.run(reduce, per_rank, bucket_bytes):
-        for actual, a, b in zip(buffers, *per_rank, strict=True):
-            assert torch.equal(actual, a + b)
-
-
-@pytest.mark.parametrize("buffer", [torch.zeros(4, dtype=torch.bfloat16), torch.zeros(2, 2), torch.zeros(8)[::2]])
-def test_a_gradient_buffer_of_another_kind_is_refused(pool2, buffer):
-    for sentence in pool2.run(refuse_buffer, buffer):
-        assert sentence.startswith("gradients are flat fp32 or fp64 buffers")
-
-
-@pytest.mark.parametrize("cut,whole", [((4, 6), (5, 3)), ((4,), ()), ((), (5,))])
-def test_the_clip_norm_counts_replicated_gradients_once(pool2, cut, whole):
-    cut, whole = [draw(n, 3, seed=n) for n in cut], [draw(n, seed=n) for n in whole]
-    expected = torch.cat([g.flatten() for g in (*cut, *whole)]).norm()
-    single = global_grad_norm([(g, True) for g in cut] + [(g, False) for g in whole], Mesh.single())
-    for actual in (*pool2.run(norm, cut, whole), single):
-        torch.testing.assert_close(actual, expected, rtol=1e-14, atol=0)
-
-
-def test_the_clip_norm_of_bf16_is_in_fp32_and_shows_what_is_not_finite(pool2):
-    gradient = torch.full((4096,), 0.01, dtype=torch.bfloat16)
-    for actual in pool2.run(norm, [gradient], []):
-        torch.testing.assert_close(actual, gradient.float().norm())
-    broken = torch.zeros(4)
-    broken[3] = torch.inf  # on rank 1 only; both must skip the step
-    assert [x.item() for x in pool2.run(norm, [broken], [])] == [torch.inf] * 2
-    assert global_grad_norm([], Mesh.single()).item() == 0
 
 
 def test_ranks_that_differ_are_refused_by_name_on_every_rank(pool4):

@@ -79,9 +79,11 @@ def networks_of(stage: str, config: ModelConfig, mesh: Mesh, dtype: torch.dtype)
     return {"policy": model}, CrossEntropy()
 
 
-def train(out: str, stage: str, config: ModelConfig, tp: int = 1, cp: int = 1, dtype: str = "fp64") -> list[int]:
+def train(
+    out: str, stage: str, config: ModelConfig, tp: int = 1, cp: int = 1, zero: int = 0, dtype: str = "fp64"
+) -> list[int]:
     """The steps that were done."""
-    mesh = init_mesh(tp, cp, device="cpu")
+    mesh = init_mesh(tp, cp, zero, device="cpu")
     run = RunConfig(out=out, steps=STEPS, dtype=dtype, save_every=1, keep=STEPS)
     settings = Settings(run, OptimConfig(lr=1e-2, clip=0.5), ScheduleConfig(warmup=0.0))
     networks, objective = networks_of(stage, config, mesh, DTYPES[dtype])
@@ -133,20 +135,28 @@ def assert_same_run(out: pathlib.Path, alone: pathlib.Path) -> None:
             )
 
 
-RUNS_OF_TWO = [
-    *(("pretrain", name, tp, cp) for name in (TIED, OWN) for tp, cp in ((1, 1), (2, 1), (1, 2))),
-    ("dpo", OWN, 1, 2),
-    ("reward", TIED, 2, 1),
+RUNS_OF_TWO = [  # stage, model, tp, cp, zero; the rest is dp
+    *(("pretrain", name, tp, cp, 0) for name in (TIED, OWN) for tp, cp in ((1, 1), (2, 1), (1, 2))),
+    ("pretrain", TIED, 1, 1, 1),
+    ("pretrain", OWN, 1, 1, 2),
+    ("pretrain", TIED, 1, 1, 3),
+    ("pretrain", OWN, 1, 2, 3),
+    ("dpo", OWN, 1, 2, 0),
+    ("dpo", OWN, 1, 1, 3),
+    ("reward", TIED, 2, 1, 0),
+    ("reward", OWN, 1, 1, 3),
 ]
 RUNS_OF_FOUR = [
-    ("pretrain", OWN, 2, 1),  # with dp 2
-    ("pretrain", TIED, 1, 2),  # with dp 2
-    ("pretrain", OWN, 2, 2),
-    ("pretrain", TIED, 4, 1),  # two ranks share a KV head
-    ("pretrain", SHARED, 4, 1),
-    ("dpo", SHARED, 2, 2),
-    ("reward", OWN, 2, 2),
-    ("reward", TIED, 1, 2),  # with dp 2
+    ("pretrain", OWN, 2, 1, 2),
+    ("pretrain", TIED, 1, 2, 3),
+    ("pretrain", OWN, 2, 2, 1),
+    ("pretrain", TIED, 4, 1, 0),  # two ranks share a KV head
+    ("pretrain", SHARED, 4, 1, 0),
+    ("pretrain", TIED, 1, 1, 1),
+    ("dpo", SHARED, 2, 2, 3),
+    ("dpo", SHARED, 2, 1, 3),
+    ("reward", OWN, 2, 2, 2),
+    ("reward", TIED, 1, 2, 0),
 ]
 
 
@@ -158,21 +168,21 @@ def test_the_run_to_compare_with_clips_and_moves_every_parameter(alone, stage, n
         assert key == "step" or tensor.abs().amax() > 0, key
 
 
-@pytest.mark.parametrize("stage,name,tp,cp", RUNS_OF_TWO)
-def test_two_ranks_train_as_one_process(pool2, tmp_path, alone, stage, name, tp, cp):
-    pool2.run(train, str(tmp_path), stage, MODELS[name], tp, cp)
+@pytest.mark.parametrize("stage,name,tp,cp,zero", RUNS_OF_TWO)
+def test_two_ranks_train_as_one_process(pool2, tmp_path, alone, stage, name, tp, cp, zero):
+    pool2.run(train, str(tmp_path), stage, MODELS[name], tp, cp, zero)
     assert_same_run(tmp_path, alone(stage, name))
 
 
-@pytest.mark.parametrize("stage,name,tp,cp", RUNS_OF_FOUR)
-def test_four_ranks_train_as_one_process(pool4, tmp_path, alone, stage, name, tp, cp):
-    pool4.run(train, str(tmp_path), stage, MODELS[name], tp, cp)
+@pytest.mark.parametrize("stage,name,tp,cp,zero", RUNS_OF_FOUR)
+def test_four_ranks_train_as_one_process(pool4, tmp_path, alone, stage, name, tp, cp, zero):
+    pool4.run(train, str(tmp_path), stage, MODELS[name], tp, cp, zero)
     assert_same_run(tmp_path, alone(stage, name))
 
 
 @pytest.mark.parametrize("dtype,tolerance", [("fp32", 1e-5), ("bf16", 5e-2)])
 def test_first_gradients_are_those_of_fp64_to_rounding(pool4, tmp_path, alone, dtype, tolerance):
-    pool4.run(train, str(tmp_path), "pretrain", MODELS[OWN], 2, 2, dtype)
+    pool4.run(train, str(tmp_path), "pretrain", MODELS[OWN], 2, 2, 0, dtype)
     states, expected = left_behind(tmp_path)[1], left_behind(alone("pretrain", OWN))[1]
     for key, tensor in expected[0].items():
         if key.startswith("exp_avg."):
