@@ -16,8 +16,7 @@ test: lint
 	TRITON_INTERPRET=1 $(BIN)/pytest tests/kernels/test_rms_norm.py
 ifneq ($(CONTRACTS),)
 	TRITIUM_BACKEND=torch $(BIN)/pytest -q -p no:cacheprovider $(CONTRACTS)
-	TRITON_INTERPRET=1 TRITIUM_BACKEND=triton TRITIUM_CONTRACT_OPS=rms_norm \
-	    $(BIN)/pytest -q -p no:cacheprovider $(CONTRACTS)/test_kernels.py
+	TRITON_INTERPRET=1 TRITIUM_BACKEND=triton $(BIN)/pytest -q -p no:cacheprovider $(CONTRACTS)/test_kernels.py
 endif
 	$(BIN)/pytest -m "not gpu and not long"
 

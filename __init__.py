@@ -15,7 +15,7 @@ __version__ = "0.1.0"
 __all__ = ["Tokenizer", "generate", "load"]
 
 _LAZY = {"Tokenizer": "tritium.core.tokenizer", "generate": "tritium.model.generate", "load": "tritium.model.hf"}
-_PACKAGES = ("core", "kernels", "model", "parallel", "stages")
+_PACKAGES = ("bench", "core", "kernels", "model", "parallel", "stages")
 
 
 def __getattr__(name: str):

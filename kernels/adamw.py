@@ -4,24 +4,32 @@
     m ← β₁ m + (1-β₁) g;   v ← β₂ v + (1-β₂) g²
     p ← p - lr · (m / (1-β₁ᵗ)) / (√(v / (1-β₂ᵗ)) + ε)
 
-Must move p, m, v in and out and g in once: 28 bytes an fp32 element, about 14 FLOPs. step, grad_scale and found_inf are
-tensors, so that a step needs no host sync.
+With masters the update is theirs, and p becomes their cast copy. Without, bf16 p may be rounded stochastically: up or
+down with the probability that makes the mean right, from Philox4x32-10 (Salmon et al. 2011) with
+
+    key = seed,   counter = (element // 4, place of the tensor in the list, step)      the same bits on every backend
+
+Must move m, v and p or its master in and out, g in, and with masters p out: 28 bytes an fp32 element, about 14 FLOPs.
+The table of `multi_tensor.py` comes on top: 8 · (4 + K + log₂ N) bytes for a program's 2048 elements. step, grad_scale,
+found_inf, seed and, if you like, lr are tensors, so that a step needs no host sync.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from tritium.kernels.registry import OpSpec, register
-
-CHUNK = 1 << 18  # elements: the scaled copy of a gradient stays in the cache
+from tritium.kernels.backend import Target, target_of, tl, triton, use_triton
+from tritium.kernels.multi_tensor import find_block, groups, in_memory_order, load_pointer, widest
+from tritium.kernels.registry import Launch, OpSpec, Shape, register
 
 
 def _adamw_reference_one(p, g, m, v, lr, beta1, beta2, eps, weight_decay, step):
     p.mul_(1 - lr * weight_decay)
     m.mul_(beta1).add_((1 - beta1) * g)
     v.mul_(beta2).add_((1 - beta2) * g.square())
+    step = step.double()  # in fp32 1 - β₂ᵗ has few digits left
     m_hat, v_hat = m / (1 - beta1**step), v / (1 - beta2**step)
     p.sub_(lr * m_hat / (v_hat.sqrt() + eps))
 
@@ -41,8 +49,195 @@ def adamw_reference_(
             p.copy_(target)
 
 
-def _check(params, grads, exp_avgs, exp_avg_sqs, masters) -> None:
-    lists = {"grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs, "masters": masters}
+# Triton ---------------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _one_minus_power(log_beta, t):
+    """1 - βᵗ = -expm1(t ln β): the difference loses all digits of a β near 1, so the series where it is small."""
+    x = t * log_beta
+    series = 1 + x / 2 * (1 + x / 3 * (1 + x / 4 * (1 + x / 5 * (1 + x / 6 * (1 + x / 7)))))
+    return tl.where(x > -0.3, -x * series, 1 - tl.exp(x))
+
+
+@triton.jit
+def _round_stochastically(b, seed, step, i_place, i_start, BLOCK: tl.constexpr):
+    """fp32 b [BLOCK], the elements from i_start (int64) on, as bf16: 16 random bits are added below its last bit."""
+    i_four = i_start // 4 + tl.arange(0, BLOCK // 4)  # a counter gives four numbers of 32 bits
+    zero = tl.zeros([BLOCK // 4], tl.uint32)
+    place, step = zero + i_place.to(tl.uint32), zero + step.to(tl.uint32)
+    r0, r1, r2, r3 = tl.philox(seed, i_four.to(tl.uint32), (i_four >> 32).to(tl.uint32), place, step)
+    b_random = tl.join(tl.join(r0, r2), tl.join(r1, r3)).reshape(BLOCK)  # r0 r1 r2 r3, r0 …
+    b_bits = (b.to(tl.uint32, bitcast=True) + (b_random & 0xFFFF)) & 0xFFFF0000
+    # The hardware's NaN is all ones and would be carried over into a zero.
+    return tl.where(b == b, b_bits.to(tl.float32, bitcast=True), b).to(tl.bfloat16)
+
+
+@triton.jit
+def _update(pointers, rates, i_start, m, seed, step, i_place, MASTER: tl.constexpr, BLOCK: tl.constexpr):
+    """The formulas above for the elements from i_start on. The mask m and the seed may be None."""
+    p_param, p_grad, p_avg, p_square, p_target = pointers
+    scale, decay, step_size, root, beta1, beta2, rest1, rest2, eps = rates
+    i = i_start + tl.arange(0, BLOCK)
+    b_g = tl.load(p_grad + i, mask=m).to(tl.float32) * scale  # [BLOCK], as all below
+    b_p = tl.load(p_target + i, mask=m).to(tl.float32)
+    b_avg = beta1 * tl.load(p_avg + i, mask=m).to(tl.float32) + rest1 * b_g
+    b_square = beta2 * tl.load(p_square + i, mask=m).to(tl.float32) + rest2 * b_g * b_g
+    b_p = b_p - decay * b_p - step_size * b_avg / (tl.sqrt(b_square) * root + eps)
+    tl.store(p_avg + i, b_avg.to(p_avg.dtype.element_ty), mask=m)
+    tl.store(p_square + i, b_square.to(p_square.dtype.element_ty), mask=m)
+    if MASTER is not None:
+        tl.store(p_target + i, b_p.to(p_target.dtype.element_ty), mask=m)
+    if seed is not None:
+        b_p = _round_stochastically(b_p, seed, step, i_place, i_start, BLOCK)
+    tl.store(p_param + i, b_p.to(p_param.dtype.element_ty), mask=m)
+
+
+@triton.jit
+def _adamw(
+    p_table, p_lr, p_step, p_grad_scale, p_found_inf, p_seed, N,
+    lr, beta1, beta2, rest1, rest2, log_beta1, log_beta2, eps, weight_decay,
+    PARAM: tl.constexpr, GRAD: tl.constexpr, AVERAGE: tl.constexpr, MASTER: tl.constexpr,
+    ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """A block of one of N tensors in place; rest = 1 - β. Scalars that are not given are None. Grid: (programs,)."""
+    if p_found_inf is not None:  # noqa: SIM102  in one condition, None would be loaded too
+        if tl.load(p_found_inf) != 0:
+            return
+    i_tensor, i_block = find_block(p_table, N)
+    n, i_place = tl.load(p_table + N + i_tensor), tl.load(p_table + 2 * N + i_tensor)
+    p_param = load_pointer(p_table, i_tensor, N, 0, PARAM, ALIGNED)
+    p_grad = load_pointer(p_table, i_tensor, N, 1, GRAD, ALIGNED)
+    p_avg = load_pointer(p_table, i_tensor, N, 2, AVERAGE, ALIGNED)
+    p_square = load_pointer(p_table, i_tensor, N, 3, AVERAGE, ALIGNED)
+    p_target = load_pointer(p_table, i_tensor, N, 4, MASTER, ALIGNED) if MASTER is not None else p_param
+
+    step = tl.load(p_step)
+    t = step.to(tl.float32)
+    lr = tl.load(p_lr).to(tl.float32) if p_lr is not None else lr
+    scale = tl.load(p_grad_scale).to(tl.float32) if p_grad_scale is not None else 1.0
+    seed = tl.load(p_seed) if p_seed is not None else None
+    step_size = lr / _one_minus_power(log_beta1, t)
+    root = 1 / tl.sqrt(_one_minus_power(log_beta2, t))
+    pointers = (p_param, p_grad, p_avg, p_square, p_target)
+    rates = (scale, lr * weight_decay, step_size, root, beta1, beta2, rest1, rest2, eps)
+    i_start = i_block * BLOCK
+    if i_start + BLOCK <= n:  # without a mask, whose end may lie anywhere, loads are 16 bytes wide
+        _update(pointers, rates, i_start, None, seed, step, i_place, MASTER, BLOCK)
+    else:
+        m = i_start + tl.arange(0, BLOCK) < n
+        _update(pointers, rates, i_start, m, seed, step, i_place, MASTER, BLOCK)
+
+
+def _config(target: Target) -> dict:
+    """4 elements a thread: with 8, 120 registers leave room for 16 warps per SM instead of 48."""
+    return {"BLOCK": 2048, "num_warps": 512 // target.warp_size}
+
+
+@torch.library.custom_op("tritium::adamw_", mutates_args=("params", "exp_avgs", "exp_avg_sqs", "masters"))
+def _launch(
+    params: list[Tensor], grads: list[Tensor], exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor],
+    masters: list[Tensor], lr_tensor: Tensor | None, step: Tensor, grad_scale: Tensor | None,
+    found_inf: Tensor | None, seed: Tensor | None, lr: float, beta1: float, beta2: float, eps: float,
+    weight_decay: float,
+) -> None:  # fmt: skip
+    """`masters` and `seed` may be empty and None; `lr_tensor` wins over `lr`."""
+    config = _config(target_of(step.device))
+    lists = {"params": params, "grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}
+    lists |= {"masters": masters} if masters else {}
+    views = [in_memory_order(tensors) for tensors in zip(*lists.values(), strict=True)]  # of each parameter's tensors
+    dense = [[x.contiguous() for x in tensors] for tensors in views]
+    logs = [math.log(beta) if beta else -math.inf for beta in (beta1, beta2)]
+    for group in groups(dict(zip(lists, zip(*dense, strict=True), strict=True)), config["BLOCK"]):
+        dtypes = group.dtypes
+        is_random = seed is not None and dtypes["params"] == tl.bfloat16
+        _adamw[(group.programs,)](
+            group.table, lr_tensor, step, grad_scale, found_inf, seed if is_random else None, group.table.shape[1],
+            lr, beta1, beta2, 1 - beta1, 1 - beta2, *logs, eps, weight_decay,
+            dtypes["params"], dtypes["grads"], dtypes["exp_avgs"], dtypes.get("masters"), group.aligned, **config,
+        )  # fmt: skip
+    _copy_back(views, dense)
+
+
+def _copy_back(views, dense) -> None:
+    """What was updated in a copy; the second of each parameter's tensors is the gradient, which was only read."""
+    for tensors, copies in zip(views, dense, strict=True):
+        for i, (x, copy) in enumerate(zip(tensors, copies, strict=True)):
+            if copy is not x and i != 1:
+                x.copy_(copy)
+
+
+@_launch.register_fake
+def _nothing(*arguments):
+    return None
+
+
+# Torch ----------------------------------------------------------------------------------------------------------------
+
+CHUNK = 1 << 18  # elements: the scaled copy of a gradient stays in the cache
+
+
+def _philox(counter: Sequence[Tensor], seed: Tensor) -> Tensor:
+    """[n, 4] numbers of 32 bits, in int64, from four counters [n] or [] of 32 bits: `tl.philox` in torch."""
+    low = 0xFFFFFFFF  # a product of 64 bits wraps, and then its upper half has the sign to mask off
+    c0, c1, c2, c3 = counter
+    for i in range(10):
+        key0, key1 = (seed + i * 0x9E3779B9) & low, ((seed >> 32) + i * 0xBB67AE85) & low
+        a, b = c0 * 0xD2511F53, c2 * 0xCD9E8D57
+        c0, c1, c2, c3 = (b >> 32 & low) ^ c1 ^ key0, b & low, (a >> 32 & low) ^ c3 ^ key1, a & low
+    return torch.stack([c0, c1, c2, c3], -1)
+
+
+def _round_stochastically_torch(x: Tensor, seed: Tensor, step: Tensor, place: int, start: int) -> Tensor:
+    """`_round_stochastically` of x [n]."""
+    i_four = torch.arange(start // 4, (start + len(x) + 3) // 4, device=x.device)
+    counter = (i_four & 0xFFFFFFFF, i_four >> 32, torch.full_like(i_four, place), step.long().expand_as(i_four))
+    random = _philox(counter, seed.reshape(())).flatten()[: len(x)] & 0xFFFF
+    bits = (x.view(torch.int32) + random.int()) & ~0xFFFF
+    return torch.where(x.isnan(), x, bits.view(torch.float32)).bfloat16()
+
+
+@torch.compiler.disable  # already one fused kernel; tracing its in-place update of views fails in torch 2.13
+def _torch_adamw_(lists, step, grad_scale, found_inf, seed, options) -> None:
+    step = step.to(torch.float32).reshape(())
+    found_inf = None if found_inf is None else (found_inf != 0).to(torch.float32).reshape(())
+    grad_scale = None if grad_scale is None else grad_scale.reshape(())
+    for place, tensors in enumerate(zip(*lists, strict=True)):
+        views = in_memory_order(tensors)
+        dense = [x.contiguous() for x in views]
+        flat = [x.view(-1) for x in dense]
+        N = flat[0].numel()
+        size = max(N, 1) if flat[0].is_cuda else CHUNK
+        for start in range(0, N, size):
+            chunk = [x[start : start + size] for x in flat]
+            is_random = seed is not None and flat[0].dtype == torch.bfloat16
+            noise = (seed, step, place, start) if is_random else None
+            _update_torch(*chunk, step=step, grad_scale=grad_scale, found_inf=found_inf, noise=noise, options=options)
+        _copy_back([views], [dense])
+
+
+def _update_torch(p, g, m, v, master=None, *, step, grad_scale, found_inf, noise, options) -> None:
+    """One fused update. The kernel's own grad_scale would divide, and write the gradient back: scale a copy."""
+    target = p if master is None else master
+    compute = target.dtype if noise is None else torch.float32
+    g = g.to(compute) if grad_scale is None else g.to(compute) * grad_scale
+    wide = [x.to(compute) for x in (target, m, v)]
+    inputs = [[x] for x in (wide[0], g, *wide[1:])]
+    torch._fused_adamw_(*inputs, [], [step], found_inf=found_inf, amsgrad=False, maximize=False, **options)
+    if noise is not None:
+        wide[0] = _round_stochastically_torch(wide[0], *noise)
+    for x, updated in zip((target, m, v), wide, strict=True):
+        if updated is not x:
+            x.copy_(updated)
+    if master is not None:
+        p.copy_(master if found_inf is None else torch.where(found_inf != 0, p.to(master.dtype), master))
+
+
+# Public ---------------------------------------------------------------------------------------------------------------
+
+
+def _check(params, grads, exp_avgs, exp_avg_sqs, masters, scalars) -> None:
+    lists = {"params": params, "grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs, "masters": masters}
     for name, tensors in lists.items():
         if tensors is None:
             continue
@@ -51,24 +246,25 @@ def _check(params, grads, exp_avgs, exp_avg_sqs, masters) -> None:
         for i, (p, x) in enumerate(zip(params, tensors, strict=True)):
             if p.shape != x.shape:
                 raise ValueError(f"params[{i}] is {tuple(p.shape)} but {name}[{i}] is {tuple(x.shape)}")
+            if not x.is_floating_point():
+                raise ValueError(f"{name}[{i}] is {x.dtype}, wanted a floating-point dtype")
+    is_random = scalars["seed"] is not None
+    if is_random and masters is not None:
+        raise ValueError("a seed is for params without masters: cast copies of fp32 masters are rounded to nearest")
     for i, (target, m, v) in enumerate(zip(params if masters is None else masters, exp_avgs, exp_avg_sqs, strict=True)):
-        if not target.dtype == m.dtype == v.dtype:
+        wide = is_random and target.dtype == torch.bfloat16 and m.dtype == v.dtype == torch.float32
+        if not wide and not target.dtype == m.dtype == v.dtype:
             raise ValueError(
                 f"tensor {i}: what is updated ({target.dtype}) and its averages ({m.dtype}, {v.dtype}) must have one "
-                "dtype; give fp32 masters for low-precision params"
+                "dtype; give fp32 masters for low-precision params, or a seed for bf16 ones"
             )
+    for name, scalar in scalars.items():
+        if scalar is not None and scalar.numel() != 1:
+            raise ValueError(f"{name} is {tuple(scalar.shape)}, wanted a scalar tensor ()")
+    if is_random and scalars["seed"].dtype != torch.int64:
+        raise ValueError(f"seed is {scalars['seed'].dtype}, wanted torch.int64")
 
 
-def _chunks(tensors: Sequence[Tensor | None]) -> list[Sequence[Tensor | None]]:
-    """The tensors of one parameter, cut alike into pieces for the cache; whole on a GPU or if not contiguous."""
-    if tensors[0].is_cuda or not all(x is None or x.is_contiguous() for x in tensors):
-        return [tensors]
-    flat = [None if x is None else x.view(-1) for x in tensors]
-    starts = range(0, tensors[0].numel(), CHUNK)
-    return [[None if x is None else x[start : start + CHUNK] for x in flat] for start in starts]
-
-
-@torch.compiler.disable  # already one fused kernel; tracing its in-place update of views fails in torch 2.13
 @torch.no_grad()
 def adamw_(
     params: Sequence[Tensor],
@@ -85,45 +281,64 @@ def adamw_(
     step: Tensor,
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
+    seed: Tensor | None = None,
 ) -> None:
     """One AdamW step in place; grads are read, never written.
 
     masters: fp32 tensors that are updated instead of params, which become cast copies of them. step: a scalar tensor,
     1 at the first step. grad_scale: a scalar tensor that multiplies the gradients. found_inf: a scalar tensor; where
-    it is not 0, nothing changes. Raises ValueError on lists that don't fit each other.
+    it is not 0, nothing changes. seed: a scalar int64 tensor; with it bf16 params without masters are rounded
+    stochastically, and may have fp32 averages; the same seed, step and list give the same bits.
+    Raises ValueError on lists that don't fit each other.
     """
-    _check(params, grads, exp_avgs, exp_avg_sqs, masters)
-    options = dict(lr=lr, beta1=beta1, beta2=beta2, eps=eps, weight_decay=weight_decay, amsgrad=False, maximize=False)
-    step = step.to(torch.float32).reshape(())
-    found_inf = None if found_inf is None else (found_inf != 0).to(torch.float32).reshape(())
-    for whole in zip(params, grads, exp_avgs, exp_avg_sqs, masters or [None] * len(params), strict=True):
-        for p, g, m, v, master in _chunks(whole):
-            if p.numel():
-                _update(p, g, m, v, master, step, grad_scale, found_inf, options)
+    lr_tensor = lr if isinstance(lr, Tensor) else None
+    scalars = {"step": step, "grad_scale": grad_scale, "found_inf": found_inf, "seed": seed, "lr": lr_tensor}
+    _check(params, grads, exp_avgs, exp_avg_sqs, masters, scalars)
+    if not len(params):
+        return
+    lists = [list(tensors) for tensors in (params, grads, exp_avgs, exp_avg_sqs, masters or [])]
+    tensors = [x for kind in lists for x in kind]
+    if use_triton(widest(tensors), *tensors, *scalars.values()):
+        value = 0.0 if lr_tensor is not None else lr
+        _launch(*lists, lr_tensor, step, grad_scale, found_inf, seed, value, beta1, beta2, eps, weight_decay)
+    else:
+        options = dict(lr=lr, beta1=beta1, beta2=beta2, eps=eps, weight_decay=weight_decay)
+        _torch_adamw_([kind for kind in lists if kind], step, grad_scale, found_inf, seed, options)
 
 
-def _update(p, g, m, v, master, step, grad_scale, found_inf, options) -> None:
-    """One fused update. The kernel's own grad_scale would divide, and write the gradient back: scale a copy."""
-    target = p if master is None else master
-    g = g if grad_scale is None else g.to(target.dtype) * grad_scale
-    # the kernel walks memory, not indices: it needs all four in one dense layout
-    inputs = [x.contiguous() for x in (target, g.to(target.dtype), m, v)]
-    torch._fused_adamw_(*([x] for x in inputs), [], [step], found_inf=found_inf, **options)
-    for x, updated in zip((target, m, v), (inputs[0], *inputs[2:]), strict=True):
-        if updated is not x:
-            x.copy_(updated)
-    if master is not None:
-        p.copy_(master if found_inf is None else torch.where(found_inf != 0, p.to(master.dtype), master))
-
-
-def _example(shape, dtype, device):
+def _example(shape: Shape, dtype: torch.dtype, device: str) -> tuple[tuple, dict]:
     N = shape["N"]
     params, grads = ([torch.randn(n, dtype=dtype, device=device) for n in (N, 15)] for _ in "pg")
-    m, v = ([torch.rand_like(p, dtype=torch.promote_types(dtype, torch.float32)) for p in params] for _ in "mv")
-    masters = [p.to(torch.promote_types(dtype, torch.float32)) for p in params]
+    target = torch.promote_types(dtype, torch.float32) if shape.get("masters", 1) else dtype
+    m, v = ([torch.rand_like(p, dtype=target) for p in params] for _ in "mv")
+    masters = [p.to(target, copy=True) for p in params] if shape.get("masters", 1) else None
     options = dict(lr=1e-2, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1)
     scalars = dict(step=torch.tensor(3.0, device=device), grad_scale=torch.tensor(0.5, device=device))
     return (params, grads, m, v), dict(masters=masters, **options, **scalars)
+
+
+def _bytes(shape: Shape, itemsize: int) -> int:
+    return shape["N"] * (2 * 12 + 2 * itemsize if shape.get("masters", 1) else 7 * itemsize)
+
+
+def _launches(target: Target) -> tuple[Launch, ...]:
+    floats = ("lr", "beta1", "beta2", "rest1", "rest2", "log_beta1", "log_beta2", "eps", "weight_decay")
+    scalars = {"p_lr": "*fp32", "p_step": "*fp32", "p_grad_scale": "*fp32", "p_found_inf": "*fp32", "p_seed": "*i64"}
+
+    def launch(name, absent, param, grad, average, master):
+        signature = {"p_table": "*i64", "N": "i32"} | scalars | dict.fromkeys(floats, "fp32")
+        constexprs = {"PARAM": param, "GRAD": grad, "AVERAGE": average, "MASTER": master, "ALIGNED": True}
+        constexprs |= _config(target) | dict.fromkeys(absent)
+        signature = {key: kind for key, kind in signature.items() if key not in absent}
+        pointers = tuple(key for key in signature if key.startswith("p_"))
+        return Launch(_adamw, name, signature, constexprs, pointers, num_warps=constexprs.pop("num_warps"))
+
+    bf16, fp32 = tl.bfloat16, tl.float32
+    return (
+        launch("bf16, fp32 masters", ("p_lr", "p_seed"), bf16, fp32, fp32, fp32),
+        launch("fp32, lr a tensor", ("p_seed",), fp32, fp32, fp32, None),
+        launch("bf16, stochastic", ("p_lr", "p_grad_scale", "p_found_inf"), bf16, bf16, fp32, None),
+    )
 
 
 register(
@@ -132,9 +347,12 @@ register(
         function=adamw_,
         reference=adamw_reference_,
         example=_example,
-        shapes=({"N": 1}, {"N": 0}, {"N": 1000}, {"N": 1 << 22}),
+        shapes=({"N": 1}, {"N": 0}, {"N": 1000}, {"N": 5000, "masters": 0}, {"N": 1 << 27}),
         flops=lambda s: 14 * s["N"],
-        bytes=lambda s, size: s["N"] * (2 * 12 + 2 * size),
+        bytes=_bytes,
+        launches=_launches,
+        lean_shape={"N": 1 << 15},
+        traffic=lambda shape, itemsize: (_bytes(shape, itemsize), 0),
         differentiable=False,
     )
 )

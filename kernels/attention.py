@@ -1,80 +1,39 @@
-"""Attention over a packed stream of documents, forward and backward, without a T × T matrix or mask.
+"""Attention over a packed stream of documents (FlashAttention-2, arXiv 2307.08691): no T × T matrix or mask.
 
     o_i = Σ_j p_ij v_j,   p_ij = exp(s_ij - lse_i),   s_ij = softcap(scale · q_i·k_j) for the keys that i may see
 
     q [T, H, D], k and v [Tk, G, D]; query head h reads key head h // (H / G); documents are the spans of cu_seqlens.
-    Must spend 4·D·H FLOPs per visible pair forward and 10·D·H backward (with p made again), and move q, k, v, o.
 
-The torch path batches documents of similar length. A causal document padded on the right needs no mask for its
-padding (no real query sees a later key), so lengths are rounded up a little, and each bucket of B documents becomes
-[B·G, n·H/G, D]: the heads of a group are rows of one matmul, so keys are never repeated. Blocks of rows skip the keys
-that none of them sees. On a CPU in bf16 this takes about half the time of scaled_dot_product_attention.
+Backward, with p made again from lse, and t = tanh(scale · q·k / softcap) where there is a softcap:
 
-    packed stream ──index──► padded stream: bucket 0 | bucket 1 | …       (order and gaps: one index per token)
-                             for rows of a bucket:  s = q kᵀ → p = softmax(s) → o = p v
+    delta_i = do_i·o_i - dlse_i     ds_ij = p_ij (do_i·v_j - delta_i) (1 - t_ij²)
+    dq_i = scale Σ_j ds_ij k_j      dk_j = scale Σ_i ds_ij q_i      dv_j = Σ_i p_ij do_i
 
-Precision: a matmul returns bf16, which is too coarse for scores (an error of 2⁻⁹·|s| in the exponent), so a second
-matmul computes what the rounding lost, s_low = q kᵀ - s_high, exact to fp32 since accumulators are fp32. Two bf16
-matmuls are still faster than one in fp32.
+Documents, causality, windows and keys of other lengths are all one thing here: the keys that a query sees are an
+interval [start, end), and so are the queries that see a key. `_attention_intervals` finds them on the device.
+
+    forward, dq   a program has BLOCK_M queries of a head and walks over their keys ─┐  from the first start to the last
+    dk, dv        a program has BLOCK_N keys of a group and walks over their queries ┘  end; blocks that every row sees
+                  of each of the group's heads, so that dk and dv are summed in registers   whole need no mask
+
+Blocks lie along the stream, whatever documents they hold. There are no atomics. (As p = 0 does not hide a NaN from a
+matmul, a document with one may reach the documents that share a block with it.)
+
+Must spend 4·D·H FLOPs per visible pair forward and 10·D·H backward; the kernels spend 14·D·H backward, as the two that
+save the atomics both make p and dp. Must move q, k, v, o, lse, and backward their gradients too. The kernels move
+these once, but what a program walks over once per program that sees it: k and v for each head and block of queries,
+and in the dk/dv kernel q, do, lse, delta for each block of keys (`_traffic`). These reads hit the L2.
 """
 
-from dataclasses import dataclass
-from functools import lru_cache
+import os
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from tritium.kernels.registry import OpSpec, register
-
-SCORE_BYTES = 2 << 20  # fp32 scores held at a time: they should stay in the cache
-KEPT_BYTES = 32 << 20  # probabilities that a call may keep for its backward; over this they are made again
-ROWS = 64  # queries of a block: enough for the matmuls (times the heads of a group), few enough to skip hidden keys
-
-
-@dataclass(frozen=True)
-class _Options:
-    """What decides which keys a query sees, and how scores are made; hashable, for the caches below."""
-
-    causal: bool
-    window: int | None
-    softcap: float | None
-    scale: float
-
-    def keys_of(self, rows: slice, n: int, m: int) -> slice:
-        """The keys that some query of `rows` sees, with n queries aligned to the end of m keys."""
-        offset = m - n
-        stop, start = m, 0
-        if self.causal:
-            stop = min(m, rows.stop + offset)
-        elif self.window:
-            stop = min(m, rows.stop + offset + self.window - 1)
-        if self.window:
-            start = max(0, rows.start + offset - self.window + 1)
-        return slice(start, stop)
-
-    def first_query(self, n: int, m: int) -> int:
-        """The first query that sees a key; all after it do, if there are keys at all."""
-        if m == 0:
-            return n
-        if self.causal:
-            return max(0, n - m)
-        return max(0, n - m - self.window + 1) if self.window else 0
-
-
-# ---- reference -------------------------------------------------------------------------------------------------------
-
-
-def _visible(rows: slice, keys: slice, offset: int, options: _Options, device: torch.device) -> Tensor:
-    """[rows, keys] bool: whether query i sees key j."""
-    i = torch.arange(rows.start, rows.stop, device=device)[:, None] + offset
-    j = torch.arange(keys.start, keys.stop, device=device)[None]
-    seen = torch.ones(rows.stop - rows.start, keys.stop - keys.start, dtype=torch.bool, device=device)
-    if options.causal:
-        seen &= j <= i
-    if options.window:
-        seen &= (j > i - options.window) & ((j < i + options.window) | options.causal)
-    return seen
+from tritium.kernels import attention_torch
+from tritium.kernels.attention_torch import Options, visible
+from tritium.kernels.backend import TARGETS, Target, device_assert, target_of, tl, triton, use_triton
+from tritium.kernels.registry import Launch, OpSpec, Shape, register
 
 
 def attention_reference(
@@ -90,7 +49,8 @@ def attention_reference(
     scale: float | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    options = _Options(causal, window, softcap, q.shape[-1] ** -0.5 if scale is None else scale)
+    """`attention` in plain torch."""
+    options = Options(causal, window, softcap, q.shape[-1] ** -0.5 if scale is None else scale)
     ends = [0, q.shape[0]] if cu_seqlens is None else cu_seqlens.tolist()
     ends_k = ends if cu_seqlens is not None and cu_seqlens_k is None else None
     ends_k = ends_k or ([0, k.shape[0]] if cu_seqlens_k is None else cu_seqlens_k.tolist())
@@ -102,7 +62,7 @@ def attention_reference(
         s = torch.einsum("ihd,jhd->hij", q[start:end].to(dtype), keys) * options.scale  # [H, n, m]
         if softcap is not None:
             s = softcap * torch.tanh(s / softcap)
-        seen = _visible(slice(0, n), slice(0, m), m - n, options, q.device)
+        seen = visible(slice(0, n), slice(0, m), m - n, options, q.device)
         s = s.masked_fill(~seen, -torch.inf)
         lse = s.logsumexp(-1)  # [H, n]
         p = (s - lse.nan_to_num(neginf=0.0)[..., None]).exp()
@@ -112,343 +72,438 @@ def attention_reference(
     return (o, lse) if return_lse else o
 
 
-# ---- which documents go together -------------------------------------------------------------------------------------
+# Triton: who sees whom ------------------------------------------------------------------------------------------------
+
+NO_LIMIT = 2**31 - 1
 
 
-@dataclass(frozen=True)
-class _Bucket:
-    """`count` documents with n queries and m keys each, at these places of the padded streams."""
+@triton.jit
+def _store_intervals(p_cu, p_cu_other, p_out, N, N_other, S, STEPS, left, right, BLOCK: tl.constexpr):
+    """out [2, N]: for each token the start and end of what it sees of the other stream.
 
-    count: int
-    n: int
-    m: int
-    start: int
-    start_k: int
-
-    @property
-    def queries(self) -> slice:
-        return slice(self.start, self.start + self.count * self.n)
-
-    @property
-    def keys(self) -> slice:
-        return slice(self.start_k, self.start_k + self.count * self.m)
-
-
-@dataclass(frozen=True)
-class _Layout:
-    """The padded stream of the queries (or keys): `source` [P] says which token each slot holds (padding repeats
-    some token), `slot` [T] where each token went. Both None: the stream is used as it is."""
-
-    source: Tensor | None
-    slot: Tensor | None
-    size: int
-
-    def pad(self, x: Tensor) -> Tensor:
-        return x if self.source is None else x.index_select(0, self.source)
-
-    def pad_gradient(self, x: Tensor) -> Tensor:
-        """Like `pad`, but with zeros in the padding: it must not add to anything."""
-        if self.slot is None:
-            return x
-        return x.new_zeros(self.size, *x.shape[1:]).index_copy_(0, self.slot, x)
-
-    def unpad(self, x: Tensor) -> Tensor:
-        return x if self.slot is None else x.index_select(0, self.slot)
-
-
-def _rounded(n: int) -> int:
-    """A length up to 25 % larger (multiples of 16 at least), so that documents share few shapes."""
-    step = max(16, 1 << max(0, n.bit_length() - 3))
-    return -(-n // step) * step
-
-
-def _layout(spans: list[tuple[int, int, int]], tokens: int, device: str) -> _Layout:
-    """The layout that holds spans of (first token, length, padded length) one after the other."""
-    size = sum(padded for _, _, padded in spans)
-    if size == tokens and all(
-        start == at for (start, _, _), at in zip(spans, _starts([p for _, _, p in spans]), strict=True)
-    ):
-        return _Layout(None, None, size)
-    first, length, padded = torch.tensor(spans, dtype=torch.int64).reshape(-1, 3).unbind(1)
-    within = torch.arange(size) - torch.repeat_interleave(padded.cumsum(0) - padded, padded)  # [P] place in its span
-    real = within < torch.repeat_interleave(length, padded)
-    last = torch.repeat_interleave(length, padded) - 1
-    source = torch.repeat_interleave(first, padded) + torch.minimum(within, last)  # padding repeats the last token
-    slot = torch.empty(tokens, dtype=torch.int64)
-    slot[source[real]] = torch.arange(size)[real]
-    return _Layout(source.to(device), slot.to(device), size)
-
-
-def _starts(sizes: list[int]) -> list[int]:
-    starts = [0]
-    for size in sizes:
-        starts.append(starts[-1] + size)
-    return starts[:-1]
-
-
-@lru_cache(maxsize=16)
-def _plan(
-    ends: tuple[int, ...], ends_k: tuple[int, ...], pad: bool, device: str
-) -> tuple[tuple[_Bucket, ...], _Layout, _Layout]:
-    """Buckets of documents and the two layouts; cached, since every layer of a model asks for the same one.
-
-    `pad`: lengths may be rounded up, right for causal self-attention only; else only equal lengths share a bucket.
+    The last tokens of a document are aligned; from there a token sees `left` tokens back and `right` ahead. One that
+    sees nothing has (2^31 - 1, 0), which changes neither the first start nor the last end of a block. Whatever cu
+    holds, intervals lie in the other stream.
     """
-    documents: dict[tuple[int, int], list[int]] = {}
-    for i in range(len(ends) - 1):
-        n, m = ends[i + 1] - ends[i], ends_k[i + 1] - ends_k[i]
-        if n or m:
-            documents.setdefault((_rounded(n), _rounded(m)) if pad else (n, m), []).append(i)
-    buckets, spans, spans_k = [], [], []
-    start = start_k = 0
-    for (n, m), members in documents.items():
-        buckets.append(_Bucket(len(members), n, m, start, start_k))
-        spans += [(ends[i], ends[i + 1] - ends[i], n) for i in members]
-        spans_k += [(ends_k[i], ends_k[i + 1] - ends_k[i], m) for i in members]
-        start, start_k = start + len(members) * n, start_k + len(members) * m
-    return tuple(buckets), _layout(spans, ends[-1], device), _layout(spans_k, ends_k[-1], device)
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
+    m = i < N
+    b_doc, b_next = tl.zeros([BLOCK], tl.int64), tl.zeros([BLOCK], tl.int64) + S
+    for _ in range(STEPS):  # the last document that does not start after i
+        b_middle = (b_doc + b_next) // 2
+        m_right = tl.load(p_cu + b_middle, mask=m, other=0) <= i
+        b_doc, b_next = tl.where(m_right, b_middle, b_doc), tl.where(m_right, b_next, b_middle)
+    b_first = tl.load(p_cu + b_doc, mask=m, other=0).to(tl.int64)
+    b_last = tl.load(p_cu + b_doc + 1, mask=m, other=0).to(tl.int64)
+    b_start = tl.load(p_cu_other + b_doc, mask=m, other=0).to(tl.int64)
+    b_end = tl.load(p_cu_other + b_doc + 1, mask=m, other=0).to(tl.int64)
+    b_same = i + b_end - b_last  # the token of the other stream at i's place
+    b_start = tl.maximum(tl.maximum(b_start, b_same - left), 0)
+    b_end = tl.minimum(tl.minimum(b_end, b_same + right + 1), N_other)
+    m_sees = (b_first <= i) & (i < b_last) & (b_start < b_end)
+    tl.store(p_out + i, tl.where(m_sees, b_start, 2147483647).to(tl.int32), mask=m)
+    tl.store(p_out + N + i, tl.where(m_sees, b_end, 0).to(tl.int32), mask=m)
 
 
-# ---- one block of scores ---------------------------------------------------------------------------------------------
+@triton.jit
+def _attention_intervals(
+    p_cu, p_cu_k, p_keys, p_queries, T, Tk, S, STEPS, left, right, BLOCK: tl.constexpr
+):  # fmt: skip
+    """keys [2, T]: what each query sees. With 2 on grid axis 1 also queries [2, Tk]: which see each key.
 
-
-@lru_cache(maxsize=16)
-def _bias(rows: int, keys: int, offset: int, group: int, options: _Options, dtype: torch.dtype, device: str) -> Tensor:
-    """[rows · group, keys]: 0 where a query sees a key, else -inf. `offset`: the first query's place among the keys."""
-    seen = _visible(slice(0, rows), slice(0, keys), offset, options, torch.device(device))
-    return torch.zeros_like(seen, dtype=dtype).masked_fill_(~seen, -torch.inf).repeat_interleave(group, 0)
-
-
-def _scaled_bmm(a: Tensor, b: Tensor, scale: float) -> Tensor:
-    """scale · a b, scaled before the result is rounded."""
-    return torch.baddbmm(a.new_empty(()), a, b, beta=0, alpha=scale)
-
-
-def _scores(q: Tensor, k: Tensor, options: _Options) -> Tensor:
-    """softcap(scale · q kᵀ) in fp32 at least, [B, rows, keys]. With low-precision inputs by two matmuls; see above."""
-    kt = k.transpose(1, 2)
-    s = _scaled_bmm(q, kt, options.scale)
-    if q.dtype in (torch.bfloat16, torch.float16):
-        low = torch.baddbmm(s, q, kt, beta=-1, alpha=options.scale)
-        s = s.float().add_(low)
-    return s if options.softcap is None else s.div_(options.softcap).tanh_().mul_(options.softcap)
-
-
-@dataclass(frozen=True)
-class _Block:
-    """A block of work: some (document, key head) pairs of a bucket, some of their queries, the keys these see."""
-
-    batch: slice
-    rows: slice  # of queries
-    keys: slice
-    offset: int  # of the first query among the keys: it sees up to this one if causal
-    group: int  # query heads per key head
-
-    @property
-    def at_queries(self) -> tuple[slice, slice]:
-        return self.batch, slice(self.rows.start * self.group, self.rows.stop * self.group)
-
-    @property
-    def at_keys(self) -> tuple[slice, slice]:
-        return self.batch, self.keys
-
-
-def _mask_(s: Tensor, block: _Block, options: _Options) -> Tensor:
-    """Put -inf at what a block's queries may not see, in place; only in the columns that need it."""
-    if not options.causal and not options.window:
-        return s
-    rows, width = block.rows.stop - block.rows.start, block.keys.stop - block.keys.start
-    if options.causal and not options.window:
-        width = min(width, rows)  # every row sees all keys before the diagonal block
-    offset = block.offset - (block.keys.stop - width)
-    s[..., s.shape[-1] - width :] += _bias(rows, width, offset, block.group, options, s.dtype, str(s.device))
-    return s
-
-
-def _blocks(bucket: _Bucket, key_heads: int, group: int, options: _Options):
-    """Blocks that cover a bucket's visible pairs, each of at most SCORE_BYTES of fp32 scores where possible."""
-    n, m = bucket.n, bucket.m
-    for start in range(options.first_query(n, m), n, ROWS):
-        rows = slice(start, min(n, start + ROWS))
-        keys = options.keys_of(rows, n, m)
-        size = 4 * (rows.stop - rows.start) * group * (keys.stop - keys.start)
-        step = max(1, SCORE_BYTES // size)
-        for first in range(0, bucket.count * key_heads, step):
-            batch = slice(first, min(bucket.count * key_heads, first + step))
-            yield _Block(batch, rows, keys, start + m - n, group)
-
-
-def _to_bucket(x: Tensor, count: int, length: int, key_heads: int, group: int) -> Tensor:
-    """[count · length, G · group, D] to [count · G, length · group, D]: a group's queries are rows of one matrix."""
-    x = x.view(count, length, key_heads, group, x.shape[-1]).transpose(1, 2)  # [count, G, length, group, D]
-    return x.reshape(count * key_heads, length * group, x.shape[-1])
-
-
-def _from_bucket(x: Tensor, count: int, length: int, key_heads: int, group: int) -> Tensor:
-    """The reverse of `_to_bucket`."""
-    x = x.view(count, key_heads, length, group, x.shape[-1]).transpose(1, 2)  # [count, length, G, group, D]
-    return x.reshape(count * length, key_heads * group, x.shape[-1])
-
-
-# ---- forward and backward --------------------------------------------------------------------------------------------
-
-
-def _block_forward(q: Tensor, k: Tensor, v: Tensor, block: _Block, options: _Options) -> tuple[Tensor, Tensor, Tensor]:
-    """o [B, rows, D], lse [B, rows, 1] and the probabilities [B, rows, keys] of a block."""
-    s = _mask_(_scores(q, k, options), block, options)
-    p = s.softmax(-1)
-    lse = s.amax(-1, True) - p.amax(-1, True).log()  # 3 × faster than torch.logsumexp
-    p = p.to(q.dtype)
-    return p @ v, lse, p
-
-
-def _extended(do: Tensor, delta: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """do and v with further columns, so that their product is do·v - delta, exact to fp32 before it is rounded.
-
-    (Where a query sees one key in effect, the two cancel: delta must not be rounded to bf16 by itself.)
+    Grid: (cdiv(max(T, Tk), BLOCK), 1 or 2); STEPS of a binary search in S documents.
     """
-    high = delta.to(do.dtype)
-    low = (delta - high).to(do.dtype)
-    ones, pad = torch.ones_like(v[..., :2]), do.new_zeros(())  # 8 columns: matmuls like multiples of 8
-    do = torch.cat([do, -high, -low, pad.expand(*do.shape[:-1], 6)], -1)
-    return do, torch.cat([v, ones, pad.expand(*v.shape[:-1], 6)], -1)
+    if tl.program_id(1) == 0:
+        _store_intervals(p_cu, p_cu_k, p_keys, T, Tk, S, STEPS, left, right, BLOCK)
+    else:
+        _store_intervals(p_cu_k, p_cu, p_queries, Tk, T, S, STEPS, right, left, BLOCK)
 
 
-def _block_backward(q, k, v, do, lse, p: Tensor | None, block: _Block, options: _Options):
-    """dq, dk and dv of a block, from v and do of `_extended`; p is made again if it was not kept."""
-    D = q.shape[-1]
-    if p is None or options.softcap is not None:
-        s = _scores(q, k, options)
-    if p is None:
-        p = _mask_(s if options.softcap is None else s.clone(), block, options).sub_(lse).exp_().to(q.dtype)
-    ds = (do @ v.transpose(1, 2)).mul_(p)
-    if options.softcap is not None:
-        ds *= 1 - s.div_(options.softcap).square_()
-    dq, dk = (_scaled_bmm(*x, options.scale) for x in ((ds, k), (ds.transpose(1, 2), q)))
-    return dq, dk, p.transpose(1, 2) @ do[..., :D]
+@triton.jit
+def _interval(p_interval, i_row, N):
+    """start and end for rows of a block; rows past the last one repeat it, so that they change no bound."""
+    i_row = tl.minimum(i_row, N - 1).to(tl.int64)
+    return tl.load(p_interval + i_row), tl.load(p_interval + N + i_row)
 
 
-def _forward(q, k, v, plan, options: _Options, keep: bool):
-    """o [T, H, D], lse [T, H] fp32, and the probabilities of every block (or None, if too large or not wanted)."""
-    buckets, queries, keys = plan
-    (_, H, D), G, group = q.shape, k.shape[1], q.shape[1] // k.shape[1]
-    dtype = torch.promote_types(q.dtype, torch.float32)
-    q, k, v = queries.pad(q), keys.pad(k), keys.pad(v)
-    o = torch.empty(queries.size, H, D, dtype=q.dtype, device=q.device)
-    lse = torch.empty(queries.size, H, dtype=dtype, device=q.device)
-    size = sum(b.count * b.n * H * b.m for b in buckets) * q.element_size()
-    kept = [] if keep and size <= KEPT_BYTES else None
-    for b in buckets:
-        shape, shape_k = (b.count, b.n, G, group), (b.count, b.m, G, 1)
-        qb, kb, vb = _to_bucket(q[b.queries], *shape), *(_to_bucket(x[b.keys], *shape_k) for x in (k, v))
-        ob, lb = torch.zeros_like(qb), qb.new_full((*qb.shape[:2], 1), -torch.inf, dtype=dtype)
-        for block in _blocks(b, G, group, options):
-            at, at_k = block.at_queries, block.at_keys
-            ob[at], lb[at], p = _block_forward(qb[at], kb[at_k], vb[at_k], block, options)
-            if kept is not None:
-                kept.append(p)
-        o[b.queries], lse[b.queries] = _from_bucket(ob, *shape), _from_bucket(lb, *shape)[..., 0]
-    return queries.unpad(o), queries.unpad(lse), kept
+@triton.jit
+def _bounds(b_start, b_end):
+    """(lo, hi, full_lo, full_hi): the rows see something of [lo, hi), and each of them all of [full_lo, full_hi)."""
+    hi = tl.max(b_end, 0)
+    return tl.minimum(tl.min(b_start, 0), hi), hi, tl.max(b_start, 0), tl.min(b_end, 0)
 
 
-def _backward(do, q, k, v, o, lse, dlse, plan, options: _Options, kept: list[Tensor] | None):
-    """dq, dk, dv.  ds = p (dp - Σ_j p dp), and Σ_j p dp = do·o; a gradient of lse adds p · dlse."""
-    buckets, queries, keys = plan
-    (_, H, D), G, group, dtype = q.shape, k.shape[1], q.shape[1] // k.shape[1], lse.dtype
-    delta = (do.to(dtype) * o).sum(-1)  # [T, H]
-    delta = delta if dlse is None else delta - dlse
-    # padded queries have do = delta = 0, hence ds = 0: they add nothing to dk and dv
-    do, delta = queries.pad_gradient(do), queries.pad_gradient(delta)
-    q, k, v, lse = queries.pad(q), keys.pad(k), keys.pad(v), queries.pad(lse)
-    dq = torch.empty(queries.size, H, D, dtype=q.dtype, device=q.device)
-    dk, dv = (torch.empty(keys.size, G, D, dtype=q.dtype, device=q.device) for _ in range(2))
-    kept = None if kept is None else iter(kept)
-    for b in buckets:
-        shape, shape_k = (b.count, b.n, G, group), (b.count, b.m, G, 1)
-        qb, dob, lb, db = (_to_bucket(x[b.queries], *shape) for x in (q, do, lse[..., None], delta[..., None]))
-        kb, vb = (_to_bucket(x[b.keys], *shape_k) for x in (k, v))
-        dqb, dkb, dvb = torch.zeros_like(qb), *(torch.zeros_like(kb, dtype=dtype) for _ in range(2))
-        dob, vb = _extended(dob, db, vb)
-        for block in _blocks(b, G, group, options):
-            at, at_k = block.at_queries, block.at_keys
-            p = None if kept is None else next(kept)
-            dqq, dkk, dvv = _block_backward(qb[at], kb[at_k], vb[at_k], dob[at], lb[at], p, block, options)
-            dqb[at] = dqq
-            dkb[at_k] += dkk
-            dvb[at_k] += dvv
-        dq[b.queries] = _from_bucket(dqb, *shape)
-        dk[b.keys], dv[b.keys] = _from_bucket(dkb, *shape_k), _from_bucket(dvb, *shape_k)
-    return queries.unpad(dq), keys.unpad(dk), keys.unpad(dv)
+# Triton: forward ------------------------------------------------------------------------------------------------------
+#
+# Scores stay as they leave the matmul until exp2, whose argument s · factor - max is one FMA: factor is scale ·
+# log2(e), or softcap · log2(e) for a score that is a tanh.
 
 
-class _Attention(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, q, k, v, plan, options, keep):
-        o, lse, kept = _forward(q, k, v, plan, options, keep)
-        ctx.save_for_backward(q, k, v, o, lse, *(kept or ()))
-        ctx.plan, ctx.options, ctx.kept = plan, options, kept is not None
-        ctx.set_materialize_grads(False)
-        return o, lse
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, do, dlse):
-        q, k, v, o, lse, *kept = ctx.saved_tensors
-        do = torch.zeros_like(o) if do is None else do
-        kept = kept if ctx.kept else None
-        return *_backward(do, q, k, v, o, lse, dlse, ctx.plan, ctx.options, kept), None, None, None
+@triton.jit
+def _load_tile(p, i_row, stride, end, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Rows i_row of a head [·, D] as [ROWS, BLOCK_D], with zeros from row `end` on and beyond D."""
+    i_col = tl.arange(0, BLOCK_D)[None, :]
+    m = (i_row < end)[:, None]
+    if D < BLOCK_D:
+        m = m & (i_col < D)
+    return tl.load(p + i_row.to(tl.int64)[:, None] * stride + i_col, mask=m, other=0.0)
 
 
-# ---- public ----------------------------------------------------------------------------------------------------------
+@triton.jit
+def _store_tile(p, b, i_row, stride, end, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """The reverse."""
+    i_col = tl.arange(0, BLOCK_D)[None, :]
+    m = (i_row < end)[:, None]
+    if D < BLOCK_D:
+        m = m & (i_col < D)
+    tl.store(p + i_row.to(tl.int64)[:, None] * stride + i_col, b.to(p.dtype.element_ty), mask=m)
 
 
-def _check_shapes(q: Tensor, k: Tensor, v: Tensor) -> None:
+@triton.jit
+def _tanh(x):
+    """To fp32's precision: (1 - e) / (1 + e) cancels near 0, where the odd series (to x⁹) is exact."""
+    b_e = tl.exp2(-2.8853900817779268 * tl.abs(x))
+    b_far = (1.0 - b_e) / (1.0 + b_e)
+    x2 = x * x
+    b_near = x + x * x2 * (-1 / 3 + x2 * (2 / 15 + x2 * (-17 / 315 + x2 * (62 / 2835))))
+    return tl.where(x2 < 0.0625, b_near, tl.where(x < 0, -b_far, b_far))
+
+
+@triton.jit
+def _scores(b_a, b_b, inner, SOFTCAP: tl.constexpr):
+    """a bᵀ, or tanh(a bᵀ · inner): [ROWS of a, ROWS of b] fp32."""
+    b_s = tl.dot(b_a, tl.trans(b_b), input_precision="ieee")
+    if SOFTCAP:
+        b_s = _tanh(b_s * inner)
+    return b_s
+
+
+@triton.jit
+def _factors(scale, softcap, SOFTCAP: tl.constexpr):
+    """(factor, inner) of the scores."""
+    scale, softcap = tl.cast(scale, tl.float32), tl.cast(softcap, tl.float32)
+    return (softcap if SOFTCAP else scale) * 1.4426950408889634, scale / softcap
+
+
+@triton.jit
+def _attention_forward(
+    p_q, p_k, p_v, p_keys, p_o, p_lse,
+    stride_q, stride_qh, stride_k, stride_kh, stride_v, stride_vh, T, GROUP, scale, softcap,
+    SOFTCAP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """o [T, H, D] and lse [H, T]. Grid: (cdiv(T, BLOCK_M), H); stride_x is between tokens, stride_xh between heads."""
+    i_block = tl.num_programs(0) - 1 - tl.program_id(0)  # the last blocks of a causal document have the most to do
+    i_h = tl.program_id(1).to(tl.int64)
+    i_q = i_block * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
+    p_k += i_h // GROUP * stride_kh
+    p_v += i_h // GROUP * stride_vh
+    factor, inner = _factors(scale, softcap, SOFTCAP)
+    b_start, b_end = _interval(p_keys, i_q, T)
+    lo, hi, full_lo, full_hi = _bounds(b_start, b_end)
+
+    b_q = _load_tile(p_q + i_h * stride_qh, i_q, stride_q, T, D, BLOCK_D)  # [BLOCK_M, BLOCK_D]
+    b_acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)  # Σ p v, with p relative to 2^max
+    b_max = tl.full([BLOCK_M], -3.4e38, tl.float32)  # not -inf: max - max is 0 for rows that see nothing
+    b_sum = tl.zeros([BLOCK_M], tl.float32)  # Σ p
+    for start in range(lo, hi, BLOCK_N):
+        i_k = start + tl.arange(0, BLOCK_N)  # [BLOCK_N]
+        b_k = _load_tile(p_k, i_k, stride_k, hi, D, BLOCK_D)  # [BLOCK_N, BLOCK_D]
+        b_s = _scores(b_q, b_k, inner, SOFTCAP)  # [BLOCK_M, BLOCK_N]
+        if start < full_lo or start + BLOCK_N > full_hi:
+            b_s = tl.where((b_start[:, None] <= i_k[None, :]) & (i_k[None, :] < b_end[:, None]), b_s, float("-inf"))
+        b_new = tl.maximum(b_max, tl.max(b_s, 1) * factor)  # [BLOCK_M]
+        b_p = tl.exp2(b_s * factor - b_new[:, None])
+        b_alpha = tl.exp2(b_max - b_new)
+        b_sum = b_sum * b_alpha + tl.sum(b_p, 1)
+        b_v = _load_tile(p_v, i_k, stride_v, hi, D, BLOCK_D)
+        b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc * b_alpha[:, None], input_precision="ieee")
+        b_max = b_new
+
+    m_none = b_sum == 0
+    b_sum = tl.where(m_none, 1.0, b_sum)
+    b_lse = tl.where(m_none, float("-inf"), (b_max + tl.log2(b_sum)) * 0.6931471805599453)
+    tl.store(p_lse + i_h * T + i_q, b_lse, mask=i_q < T)
+    _store_tile(p_o + i_h * D, b_acc / b_sum[:, None], i_q, tl.num_programs(1) * D, T, D, BLOCK_D)
+
+
+# Triton: backward -----------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _attention_dq(
+    p_do, p_dlse, p_q, p_k, p_v, p_keys, p_o, p_lse, p_dq, p_delta,
+    stride_do, stride_doh, stride_dlse, stride_dlseh, stride_q, stride_qh, stride_k, stride_kh, stride_v, stride_vh,
+    stride_o, stride_oh, stride_lse, stride_lseh, T, GROUP, scale, softcap, HAS_DLSE: tl.constexpr,
+    SOFTCAP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """dq [T, H, D] and delta [H, T], which the other kernel reads. Grid: (cdiv(T, BLOCK_M), H)."""
+    i_block = tl.num_programs(0) - 1 - tl.program_id(0)  # heavy blocks first, as forward
+    i_h = tl.program_id(1).to(tl.int64)
+    i_q = i_block * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
+    i_row = i_q.to(tl.int64)
+    p_k += i_h // GROUP * stride_kh
+    p_v += i_h // GROUP * stride_vh
+    factor, inner = _factors(scale, softcap, SOFTCAP)
+    b_start, b_end = _interval(p_keys, i_q, T)
+    lo, hi, full_lo, full_hi = _bounds(b_start, b_end)
+
+    b_do = _load_tile(p_do + i_h * stride_doh, i_q, stride_do, T, D, BLOCK_D)  # [BLOCK_M, BLOCK_D]
+    b_o = _load_tile(p_o + i_h * stride_oh, i_q, stride_o, T, D, BLOCK_D)
+    b_delta = tl.sum(b_do.to(tl.float32) * b_o.to(tl.float32), 1)  # [BLOCK_M]
+    if HAS_DLSE:
+        b_dlse = tl.load(p_dlse + i_h * stride_dlseh + i_row * stride_dlse, mask=i_q < T, other=0.0)
+        b_delta -= tl.where(b_start < b_end, b_dlse, 0.0)  # a gradient of lse = -inf may be nan
+    tl.store(p_delta + i_h * T + i_row, b_delta, mask=i_q < T)
+    b_lse = tl.load(p_lse + i_h * stride_lseh + i_row * stride_lse, mask=i_q < T, other=0.0) * 1.4426950408889634
+
+    b_q = _load_tile(p_q + i_h * stride_qh, i_q, stride_q, T, D, BLOCK_D)
+    b_dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    for start in range(lo, hi, BLOCK_N):
+        i_k = start + tl.arange(0, BLOCK_N)  # [BLOCK_N]
+        b_k = _load_tile(p_k, i_k, stride_k, hi, D, BLOCK_D)  # [BLOCK_N, BLOCK_D]
+        b_v = _load_tile(p_v, i_k, stride_v, hi, D, BLOCK_D)
+        b_s = _scores(b_q, b_k, inner, SOFTCAP)  # [BLOCK_M, BLOCK_N]
+        b_ds = tl.dot(b_do, tl.trans(b_v), input_precision="ieee") - b_delta[:, None]  # in fp32: the two may cancel
+        b_ds *= tl.exp2(b_s * factor - b_lse[:, None])
+        if SOFTCAP:
+            b_ds *= 1.0 - b_s * b_s
+        if start < full_lo or start + BLOCK_N > full_hi:  # p of a key that is not seen may be inf
+            b_ds = tl.where((b_start[:, None] <= i_k[None, :]) & (i_k[None, :] < b_end[:, None]), b_ds, 0.0)
+        b_dq = tl.dot(b_ds.to(b_k.dtype), b_k, b_dq, input_precision="ieee")
+    _store_tile(p_dq + i_h * D, b_dq * tl.cast(scale, tl.float32), i_q, tl.num_programs(1) * D, T, D, BLOCK_D)
+
+
+@triton.jit
+def _attention_dkv(
+    p_do, p_q, p_k, p_v, p_queries, p_lse, p_delta, p_dk, p_dv,
+    stride_do, stride_doh, stride_q, stride_qh, stride_k, stride_kh, stride_v, stride_vh, stride_lse, stride_lseh,
+    T, Tk, GROUP, scale, softcap,
+    SOFTCAP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """dk, dv [Tk, G, D], summed over the GROUP query heads of a key head. Grid: (cdiv(Tk, BLOCK_N), G)."""
+    i_g = tl.program_id(1).to(tl.int64)
+    i_k = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
+    factor, inner = _factors(scale, softcap, SOFTCAP)
+    b_start, b_end = _interval(p_queries, i_k, Tk)
+    lo, hi, full_lo, full_hi = _bounds(b_start, b_end)
+
+    b_k = _load_tile(p_k + i_g * stride_kh, i_k, stride_k, Tk, D, BLOCK_D)  # [BLOCK_N, BLOCK_D]
+    b_v = _load_tile(p_v + i_g * stride_vh, i_k, stride_v, Tk, D, BLOCK_D)
+    b_dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    b_dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    n = tl.maximum(tl.cdiv(hi - lo, BLOCK_M), 1)  # a divisor
+    for i in range(n * GROUP):  # every head's blocks in one loop, so that loads run ahead across heads
+        i_h = i_g * GROUP + i // n
+        start = lo + i % n * BLOCK_M
+        i_q = start + tl.arange(0, BLOCK_M)  # [BLOCK_M]
+        b_q = _load_tile(p_q + i_h * stride_qh, i_q, stride_q, hi, D, BLOCK_D)  # [BLOCK_M, BLOCK_D]
+        b_do = _load_tile(p_do + i_h * stride_doh, i_q, stride_do, hi, D, BLOCK_D)
+        b_lse = tl.load(p_lse + i_h * stride_lseh + i_q.to(tl.int64) * stride_lse, mask=i_q < hi, other=0.0)
+        b_delta = tl.load(p_delta + i_h * T + i_q, mask=i_q < hi, other=0.0)
+        # Transposed, so that p and ds are the left operands below as they are.
+        b_s = _scores(b_k, b_q, inner, SOFTCAP)  # [BLOCK_N, BLOCK_M]
+        b_p = tl.exp2(b_s * factor - (b_lse * 1.4426950408889634)[None, :])
+        if start < full_lo or start + BLOCK_M > full_hi:
+            b_p = tl.where((b_start[:, None] <= i_q[None, :]) & (i_q[None, :] < b_end[:, None]), b_p, 0.0)
+        b_ds = tl.dot(b_v, tl.trans(b_do), input_precision="ieee") - b_delta[None, :]
+        b_dv = tl.dot(b_p.to(b_do.dtype), b_do, b_dv, input_precision="ieee")
+        b_ds *= b_p
+        if SOFTCAP:
+            b_ds *= 1.0 - b_s * b_s
+        b_dk = tl.dot(b_ds.to(b_q.dtype), b_q, b_dk, input_precision="ieee")
+    stride = tl.num_programs(1) * D
+    _store_tile(p_dk + i_g * D, b_dk * tl.cast(scale, tl.float32), i_k, stride, Tk, D, BLOCK_D)
+    _store_tile(p_dv + i_g * D, b_dv, i_k, stride, Tk, D, BLOCK_D)
+
+
+# Launcher and autograd ------------------------------------------------------------------------------------------------
+
+INTERVALS_BLOCK = 256
+
+
+def _family(target: Target) -> str:
+    if target.backend == "hip":
+        return "cdna"
+    return "hopper" if 90 <= target.arch < 120 else "ampere"
+
+
+# (BLOCK_M, BLOCK_N, warps, stages) for D up to 64, 128, 256: queries and keys of a block. What bounds them is registers
+# (accumulators, and on ampere and cdna whole operands) and, on the smallest ampere, 99 KB of shared memory.
+BLOCKS = {
+    "hopper": {
+        "forward": ((128, 64, 4, 3), (128, 64, 8, 3), (128, 32, 8, 3)),
+        "dq": ((128, 64, 8, 3), (128, 64, 8, 3), (128, 32, 8, 2)),
+        "dkv": ((64, 128, 8, 3), (64, 128, 8, 3), (32, 64, 8, 3)),
+    },
+    "ampere": {
+        "forward": ((128, 64, 4, 2), (128, 64, 8, 2), (64, 32, 8, 2)),
+        "dq": ((128, 64, 8, 2), (128, 32, 8, 2), (32, 32, 4, 2)),
+        "dkv": ((32, 128, 8, 2), (64, 64, 8, 2), (32, 32, 4, 2)),
+    },
+    "cdna": {
+        "forward": ((128, 64, 4, 2), (128, 32, 4, 2), (64, 32, 4, 2)),
+        "dq": ((128, 32, 4, 2), (64, 32, 4, 2), (64, 16, 4, 2)),
+        "dkv": ((32, 64, 4, 2), (16, 64, 4, 2), (16, 32, 4, 1)),
+    },
+}
+
+
+def _config(kernel: str, D: int, dtype: torch.dtype, target: Target) -> dict:
+    """Launch parameters of "forward", "dq" or "dkv"."""
+    width = max(16, triton.next_power_of_2(D))
+    family = _family(target)
+    M, N, warps, stages = BLOCKS[family][kernel][0 if width <= 64 else 1 if width <= 128 else 2]
+    if dtype == torch.float32:  # matmuls without tensor cores, whose operands lie in registers
+        M = N = 32 if width <= (64 if family == "cdna" else 128) else 16
+        warps, stages = 4 if family == "cdna" else 8, 2
+    return {"D": D, "BLOCK_D": width, "BLOCK_M": M, "BLOCK_N": N, "num_warps": warps, "num_stages": stages}
+
+
+def _unit(x: Tensor) -> Tensor:
+    """x [T, H, D] with elements of a row side by side; tokens and heads may lie anywhere."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _intervals(
+    cu_seqlens: Tensor | None, cu_seqlens_k: Tensor | None, q: Tensor, k: Tensor, options: Options, both: bool
+) -> tuple[Tensor, Tensor]:
+    """[2, T] int32: the keys of each query; with `both`, [2, Tk]: the queries of each key."""
+    T, Tk = len(q), len(k)
+    if q.device.type == "cpu":
+        attention_torch.documents(cu_seqlens, cu_seqlens_k, T, Tk)
+    elif os.environ.get("TRITIUM_DEBUG") == "1":
+        for cu, tokens in ((cu_seqlens, T), (cu_seqlens_k, Tk)):
+            if cu is not None:
+                holds = (cu[0] == 0) & (cu[-1] == tokens) & (cu.diff() >= 0).all()
+                device_assert(holds, f"cu_seqlens must rise from 0 to the {tokens} tokens")
+    cu, cu_k = (
+        torch.arange(2, dtype=torch.int32, device=q.device) * n if cu is None else cu.contiguous()  # no copy to the GPU
+        for cu, n in ((cu_seqlens, T), (cu_seqlens_k, Tk))
+    )
+    keys, queries = (torch.empty(2, n, dtype=torch.int32, device=q.device) for n in (T, Tk if both else 0))
+    reach = NO_LIMIT if options.window is None else min(options.window - 1, NO_LIMIT)
+    longest = max(T, Tk) if both else T
+    if longest:
+        _attention_intervals[(triton.cdiv(longest, INTERVALS_BLOCK), 2 if both else 1)](
+            cu, cu_k, keys, queries, T, Tk, len(cu) - 1, (len(cu) - 1).bit_length(), reach,
+            0 if options.causal else reach, BLOCK=INTERVALS_BLOCK,
+        )  # fmt: skip
+    return keys, queries
+
+
+@torch.library.custom_op("tritium::attention", mutates_args=())
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, cu_seqlens_k: Tensor | None,
+    causal: bool, window: int | None, softcap: float | None, scale: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """o [T, H, D] and lse [H, T] fp32."""
+    q, k, v = _unit(q), _unit(k), _unit(v)
+    o, lse = _forward_outputs(q, k, v, cu_seqlens, cu_seqlens_k, causal, window, softcap, scale)
+    T, H, D = q.shape
+    keys, _ = _intervals(cu_seqlens, cu_seqlens_k, q, k, Options(causal, window, softcap, scale), False)
+    config = _config("forward", D, q.dtype, target_of(q.device))
+    if T:
+        _attention_forward[(triton.cdiv(T, config["BLOCK_M"]), H)](
+            q, k, v, keys, o, lse, *q.stride()[:2], *k.stride()[:2], *v.stride()[:2],
+            T, H // k.shape[1], scale, softcap or 1.0, SOFTCAP=softcap is not None, **config,
+        )  # fmt: skip
+    return o, lse
+
+
+@_forward.register_fake
+def _forward_outputs(q, k, v, cu_seqlens, cu_seqlens_k, causal, window, softcap, scale):
+    o = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    return o, torch.empty(q.shape[1], q.shape[0], dtype=torch.float32, device=q.device)
+
+
+@torch.library.custom_op("tritium::attention_backward", mutates_args=())
+def _backward(
+    do: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor,
+    cu_seqlens: Tensor | None, cu_seqlens_k: Tensor | None,
+    causal: bool, window: int | None, softcap: float | None, scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """dq [T, H, D] and dk, dv [Tk, G, D] from do and o [T, H, D] and dlse and lse [H, T]."""
+    do, q, k, v, o = (_unit(x) for x in (do, q, k, v, o))
+    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    (T, H, D), (Tk, G, _), group = q.shape, k.shape, q.shape[1] // k.shape[1]
+    keys, queries = _intervals(cu_seqlens, cu_seqlens_k, q, k, Options(causal, window, softcap, scale), True)
+    delta = torch.empty(H, T, dtype=torch.float32, device=q.device)
+    factors = scale, softcap or 1.0
+    shared = [stride for x in (q, k, v) for stride in x.stride()[:2]]
+    some_dlse = lse if dlse is None else dlse
+    if T:
+        config = _config("dq", D, q.dtype, target_of(q.device))
+        _attention_dq[(triton.cdiv(T, config["BLOCK_M"]), H)](
+            do, some_dlse, q, k, v, keys, o, lse, dq, delta, *do.stride()[:2], *some_dlse.stride()[::-1], *shared,
+            *o.stride()[:2], *lse.stride()[::-1], T, group, *factors,
+            HAS_DLSE=dlse is not None, SOFTCAP=softcap is not None, **config,
+        )  # fmt: skip
+    if Tk:
+        config = _config("dkv", D, q.dtype, target_of(q.device))
+        _attention_dkv[(triton.cdiv(Tk, config["BLOCK_N"]), G)](
+            do, q, k, v, queries, lse, delta, dk, dv, *do.stride()[:2], *shared, *lse.stride()[::-1],
+            T, Tk, group, *factors, SOFTCAP=softcap is not None, **config,
+        )  # fmt: skip
+    return dq, dk, dv
+
+
+@_backward.register_fake
+def _backward_outputs(do, dlse, q, k, v, o, lse, cu_seqlens, cu_seqlens_k, causal, window, softcap, scale):
+    return tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+
+
+def _save(ctx, inputs, output):
+    q, k, v, cu_seqlens, cu_seqlens_k, *ctx.options = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(q, k, v, *output, cu_seqlens, cu_seqlens_k)
+
+
+def _triton_gradients(ctx, do, dlse):
+    q, k, v, o, lse, cu_seqlens, cu_seqlens_k = ctx.saved_tensors
+    do = torch.zeros_like(o) if do is None else do
+    grads = _backward(do, dlse, q, k, v, o, lse, cu_seqlens, cu_seqlens_k, *ctx.options)
+    return *grads, None, None, None, None, None, None
+
+
+_forward.register_autograd(_triton_gradients, setup_context=_save)
+
+
+# Public ---------------------------------------------------------------------------------------------------------------
+
+
+def _check(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, cu_seqlens_k: Tensor | None,
+    causal: bool, window: int | None, softcap: float | None, scale: float | None,
+) -> tuple[Tensor | None, Options]:  # fmt: skip
+    """cu_seqlens of the keys, and the options. Raises: ValueError for what does not fit, by shapes alone."""
     if q.dim() != 3 or k.dim() != 3 or k.shape != v.shape or q.shape[2] != k.shape[2]:
         shapes = ", ".join(str(tuple(x.shape)) for x in (q, k, v))
         raise ValueError(f"q, k, v must be [T, H, D], [Tk, G, D], [Tk, G, D], got {shapes}")
     if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
         raise ValueError(f"{q.shape[1]} query heads do not divide into {k.shape[1]} key heads: q {tuple(q.shape)}")
+    if q.shape[2] % 8 or not 8 <= q.shape[2] <= 256:
+        raise ValueError(f"the head dim must be a multiple of 8 from 8 to 256, got {q.shape[2]}: q {tuple(q.shape)}")
     if len({q.dtype, k.dtype, v.dtype}) > 1:
         raise ValueError(f"q, k, v must have one dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
-
-
-def _ends(cu_seqlens: Tensor | None, tokens: int, name: str) -> tuple[int, ...]:
-    """cu_seqlens as numbers, checked. (On a GPU this path waits for the device here, once per call.)"""
-    if cu_seqlens is None:
-        return 0, tokens
-    if cu_seqlens.dim() != 1 or cu_seqlens.is_floating_point() or not len(cu_seqlens):
-        raise ValueError(f"{name} must be a vector of integers, got {tuple(cu_seqlens.shape)} {cu_seqlens.dtype}")
-    ends = tuple(cu_seqlens.tolist())
-    if ends[0] != 0 or ends[-1] != tokens:
-        raise ValueError(f"{name} runs from {ends[0]} to {ends[-1]}, but must run from 0 to {tokens} tokens")
-    if any(a > b for a, b in zip(ends, ends[1:], strict=False)):
-        raise ValueError(f"{name} must not decrease: {list(ends)}")
-    return ends
-
-
-def _prepare(q, k, v, cu_seqlens, cu_seqlens_k, causal, window, softcap, scale):
-    """Check everything; (plan, options)."""
-    _check_shapes(q, k, v)
     if window is not None and window < 1:
         raise ValueError(f"window must be at least 1 (the query's own key), got {window}")
     if softcap is not None and softcap <= 0:
         raise ValueError(f"softcap must be positive or None, got {softcap}")
-    ends = _ends(cu_seqlens, q.shape[0], "cu_seqlens")
+    if scale is not None and scale <= 0:
+        raise ValueError(f"scale must be positive or None, got {scale}")
     if cu_seqlens is not None and cu_seqlens_k is None:
-        ends_k = _ends(cu_seqlens, k.shape[0], "cu_seqlens (also of the keys)")
-    else:
-        ends_k = _ends(cu_seqlens_k, k.shape[0], "cu_seqlens_k")
-    if len(ends) != len(ends_k):
-        raise ValueError(f"{len(ends) - 1} documents of queries but {len(ends_k) - 1} of keys")
-    options = _Options(causal, window, softcap, q.shape[2] ** -0.5 if scale is None else float(scale))
-    return _plan(ends, ends_k, causal and ends == ends_k, str(q.device)), options
-
-
-@torch.compiler.disable  # the work depends on the documents' lengths: it cannot be traced once for all batches
-def _attention(q, k, v, cu_seqlens, cu_seqlens_k, causal, window, softcap, scale) -> tuple[Tensor, Tensor]:
-    plan, options = _prepare(q, k, v, cu_seqlens, cu_seqlens_k, causal, window, softcap, scale)
-    keep = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
-    return _Attention.apply(q, k, v, plan, options, keep)
+        if len(q) != len(k):
+            raise ValueError(f"cu_seqlens alone is for as many keys as queries, got {len(q)} and {len(k)} tokens")
+        cu_seqlens_k = cu_seqlens
+    counts = []
+    for name, cu in (("cu_seqlens", cu_seqlens), ("cu_seqlens_k", cu_seqlens_k)):
+        if cu is not None and (cu.dim() != 1 or cu.is_floating_point() or not len(cu)):
+            raise ValueError(f"{name} must be a vector of integers, got {tuple(cu.shape)} {cu.dtype}")
+        counts.append(1 if cu is None else len(cu) - 1)
+    if counts[0] != counts[1]:
+        raise ValueError(f"{counts[0]} documents of queries but {counts[1]} of keys")
+    if not counts[0] and (len(q) or len(k)):
+        raise ValueError(f"cu_seqlens has no document, but there are {len(q)} queries and {len(k)} keys")
+    return cu_seqlens_k, Options(causal, window, softcap, q.shape[2] ** -0.5 if scale is None else float(scale))
 
 
 def attention(
@@ -466,13 +521,19 @@ def attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention of q [T, H, D] on k, v [Tk, G, D], within documents; o [T, H, D], and lse [T, H] fp32 if asked for.
 
-    cu_seqlens [S+1] int32: where documents start and end (None: one document); repeated ends are empty documents.
-    cu_seqlens_k likewise for the keys (None: as the queries). causal: where the lengths differ, the last query sees
-    the last key. window w: query i sees keys i-w < j ≤ i (|i-j| < w if not causal). scale defaults to D^-½. Queries
-    that see no key give o = 0 and lse = -inf. Differentiable in o and lse.
-    Raises ValueError on shapes, heads or cu_seqlens that don't fit.
+    D is a multiple of 8, at most 256. cu_seqlens [S+1] int32: where documents start and end (None: one document);
+    repeated ends are empty documents. cu_seqlens_k likewise for the keys (None: as the queries). causal: where the
+    lengths differ, the last query sees the last key. window w: query i sees keys i-w < j ≤ i (|i-j| < w if not
+    causal). scale defaults to D^-½. Queries that see no key give o = 0 and lse = -inf. Differentiable in o and lse;
+    any strides. On a GPU the values of cu_seqlens are checked under TRITIUM_DEBUG=1 only.
+    Raises: ValueError for shapes, heads or cu_seqlens that don't fit. Source: arXiv 2307.08691.
     """
-    o, lse = _attention(q, k, v, cu_seqlens, cu_seqlens_k, causal, window, softcap, scale)
+    cu_seqlens_k, options = _check(q, k, v, cu_seqlens, cu_seqlens_k, causal, window, softcap, scale)
+    if use_triton(q, k, v, cu_seqlens, cu_seqlens_k):
+        o, lse = _forward(q, k, v, cu_seqlens, cu_seqlens_k, causal, window, softcap, options.scale)
+        lse = lse.t()
+    else:
+        o, lse = attention_torch.attention(q, k, v, cu_seqlens, cu_seqlens_k, options)
     return (o, lse) if return_lse else o
 
 
@@ -495,27 +556,115 @@ def attention_backward(
 
     With o and lse of *all* keys it may be called on a part of them, as context parallel does.
     """
-    plan, options = _prepare(q, k, v, cu_seqlens, cu_seqlens_k, causal, window, softcap, scale)
+    cu_seqlens_k, options = _check(q, k, v, cu_seqlens, cu_seqlens_k, causal, window, softcap, scale)
     if do.shape != q.shape or o.shape != q.shape or lse.shape != q.shape[:2]:
         shapes = f"{tuple(do.shape)}, {tuple(o.shape)}, {tuple(lse.shape)}"
         raise ValueError(f"do, o, lse must be {tuple(q.shape)} twice and {tuple(q.shape[:2])}, got {shapes}")
-    with torch.no_grad():
-        return _backward(do, q, k, v, o, lse, None, plan, options, None)
+    if use_triton(q, k, v, do, o, lse, cu_seqlens, cu_seqlens_k):
+        tensors = do, None, q, k, v, o, lse.t(), cu_seqlens, cu_seqlens_k
+        return _backward(*tensors, causal, window, softcap, options.scale)
+    return attention_torch.attention_backward(do, q, k, v, o, lse, cu_seqlens, cu_seqlens_k, options)
 
 
-def _visible_pairs(s: dict[str, int]) -> int:
-    """Pairs of a query and a key per head, causal, in documents of s["N"] tokens."""
-    return s["T"] // s["N"] * s["N"] * (s["N"] + 1) // 2
+# Registry -------------------------------------------------------------------------------------------------------------
+#
+# Shapes: documents of N queries (the last may be shorter), and of M keys where that is another number; options as ints.
 
 
-def _example(shape, dtype, device):
-    T, N = shape["T"], shape["N"]
+def _ends(shape: Shape) -> tuple[list[int], list[int]]:
+    documents = range(max(1, -(-shape["T"] // shape["N"])) + 1)
+    ends = [min(i * shape["N"], shape["T"]) for i in documents]
+    return ends, [i * shape["M"] for i in documents] if "M" in shape else ends
+
+
+def _example(shape: Shape, dtype: torch.dtype, device: str) -> tuple[tuple, dict]:
+    ends, ends_k = (torch.tensor(ends, dtype=torch.int32, device=device) for ends in _ends(shape))
+    lengths = {"H": int(ends[-1]), "G": int(ends_k[-1])}
     q, k, v = (
-        torch.randn(T, heads, shape["D"], dtype=dtype, device=device, requires_grad=True)
-        for heads in (shape["H"], shape["G"], shape["G"])
+        torch.randn(lengths[heads], shape[heads], shape["D"], dtype=dtype, device=device, requires_grad=True)
+        for heads in "HGG"
     )
-    ends = [*range(0, T, N), T] if T else [0, 0]
-    return (q, k, v), {"cu_seqlens": torch.tensor(ends, dtype=torch.int32, device=device)}
+    options = {"causal": bool(shape.get("causal", 1)), "window": shape.get("window"), "softcap": shape.get("softcap")}
+    return (q, k, v), {"cu_seqlens": ends, "cu_seqlens_k": ends_k if "M" in shape else None} | options
+
+
+def _seen(shape: Shape, of_keys: bool = False) -> list[tuple[int, int]]:
+    """What `_attention_intervals` finds: for each query its interval of keys, or for each key its queries."""
+    reach = shape.get("window", NO_LIMIT + 1) - 1
+    left, right = reach, 0 if shape.get("causal", 1) else reach
+    ends, ends_k = _ends(shape)
+    if of_keys:
+        ends, ends_k, left, right = ends_k, ends, right, left
+    seen = []
+    for first, last, start, end in zip(ends, ends[1:], ends_k, ends_k[1:], strict=False):
+        for same in range(first + end - last, end):
+            low = max(start, same - left)
+            seen.append((low, max(low, min(end, same + right + 1))))
+    return seen
+
+
+def _pairs(shape: Shape) -> int:
+    """Pairs of a query and a key that it sees, times heads."""
+    return shape["H"] * sum(end - start for start, end in _seen(shape))
+
+
+def _moved(shape: Shape, itemsize: int, queries: int, keys: int) -> int:
+    """Bytes of `queries` tensors like q, `keys` tensors like k, and lse."""
+    T, Tk = (ends[-1] for ends in _ends(shape))
+    return (queries * T * shape["H"] + keys * Tk * shape["G"]) * shape["D"] * itemsize + 4 * T * shape["H"]
+
+
+def _traffic(shape: Shape, itemsize: int) -> tuple[int, int]:
+    """Bytes as the docstring says, where each token sees something: blocks read [first start, last end)."""
+    dtype = torch.float32 if itemsize == 4 else torch.bfloat16
+    (ends, ends_k), H, row = _ends(shape), shape["H"], shape["D"] * itemsize
+    T, Tk = ends[-1], ends_k[-1]
+
+    def walked(kernel: str, block: str) -> int:
+        rows, seen = _config(kernel, shape["D"], dtype, TARGETS["sm_80"])[block], _seen(shape, block == "BLOCK_N")
+        blocks = (list(zip(*seen[i : i + rows], strict=True)) for i in range(0, len(seen), rows))
+        return H * sum(max(end) - min(start) for start, end in blocks)
+
+    search = 4 * ((len(ends) - 1).bit_length() + 4 + 2)  # bytes for a token's interval; each program reads 8 again
+    forward = T * search + 8 * T * H + _moved(shape, itemsize, 2, 0) + walked("forward", "BLOCK_M") * 2 * row
+    dq = 8 * T * H + _moved(shape, itemsize, 4, 0) + 4 * T * H + walked("dq", "BLOCK_M") * 2 * row
+    dkv = 8 * Tk * shape["G"] + 4 * Tk * shape["G"] * row + walked("dkv", "BLOCK_N") * (2 * row + 8)
+    return forward, (T + Tk) * search + dq + dkv
+
+
+DECLARED = [(D, torch.bfloat16, False) for D in (64, 128, 256)] + [
+    (256, torch.bfloat16, True),
+    (128, torch.float32, False),
+]
+
+
+def _launches(target: Target, cases=DECLARED) -> tuple[Launch, ...]:
+
+    def launch(kernel, name, D, dtype, softcap, dlse=False):
+        config = _config(name, D, dtype, target) | {"SOFTCAP": softcap} | ({"HAS_DLSE": dlse} if name == "dq" else {})
+        options = {key: config.pop(key) for key in ("num_warps", "num_stages")}
+        short = "fp32" if dtype == torch.float32 else "bf16"
+        signature = {}
+        for argument in kernel.arg_names:
+            if argument in ("p_keys", "p_queries"):
+                signature[argument] = "*i32"
+            elif argument in ("p_lse", "p_dlse", "p_delta"):
+                signature[argument] = "*fp32"
+            elif argument.startswith("p_"):
+                signature[argument] = f"*{short}"
+            elif argument not in config:
+                signature[argument] = "fp32" if argument in ("scale", "softcap") else "i32"
+        aligned = tuple(x for x, kind in signature.items() if kind != "fp32" and x != "GROUP")
+        label = f"{name} D={D} {short}" + (" softcap" if softcap else "")
+        return Launch(kernel, label, signature, config, aligned, **options)
+
+    kernels = {"forward": _attention_forward, "dq": _attention_dq, "dkv": _attention_dkv}
+    cu = dict.fromkeys(("p_cu", "p_cu_k", "p_keys", "p_queries"), "*i32")
+    sizes = dict.fromkeys(("T", "Tk", "S", "STEPS", "left", "right"), "i32")
+    return (
+        Launch(_attention_intervals, "intervals", cu | sizes, {"BLOCK": INTERVALS_BLOCK}, tuple(cu)),
+        *(launch(kernel, name, *case) for name, kernel in kernels.items() for case in cases),
+    )
 
 
 register(
@@ -525,13 +674,20 @@ register(
         reference=attention_reference,
         example=_example,
         shapes=(
-            {"T": 1, "N": 1, "H": 1, "G": 1, "D": 8},
+            {"T": 1, "N": 1, "M": 2, "H": 1, "G": 1, "D": 8},
             {"T": 37, "N": 11, "H": 4, "G": 2, "D": 40},
             {"T": 300, "N": 140, "H": 3, "G": 1, "D": 16},
+            {"T": 127, "N": 64, "M": 33, "H": 2, "G": 1, "D": 80, "softcap": 3},
+            {"T": 129, "N": 43, "M": 60, "H": 2, "G": 2, "D": 24, "causal": 0, "window": 9},
             {"T": 0, "N": 1, "H": 2, "G": 1, "D": 8},
-            {"T": 4096, "N": 256, "H": 4, "G": 2, "D": 64},
+            {"T": 4096, "N": 2048, "H": 32, "G": 8, "D": 128},
         ),
-        flops=lambda s: 4 * s["H"] * s["D"] * _visible_pairs(s),
-        bytes=lambda s, size: s["T"] * s["D"] * 2 * (s["H"] + s["G"]) * size + 4 * s["T"] * s["H"],
+        flops=lambda shape: 4 * shape["D"] * _pairs(shape),
+        bytes=lambda shape, itemsize: _moved(shape, itemsize, 2, 2),
+        backward_flops=lambda shape: 10 * shape["D"] * _pairs(shape),
+        backward_bytes=lambda shape, itemsize: _moved(shape, itemsize, 4, 4),
+        launches=_launches,
+        lean_shape={"T": 512, "N": 256, "H": 2, "G": 1, "D": 64},
+        traffic=_traffic,
     )
 )

@@ -3,15 +3,21 @@
     loss_t = w_t [(1-ε)(lse - z_y) + ε (lse - mean_v z) + ζ lse²],   z = softcap(logits)
     dz_v   = w_t [p_v (1 + 2 ζ lse) - (1-ε) δ_vy - ε / V]
 
-Must move the logits once forward, and once in and once out backward; about 5·T·V FLOPs.
+The op is what has to walk the logits: (lse, z_y, Σ_v z) of each token. The loss is torch's, on [T], and so are the
+gradients that come back for the three, whatever is behind them; dz = g_lse p + g_target δ_y + g_total.
+
+What it must move: forward reads the logits of the tokens that count once; backward reads them once and writes dlogits
+once (zeros for ignored tokens, whose logits nobody reads). About 5 FLOPs an element, forward and backward.
 """
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from tritium.kernels.head import TILE_BYTES, check_targets
-from tritium.kernels.registry import OpSpec, register
+from tritium.kernels.backend import Target, tl, triton, use_triton
+from tritium.kernels.head import check_targets
+from tritium.kernels.head_triton import LOG2_E, TILE_BYTES, _tanh, _unit_stride
+from tritium.kernels.registry import Launch, OpSpec, Shape, register
 
 
 def check_loss_options(
@@ -74,6 +80,172 @@ def cross_entropy_reference(
     return loss.sum() if reduction == "sum" else loss
 
 
+# Triton ---------------------------------------------------------------------------------------------------------------
+#
+# A program holds a tile [ROWS, BLOCK] of the logits. The forward walks along its rows; where rows are few and long,
+# each is split among programs, whose partial results are merged. The backward is one program per tile.
+
+TILE = 2048  # elements: 8 for each thread of 8 warps
+PROGRAMS = 1024  # fill 132 multiprocessors, 8 on each
+
+
+@triton.jit
+def _load_logits(p, m, softcap, HAS_CAP: tl.constexpr):
+    """z in fp32, 0 where masked."""
+    b_z = tl.load(p, mask=m, other=0.0).to(tl.float32)
+    return softcap * _tanh(b_z / softcap) if HAS_CAP else b_z
+
+
+@triton.jit
+def _cross_entropy_forward(
+    p_logits, p_targets, p_top, p_sum, p_total, p_picked, stride_logits, T, V, columns, softcap,
+    HAS_CAP: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """top = max z, Σ e^(z - top) and Σ z [splits, T], and picked [T], of logits [T, V] and targets [T].
+
+    A target outside [0, V) gives lse = picked = 0, and its logits are not read. Grid: (cdiv(T, ROWS), splits); each
+    program walks `columns` columns of its rows.
+    """
+    i_row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)  # [ROWS]
+    i_split = tl.program_id(1)
+    m_row = i_row < T
+    b_target = tl.load(p_targets + i_row, mask=m_row, other=-1)
+    m_kept = (b_target >= 0) & (b_target < V)
+    p_row = p_logits + (i_row * stride_logits)[:, None]  # [ROWS, 1]
+
+    # Each lane has a log-sum-exp of its own, so that no step waits for a reduction. One of the two exponentials of the
+    # online formula is always 1: where z is the new maximum, the old sum is scaled by 2^(old - z); else 2^(z - max).
+    b_max = tl.full([ROWS, BLOCK], -1e30, tl.float32)  # not -inf: -inf - -inf is NaN
+    b_sum = tl.zeros([ROWS, BLOCK], tl.float32)
+    b_total = tl.zeros([ROWS, BLOCK], tl.float32)
+    for i_start in range(i_split * columns, min(V, (i_split + 1) * columns), BLOCK):
+        i_col = (i_start + tl.arange(0, BLOCK))[None, :]  # [1, BLOCK]
+        m = m_kept[:, None] & (i_col < V)  # [ROWS, BLOCK]
+        b_z = _load_logits(p_row + i_col, m, softcap, HAS_CAP)
+        b_total += b_z
+        b_z = tl.where(m, b_z, -float("inf"))
+        b_less = tl.exp2(tl.abs(b_z - b_max) * -LOG2_E)
+        b_sum = tl.where(b_z > b_max, b_sum * b_less + 1.0, b_sum + b_less)
+        b_max = tl.maximum(b_max, b_z)
+    b_top = tl.max(b_max, 1)  # [ROWS]
+    b_sum = tl.sum(b_sum * tl.exp2((b_max - b_top[:, None]) * LOG2_E), 1)
+    i_out = i_split.to(tl.int64) * T + i_row
+    tl.store(p_top + i_out, tl.where(m_kept, b_top, 0.0), mask=m_row)
+    tl.store(p_sum + i_out, tl.where(m_kept, b_sum, 1.0 if i_split == 0 else 0.0), mask=m_row)  # log of all: 0
+    tl.store(p_total + i_out, tl.sum(b_total, 1), mask=m_row)
+    if i_split == 0:
+        b_picked = _load_logits(p_logits + i_row * stride_logits + b_target, m_kept, softcap, HAS_CAP)
+        tl.store(p_picked + i_row, tl.where(m_kept, b_picked, 0.0), mask=m_row)
+
+
+@triton.jit
+def _cross_entropy_backward(
+    p_logits, p_targets, p_top, p_log_sum, p_g_lse, p_g_picked, p_g_total, p_dlogits, stride_logits, T, V, softcap,
+    HAS_CAP: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """dlogits [T, V] from the gradients [T] of lse, picked and total. Grid: (cdiv(T, ROWS), cdiv(V, BLOCK))."""
+    i_row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)  # [ROWS]
+    i_col = (tl.program_id(1) * BLOCK + tl.arange(0, BLOCK))[None, :]  # [1, BLOCK]
+    b_target = tl.load(p_targets + i_row, mask=i_row < T, other=-1)
+    m_kept = (b_target >= 0) & (b_target < V)
+    b_top, b_log_sum, b_g_lse, b_g_picked, b_g_total = (
+        tl.load(p_top + i_row, mask=m_kept, other=0.0)[:, None],  # [ROWS, 1]
+        tl.load(p_log_sum + i_row, mask=m_kept, other=0.0)[:, None],
+        tl.load(p_g_lse + i_row, mask=m_kept, other=0.0)[:, None],
+        tl.load(p_g_picked + i_row, mask=m_kept, other=0.0)[:, None],
+        tl.load(p_g_total + i_row, mask=m_kept, other=0.0)[:, None],
+    )
+    m = m_kept[:, None] & (i_col < V)  # [ROWS, BLOCK]
+    b_z = _load_logits(p_logits + (i_row * stride_logits)[:, None] + i_col, m, softcap, HAS_CAP)
+    # Not z - lse: what rounding takes from lse = top + log Σ is more than what a sure target has left, 1 - p.
+    b_dz = tl.exp2((b_z - b_top - b_log_sum) * LOG2_E) * b_g_lse + b_g_total
+    b_dz += tl.where(i_col == b_target[:, None], b_g_picked, 0.0)  # p - 1, in fp32
+    if HAS_CAP:
+        b_dz *= 1.0 - (b_z / softcap) * (b_z / softcap)
+    b_dz = tl.where(m, b_dz, 0.0).to(p_dlogits.dtype.element_ty)
+    p_out = p_dlogits + (i_row * V)[:, None] + i_col
+    tl.store(p_out, b_dz, mask=(i_row < T)[:, None] & (i_col < V))
+
+
+def _config(V: int) -> dict:
+    """Launch parameters for rows of V elements."""
+    block = min(triton.next_power_of_2(V), TILE)
+    return {"ROWS": TILE // block, "BLOCK": block, "num_warps": 8}
+
+
+@torch.library.custom_op("tritium::cross_entropy_statistics", mutates_args=())
+def _statistics(
+    logits: Tensor, targets: Tensor, softcap: float | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """lse, the target's logit, Σ z, and lse's parts, max z and log Σ e^(z - max): [T] fp32.
+
+    All 0 for targets outside the vocabulary.
+    """
+    (T, V), rows, config = logits.shape, _unit_stride(logits), _config(logits.shape[1])
+    programs, blocks = triton.cdiv(T, config["ROWS"]), triton.cdiv(V, config["BLOCK"])
+    columns = triton.cdiv(blocks, min(blocks, triton.cdiv(PROGRAMS, max(1, programs)))) * config["BLOCK"]
+    splits = triton.cdiv(V, columns)
+    picked = logits.new_empty(T, dtype=torch.float32)
+    tops, sums, totals = (picked.new_empty(splits, T) for _ in range(3))
+    if T:
+        _cross_entropy_forward[(programs, splits)](
+            rows, targets.contiguous(), tops, sums, totals, picked, rows.stride(0), T, V, columns, softcap or 0.0,
+            HAS_CAP=softcap is not None, **config,
+        )  # fmt: skip
+    top = tops.amax(0)
+    log_sum = (sums * (tops - top).exp()).sum(0).log()
+    return top + log_sum, picked, totals.sum(0), top, log_sum
+
+
+@_statistics.register_fake
+def _(logits, targets, softcap):
+    return tuple(logits.new_empty(len(logits), dtype=torch.float32) for _ in range(5))
+
+
+@torch.library.custom_op("tritium::cross_entropy_backward", mutates_args=())
+def _backward(
+    logits: Tensor,
+    targets: Tensor,
+    top: Tensor,
+    log_sum: Tensor,
+    g_lse: Tensor,
+    g_picked: Tensor,
+    g_total: Tensor,
+    softcap: float | None,
+) -> Tensor:
+    """dlogits [T, V] in the dtype of the logits."""
+    (T, V), rows, config = logits.shape, _unit_stride(logits), _config(logits.shape[1])
+    dlogits = logits.new_empty(T, V)
+    if T:
+        _cross_entropy_backward[(triton.cdiv(T, config["ROWS"]), triton.cdiv(V, config["BLOCK"]))](
+            rows, *(x.contiguous() for x in (targets, top, log_sum, g_lse, g_picked, g_total)), dlogits,
+            rows.stride(0), T, V, softcap or 0.0, HAS_CAP=softcap is not None, **config,
+        )  # fmt: skip
+    return dlogits
+
+
+@_backward.register_fake
+def _(logits, *_):
+    return logits.new_empty(logits.shape)
+
+
+def _save(ctx, inputs, output):
+    logits, targets, ctx.softcap = inputs
+    *_, top, log_sum = output
+    ctx.mark_non_differentiable(top, log_sum)
+    ctx.save_for_backward(logits, targets, top, log_sum)
+
+
+def _triton_gradients(ctx, g_lse, g_picked, g_total, *_):
+    return _backward(*ctx.saved_tensors, g_lse, g_picked, g_total, ctx.softcap), None, None
+
+
+_statistics.register_autograd(_triton_gradients, setup_context=_save)
+
+
+# Torch ----------------------------------------------------------------------------------------------------------------
+
+
 def _row_blocks(logits: Tensor) -> list[slice]:
     """Blocks of rows whose fp32 copy stays in the cache."""
     rows = max(1, TILE_BYTES.get(logits.device.type, TILE_BYTES["cuda"]) // (4 * max(1, logits.shape[1])))
@@ -117,6 +289,9 @@ class _LogitStatistics(torch.autograd.Function):
         return dlogits, None, None
 
 
+# Public ---------------------------------------------------------------------------------------------------------------
+
+
 def cross_entropy(
     logits: Tensor,
     targets: Tensor,
@@ -135,10 +310,12 @@ def cross_entropy(
     """
     if logits.dim() != 2:
         raise ValueError(f"logits must be [T, V], got {tuple(logits.shape)}")
-    check_targets(targets, logits.shape[0], logits.shape[1], ignore_index)
+    kept = check_targets(targets, logits.shape[0], logits.shape[1], ignore_index)
     check_loss_options(logits.shape[0], weights, label_smoothing, softcap, reduction)
-    kept = targets != ignore_index
-    lse, z_target, total = _LogitStatistics.apply(logits, torch.where(kept, targets, 0).long(), softcap)
+    if use_triton(logits, targets, weights):
+        lse, z_target, total, *_ = _statistics(logits, torch.where(kept, targets, -1).long(), softcap)
+    else:
+        lse, z_target, total = _LogitStatistics.apply(logits, torch.where(kept, targets, 0).long(), softcap)
     return token_loss(
         lse,
         z_target,
@@ -152,12 +329,49 @@ def cross_entropy(
     )
 
 
-def _example(shape, dtype, device):
+def _example(shape: Shape, dtype: torch.dtype, device: str) -> tuple[tuple, dict]:
     logits = (3 * torch.randn(shape["T"], shape["V"], device=device)).to(dtype).requires_grad_()
     targets = torch.randint(0, shape["V"], (shape["T"],), device=device)
     targets[::5] = -100
-    options = dict(weights=torch.rand(shape["T"], device=device), label_smoothing=0.1, z_loss=1e-3)
-    return (logits, targets), options
+    weights = torch.rand(shape["T"], device=device)
+    softcap = float(shape["softcap"]) if "softcap" in shape else None
+    return (logits, targets), dict(weights=weights, label_smoothing=0.1, z_loss=1e-3, softcap=softcap)
+
+
+def _bytes(shape: Shape, itemsize: int, moved: int) -> int:
+    """Of the example, a fifth of whose targets are ignored: `moved` × the logits that count."""
+    return moved * itemsize * shape["V"] * (shape["T"] - -(-shape["T"] // 5))
+
+
+def _forward_bytes(shape: Shape, itemsize: int) -> int:
+    return _bytes(shape, itemsize, 1) + (8 + 4 * 4) * shape["T"]  # targets, four statistics
+
+
+def _backward_bytes(shape: Shape, itemsize: int) -> int:
+    return _bytes(shape, itemsize, 1) + itemsize * shape["V"] * shape["T"] + (8 + 5 * 4) * shape["T"]
+
+
+def _launches(target: Target) -> tuple[Launch, ...]:
+    def launch(kernel, name, V, dtype, pointers, integers, cap):
+        constexprs = _config(V) | {"HAS_CAP": cap}
+        warps = constexprs.pop("num_warps")
+        signature = {p: f"*{dtype}" if p in ("p_logits", "p_dlogits") else "*fp32" for p in pointers}
+        signature |= {"p_targets": "*i64", "softcap": "fp32"} | dict.fromkeys(integers, "i32")
+        name = f"{name} V={V} {dtype}" + cap * " softcap"
+        return Launch(kernel, name, signature, constexprs, (*pointers, *integers), num_warps=warps)
+
+    forward = ("p_logits", "p_targets", "p_top", "p_sum", "p_total", "p_picked"), ("stride_logits", "T", "V", "columns")
+    pointers = "p_logits", "p_targets", "p_top", "p_log_sum", "p_g_lse", "p_g_picked", "p_g_total", "p_dlogits"
+    backward = pointers, ("stride_logits", "T", "V")
+    cases = (131072, "bf16", False), (131072, "bf16", True), (131072, "fp32", False), (64, "bf16", False)
+    return tuple(
+        launch(kernel, name, V, dtype, *arguments, cap)
+        for kernel, name, arguments in (
+            (_cross_entropy_forward, "forward", forward),
+            (_cross_entropy_backward, "backward", backward),
+        )
+        for V, dtype, cap in cases
+    )
 
 
 register(
@@ -166,8 +380,20 @@ register(
         function=cross_entropy,
         reference=cross_entropy_reference,
         example=_example,
-        shapes=({"T": 1, "V": 2}, {"T": 13, "V": 101}, {"T": 0, "V": 5}, {"T": 4096, "V": 8192}),
-        flops=lambda s: 5 * s["T"] * s["V"],
-        bytes=lambda s, size: s["T"] * (size * s["V"] + 8 + 4),
+        shapes=(
+            {"T": 1, "V": 2},
+            {"T": 129, "V": 17, "softcap": 3},
+            {"T": 3, "V": 9001},  # split among programs
+            {"T": 130, "V": 127},  # several rows in a program
+            {"T": 0, "V": 5},
+            {"T": 8192, "V": 128256},
+        ),
+        flops=lambda shape: 5 * shape["T"] * shape["V"],
+        bytes=_forward_bytes,
+        backward_flops=lambda shape: 5 * shape["T"] * shape["V"],
+        backward_bytes=_backward_bytes,
+        launches=_launches,
+        lean_shape={"T": 20, "V": 1000},
+        traffic=lambda shape, itemsize: (_forward_bytes(shape, itemsize), _backward_bytes(shape, itemsize)),
     )
 )

@@ -6,6 +6,11 @@
     The query is the last token: its key is in the cache already, at lengths - 1. Must move every visible key and
     value once (2·G·D elements a token) and spend 4·H·D FLOPs a token: memory decides.
 
+One sequence and key head do not fill a GPU, so the visible keys are divided into S equal shares (flash-decoding): a
+program attends from the H/G query heads of a group, the rows of its matmuls, to one share, and leaves a normalised o_s
+and its lse_s; then o = Σ_s w_s o_s / Σ_s w_s with w_s = exp(lse_s). S follows from shapes alone. Besides the keys and
+values it moves the number of the page of each key (4·G bytes a token) and, if S > 1, o_s in fp32 out and in.
+
 The torch path copies what it needs of the cache to fp32, [B·G, n, D], a few sequences at a time: matmuls with one or
 two rows are slow on strided or bf16 operands (measured on a CPU: 0.45 ms against 0.8, and more precise).
 """
@@ -13,9 +18,8 @@ two rows are slow on strided or bf16 operands (measured on a CPU: 0.45 ms agains
 import torch
 from torch import Tensor
 
-from tritium.kernels.registry import OpSpec, register
-
-COPY_BYTES = 4 << 20  # of fp32 keys at a time: they should stay in the cache, and a long cache not be held twice
+from tritium.kernels.backend import Target, tl, triton, use_triton
+from tritium.kernels.registry import Launch, OpSpec, Shape, register
 
 
 def decode_attention_reference(
@@ -44,6 +48,151 @@ def decode_attention_reference(
     return o
 
 
+# Triton ---------------------------------------------------------------------------------------------------------------
+#
+# R = H / G query heads of a group, in BLOCK_R >= 16 rows as tl.dot wants them.
+
+PROGRAMS = 264  # two for each multiprocessor of an H100
+MIN_SHARE, MAX_SHARES = 128, 128  # keys that are worth a program; parts that one program merges
+MERGE_TILE = 4096  # elements of partial outputs that a program of 4 warps merges at a time
+
+
+@triton.jit
+def _decode(
+    p_q, p_k, p_v, p_table, p_lengths, p_o, p_lse, stride_qb, stride_qh, stride_kp, stride_kj, stride_kg,
+    stride_vp, stride_vj, stride_vg, stride_table, page, capacity, window, scale, softcap,
+    G: tl.constexpr, R: tl.constexpr, D: tl.constexpr, SOFTCAP: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """o [B, H, S, D] and lse [B, H, S] of one share of the keys. Grid: (B · G, S)."""
+    i_b, i_g = (tl.program_id(0) // G).to(tl.int64), tl.program_id(0) % G
+    i_r, i_d = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_D)
+    i_h = i_g * R + i_r  # [BLOCK_R]
+    m_o = (i_r < R)[:, None] & (i_d < D)[None, :]  # [BLOCK_R, BLOCK_D]
+    i_q = i_b * stride_qb + i_h.to(tl.int64) * stride_qh
+    b_q = tl.load(p_q + i_q[:, None] + i_d[None, :], mask=m_o, other=0.0)  # [BLOCK_R, BLOCK_D]
+
+    n = tl.minimum(tl.load(p_lengths + i_b).to(tl.int32), capacity)  # never outside the page table
+    first = tl.maximum(n - window, 0)
+    share = tl.cdiv(tl.cdiv(n - first, tl.num_programs(1)), BLOCK_N) * BLOCK_N
+    start = first + tl.program_id(1) * share
+    end = tl.minimum(start + share, n)  # <= start: nothing left for this program
+
+    b_max = tl.full([BLOCK_R], float("-inf"), tl.float32)
+    b_sum = tl.zeros([BLOCK_R], tl.float32)
+    b_o = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
+    for i_start in range(start, end, BLOCK_N):
+        i_n = i_start + tl.arange(0, BLOCK_N)  # [BLOCK_N]
+        m_n = i_n < end
+        i_page = tl.load(p_table + i_b * stride_table + i_n // page, mask=m_n, other=0).to(tl.int64)
+        i_slot = (i_n % page).to(tl.int64)
+        i_k = i_page * stride_kp + i_slot * stride_kj + i_g.to(tl.int64) * stride_kg
+        i_v = i_page * stride_vp + i_slot * stride_vj + i_g.to(tl.int64) * stride_vg
+        m_kv = m_n[:, None] & (i_d < D)[None, :]  # what unused slots hold, perhaps NaN, is not read
+        b_k = tl.load(p_k + i_k[:, None] + i_d[None, :], mask=m_kv, other=0.0)  # [BLOCK_N, BLOCK_D]
+        b_v = tl.load(p_v + i_v[:, None] + i_d[None, :], mask=m_kv, other=0.0)
+        b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee") * scale  # [BLOCK_R, BLOCK_N]
+        if SOFTCAP:  # tanh x = 2 / (1 + exp(-2x)) - 1; exp may be inf: then it is -1
+            b_s = softcap * (2.0 / (1.0 + tl.exp(b_s * (-2.0 / softcap))) - 1.0)
+        b_s = tl.where(m_n[None, :], b_s, float("-inf"))
+        b_new = tl.maximum(b_max, tl.max(b_s, 1))  # finite: the block has a key
+        b_p = tl.exp(b_s - b_new[:, None])  # log2(e) times the small difference: exp2 of scaled logits rounds more
+        b_shrink = tl.exp(b_max - b_new)
+        b_sum = b_sum * b_shrink + tl.sum(b_p, 1)
+        b_o = tl.dot(b_p.to(b_v.dtype), b_v, b_o * b_shrink[:, None], input_precision="ieee")
+        b_max = b_new
+
+    b_sum = tl.where(b_sum > 0.0, b_sum, 1.0)  # no key: o = 0, lse = -inf
+    i_o = (i_b * (G * R) + i_h) * tl.num_programs(1) + tl.program_id(1)
+    tl.store(p_o + i_o[:, None] * D + i_d[None, :], (b_o / b_sum[:, None]).to(p_o.dtype.element_ty), mask=m_o)
+    tl.store(p_lse + i_o, b_max + tl.log(b_sum), mask=i_r < R)
+
+
+@triton.jit
+def _merge(p_parts, p_lse, p_o, S, D: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr):
+    """o [B·H, D] from parts [B·H, S, D] and lse [B·H, S]. Grid: (B · H, cdiv(D, BLOCK_D))."""
+    i_row = tl.program_id(0).to(tl.int64)
+    i_s = tl.arange(0, BLOCK_S)  # [BLOCK_S]
+    i_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)  # [BLOCK_D]
+    b_lse = tl.load(p_lse + i_row * S + i_s, mask=i_s < S, other=float("-inf"))
+    b_max = tl.max(b_lse, 0)
+    b_w = tl.exp(b_lse - tl.where(b_max == float("-inf"), 0.0, b_max))  # [BLOCK_S]; all 0 for a sequence of no keys
+    m = (b_w > 0.0)[:, None] & (i_d < D)[None, :]
+    b_parts = tl.load(p_parts + (i_row * S + i_s)[:, None] * D + i_d[None, :], mask=m, other=0.0)
+    b_sum = tl.sum(b_w, 0)
+    b_o = tl.sum(b_w[:, None] * b_parts, 0) / tl.where(b_sum > 0.0, b_sum, 1.0)  # [BLOCK_D]
+    tl.store(p_o + i_row * D + i_d, b_o.to(p_o.dtype.element_ty), mask=i_d < D)
+
+
+def _config(R: int, D: int, itemsize: int) -> dict:
+    """Launch parameters for R query heads in a group: 16 KB of keys at a time, and as much of values."""
+    block_r, block_d = max(16, triton.next_power_of_2(R)), max(16, triton.next_power_of_2(D))
+    block_n = min(128, max(16, (16 << 10) // (block_d * itemsize)))
+    warps = 8 if itemsize == 4 or block_r * block_d >= 64 * 128 else 4  # 4 would spill
+    blocks = {"BLOCK_R": block_r, "BLOCK_N": block_n, "BLOCK_D": block_d}
+    return {"R": R, "D": D, "num_warps": warps, "num_stages": 3} | blocks
+
+
+def _merge_config(S: int, D: int) -> dict:
+    block_s = triton.next_power_of_2(S)
+    block_d = min(triton.next_power_of_2(D), MERGE_TILE // block_s)
+    return {"D": D, "BLOCK_S": block_s, "BLOCK_D": block_d, "num_warps": 4, "num_stages": 1}
+
+
+def _shares(programs: int, keys: int) -> int:
+    """Into how many shares to divide at most `keys` keys, where one share makes `programs` programs."""
+    return max(1, min(-(-PROGRAMS // programs), -(-keys // MIN_SHARE), MAX_SHARES))
+
+
+def _unit(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+@torch.library.custom_op("tritium::decode_attention", mutates_args=())
+def _attend_triton(
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    page_table: Tensor,
+    lengths: Tensor,
+    window: int | None,
+    softcap: float | None,
+    scale: float,
+) -> Tensor:
+    """o [B, H, D]."""
+    o = _attend_output(q, k_pages, v_pages, page_table, lengths, window, softcap, scale)
+    (B, H, D), (_, page, G, _) = q.shape, k_pages.shape
+    capacity = page_table.shape[1] * page
+    if not o.numel():
+        return o
+    window = capacity if window is None else min(window, capacity)
+    q, k_pages, v_pages, page_table = (_unit(x) for x in (q, k_pages, v_pages, page_table))
+    S = _shares(B * G, window)
+    parts = o if S == 1 else torch.empty(B, H, S, D, dtype=torch.float32, device=q.device)
+    lse = torch.empty(B, H, S, dtype=torch.float32, device=q.device)
+    _decode[(B * G, S)](
+        q, k_pages, v_pages, page_table, lengths.contiguous(), parts, lse,
+        *q.stride()[:2], *k_pages.stride()[:3], *v_pages.stride()[:3], page_table.stride(0),
+        page, capacity, window, scale, softcap or 0.0, G=G, SOFTCAP=softcap is not None,
+        **_config(H // G, D, q.element_size()),
+    )  # fmt: skip
+    if S > 1:
+        config = _merge_config(S, D)
+        _merge[(B * H, triton.cdiv(D, config["BLOCK_D"]))](parts, lse, o, S, **config)
+    return o
+
+
+@_attend_triton.register_fake
+def _attend_output(q, k_pages, v_pages, page_table, lengths, window, softcap, scale):
+    return torch.empty(q.shape, dtype=q.dtype, device=q.device)
+
+
+# Torch ----------------------------------------------------------------------------------------------------------------
+
+
+COPY_BYTES = 4 << 20  # of fp32 keys at a time: they should stay in the cache, and a long cache not be held twice
+
+
 def _gather(pages: Tensor, page_table: Tensor, longest: int) -> Tensor:
     """[B, longest, G, D]: a copy of the first keys (or values) of each sequence."""
     B, needed = page_table.shape[0], -(-longest // pages.shape[1])
@@ -70,6 +219,9 @@ def _attend(q: Tensor, keys: Tensor, values: Tensor, unseen: Tensor, softcap: fl
     return torch.bmm(s.softmax(-1), _by_head(values)).view(q.shape)
 
 
+# Public ---------------------------------------------------------------------------------------------------------------
+
+
 @torch.no_grad()
 def decode_attention(
     q: Tensor,
@@ -86,25 +238,32 @@ def decode_attention(
 
     page_table [B, N] int32 (entries past a sequence's pages are not used, but must be valid pages), lengths [B] int32
     with the query's own token counted; length 0 gives 0. window w: the last w keys. Not differentiable.
-    Raises ValueError on shapes that don't fit and (on a CPU) lengths that the page table cannot hold.
+    Raises ValueError on shapes and dtypes that don't fit and (on a CPU) lengths that the page table cannot hold; on a
+    GPU these are taken for what it can hold.
     """
     if q.dim() != 3 or k_pages.dim() != 4 or k_pages.shape != v_pages.shape or q.shape[2] != k_pages.shape[3]:
         shapes = f"{tuple(q.shape)}, {tuple(k_pages.shape)}, {tuple(v_pages.shape)}"
         raise ValueError(f"q and pages must be [B, H, D] and twice [P, page, G, D], got {shapes}")
+    if not q.dtype == k_pages.dtype == v_pages.dtype:
+        raise ValueError(f"q and pages must have one dtype, got {q.dtype}, {k_pages.dtype}, {v_pages.dtype}")
     (B, H, D), (_, page, G, _) = q.shape, k_pages.shape
     if H % G:
         raise ValueError(f"{H} query heads do not divide into {G} key heads")
     if page_table.dim() != 2 or page_table.shape[0] != B or lengths.shape != (B,):
         shapes = f"{tuple(page_table.shape)}, {tuple(lengths.shape)}"
         raise ValueError(f"page_table and lengths must be [{B}, N] and [{B}], got {shapes}")
+    if window is not None and window < 1:
+        raise ValueError(f"a window of {window} keys does not hold the query's own: at least 1 is wanted")
     capacity = page_table.shape[1] * page
+    scale = D**-0.5 if scale is None else scale
     unread = lengths.is_cuda or torch.compiler.is_compiling() or not B
     longest = capacity if unread else int(lengths.max())
     if longest > capacity:
         raise ValueError(f"a length of {longest} is over the {capacity} tokens of {page_table.shape[1]} pages")
+    if use_triton(q, k_pages, v_pages, page_table, lengths):
+        return _attend_triton(q, k_pages, v_pages, page_table, lengths, window, softcap, scale)
     if not longest:
         return torch.zeros_like(q)
-    scale = D**-0.5 if scale is None else scale
     at, n = torch.arange(longest, device=q.device), lengths[:, None]
     unseen = (at >= n) if window is None else (at >= n) | (at < n - window)  # [B, longest]
     o = torch.empty(B, H, D, dtype=q.dtype, device=q.device)
@@ -115,13 +274,56 @@ def decode_attention(
     return torch.where(lengths[:, None, None] > 0, o, 0.0)
 
 
-def _example(shape, dtype, device):
+# The registry's entry -------------------------------------------------------------------------------------------------
+
+
+def _example(shape: Shape, dtype: torch.dtype, device: str) -> tuple[tuple, dict]:
+    """Lengths are random, or with "full" all that the pages hold; "window" and "softcap" as given."""
     B, N, page, H, G, D = (shape[x] for x in ("B", "N", "page", "H", "G", "D"))
     q = torch.randn(B, H, D, dtype=dtype, device=device)
     k_pages, v_pages = (torch.randn(B * N + 1, page, G, D, dtype=dtype, device=device) for _ in range(2))
     page_table = torch.randperm(B * N + 1, device=device)[: B * N].view(B, N).int()
-    lengths = torch.randint(0, N * page + 1, (B,), device=device).int()
-    return (q, k_pages, v_pages, page_table, lengths), {}
+    lengths = torch.randint(N * page if shape.get("full") else 0, N * page + 1, (B,), device=device).int()
+    return (q, k_pages, v_pages, page_table, lengths), {x: shape[x] for x in ("window", "softcap") if x in shape}
+
+
+def _bytes(shape: Shape, itemsize: int) -> int:
+    """Of full pages: queries and outputs, keys and values."""
+    keys = min(shape["N"] * shape["page"], shape.get("window", shape["N"] * shape["page"]))
+    return 2 * shape["B"] * shape["D"] * itemsize * (keys * shape["G"] + shape["H"])
+
+
+def _traffic(shape: Shape, itemsize: int) -> tuple[int, int]:
+    """And the page of each key, a length for each program, o_s and lse_s out and in."""
+    B, H, G, D = (shape[x] for x in "BHGD")
+    keys = min(shape["N"] * shape["page"], shape.get("window", shape["N"] * shape["page"]))
+    S = _shares(B * G, keys)
+    parts = 4 * B * H * (2 * S * (D + 1)) if S > 1 else 4 * B * H
+    return _bytes(shape, itemsize) + 4 * B * G * (keys + S) + parts + (S - 1) * B * H * D * itemsize, 0
+
+
+def _launches(target: Target) -> tuple[Launch, ...]:
+    def launch(kernel, name, dtype, constexprs):
+        options = {name: constexprs.pop(name) for name in ("num_warps", "num_stages")}
+        kinds = {"p_table": "*i32", "p_lengths": "*i32", "p_lse": "*fp32", "p_parts": "*fp32"}
+        kinds |= {"scale": "fp32", "softcap": "fp32"}
+        names = [name for name in kernel.arg_names if name not in constexprs]
+        signature = {name: kinds.get(name, f"*{dtype}" if name.startswith("p_") else "i32") for name in names}
+        divisible = tuple(name for name in names if signature[name] != "fp32" and name not in ("window", "S"))
+        return Launch(kernel, f"{name} {dtype}", signature, constexprs, divisible, **options)
+
+    def decode(R, D, softcap=False, dtype=torch.bfloat16):
+        constexprs = _config(R, D, dtype.itemsize) | {"G": 8, "SOFTCAP": softcap}
+        name = f"R={R} D={D}{' softcap' * softcap}"
+        return launch(_decode, name, "fp32" if dtype == torch.float32 else "bf16", constexprs)
+
+    return (
+        *(decode(4, D) for D in (64, 80, 128, 256)),
+        decode(2, 256, softcap=True),
+        decode(64, 128),
+        decode(4, 128, dtype=torch.float32),
+        *(launch(_merge, f"S={S} D={D}", "bf16", _merge_config(S, D)) for S, D in ((4, 128), (128, 256))),
+    )
 
 
 register(
@@ -132,12 +334,16 @@ register(
         example=_example,
         shapes=(
             {"B": 1, "N": 1, "page": 1, "H": 1, "G": 1, "D": 8},
-            {"B": 5, "N": 3, "page": 4, "H": 4, "G": 2, "D": 16},
+            {"B": 5, "N": 3, "page": 7, "H": 6, "G": 2, "D": 40},
+            {"B": 2, "N": 5, "page": 100, "H": 4, "G": 2, "D": 16, "window": 300, "softcap": 3},
             {"B": 0, "N": 1, "page": 8, "H": 2, "G": 1, "D": 8},
-            {"B": 128, "N": 1, "page": 128, "H": 4, "G": 2, "D": 64},
+            {"B": 64, "N": 256, "page": 16, "H": 32, "G": 8, "D": 128, "full": 1},
         ),
         flops=lambda s: 4 * s["B"] * s["N"] * s["page"] * s["H"] * s["D"],
-        bytes=lambda s, size: 2 * s["B"] * s["D"] * size * (s["N"] * s["page"] * s["G"] + s["H"]),
+        bytes=_bytes,
+        launches=_launches,
+        lean_shape={"B": 2, "N": 3, "page": 100, "H": 4, "G": 2, "D": 40, "full": 1},
+        traffic=_traffic,
         differentiable=False,
     )
 )

@@ -23,11 +23,11 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# A tile in fp32: on a CPU it should stay in the cache (allocations over 32 MB also go back to the system each time,
-# and the page faults then cost more than the matmul); a GPU wants large matmuls.
-TILE_BYTES = {"cpu": 8 << 20, "cuda": 512 << 20}
+from tritium.kernels.backend import device_assert, use_triton
+from tritium.kernels.head_triton import EXCLUDED, TILE_BYTES, head_forward, matmul_fp32
+
 TILE_ROWS = 1024
-EXCLUDED = -1e30  # instead of -inf: a chunk that holds nothing else still has a finite softmax
+_INVALID: dict[torch.device, Tensor] = {}
 
 
 class HeadStatistics(NamedTuple):
@@ -48,6 +48,12 @@ class HeadOptions:
     total: bool = False  # whether to compute Σ z
     exclude: bool = False  # leave the targets out of every statistic but `picked`
 
+    def from_raw(self, z: Tensor) -> Tensor:
+        """softcap and temperature of fp32 logits, in place."""
+        if self.softcap is not None:
+            z = z.div_(self.softcap).tanh_().mul_(self.softcap)
+        return z if self.temperature == 1.0 else z.div_(self.temperature)
+
 
 def check_head(hidden: Tensor, weight: Tensor, names: tuple[str, str] = ("hidden", "weight")) -> None:
     """Raise ValueError unless hidden is [T, E] and weight is [V, E], of one dtype."""
@@ -58,16 +64,37 @@ def check_head(hidden: Tensor, weight: Tensor, names: tuple[str, str] = ("hidden
         raise ValueError(f"{names[0]} is {hidden.dtype} but {names[1]} is {weight.dtype}: cast one of them")
 
 
-def check_targets(targets: Tensor, tokens: int, vocab: int, ignore_index: int | None) -> None:
-    """Raise ValueError unless targets is [tokens] and in range; values are read on a CPU only: no host sync."""
+def check_targets(targets: Tensor, tokens: int, vocab: int, ignore_index: int | None) -> Tensor:
+    """Which targets count, [tokens] bool: those that are not ignore_index.
+
+    Raises: ValueError unless targets is [tokens] and, on a CPU, in range. Where looking at the values would make the
+    host wait, those out of range are left out like ignored ones, and counted: see `invalid_targets`.
+    """
     if targets.shape != (tokens,):
         raise ValueError(f"targets must have one id for each of {tokens} tokens, got shape {tuple(targets.shape)}")
-    if targets.is_cuda or torch.compiler.is_compiling() or not tokens:
-        return
-    ids = targets if ignore_index is None else targets.masked_fill(targets == ignore_index, 0)
-    low, high = (int(x) for x in ids.aminmax())
-    if low < 0 or high >= vocab:
-        raise ValueError(f"targets hold {low if low < 0 else high}: ids must be in [0, {vocab}) or {ignore_index}")
+    kept = torch.ones_like(targets, dtype=torch.bool) if ignore_index is None else targets != ignore_index
+    valid = (targets >= 0) & (targets < vocab)
+    if targets.device.type != "cpu" or torch.compiler.is_compiling():
+        invalid = (kept & ~valid).sum()
+        device_assert(invalid == 0, f"targets hold ids outside [0, {vocab}) other than {ignore_index}")
+        invalid_targets(targets.device).add_(invalid)
+        return kept & valid
+    if not torch.all(valid | ~kept):
+        seen = int(targets[kept & ~valid][0])
+        raise ValueError(f"targets hold {seen}: ids must be in [0, {vocab}) or {ignore_index}")
+    return kept
+
+
+def invalid_targets(device: torch.device | str) -> Tensor:
+    """How many targets on this device were out of range and so left out, ever: an int64 scalar on it, kept up to date.
+
+    Reading it (`int(invalid_targets("cuda"))`) waits for the device. With TRITIUM_DEBUG=1 the first one stops the
+    program instead.
+    """
+    device = torch.empty(0, device=device).device  # "cuda" with its index
+    if device not in _INVALID:
+        _INVALID[device] = torch.zeros((), dtype=torch.int64, device=device)
+    return _INVALID[device]
 
 
 def _tile_shape(tokens: int, vocab: int, device: torch.device) -> tuple[int, int]:
@@ -84,28 +111,72 @@ def tiles(tokens: int, vocab: int, device: torch.device) -> Iterator[tuple[int, 
             yield chunk, slice(column, min(vocab, column + columns)), slice(row, min(tokens, row + rows))
 
 
+class Workspace:
+    """The fp32 memory of a tile of logits, used again for the next: fresh pages would cost more than the softmax."""
+
+    def __init__(self, like: Tensor, elements: int):
+        wide = torch.promote_types(like.dtype, torch.float32)
+        self.z, self.p = (like.new_empty(elements, dtype=wide) for _ in range(2))
+
+    def widen(self, raw: Tensor, options: HeadOptions) -> Tensor:
+        """z, in `self.z`, of hidden @ weight.T."""
+        return options.from_raw(_shaped(self.z, raw.shape).copy_(raw))
+
+    def softmax(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(p, top, Σ e^(z - top)) of z's rows; p is in `self.p`. 3 × faster than torch.logsumexp."""
+        p = torch.softmax(z, -1, out=_shaped(self.p, z.shape))
+        return p, z.amax(-1), 1 / p.amax(-1)
+
+
+def _shaped(memory: Tensor, shape: tuple[int, int]) -> Tensor:
+    return memory[: shape[0] * shape[1]].view(shape)
+
+
+def _raw_tile(hidden: Tensor, weight: Tensor, memory: Tensor) -> Tensor:
+    return torch.mm(hidden, weight.t(), out=_shaped(memory, (hidden.shape[0], weight.shape[0])))
+
+
 def logits_tile(hidden: Tensor, weight: Tensor, options: HeadOptions) -> Tensor:
     """z of one tile, in fp32 at least: the matmul in the inputs' dtype, everything after it in fp32."""
-    z = (hidden @ weight.t()).to(torch.promote_types(hidden.dtype, torch.float32))  # [rows, columns]
-    if options.softcap is not None:
-        z = z.div_(options.softcap).tanh_().mul_(options.softcap)
-    return z if options.temperature == 1.0 else z.div_(options.temperature)
+    return options.from_raw((hidden @ weight.t()).to(torch.promote_types(hidden.dtype, torch.float32)))
 
 
-def _within(targets: Tensor, columns: slice) -> tuple[Tensor, Tensor]:
-    """Which targets lie in a chunk, and their column in it (0 for the others)."""
-    here = (targets >= columns.start) & (targets < columns.stop)
-    return here, torch.where(here, targets - columns.start, 0)
+def pick(z: Tensor, targets: Tensor, options: HeadOptions) -> tuple[Tensor, Tensor, Tensor]:
+    """(picked, here, column), [rows, K]: the logits of the targets that lie in z's columns, 0 for the others.
 
-
-def _tile_logits(hidden: Tensor, weight: Tensor, targets: Tensor, columns: slice, options: HeadOptions):
-    """(z, the targets' z): z [rows, columns] without the excluded targets, picked [rows, K]."""
-    z = logits_tile(hidden, weight, options)
-    here, local = _within(targets, columns)
-    picked = z.gather(1, local).mul_(here)  # [rows, K]
+    Excluded targets leave z.
+    """
+    here = (targets >= 0) & (targets < z.shape[1])
+    column = torch.where(here, targets, 0)
+    picked = torch.where(here, z.gather(1, column), 0.0)
     if options.exclude:
-        z.scatter_add_(1, local, here.to(z.dtype) * EXCLUDED)
-    return z, picked
+        z.scatter_add_(1, column, here.to(z.dtype) * EXCLUDED)
+    return picked, here, column
+
+
+def raw_gradient(
+    z: Tensor,
+    p: Tensor,
+    here: Tensor,
+    column: Tensor,
+    g_lse: Tensor,
+    g_expected: Tensor | None,
+    g_picked: Tensor | None,
+    g_total: Tensor | None,
+    options: HeadOptions,
+) -> Tensor:
+    """The gradient of hidden @ weight.T, in p's memory, from those of the statistics; `here`, `column` as of `pick`.
+
+    d expected / dz_v = p_v (1 + z_v - expected), of which g_lse holds the part without z_v.
+    """
+    dz = p.mul_(g_lse[:, None] if g_expected is None else torch.addcmul(g_lse[:, None], z, g_expected[:, None]))
+    if g_total is not None:
+        dz += g_total[:, None]
+    if g_picked is not None:
+        dz.scatter_add_(1, column, torch.where(here, g_picked, 0.0))  # p - 1, in fp32
+    if options.softcap is not None:  # d tanh(x) = 1 - tanh(x)²
+        dz *= 1 - (z * (options.temperature / options.softcap)).square_()
+    return dz if options.temperature == 1.0 else dz.div_(options.temperature)
 
 
 class _Head(torch.autograd.Function):
@@ -115,65 +186,59 @@ class _Head(torch.autograd.Function):
     def forward(ctx, hidden, weight, targets, options):
         (T, _), V = hidden.shape, weight.shape[0]
         dtype = torch.promote_types(hidden.dtype, torch.float32)
-        lse, top = (hidden.new_full((T,), -torch.inf, dtype=dtype) for _ in range(2))
         picked = hidden.new_zeros(targets.shape, dtype=dtype)
-        expected, total = (hidden.new_zeros(T, dtype=dtype) if x else None for x in (options.expected, options.total))
-        chunk_lse = hidden.new_empty(-(-V // _tile_shape(T, V, hidden.device)[1]), T, dtype=dtype)
+        height, width = _tile_shape(T, V, hidden.device)
+        tops, sums, means, totals = hidden.new_empty(4, -(-V // width), T, dtype=dtype)  # of each chunk
+        work, memory = Workspace(hidden, height * width), hidden.new_empty(height * width)
         for chunk, columns, rows in tiles(T, V, hidden.device):
-            z, picked_here = _tile_logits(hidden[rows], weight[columns], targets[rows], columns, options)
-            picked[rows] += picked_here
-            p, top_here = z.softmax(-1), z.amax(-1)
-            lse_here = top_here - p.amax(-1).log()  # log Σ exp, from the softmax: 3 × faster than torch.logsumexp
-            merged = torch.logaddexp(lse[rows], lse_here)
+            z = work.widen(_raw_tile(hidden[rows], weight[columns], memory), options)
+            picked[rows] += pick(z, targets[rows] - columns.start, options)[0]
+            p, tops[chunk, rows], sums[chunk, rows] = work.softmax(z)
             if options.expected:
-                kept = expected[rows] * (lse[rows] - merged).exp()
-                expected[rows] = kept + p.mul_(z).sum(-1) * (lse_here - merged).exp()
+                means[chunk, rows] = p.mul_(z).sum(-1)
             if options.total:
-                total[rows] += z.sum(-1)
-            lse[rows], chunk_lse[chunk, rows] = merged, lse_here
-            top[rows] = torch.maximum(top[rows], top_here)
-        ctx.save_for_backward(hidden, weight, targets, lse, chunk_lse, expected)
+                totals[chunk, rows] = z.sum(-1)
+        top = tops.amax(0)
+        mass = (tops - top).exp_().mul_(sums)
+        total_mass = mass.sum(0)
+        share = mass.div_(total_mass)  # of each chunk in the whole softmax
+        expected = share.mul(means).sum(0) if options.expected else None
+        ctx.save_for_backward(hidden, weight, targets, share, expected)
         ctx.options = options
         ctx.mark_non_differentiable(top)
         ctx.set_materialize_grads(False)
-        return lse, picked, expected, total, top
+        return top + total_mass.log_(), picked, expected, totals.sum(0) if options.total else None, top
 
     @staticmethod
     @once_differentiable
     def backward(ctx, g_lse, g_picked, g_expected, g_total, _):
-        hidden, weight, targets, lse, chunk_lse, expected = ctx.saved_tensors
-        options, (T, _), V = ctx.options, hidden.shape, weight.shape[0]
+        hidden, weight, targets, share, expected = ctx.saved_tensors
+        options, (T, E), V, dtype = ctx.options, hidden.shape, weight.shape[0], share.dtype
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
-        dhidden = torch.zeros_like(hidden, dtype=lse.dtype) if needs_hidden else None
-        dweight = torch.zeros_like(weight, dtype=lse.dtype) if needs_weight else None
-        g_lse = torch.zeros_like(lse) if g_lse is None else g_lse
-        if g_expected is not None:  # d expected / dz_v = p_v (1 + z_v - expected)
+        height, width = _tile_shape(T, V, hidden.device)
+        work, memory = Workspace(hidden, height * width), hidden.new_empty(height * width)
+        dhidden = hidden.new_zeros(T, E, dtype=dtype) if needs_hidden else None
+        dweight = weight.new_zeros(V, E) if needs_weight else None
+        summed = weight.new_empty(width, E, dtype=dtype)  # dweight of one chunk, over the blocks of tokens
+        g_lse = share.new_zeros(T) if g_lse is None else g_lse
+        if g_expected is not None:
             g_lse = g_lse + g_expected * (1 - expected)
         for chunk, columns, rows in tiles(T, V, hidden.device):
-            z, _ = _tile_logits(hidden[rows], weight[columns], targets[rows], columns, options)
-            share = (chunk_lse[chunk, rows] - lse[rows]).exp()  # of the chunk in the whole softmax
-            dz = z.softmax(-1).mul_((share * g_lse[rows])[:, None])
-            if g_expected is not None:
-                dz += z.softmax(-1).mul_((share * g_expected[rows])[:, None]).mul_(z)
-            if g_total is not None:
-                dz += g_total[rows, None]
-            if g_picked is not None:
-                here, local = _within(targets[rows], columns)
-                dz.scatter_add_(1, local, g_picked[rows] * here)
-            dz = _to_raw_logits(dz, z, options).to(hidden.dtype)
+            raw = _raw_tile(hidden[rows], weight[columns], memory)
+            z = work.widen(raw, options)
+            _, here, column = pick(z, targets[rows] - columns.start, options)
+            p, part = torch.softmax(z, -1, out=_shaped(work.p, z.shape)), share[chunk, rows]
+            of_p = [None if g is None else g[rows] * part for g in (g_lse, g_expected)]
+            others = [None if g is None else g[rows] for g in (g_picked, g_total)]
+            dz = raw.copy_(raw_gradient(z, p, here, column, *of_p, *others, options))
             if needs_hidden:
-                dhidden[rows] += dz @ weight[columns]
+                dhidden[rows] += matmul_fp32(dz, weight[columns])
             if needs_weight:
-                dweight[columns] += dz.t() @ hidden[rows]
-        dhidden = dhidden.to(hidden.dtype) if needs_hidden else None
-        return dhidden, dweight.to(weight.dtype) if needs_weight else None, None, None
-
-
-def _to_raw_logits(dz: Tensor, z: Tensor, options: HeadOptions) -> Tensor:
-    """The gradient of hidden @ weight.T from the gradient of z, in place: d tanh(x) = 1 - tanh(x)²."""
-    if options.softcap is not None:
-        dz *= 1 - (z * (options.temperature / options.softcap)).square_()
-    return dz if options.temperature == 1.0 else dz.div_(options.temperature)
+                product, sums = matmul_fp32(dz.t(), hidden[rows]), summed[: z.shape[1]]
+                sums.copy_(product) if rows.start == 0 else sums.add_(product)
+                if rows.stop == T:
+                    dweight[columns] = sums
+        return dhidden.to(hidden.dtype) if needs_hidden else None, dweight, None, None
 
 
 class _AllReduceSum(torch.autograd.Function):
@@ -216,9 +281,20 @@ def head_statistics(
     picks nothing). With a group, weight holds the rank's V / world_size rows; dhidden then is this shard's part.
     """
     if group is None:
+        return _own_statistics(hidden, weight, targets, options)
+    own = targets - dist.get_rank(group) * weight.shape[0]
+    return _merge_shards(_own_statistics(hidden, weight, own, options), group)
+
+
+def _own_statistics(hidden: Tensor, weight: Tensor, targets: Tensor, options: HeadOptions) -> HeadStatistics:
+    """Of the rows of the weight that this process has."""
+    if not use_triton(hidden, weight, targets):
         return HeadStatistics(*_Head.apply(hidden, weight, targets, options))
-    local = targets - dist.get_rank(group) * weight.shape[0]
-    return _merge_shards(HeadStatistics(*_Head.apply(hidden, weight, local, options)), group)
+    flags = options.expected, options.total, options.exclude
+    lse, picked, expected, total, top, _ = head_forward(
+        hidden, weight, targets, options.temperature, options.softcap, *flags
+    )
+    return HeadStatistics(lse, picked, expected if options.expected else None, total if options.total else None, top)
 
 
 def vocab_size(weight: Tensor, group: dist.ProcessGroup | None) -> int:

@@ -1,22 +1,103 @@
 """Cross-entropy of a linear head without its logits.
 
-    Σ_t w_t [(1-ε)(lse - z_y) + ε (lse - mean_v z) + ζ lse²],   z = softcap(hidden @ weight.T)
+    loss = Σ_t w_t [(1-ε)(lse - z_y) + ε (lse - mean_v z) + ζ lse²],   z = softcap(hidden @ weight.T)
 
 Must spend 2·T·V·E FLOPs forward and 4·T·V·E backward (2 more to make the logits again), and move hidden, weight and
-a few vectors of T. The statistics come from head.py, the formula from cross_entropy.py.
+a few vectors of T; what the kernels read is derived in head_triton.py. The statistics come from head.py, the formula
+from cross_entropy.py.
+
+The gradient of a sum is known before its backward, but for one factor. So the torch path, for reduction="sum", makes
+it in the forward, from the logits that are there: 6·T·V·E FLOPs for both. It walks blocks of E tokens × V: their logits
+are as large as dweight, and lie in its memory until it is needed. What it costs is dweight in fp32, summed over blocks.
 """
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
+from tritium.kernels.backend import Target, use_triton
 from tritium.kernels.cross_entropy import check_loss_options, cross_entropy_reference, token_loss
-from tritium.kernels.head import HeadOptions, check_head, check_targets, head_statistics, vocab_size
-from tritium.kernels.registry import OpSpec, register
+from tritium.kernels.head import (
+    HeadOptions,
+    Workspace,
+    check_head,
+    check_targets,
+    head_statistics,
+    pick,
+    raw_gradient,
+    vocab_size,
+)
+from tritium.kernels.head_triton import TILE_BYTES, head_launches, head_traffic, matmul_fp32
+from tritium.kernels.linear_logprob import example
+from tritium.kernels.registry import Launch, OpSpec, Shape, register
 
 
 def linear_cross_entropy_reference(hidden: Tensor, weight: Tensor, targets: Tensor, **options) -> Tensor:
     return cross_entropy_reference(hidden @ weight.t(), targets, **options)
+
+
+WORDS = 2048  # of dweight at a time: the product stays in the cache
+TOKENS = 256  # of a block, where no dweight gives its size
+
+
+class _SummedLoss(torch.autograd.Function):
+    """The sum of the losses, with its gradients made in the forward. targets [T] are -1 where they are ignored."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, weights, options, label_smoothing, z_loss):
+        (T, E), V = hidden.shape, weight.shape[0]
+        needs_hidden, needs_weight = ctx.needs_input_grad[:2]
+        dtype, kept = torch.promote_types(hidden.dtype, torch.float32), targets >= 0
+        g = kept.to(dtype) if weights is None else torch.where(kept, weights.to(dtype), 0.0)
+        g_picked = g[:, None] * (label_smoothing - 1)
+        g_total = g * (-label_smoothing / V) if options.total else None
+        lse, picked, total = (hidden.new_zeros(T, dtype=dtype) for _ in range(3))
+        dhidden = hidden.new_empty(T, E) if needs_hidden else None
+        length = E if needs_weight else TOKENS
+        memory = weight.new_empty(length, V)
+        summed = weight.new_zeros(V, E, dtype=dtype) if needs_weight else None
+        height = max(1, TILE_BYTES["cpu"] // (8 * V))
+        work = Workspace(hidden, height * V)
+        for start in range(0, T, length):
+            block = slice(start, min(T, start + length))
+            logits = torch.mm(hidden[block], weight.t(), out=memory[: block.stop - start])
+            for row in range(start, block.stop, height):
+                rows = slice(row, min(block.stop, row + height))
+                raw = logits[rows.start - start : rows.stop - start]  # [≤ height, V]
+                z = work.widen(raw, options)
+                z_target, here, column = pick(z, targets[rows, None], options)
+                p, top, total_sum = work.softmax(z)
+                lse[rows] = top + total_sum.log()
+                picked[rows] = z_target[:, 0]
+                if options.total:
+                    total[rows] = z.sum(-1)
+                g_lse = g[rows] * (1 + 2 * z_loss * lse[rows])
+                others = g_picked[rows], None if g_total is None else g_total[rows]
+                raw.copy_(raw_gradient(z, p, here, column, g_lse, None, *others, options))  # dz in the place of z
+            if needs_hidden:
+                torch.mm(logits, weight, out=dhidden[block])
+            for v in range(0, V if needs_weight else 0, WORDS):
+                summed[v : v + WORDS] += matmul_fp32(logits[:, v : v + WORDS].t(), hidden[block])
+        ctx.save_for_backward(dhidden, memory.view(V, E).copy_(summed) if needs_weight else None)
+        formula = dict(vocab=V, weights=weights, label_smoothing=label_smoothing, z_loss=z_loss, reduction="sum")
+        return token_loss(lse, picked, total, kept, **formula)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        return *(None if g is None else g * grad for g in ctx.saved_tensors), *[None] * 5
+
+
+def _in_forward(hidden: Tensor, weight: Tensor, weights: Tensor | None) -> bool:
+    """Whether to make the gradients in the forward: on a CPU, where some are wanted, and those of the weights are not.
+
+    Not in fp16, where the factor that only the backward knows is a loss scale that keeps dz from vanishing.
+    """
+    if hidden.device.type != "cpu" or hidden.dtype == torch.float16 or use_triton(hidden, weight, weights):
+        return False
+    wanted = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+    return wanted and not (weights is not None and weights.requires_grad)
 
 
 def linear_cross_entropy(
@@ -40,12 +121,13 @@ def linear_cross_entropy(
     """
     vocab = vocab_size(weight, group)
     check_head(hidden, weight)
-    check_targets(targets, hidden.shape[0], vocab, ignore_index)
+    kept = check_targets(targets, hidden.shape[0], vocab, ignore_index)
     check_loss_options(hidden.shape[0], weights, label_smoothing, softcap, reduction)
-    kept = targets != ignore_index
-    ids = torch.where(kept, targets, 0).long()[:, None]
+    ids = torch.where(kept, targets, -1).long()  # -1 is on no shard
     options = HeadOptions(softcap=softcap, total=label_smoothing > 0)
-    lse, picked, _, total, _ = head_statistics(hidden, weight, ids, options, group)
+    if reduction == "sum" and group is None and _in_forward(hidden, weight, weights):
+        return _SummedLoss.apply(hidden, weight, ids, weights, options, label_smoothing, z_loss)
+    lse, picked, _, total, _ = head_statistics(hidden, weight, ids[:, None], options, group)
     return token_loss(
         lse,
         picked[:, 0],
@@ -59,13 +141,18 @@ def linear_cross_entropy(
     )
 
 
-def _example(shape, dtype, device):
-    hidden = torch.randn(shape["T"], shape["E"], dtype=dtype, device=device, requires_grad=True)
-    weight = (torch.randn(shape["V"], shape["E"], device=device) / shape["E"] ** 0.5).to(dtype).requires_grad_()
-    targets = torch.randint(0, shape["V"], (shape["T"],), device=device)
-    targets[::5] = -100
-    options = dict(weights=torch.rand(shape["T"], device=device), label_smoothing=0.1, z_loss=1e-3)
-    return (hidden, weight, targets), options
+def _example(shape: Shape, dtype: torch.dtype, device: str) -> tuple[tuple, dict]:
+    inputs, options = example(shape, dtype, device)
+    options |= dict(weights=torch.rand(shape["T"], device=device), label_smoothing=0.1, z_loss=1e-3)
+    return inputs, options
+
+
+def _launches(target: Target) -> tuple[Launch, ...]:
+    return (
+        *head_launches(target, "bf16"),
+        *head_launches(target, "bf16", "TOTAL"),
+        *head_launches(target, "fp32", "TOTAL", "HAS_CAP"),
+    )
 
 
 register(
@@ -77,10 +164,16 @@ register(
         shapes=(
             {"T": 1, "E": 8, "V": 2},
             {"T": 13, "E": 24, "V": 101},
+            {"T": 127, "E": 17, "V": 1000, "softcap": 3},
             {"T": 0, "E": 8, "V": 5},
-            {"T": 4096, "E": 256, "V": 8192},
+            {"T": 8192, "E": 4096, "V": 128256},
         ),
         flops=lambda s: 2 * s["T"] * s["V"] * s["E"],
         bytes=lambda s, size: size * s["E"] * (s["T"] + s["V"]) + s["T"] * (8 + 4),
+        backward_flops=lambda s: 6 * s["T"] * s["V"] * s["E"],
+        backward_bytes=lambda s, size: 2 * size * s["E"] * (s["T"] + s["V"]) + s["T"] * (8 + 4),
+        launches=_launches,
+        lean_shape={"T": 256, "E": 128, "V": 512},
+        traffic=head_traffic,
     )
 )

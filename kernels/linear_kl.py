@@ -6,9 +6,21 @@
 Gradients to the student's logits z (before / τ), with r_v = log q_v - log p_v, or ½ (log q_v - log m_v):
     forward: (q - p) / τ        reverse, jsd: q_v (r_v - Σ_u q_u r_u) / τ
 
-Must spend 2·T·V·(E_s + E_t) FLOPs forward. The torch path walks the tiles of head.py twice, first for the two
-log-sum-exps, then for the divergence, and once more backward. A top-k teacher's divergence is one over k + 1 buckets,
-and needs only the student's statistics.
+Must spend 2·T·V·(E_s + E_t) FLOPs forward, as much again backward to make the logits once more, and 4·T·V·E_s for the
+two products with dz. The logits are never whole in memory; the Triton path walks them
+
+    forward, reverse    once. Of each token are kept the maxima and Σ exp of both heads' logits, and, with a and b the
+                        two logits less their maxima, D = Σ_v e^(a_v) (a_v - b_v). Shares of the vocabulary, of other
+                        programs or of other ranks, merge exactly: D moves with the maxima like the sums. In the end
+                        KL(a ‖ b) = D / Σ e^a + log(Σ e^b / Σ e^a), which a common offset of the logits can't spoil
+    jsd                 twice: by the same kernel for the log-sum-exps, then for the two sums
+    backward            once, a chunk of the vocabulary at a time: dz [T, chunk], then dhidden += dz @ W, dW = dzᵀ @ h
+
+A walk reads the operands of each tile of BLOCK_T × BLOCK_V logits once, nearly all from the L2, as in head_triton.py:
+⌈T / BLOCK_T⌉·⌈V / BLOCK_V⌉·(BLOCK_T + BLOCK_V)·(E_s + E_t) elements. The backward also writes dz, T·V.
+
+The torch path walks the tiles of head.py twice, first for the two log-sum-exps, then for the divergence, and once more
+backward. A top-k teacher's divergence is one over k + 1 buckets, and needs only the student's statistics.
 """
 
 from typing import NamedTuple
@@ -18,8 +30,18 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from tritium.kernels.backend import TARGETS, Target, target_of, tl, triton, use_triton
 from tritium.kernels.head import HeadOptions, check_head, head_statistics, logits_tile, tiles, vocab_size
-from tritium.kernels.registry import OpSpec, register
+from tritium.kernels.head_triton import (
+    EXCLUDED,
+    PROGRAMS,
+    TILE_BYTES,
+    _logits,
+    _tile_of,
+    _unit_stride,
+    matmul_fp32,
+)
+from tritium.kernels.registry import Launch, OpSpec, Shape, register
 
 KINDS = ("forward", "reverse", "jsd")
 LOG_2 = 0.6931471805599453
@@ -62,49 +84,330 @@ def linear_kl_reference(
     return divergence(torch.cat([log_p, log_p_rest], 1), torch.cat([log_q.gather(1, teacher.ids), log_q_rest], 1), kind)
 
 
-class _LinearKL(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, student, student_weight, teacher, teacher_weight, lse_q, lse_p, temperature, kind, group):
-        T, V = student.shape[0], student_weight.shape[0]
-        options = HeadOptions(temperature)
-        # the divergence, and Σ q r for the gradient (see the module's docstring)
-        value, mean_r = torch.zeros_like(lse_q), torch.zeros_like(lse_q)
-        for _, columns, rows in tiles(T, V, student.device):
-            log_q = logits_tile(student[rows], student_weight[columns], options).sub_(lse_q[rows, None])
-            log_p = logits_tile(teacher[rows], teacher_weight[columns], options).sub_(lse_p[rows, None])
-            value[rows] += divergence(log_p, log_q, kind)
-            if kind != "forward":
-                mean_r[rows] += (log_q.exp() * _ratio(log_p, log_q, kind)).sum(-1)
-        if group is not None:
-            both = torch.stack([value, mean_r])
-            dist.all_reduce(both, group=group)
-            value, mean_r = both.unbind()
-        ctx.save_for_backward(student, student_weight, teacher, teacher_weight, lse_q, lse_p, mean_r)
-        ctx.options, ctx.kind = options, kind
-        return value
+# Triton ---------------------------------------------------------------------------------------------------------------
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        student, student_weight, teacher, teacher_weight, lse_q, lse_p, mean_r = ctx.saved_tensors
-        needs_hidden, needs_weight = ctx.needs_input_grad[:2]
-        dhidden = torch.zeros_like(student, dtype=lse_q.dtype) if needs_hidden else None
-        dweight = torch.zeros_like(student_weight, dtype=lse_q.dtype) if needs_weight else None
-        grad = grad / ctx.options.temperature
-        for _, columns, rows in tiles(student.shape[0], student_weight.shape[0], student.device):
-            log_q = logits_tile(student[rows], student_weight[columns], ctx.options).sub_(lse_q[rows, None])
-            log_p = logits_tile(teacher[rows], teacher_weight[columns], ctx.options).sub_(lse_p[rows, None])
-            if ctx.kind == "forward":
-                dz = log_q.exp_().sub_(log_p.exp_())
-            else:
-                dz = _ratio(log_p, log_q, ctx.kind).sub_(mean_r[rows, None]).mul_(log_q.exp_())
-            dz = dz.mul_(grad[rows, None]).to(student.dtype)
-            if needs_hidden:
-                dhidden[rows] += dz @ student_weight[columns]
-            if needs_weight:
-                dweight[columns] += dz.t() @ student[rows]
-        dhidden = dhidden.to(student.dtype) if needs_hidden else None
-        return dhidden, dweight.to(student_weight.dtype) if needs_weight else None, *[None] * 7
+_OUTSIDE = tl.constexpr(EXCLUDED)  # a logit beyond the vocabulary, and the maximum of nothing: -inf would make NaN
+SHARE = 32  # blocks of the vocabulary in a program's share, at most
+
+
+@triton.jit
+def _masked_logits(
+    p_h, p_w, i_t, i_v, stride_h, stride_w, T, V, temperature,
+    E: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    """z [BLOCK_T, BLOCK_V] of tokens i_t and words i_v; _OUTSIDE beyond the vocabulary."""
+    b_z = _logits(p_h, p_w, i_t, i_v, stride_h, stride_w, T, V, 0.0, temperature, E, False, BLOCK_T, BLOCK_V, BLOCK_E)
+    return tl.where((i_v < V)[None, :], b_z, _OUTSIDE)
+
+
+@triton.jit
+def _linear_kl_online(
+    p_a, p_a_weight, p_b, p_b_weight, p_parts,
+    stride_a, stride_a_weight, stride_b, stride_b_weight, T, V, shares, blocks_per_share, temperature,
+    E_A: tl.constexpr, E_B: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    """parts [5, shares, T]: the maxima of a's and b's logits, both Σ exp, and D, of a share of the vocabulary.
+
+    a [T, E_A], its weight [V, E_A]; b likewise. Grid: (cdiv(T, BLOCK_T) · shares,).
+    """
+    i_tile, i_share = _tile_of(tl.program_id(0), tl.cdiv(T, BLOCK_T), shares)
+    i_t = i_tile.to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)  # [BLOCK_T]
+    b_max_a = tl.full([BLOCK_T], _OUTSIDE, tl.float32)
+    b_max_b = tl.full([BLOCK_T], _OUTSIDE, tl.float32)
+    b_sum_a = tl.zeros([BLOCK_T], tl.float32)
+    b_sum_b = tl.zeros([BLOCK_T], tl.float32)
+    b_d = tl.zeros([BLOCK_T], tl.float32)
+    first = i_share * blocks_per_share * BLOCK_V
+    for i_start in range(first, tl.minimum(V, first + blocks_per_share * BLOCK_V), BLOCK_V):
+        i_v = (i_start + tl.arange(0, BLOCK_V)).to(tl.int64)  # [BLOCK_V]
+        b_a = _masked_logits(
+            p_a, p_a_weight, i_t, i_v, stride_a, stride_a_weight, T, V, temperature, E_A, BLOCK_T, BLOCK_V, BLOCK_E
+        )  # [BLOCK_T, BLOCK_V]
+        b_b = _masked_logits(
+            p_b, p_b_weight, i_t, i_v, stride_b, stride_b_weight, T, V, temperature, E_B, BLOCK_T, BLOCK_V, BLOCK_E
+        )
+        b_top_a = tl.maximum(b_max_a, tl.max(b_a, 1))  # [BLOCK_T]
+        b_top_b = tl.maximum(b_max_b, tl.max(b_b, 1))
+        b_shift_a, b_shift_b = b_max_a - b_top_a, b_max_b - b_top_b  # what was summed, relative to the new maxima
+        b_d = tl.exp(b_shift_a) * (b_d + b_sum_a * (b_shift_a - b_shift_b))
+        b_sum_a *= tl.exp(b_shift_a)
+        b_sum_b *= tl.exp(b_shift_b)
+        b_max_a, b_max_b = b_top_a, b_top_b
+        b_a -= b_max_a[:, None]
+        b_b -= b_max_b[:, None]
+        b_d += tl.sum(tl.exp(b_a) * (b_a - b_b), 1)
+        b_sum_a += tl.sum(tl.exp(b_a), 1)
+        b_sum_b += tl.sum(tl.exp(b_b), 1)
+    m_t, i_part, size = i_t < T, i_share.to(tl.int64) * T + i_t, shares * tl.cast(T, tl.int64)
+    tl.store(p_parts + i_part, b_max_a, mask=m_t)
+    tl.store(p_parts + i_part + size, b_max_b, mask=m_t)
+    tl.store(p_parts + i_part + 2 * size, b_sum_a, mask=m_t)
+    tl.store(p_parts + i_part + 3 * size, b_sum_b, mask=m_t)
+    tl.store(p_parts + i_part + 4 * size, b_d, mask=m_t)
+
+
+@triton.jit
+def _log_over_mean(b_x):
+    """log(q / m), where b_x = log(q / p): m / q = ½ + ½ p / q. Where p / q would overflow, q = 0."""
+    return -tl.log(0.5 + 0.5 * tl.exp(tl.minimum(-b_x, 80.0)))
+
+
+@triton.jit
+def _linear_kl_jsd(
+    p_s, p_s_weight, p_t, p_t_weight, p_lse_q, p_lse_p, p_parts,
+    stride_s, stride_s_weight, stride_t, stride_t_weight, T, V, shares, blocks_per_share, temperature,
+    E_S: tl.constexpr, E_T: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    """parts [2, shares, T]: Σ ½ q log(q / m) and Σ ½ p log(p / m). Grid: (cdiv(T, BLOCK_T) · shares,)."""
+    i_tile, i_share = _tile_of(tl.program_id(0), tl.cdiv(T, BLOCK_T), shares)
+    i_t = i_tile.to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)  # [BLOCK_T]
+    m_t = i_t < T
+    b_lse_q = tl.load(p_lse_q + i_t, mask=m_t, other=0.0)[:, None]
+    b_lse_p = tl.load(p_lse_p + i_t, mask=m_t, other=0.0)[:, None]
+    b_of_q = tl.zeros([BLOCK_T], tl.float32)
+    b_of_p = tl.zeros([BLOCK_T], tl.float32)
+    first = i_share * blocks_per_share * BLOCK_V
+    for i_start in range(first, tl.minimum(V, first + blocks_per_share * BLOCK_V), BLOCK_V):
+        i_v = (i_start + tl.arange(0, BLOCK_V)).to(tl.int64)  # [BLOCK_V]
+        b_q = _masked_logits(
+            p_s, p_s_weight, i_t, i_v, stride_s, stride_s_weight, T, V, temperature, E_S, BLOCK_T, BLOCK_V, BLOCK_E
+        ) - b_lse_q  # [BLOCK_T, BLOCK_V]  # fmt: skip
+        b_p = _masked_logits(
+            p_t, p_t_weight, i_t, i_v, stride_t, stride_t_weight, T, V, temperature, E_T, BLOCK_T, BLOCK_V, BLOCK_E
+        ) - b_lse_p  # fmt: skip
+        b_of_q += tl.sum(tl.exp(b_q) * _log_over_mean(b_q - b_p), 1)
+        b_of_p += tl.sum(tl.exp(b_p) * _log_over_mean(b_p - b_q), 1)
+    i_part = i_share.to(tl.int64) * T + i_t
+    tl.store(p_parts + i_part, b_of_q / 2, mask=m_t)
+    tl.store(p_parts + i_part + shares * tl.cast(T, tl.int64), b_of_p / 2, mask=m_t)
+
+
+@triton.jit
+def _linear_kl_dz(
+    p_s, p_s_weight, p_t, p_t_weight, p_lse_q, p_lse_p, p_mean_r, p_grad, p_dz,
+    stride_s, stride_s_weight, stride_t, stride_t_weight, stride_dz, T, V, temperature, KIND: tl.constexpr,
+    E_S: tl.constexpr, E_T: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    """dz [T, V], the gradient of the student's logits, of the V words that the weights hold.
+
+    Grid: (cdiv(T, BLOCK_T) · cdiv(V, BLOCK_V),).
+    """
+    i_tile, i_block = _tile_of(tl.program_id(0), tl.cdiv(T, BLOCK_T), tl.cdiv(V, BLOCK_V))
+    i_t = i_tile.to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)  # [BLOCK_T]
+    i_v = i_block.to(tl.int64) * BLOCK_V + tl.arange(0, BLOCK_V)  # [BLOCK_V]
+    m_t = i_t < T
+    b_lse_q = tl.load(p_lse_q + i_t, mask=m_t, other=0.0)[:, None]
+    b_lse_p = tl.load(p_lse_p + i_t, mask=m_t, other=0.0)[:, None]
+    b_q = _masked_logits(
+        p_s, p_s_weight, i_t, i_v, stride_s, stride_s_weight, T, V, temperature, E_S, BLOCK_T, BLOCK_V, BLOCK_E
+    ) - b_lse_q  # [BLOCK_T, BLOCK_V]  # fmt: skip
+    b_p = _masked_logits(
+        p_t, p_t_weight, i_t, i_v, stride_t, stride_t_weight, T, V, temperature, E_T, BLOCK_T, BLOCK_V, BLOCK_E
+    ) - b_lse_p  # fmt: skip
+    if KIND == "forward":
+        b_dz = tl.exp(b_q) - tl.exp(b_p)
+    else:
+        b_mean_r = tl.load(p_mean_r + i_t, mask=m_t, other=0.0)[:, None]
+        b_r = b_q - b_p if KIND == "reverse" else _log_over_mean(b_q - b_p) / 2
+        b_dz = tl.exp(b_q) * (b_r - b_mean_r)
+    b_dz *= tl.load(p_grad + i_t, mask=m_t, other=0.0)[:, None]
+    p_out = p_dz + (i_t * stride_dz)[:, None] + i_v[None, :]
+    tl.store(p_out, b_dz.to(p_dz.dtype.element_ty), mask=m_t[:, None] & (i_v < V)[None, :])
+
+
+def _config(itemsize: int, target: Target) -> dict:
+    """Launch parameters: the largest tiles of which two, and what is made of them, fit into the registers."""
+    if itemsize == 4:  # "ieee" products are made outside the tensor cores
+        return {"BLOCK_T": 64, "BLOCK_V": 32, "BLOCK_E": 32, "num_warps": 4, "num_stages": 2}
+    large = target.shared_bytes >= 200 << 10  # Hopper's and Blackwell's read operands from there, not from registers
+    small = target.shared_bytes < 100 << 10
+    block_v, block_e = 64 if small else 128, 64 if large else 32
+    stages = 4 if target.backend == "cuda" else 2
+    return {"BLOCK_T": 128, "BLOCK_V": block_v, "BLOCK_E": block_e, "num_warps": 8, "num_stages": stages}
+
+
+def _shares(T: int, V: int, config: dict) -> tuple[int, int]:
+    """(shares of the vocabulary, blocks in each) for the kernels that sum over it."""
+    tiles, blocks = triton.cdiv(T, config["BLOCK_T"]), triton.cdiv(V, config["BLOCK_V"])
+    blocks_per_share = max(1, min(SHARE, tiles * blocks // PROGRAMS))
+    return triton.cdiv(blocks, blocks_per_share), blocks_per_share
+
+
+def _operands(*tensors: Tensor) -> tuple[list[Tensor], list[int], dict]:
+    """The tensors with unit column stride, their row strides, and the launch parameters."""
+    rows = [_unit_stride(x) for x in tensors]
+    config = _config(max(x.itemsize for x in tensors), target_of(tensors[0].device))
+    return rows, [x.stride(0) for x in rows], config
+
+
+@torch.library.custom_op("tritium::linear_kl_statistics", mutates_args=())
+def _statistics(a: Tensor, a_weight: Tensor, b: Tensor, b_weight: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """Maxima [2, T] of the logits of a and b, and the sums [3, T] relative to them: Σ e^a, Σ e^b and D."""
+    (T, E_A), (V, E_B) = a.shape, b_weight.shape
+    if not T:
+        return _statistics_outputs(a, a_weight, b, b_weight, temperature)
+    rows, strides, config = _operands(a, a_weight, b, b_weight)
+    shares, blocks_per_share = _shares(T, V, config)
+    parts = a.new_empty(5, shares, T, dtype=torch.float32)
+    _linear_kl_online[(shares * triton.cdiv(T, config["BLOCK_T"]),)](
+        *rows, parts, *strides, T, V, shares, blocks_per_share, temperature, E_A=E_A, E_B=E_B, **config
+    )
+    maxima = parts[:2].amax(1)
+    return maxima, _relative_to(maxima[:, None], parts[:2], parts[2:]).sum(1)
+
+
+@_statistics.register_fake
+def _statistics_outputs(a, a_weight, b, b_weight, temperature):
+    return tuple(a.new_empty(n, len(a), dtype=torch.float32) for n in (2, 3))
+
+
+def _relative_to(new: Tensor, maxima: Tensor, sums: Tensor) -> Tensor:
+    """The sums Σ e^a, Σ e^b and D [3, …, T], which are relative to their `maxima` [2, …, T], relative to `new` ones."""
+    shift = maxima - new
+    share_a, share_b = shift.exp()
+    sum_a, sum_b, d = sums
+    return torch.stack([share_a * sum_a, share_b * sum_b, share_a * (d + sum_a * (shift[0] - shift[1]))])
+
+
+@torch.library.custom_op("tritium::linear_kl_jsd", mutates_args=())
+def _jsd(
+    student: Tensor,
+    student_weight: Tensor,
+    teacher: Tensor,
+    teacher_weight: Tensor,
+    lse_q: Tensor,
+    lse_p: Tensor,
+    temperature: float,
+) -> Tensor:
+    """Σ ½ q log(q / m) and Σ ½ p log(p / m)  [2, T], over the words that the weights hold."""
+    (T, E_S), (V, E_T) = student.shape, teacher_weight.shape
+    if not T:
+        return _jsd_output(student)
+    rows, strides, config = _operands(student, student_weight, teacher, teacher_weight)
+    shares, blocks_per_share = _shares(T, V, config)
+    parts = student.new_empty(2, shares, T, dtype=torch.float32)
+    _linear_kl_jsd[(shares * triton.cdiv(T, config["BLOCK_T"]),)](
+        *rows, lse_q.contiguous(), lse_p.contiguous(), parts, *strides, T, V, shares, blocks_per_share, temperature,
+        E_S=E_S, E_T=E_T, **config,
+    )  # fmt: skip
+    return parts.sum(1)
+
+
+@_jsd.register_fake
+def _jsd_output(student, *_):
+    return student.new_empty(2, len(student), dtype=torch.float32)
+
+
+@torch.library.custom_op("tritium::linear_kl_backward", mutates_args=())
+def _backward(
+    student: Tensor,
+    student_weight: Tensor,
+    teacher: Tensor,
+    teacher_weight: Tensor,
+    lse_q: Tensor,
+    lse_p: Tensor,
+    mean_r: Tensor,
+    grad: Tensor,
+    temperature: float,
+    kind: str,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor]:
+    """dhidden [T, E_s] and dweight [V, E_s] of the student; [0] where not needed."""
+    (T, E_S), (V, E_T) = student.shape, teacher_weight.shape
+    (h, weight, h_t, weight_t), strides, config = _operands(student, student_weight, teacher, teacher_weight)
+    statistics = [x.contiguous() for x in (lse_q, lse_p, mean_r, grad / temperature)]
+    dhidden = h.new_zeros(T, E_S, dtype=torch.float32) if needs[0] else h.new_empty(0)
+    dweight = weight.new_zeros(V, E_S) if needs[1] else weight.new_empty(0)
+    columns = TILE_BYTES["cuda"] // (h.itemsize * max(T, 1)) // config["BLOCK_V"] * config["BLOCK_V"]
+    columns = min(V, max(columns, config["BLOCK_V"]))
+    dz = h.new_empty(T, columns)
+    for start in range(0, V if T else 0, columns):
+        w, w_t = weight[start : start + columns], weight_t[start : start + columns]
+        _linear_kl_dz[(triton.cdiv(T, config["BLOCK_T"]) * triton.cdiv(len(w), config["BLOCK_V"]),)](
+            h, w, h_t, w_t, *statistics, dz, *strides, columns, T, len(w), temperature,
+            KIND=kind, E_S=E_S, E_T=E_T, **config,
+        )  # fmt: skip
+        if needs[0]:
+            dhidden += matmul_fp32(dz[:, : len(w)], w)
+        if needs[1]:  # from the accumulator to its place: one rounding
+            torch.mm(dz[:, : len(w)].t(), h, out=dweight[start : start + columns])
+    return dhidden.to(h.dtype), dweight
+
+
+@_backward.register_fake
+def _backward_outputs(student, student_weight, *rest):
+    needs = zip((student, student_weight), rest[-1], strict=True)
+    return tuple(x.new_empty(x.shape if needed else 0) for x, needed in needs)
+
+
+def _triton_values(student, student_weight, teacher, teacher_weight, temperature, kind, group):
+    """(divergence, lse_q, lse_p, Σ q r), each [T]; the last is not for forward."""
+    heads = (student, student_weight), (teacher, teacher_weight)
+    first, second = reversed(heads) if kind == "forward" else heads
+    maxima, sums = _statistics(*first, *second, temperature)
+    if group is not None:
+        high = maxima.clone()
+        dist.all_reduce(high, op=dist.ReduceOp.MAX, group=group)
+        sums, maxima = _relative_to(high, maxima, sums), high
+        dist.all_reduce(sums, group=group)
+    lse = maxima + sums[:2].log()
+    lse_q, lse_p = lse.flip(0) if kind == "forward" else lse
+    if kind != "jsd":
+        d = sums[2] / sums[0]
+        gap = maxima - lse  # with the rounding of lse, which is in the backward's log q and log p too
+        return d + (sums[1] / sums[0]).log(), lse_q, lse_p, d + gap[0] - gap[1]
+    parts = _jsd(student, student_weight, teacher, teacher_weight, lse_q, lse_p, temperature)
+    if group is not None:
+        dist.all_reduce(parts, group=group)
+    return parts.sum(0), lse_q, lse_p, parts[0]
+
+
+# Torch ----------------------------------------------------------------------------------------------------------------
+
+
+def _torch_values(student, student_weight, teacher, teacher_weight, temperature, kind, group):
+    """The same by the tiles of head.py."""
+    heads = student, student_weight, teacher, teacher_weight
+    lse_q, lse_p = (_lse(hidden, weight, temperature, group) for hidden, weight in (heads[:2], heads[2:]))
+    value, mean_r = torch.zeros_like(lse_q), torch.zeros_like(lse_q)
+    for rows, _, log_p, log_q in _log_probabilities(*heads, lse_q, lse_p, temperature):
+        value[rows] += divergence(log_p, log_q, kind)
+        if kind != "forward":
+            mean_r[rows] += (log_q.exp() * _ratio(log_p, log_q, kind)).sum(-1)
+    if group is not None:
+        both = torch.stack([value, mean_r])
+        dist.all_reduce(both, group=group)
+        value, mean_r = both.unbind()
+    return value, lse_q, lse_p, mean_r
+
+
+def _torch_gradients(
+    student, student_weight, teacher, teacher_weight, lse_q, lse_p, mean_r, grad, temperature, kind, needs
+):
+    heads = student, student_weight, teacher, teacher_weight
+    wanted = zip((student, student_weight), needs, strict=True)
+    dhidden, dweight = (x.new_zeros(x.shape if needed else 0, dtype=lse_q.dtype) for x, needed in wanted)
+    grad = grad / temperature
+    for rows, columns, log_p, log_q in _log_probabilities(*heads, lse_q, lse_p, temperature):
+        if kind == "forward":
+            dz = log_q.exp_().sub_(log_p.exp_())
+        else:
+            dz = _ratio(log_p, log_q, kind).sub_(mean_r[rows, None]).mul_(log_q.exp_())
+        dz = dz.mul_(grad[rows, None]).to(student.dtype)
+        if needs[0]:
+            dhidden[rows] += dz @ student_weight[columns]
+        if needs[1]:
+            dweight[columns] += dz.t() @ student[rows]
+    return dhidden.to(student.dtype), dweight.to(student_weight.dtype)
+
+
+def _log_probabilities(student, student_weight, teacher, teacher_weight, lse_q, lse_p, temperature):
+    """(rows, columns, log p, log q) of every tile."""
+    options = HeadOptions(temperature)
+    for _, columns, rows in tiles(student.shape[0], student_weight.shape[0], student.device):
+        log_q = logits_tile(student[rows], student_weight[columns], options).sub_(lse_q[rows, None])
+        log_p = logits_tile(teacher[rows], teacher_weight[columns], options).sub_(lse_p[rows, None])
+        yield rows, columns, log_p, log_q
 
 
 def _ratio(log_p: Tensor, log_q: Tensor, kind: str) -> Tensor:
@@ -117,6 +420,28 @@ def _ratio(log_p: Tensor, log_q: Tensor, kind: str) -> Tensor:
 def _lse(hidden: Tensor, weight: Tensor, temperature: float, group: dist.ProcessGroup | None) -> Tensor:
     no_targets = torch.empty(hidden.shape[0], 0, dtype=torch.int64, device=hidden.device)
     return head_statistics(hidden, weight, no_targets, HeadOptions(temperature), group).lse
+
+
+# Public ---------------------------------------------------------------------------------------------------------------
+
+
+class _LinearKL(torch.autograd.Function):
+    """The divergence of two whole heads, by the Triton kernels or by tiles in torch."""
+
+    @staticmethod
+    def forward(ctx, student, student_weight, teacher, teacher_weight, temperature, kind, group, kernels):
+        heads = student, student_weight, teacher, teacher_weight
+        value, *statistics = (_triton_values if kernels else _torch_values)(*heads, temperature, kind, group)
+        ctx.save_for_backward(*heads, *statistics)
+        ctx.options, ctx.gradients = (temperature, kind), _backward if kernels else _torch_gradients
+        return value
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        needs = ctx.needs_input_grad[:2]
+        gradients = ctx.gradients(*ctx.saved_tensors, grad, *ctx.options, needs)
+        return *(x if needed else None for x, needed in zip(gradients, needs, strict=True)), *[None] * 6
 
 
 def _top_k_kl(student, student_weight, teacher: TopK, temperature: float, kind: str, group) -> Tensor:
@@ -163,20 +488,49 @@ def linear_kl(
     if teacher.shape[0] != student.shape[0] or teacher_weight.shape[0] != student_weight.shape[0]:
         wanted = f"{student.shape[0]} tokens and {student_weight.shape[0]} words, as the student"
         raise ValueError(f"the teacher must have {wanted}: {tuple(teacher.shape)}, {tuple(teacher_weight.shape)}")
-    with torch.no_grad():
-        lse_q = _lse(student, student_weight, temperature, group)
-        lse_p = _lse(teacher, teacher_weight, temperature, group)
-    teacher, teacher_weight = teacher.detach(), teacher_weight.detach()
-    return _LinearKL.apply(student, student_weight, teacher, teacher_weight, lse_q, lse_p, temperature, kind, group)
+    kernels = teacher.dtype != torch.float64 and use_triton(student, student_weight, teacher, teacher_weight)
+    heads = student, student_weight, teacher.detach(), teacher_weight.detach()
+    return _LinearKL.apply(*heads, temperature, kind, group, kernels)
 
 
-def _example(shape, dtype, device):
+def _example(shape: Shape, dtype: torch.dtype, device: str) -> tuple[tuple, dict]:
     def head(width: int) -> tuple[Tensor, Tensor]:
         weight = torch.randn(shape["V"], width, device=device) / width**0.5
         return torch.randn(shape["T"], width, dtype=dtype, device=device), weight.to(dtype)
 
     student, student_weight = (x.requires_grad_() for x in head(shape["E"]))
-    return (student, student_weight, *head(2 * shape["E"])), {"temperature": 2.0}
+    kind = KINDS[shape.get("kind", 0)]
+    return (student, student_weight, *head(2 * shape["E"])), {"temperature": 0.5, "kind": kind}
+
+
+def _traffic(shape: Shape, itemsize: int) -> tuple[int, int]:
+    """Forward and backward bytes of the kernels on the example, by the model of the module's docstring."""
+    T, V, config = shape["T"], shape["V"], _config(itemsize, TARGETS["sm_80"])
+    tiles, blocks = triton.cdiv(T, config["BLOCK_T"]), triton.cdiv(V, config["BLOCK_V"])
+    walk = itemsize * 3 * shape["E"] * tiles * blocks * (config["BLOCK_T"] + config["BLOCK_V"])
+    parts = 4 * T * _shares(T, V, config)[0]
+    return walk + 5 * parts, walk + itemsize * T * V + 3 * 4 * T * blocks
+
+
+def _launches(target: Target) -> tuple[Launch, ...]:
+    def launch(kernel, dtype, **constexprs):
+        config = _config(4 if dtype == "fp32" else 2, target)
+        warps, stages = config.pop("num_warps"), config.pop("num_stages")
+        widths = dict(zip(("E_A", "E_B") if "E_A" in kernel.arg_names else ("E_S", "E_T"), (2048, 4096), strict=True))
+        constexprs |= config | widths
+        names = [name for name in kernel.arg_names if name not in constexprs]
+        types = {name: f"*{dtype}" for name in ("p_a", "p_b", "p_s", "p_t", "p_dz")} | {"temperature": "fp32"}
+        types |= {f"{name}_weight": f"*{dtype}" for name in ("p_a", "p_b", "p_s", "p_t")}
+        signature = {name: types.get(name, "*fp32" if name.startswith("p_") else "i32") for name in names}
+        divisible = tuple(name for name in names if name not in ("shares", "blocks_per_share", "temperature"))
+        name = f"{constexprs.get('KIND', '')} {dtype}".strip()
+        return Launch(kernel, name, signature, constexprs, divisible, warps, stages)
+
+    return (
+        *(launch(kernel, dtype) for kernel in (_linear_kl_online, _linear_kl_jsd) for dtype in ("bf16", "fp32")),
+        *(launch(_linear_kl_dz, "bf16", KIND=kind) for kind in KINDS),
+        launch(_linear_kl_dz, "fp32", KIND="jsd"),
+    )
 
 
 register(
@@ -186,13 +540,20 @@ register(
         reference=linear_kl_reference,
         example=_example,
         shapes=(
-            {"T": 1, "E": 8, "V": 2},
-            {"T": 13, "E": 24, "V": 101},
+            {"T": 17, "E": 8, "V": 2},
+            {"T": 18, "E": 24, "V": 33, "kind": 1},
+            {"T": 129, "E": 17, "V": 70, "kind": 2},
+            {"T": 33, "E": 1, "V": 257},
             {"T": 0, "E": 8, "V": 5},
-            {"T": 4096, "E": 256, "V": 8192},
+            {"T": 4096, "E": 2048, "V": 128256},
         ),
         flops=lambda s: 6 * s["T"] * s["V"] * s["E"],
         bytes=lambda s, size: 3 * size * s["E"] * (s["T"] + s["V"]) + 4 * s["T"],
+        backward_flops=lambda s: 10 * s["T"] * s["V"] * s["E"],
+        backward_bytes=lambda s, size: 4 * size * s["E"] * (s["T"] + s["V"]) + 4 * s["T"],
         tolerance=1e-4,  # a difference of log-probabilities
+        launches=_launches,
+        lean_shape={"T": 130, "E": 24, "V": 300},
+        traffic=_traffic,
     )
 )

@@ -4,7 +4,8 @@
     logp = z_y - lse,   lse = log Σ_v exp z_v,   entropy = lse - Σ_v p_v z_v,   hit = (z_y = max_v z_v)
 
 Must spend 2·T·V·E FLOPs forward and 4·T·V·E backward (2 more to make the logits again), and move hidden, weight,
-targets and four vectors of T; the T × V logits are never stored. The work is in head.py.
+targets and four vectors of T; the T × V logits are never stored. The work is in head.py; what the Triton kernels read
+is derived in head_triton.py.
 """
 
 from typing import NamedTuple
@@ -13,8 +14,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from tritium.kernels.backend import Target
 from tritium.kernels.head import HeadOptions, check_head, check_targets, head_statistics, vocab_size
-from tritium.kernels.registry import OpSpec, register
+from tritium.kernels.head_triton import head_launches, head_traffic
+from tritium.kernels.registry import Launch, OpSpec, Shape, register
 
 
 class LogProb(NamedTuple):
@@ -64,23 +67,32 @@ def linear_logprob(
     Raises ValueError on shapes that don't fit, a temperature ≤ 0 and (on a CPU) targets outside the vocabulary.
     """
     check_head(hidden, weight)
-    check_targets(targets, hidden.shape[0], vocab_size(weight, group), ignore_index)
+    kept = check_targets(targets, hidden.shape[0], vocab_size(weight, group), ignore_index)
     if temperature <= 0:
         raise ValueError(f"temperature must be positive, got {temperature}")
-    kept = targets != ignore_index
-    ids = torch.where(kept, targets, 0).long()[:, None]
+    ids = torch.where(kept, targets, -1).long()[:, None]  # -1 is on no shard
     options = HeadOptions(temperature, softcap, expected=True)
     lse, picked, expected, _, top = head_statistics(hidden, weight, ids, options, group)
     z_target = picked[:, 0]
     return LogProb(torch.where(kept, z_target - lse, 0.0), lse, lse - expected, kept & (z_target >= top))
 
 
-def _example(shape, dtype, device):
+def example(shape: Shape, dtype: torch.dtype, device: str) -> tuple[tuple, dict]:
+    """Hidden states, a head and targets, a fifth of them ignored; also for `linear_cross_entropy`."""
     hidden = torch.randn(shape["T"], shape["E"], dtype=dtype, device=device, requires_grad=True)
     weight = (torch.randn(shape["V"], shape["E"], device=device) / shape["E"] ** 0.5).to(dtype).requires_grad_()
     targets = torch.randint(0, shape["V"], (shape["T"],), device=device)
     targets[::5] = -100
-    return (hidden, weight, targets), {}
+    options = {name: float(shape[name]) for name in ("temperature", "softcap") if name in shape}
+    return (hidden, weight, targets), options
+
+
+def _launches(target: Target) -> tuple[Launch, ...]:
+    return (
+        *head_launches(target, "bf16", "EXPECTED"),  # the backward of an entropy bonus; that of logp is the other op's
+        *head_launches(target, "bf16", "EXPECTED", "HAS_CAP"),
+        *head_launches(target, "fp32", "EXPECTED"),
+    )
 
 
 register(
@@ -88,14 +100,21 @@ register(
         name="linear_logprob",
         function=linear_logprob,
         reference=linear_logprob_reference,
-        example=_example,
+        example=example,
         shapes=(
             {"T": 1, "E": 8, "V": 2},
             {"T": 13, "E": 24, "V": 101},
+            {"T": 129, "E": 72, "V": 300, "temperature": 2, "softcap": 3},
+            {"T": 2, "E": 1, "V": 1},
             {"T": 0, "E": 8, "V": 5},
-            {"T": 4096, "E": 256, "V": 8192},
+            {"T": 8192, "E": 4096, "V": 128256},
         ),
         flops=lambda s: 2 * s["T"] * s["V"] * s["E"],
         bytes=lambda s, size: size * s["E"] * (s["T"] + s["V"]) + s["T"] * (8 + 3 * 4 + 1),
+        backward_flops=lambda s: 6 * s["T"] * s["V"] * s["E"],
+        backward_bytes=lambda s, size: 2 * size * s["E"] * (s["T"] + s["V"]) + s["T"] * (8 + 3 * 4),
+        launches=_launches,
+        lean_shape={"T": 256, "E": 128, "V": 512},
+        traffic=head_traffic,
     )
 )

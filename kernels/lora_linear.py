@@ -1,18 +1,41 @@
 """A linear layer with a low-rank adapter (LoRA, Hu et al. 2021, arXiv 2106.09685), on a dense or an NF4 base.
 
-y = x Wᵀ + bias + scale · (dropout(x) aᵀ) bᵀ
+    y = x Wᵀ + bias + scale · u bᵀ,   u = dropout(x) aᵀ           x [T, in], W [out, in], a [r, in], b [out, r]
 
-x [T, in], W [out, in], a [r, in], b [out, r]; 2·T·(in·out + r·(in + out)) FLOPs forward; all of them moved once.
-The adapter's products are accumulated into the base's by the matmul itself (addmm), so nothing of size [T, out] or
-[T, in] is made twice. An NF4 base is dequantised for each use and never kept; it gets no gradient.
+Backward, with v = scale · dy b [T, r] and keep the mask of the dropout p:
+
+    dx = dy W + (v a) ∘ keep / (1 − p)    da = vᵀ dropout(x)    db = scale · dyᵀ u    dW = dyᵀ x    dbias = Σ_T dy
+
+y and dx are one kernel: a tile starts as the adapter's product plus the bias, and the base's product is added in its
+registers, so that nothing of size [T, out] or [T, in] is made twice. NF4 weights are dequantised tile by tile in its
+loop (before it, for fp32 and where a row is not whole blocks: in % 64); they get no gradient. The mask is never stored:
+the kernels that need it draw it again from one seed. Products with a side of r and no mask, and dW, are torch's.
+
+2·T·(in·out + r·(in + out)) FLOPs forward, twice that backward. A tile [BM, BN] of the matmul reads BM rows of x and u
+and BN of W and b: (in + r)·(T·⌈out/BN⌉ + out·⌈T/BM⌉) + T·out elements forward, and dx with in and out exchanged; the
+order of the tiles lets the L2 serve most of them, so that DRAM sees each about once. An NF4 weight is 0.52 bytes.
 """
+
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from tritium.kernels.nf4 import NF4Tensor, dequantize_nf4
-from tritium.kernels.registry import OpSpec, register
+from tritium.kernels.backend import TARGETS, Target, target_of, tl, triton, use_triton
+from tritium.kernels.nf4 import (
+    BLOCK,
+    CODES,
+    NF4Tensor,
+    dequantize_nf4_reference,
+    dequantize_parts,
+    nf4_table,
+    nf4_tile,
+    quantize_nf4,
+)
+from tritium.kernels.registry import Launch, OpSpec, Shape, register
+
+MAX_RANK = 256
 
 
 def lora_linear_reference(
@@ -25,50 +48,320 @@ def lora_linear_reference(
     bias: Tensor | None = None,
     dropout: float = 0.0,
 ) -> Tensor:
-    dense = dequantize_nf4(weight).to(x.dtype) if isinstance(weight, NF4Tensor) else weight
+    packed = isinstance(weight, NF4Tensor)
+    dense = dequantize_nf4_reference(replace(weight, dtype=x.dtype)) if packed else weight
     adapted = torch.nn.functional.dropout(x, dropout) @ a.t() @ b.t()
     y = x @ dense.t() + scale * adapted
     return y if bias is None else y + bias
 
 
-def _dense(weight: Tensor | NF4Tensor, dtype: torch.dtype) -> Tensor:
-    return dequantize_nf4(weight).to(dtype) if isinstance(weight, NF4Tensor) else weight
+# Triton ---------------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _keep(seed, dropout, i_t, i_quad, K):
+    """Which elements [M, 4·Q] of x [T, K] stay, in rows i_t [M] and columns 4·i_quad + 0…3 (i_quad [Q], a run).
+
+    One call of Philox decides four neighbours, by their place in x: any tile draws the same mask. int64 throughout.
+    """
+    M: tl.constexpr = i_t.shape[0]
+    Q: tl.constexpr = i_quad.shape[0]
+    i = i_t.to(tl.int64)[:, None] * tl.cdiv(K, 4) + i_quad[None, :]  # [M, Q]
+    b_0, b_1, b_2, b_3 = tl.rand4x(seed, i)
+    return tl.reshape(tl.join(tl.join(b_0, b_1), tl.join(b_2, b_3)), [M, 4 * Q]) >= dropout
+
+
+@triton.jit
+def _tile(T, N, BM: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr):
+    """Row and column of this program's tile: GROUP rows of tiles go down before they go right, for the L2."""
+    i = tl.program_id(0)
+    rows, columns = tl.cdiv(T, BM), tl.cdiv(N, BN)
+    first = i // (GROUP * columns) * GROUP
+    height = tl.minimum(rows - first, GROUP)
+    i = i % (GROUP * columns)
+    return first + i % height, i // height
+
+
+@triton.jit
+def _lora_matmul(
+    p_x, p_w, p_absmax, p_absmax_scale, p_absmax_mean, p_inner, p_b, p_bias, p_seed, p_y,
+    stride_x, stride_wn, stride_wk, stride_inner, stride_bn, stride_br, T, N, K, scale, dropout,
+    R: tl.constexpr, NF4: tl.constexpr, HAS_BIAS: tl.constexpr, DROPOUT: tl.constexpr, CODES: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """y [T, N] = x [T, K] Wᵀ + scale · (inner [T, R] bᵀ) ∘ keep + bias [N], b [N, R]. Grid: (tiles of y,).
+
+    W is p_w [N, K] by its strides, or NF4: of a weight [N, K] ("rows") or [K, N] ("columns"), whose rows are whole
+    blocks. keep is y's own mask, not x's: dropout of the adapter's gradient.
+    """
+    i_m, i_n = _tile(T, N, BM, BN, GROUP)
+    i_t = i_m.to(tl.int64) * BM + tl.arange(0, BM)  # [BM]
+    i_n = i_n.to(tl.int64) * BN
+    i_out = i_n + tl.arange(0, BN)  # [BN]
+    m_t, m_out = (i_t < T)[:, None], (i_out < N)[None, :]
+
+    b_y = tl.zeros([BM, BN], tl.float32)
+    for i_start in tl.range(0, R, BR, num_stages=1):  # once, for most ranks
+        i_r = i_start + tl.arange(0, BR)  # [BR]
+        m_r = i_r < R
+        b_inner = tl.load(p_inner + (i_t * stride_inner)[:, None] + i_r[None, :], mask=m_t & m_r[None, :], other=0.0)
+        i_b = (i_out * stride_bn)[None, :] + (i_r.to(tl.int64) * stride_br)[:, None]  # [BR, BN]
+        b_b = tl.load(p_b + i_b, mask=m_out & m_r[:, None], other=0.0)
+        b_y = tl.dot(b_inner, b_b, b_y, input_precision="ieee")
+    b_y *= scale
+    if DROPOUT:
+        b_y = tl.where(_keep(tl.load(p_seed), dropout, i_t, i_n // 4 + tl.arange(0, BN // 4), N), b_y, 0.0)
+    if HAS_BIAS:
+        b_y += tl.load(p_bias + i_out, mask=i_out < N, other=0.0).to(tl.float32)[None, :]
+
+    if NF4 is not None:
+        b_table, absmax_mean = nf4_table(CODES), tl.load(p_absmax_mean)
+    for i_start in range(0, K, BK):
+        i_k = i_start + tl.arange(0, BK)  # [BK]
+        m_k = i_k < K
+        b_x = tl.load(p_x + (i_t * stride_x)[:, None] + i_k[None, :], mask=m_t & m_k[None, :], other=0.0)  # [BM, BK]
+        if NF4 == "rows":
+            i_column = i_start // 64 + tl.arange(0, BK // 64)
+            i_block = (i_out * (K // 64))[:, None] + i_column[None, :]  # [BN, BK / 64]
+            m_block = (i_out < N)[:, None] & (i_column < K // 64)[None, :]
+            b_w = nf4_tile(p_w, p_absmax, p_absmax_scale, absmax_mean, b_table, i_block, m_block)
+            b_w = tl.trans(b_w.to(b_x.dtype))  # what is masked is finite, and multiplied by a 0 of x
+        elif NF4 == "columns":
+            i_column = i_n // 64 + tl.arange(0, BN // 64)
+            i_block = (i_k.to(tl.int64) * (N // 64))[:, None] + i_column[None, :]  # [BK, BN / 64]
+            m_block = m_k[:, None] & (i_column < N // 64)[None, :]
+            b_w = nf4_tile(p_w, p_absmax, p_absmax_scale, absmax_mean, b_table, i_block, m_block).to(b_x.dtype)
+        else:
+            i_w = (i_out * stride_wn)[None, :] + (i_k.to(tl.int64) * stride_wk)[:, None]  # [BK, BN]
+            b_w = tl.load(p_w + i_w, mask=m_out & m_k[:, None], other=0.0)
+        b_y = tl.dot(b_x, b_w, b_y, input_precision="ieee")
+    tl.store(p_y + (i_t * N)[:, None] + i_out[None, :], b_y.to(p_y.dtype.element_ty), mask=m_t & m_out)
+
+
+@triton.jit
+def _lora_dropped(
+    p_x, p_f, p_seed, p_out, stride_x, stride_f, stride_fr, stride_split, stride_out, stride_or, T, K, length, dropout,
+    R: tl.constexpr, TRANSPOSED: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
+):  # fmt: skip
+    """dropout(x) f, x [T, K], f [K, R]; or, TRANSPOSED, dropout(x)ᵀ f, f [T, R]. Grid: (cdiv(rows of it, B), splits).
+
+    Each split sums over `length` of the inner dimension, into its own out [rows, R] (by strides).
+    """
+    ROWS: tl.constexpr = BK if TRANSPOSED else BT
+    STEP: tl.constexpr = BT if TRANSPOSED else BK
+    rows, inner = (K, T) if TRANSPOSED else (T, K)
+    i_first = tl.program_id(0).to(tl.int64) * ROWS
+    i_row = i_first + tl.arange(0, ROWS)  # [ROWS]
+    i_r = tl.arange(0, BR)
+    m_r = (i_r < R)[None, :]
+    seed = tl.load(p_seed)
+
+    b_out = tl.zeros([ROWS, BR], tl.float32)
+    i_begin = tl.program_id(1).to(tl.int64) * length
+    for i_start in range(i_begin, tl.minimum(i_begin + length, inner), STEP):
+        i_step = i_start + tl.arange(0, STEP).to(tl.int64)  # [STEP]
+        i_t, i_k = (i_step, i_row) if TRANSPOSED else (i_row, i_step)
+        i_quad = (i_first if TRANSPOSED else i_start) // 4 + tl.arange(0, BK // 4)
+        m = (i_t < T)[:, None] & (i_k < K)[None, :]  # [BT, BK]
+        b_x = tl.load(p_x + (i_t * stride_x)[:, None] + i_k[None, :], mask=m, other=0.0)
+        b_x = tl.where(_keep(seed, dropout, i_t, i_quad, K), b_x, 0.0).to(b_x.dtype)
+        i_f = (i_step * stride_f)[:, None] + (i_r.to(tl.int64) * stride_fr)[None, :]  # [STEP, BR]
+        b_f = tl.load(p_f + i_f, mask=(i_step < inner)[:, None] & m_r, other=0.0)
+        b_out = tl.dot(tl.trans(b_x) if TRANSPOSED else b_x, b_f, b_out, input_precision="ieee")
+    b_out *= 1.0 / (1.0 - dropout)
+    i_out = tl.program_id(1).to(tl.int64) * stride_split + (i_row * stride_out)[:, None]
+    i_out += (i_r.to(tl.int64) * stride_or)[None, :]  # [ROWS, BR]
+    tl.store(p_out + i_out, b_out.to(p_out.dtype.element_ty), mask=(i_row < rows)[:, None] & m_r)
+
+
+def _config(T: int, R: int, dtype: torch.dtype, nf4: bool, dropout: bool, target: Target) -> dict:
+    """Tiles of the matmul: as large as registers and shared memory allow, for a few rows as narrow as they are."""
+    large = target.shared_bytes > 200 * 1024  # the GPUs whose tensor cores read it directly
+    large &= not (dropout and (nf4 or R > 64))  # the mask takes registers
+    if dtype == torch.float32:  # no tensor cores
+        BM, BN, BK = 64, 64, 32
+    elif T <= 64:
+        BM, BN, BK = max(16, triton.next_power_of_2(T)), 64, 128
+    elif nf4:  # the taller a tile, the fewer times a weight is dequantised
+        BM, BN, BK = 256 if large else 128, 128, 64
+    else:
+        BM, BN, BK = (128, 256, 64) if large else (128, 128, 32)
+    BR = min(BK, max(16, triton.next_power_of_2(R)))
+    line = (BM if nf4 else BM + BN) * dtype.itemsize  # bytes of shared memory for one k; a stage has BK of them
+    stages = 2 if target.backend == "hip" else min(4, (target.shared_bytes - line * BR) // (line * BK))
+    warps = 8 if BM * BN >= 128 * 128 else 4
+    sizes = {"R": R, "BM": BM, "BN": BN, "BK": BK, "BR": BR, "GROUP": 8}
+    return sizes | {"CODES": CODES, "num_warps": warps, "num_stages": stages}
+
+
+def _dropped_config(R: int, dtype: torch.dtype) -> dict:
+    wide = R > 64
+    return {
+        "BT": 32,
+        "BK": 32 if dtype == torch.float32 else 64,
+        "BR": max(16, triton.next_power_of_2(R)),
+        "num_warps": 8 if wide else 4,
+        "num_stages": 2 if wide else 4,
+    }
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x if x.stride(1) == 1 else x.contiguous()
+
+
+@torch.library.custom_op("tritium::lora_matmul", mutates_args=())
+def _matmul(
+    x: Tensor,
+    weight: list[Tensor],
+    inner: Tensor,
+    b: Tensor,
+    bias: Tensor | None,
+    seed: Tensor | None,
+    scale: float,
+    dropout: float,
+    transposed: bool,
+) -> Tensor:
+    """x Wᵀ + scale · (inner bᵀ) ∘ keep + bias [T, N]; weight is [W], or the parts of an NF4Tensor; transposed: Wᵀ."""
+    (T, K), (N, R) = x.shape, b.shape
+    y = x.new_empty(T, N)
+    if not y.numel():
+        return y
+    shape = (K, N) if transposed else (N, K)
+    if len(weight) > 1 and (shape[1] % BLOCK or x.dtype == torch.float32):  # fp32 tiles are too small for blocks
+        weight = [dequantize_parts(weight, shape, x.dtype)]
+    nf4 = len(weight) > 1
+    if nf4:
+        p_w, absmax, absmax_scale, absmax_mean = (part.contiguous() for part in weight)
+        strides = 0, 0
+    else:
+        p_w = absmax = absmax_scale = absmax_mean = weight[0]
+        strides = p_w.stride()[::-1] if transposed else p_w.stride()
+    config = _config(T, R, x.dtype, nf4, seed is not None, target_of(x.device))
+    x, inner, bias = _rows(x), _rows(inner), None if bias is None else bias.contiguous()
+    _lora_matmul[(triton.cdiv(T, config["BM"]) * triton.cdiv(N, config["BN"]),)](
+        x, p_w, absmax, absmax_scale, absmax_mean, inner, b, bias, seed, y,
+        x.stride(0), *strides, inner.stride(0), *b.stride(), T, N, K, scale, dropout,
+        NF4=("columns" if transposed else "rows") if nf4 else None,
+        HAS_BIAS=bias is not None, DROPOUT=seed is not None, **config,
+    )  # fmt: skip
+    return y
+
+
+@_matmul.register_fake
+def _matmul_output(x, weight, inner, b, bias, seed, scale, dropout, transposed):
+    return x.new_empty(x.shape[0], b.shape[0])
+
+
+@torch.library.custom_op("tritium::lora_dropped", mutates_args=())
+def _dropped(x: Tensor, f: Tensor, seed: Tensor, dropout: float, transposed: bool) -> Tensor:
+    """dropout(x) f [T, R] of x [T, K], f [K, R]; transposed: fᵀ dropout(x) [R, K], f [T, R]."""
+    (T, K), R = x.shape, f.shape[1]
+    config = _dropped_config(R, x.dtype)
+    rows, inner, tile, step = (K, T, "BK", "BT") if transposed else (T, K, "BT", "BK")
+    tiles = triton.cdiv(rows, config[tile])
+    # 256 programs fill a GPU; each should have at least 512 of the inner dimension to sum over
+    splits = max(1, min(256 // max(1, tiles), inner // 512))
+    length = config[step] * triton.cdiv(max(1, inner), splits * config[step])
+    shape = (splits, R, K) if transposed else (splits, T, R)
+    out = x.new_empty(shape, dtype=x.dtype if splits == 1 else torch.float32)
+    if out.numel():
+        x = _rows(x)
+        strides = out.stride()[:0:-1] if transposed else out.stride()[1:]
+        _lora_dropped[(tiles, splits)](
+            x, f, seed, out, x.stride(0), *f.stride(), out.stride(0), *strides, T, K, length, dropout,
+            R=R, TRANSPOSED=transposed, **config,
+        )  # fmt: skip
+    return out[0] if splits == 1 else out.sum(0).to(x.dtype)
+
+
+@_dropped.register_fake
+def _dropped_output(x, f, seed, dropout, transposed):
+    (T, K), R = x.shape, f.shape[1]
+    return x.new_empty((R, K) if transposed else (T, R))
+
+
+# Autograd, for both paths ---------------------------------------------------------------------------------------------
+
+
+def _dense(weight: tuple[Tensor, ...], x: Tensor, shape: tuple[int, int]) -> Tensor:
+    return weight[0] if len(weight) == 1 else dequantize_parts(weight, shape, x.dtype)
 
 
 class _LoraLinear(torch.autograd.Function):
+    """`weight` is (W,) or the parts of an NF4Tensor. With dropout, `keep` is the mask, or the seed it is drawn from."""
+
     @staticmethod
-    def forward(ctx, x, weight, a, b, bias, scale, dropout):
-        # keep [T, in] bool: the mask is saved rather than the dropped input
-        dropped, keep = torch.native_dropout(x, dropout, True) if dropout else (x, None)
-        y = torch.nn.functional.linear(x, _dense(weight, x.dtype), bias)
-        inner = dropped @ a.t()  # [T, r]
-        y.addmm_(inner, b.t(), alpha=scale)
-        base = None if isinstance(weight, NF4Tensor) else weight
-        ctx.save_for_backward(x, base, a, b, inner, keep)
-        ctx.packed = weight if base is None else None
-        ctx.scale, ctx.dropout = scale, dropout
+    def forward(ctx, x, a, b, bias, scale, dropout, kernels, *weight):
+        keep = None
+        if kernels:
+            if dropout:  # from the device's generator: no wait, and a checkpoint draws the same again
+                keep = torch.randint(2**63 - 1, (1,), device=x.device)
+            inner = _dropped(x, a.t(), keep, dropout, False) if dropout else x @ a.t()  # [T, r]
+            y = _matmul(x, list(weight), inner, b, bias, None, scale, 0.0, False)
+        else:
+            dropped, keep = torch.native_dropout(x, dropout, True) if dropout else (x, None)
+            inner = dropped @ a.t()
+            y = torch.nn.functional.linear(x, _dense(weight, x, (len(b), a.shape[1])), bias)
+            y.addmm_(inner, b.t(), alpha=scale)
+        ctx.save_for_backward(x, a, b, inner, keep, *weight)
+        ctx.scale, ctx.dropout, ctx.kernels = scale, dropout, kernels
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        x, base, a, b, inner, keep = ctx.saved_tensors
-        needs_x, needs_weight, needs_a, needs_b, needs_bias = ctx.needs_input_grad[:5]
-        dinner = torch.mm(dy, b).mul_(ctx.scale)  # [T, r]
-        dx = None
-        if needs_x:
-            dx = dy @ _dense(ctx.packed if base is None else base, dy.dtype)
-            if keep is None:
-                dx.addmm_(dinner, a)
-            else:
-                dx.addcmul_(dinner @ a, keep, value=1 / (1 - ctx.dropout))
-        da = None
-        if needs_a:
-            dropped = x if keep is None else x * keep / (1 - ctx.dropout)
-            da = dinner.t() @ dropped
-        dweight = dy.t() @ x if needs_weight else None
+        x, a, b, inner, keep, *weight = ctx.saved_tensors  # once: activation checkpointing allows no more
+        needs_x, needs_a, needs_b, needs_bias, *_, needs_weight = ctx.needs_input_grad[:8]
+        dinner = (dy @ b).mul_(ctx.scale)  # [T, r]
+        by_x, by_a = (_kernel_dx, _kernel_da) if ctx.kernels else (_torch_dx, _torch_da)
+        dx = by_x(dy, weight, dinner, a, keep, ctx.dropout) if needs_x else None
+        da = by_a(x, dinner, keep, ctx.dropout) if needs_a else None
         db = (dy.t() @ inner).mul_(ctx.scale) if needs_b else None
-        return dx, dweight, da, db, dy.sum(0) if needs_bias else None, None, None
+        dbias = dy.sum(0) if needs_bias else None
+        dweight = dy.t() @ x if needs_weight else None
+        return dx, da, db, dbias, None, None, None, dweight, *(None for _ in weight[1:])
+
+
+def _kernel_dx(dy, weight, dinner, a, seed, dropout):
+    return _matmul(dy, weight, dinner, a.t(), None, seed, 1 / (1 - dropout), dropout, True)
+
+
+def _kernel_da(x, dinner, seed, dropout):
+    return dinner.t() @ x if seed is None else _dropped(x, dinner, seed, dropout, True)
+
+
+def _torch_dx(dy, weight, dinner, a, keep, dropout):
+    dx = dy @ _dense(weight, dy, (dy.shape[1], a.shape[1]))
+    return dx.addmm_(dinner, a) if keep is None else dx.addcmul_(dinner @ a, keep, value=1 / (1 - dropout))
+
+
+def _torch_da(x, dinner, keep, dropout):
+    return dinner.t() @ (x if keep is None else x * keep / (1 - dropout))
+
+
+# Public ---------------------------------------------------------------------------------------------------------------
+
+
+def _check(x, weight, a, b, bias, dropout) -> None:
+    given = {"x": x, "weight": weight, "a": a, "b": b, "bias": bias}
+    given = {name: tensor for name, tensor in given.items() if tensor is not None}
+    fits = len(weight.shape) == a.ndim == 2
+    if fits:
+        (F, E), R = weight.shape, len(a)
+        wanted = {"x": (*x.shape[:-1], E), "weight": (F, E), "a": (R, E), "b": (F, R), "bias": (F,)}
+        fits = all(tensor.shape == wanted[name] for name, tensor in given.items())
+    if not fits:
+        seen = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in given.items())
+        wanted = "x [..., in], weight [out, in], a [r, in], b [out, r], bias [out]"
+        raise ValueError(f"lora_linear: {seen}; wanted {wanted}")
+    if not 1 <= R <= MAX_RANK:
+        raise ValueError(f"lora_linear: a has shape {tuple(a.shape)}, wanted a rank of 1 to {MAX_RANK}")
+    dtypes = {name: tensor.dtype for name, tensor in given.items() if not isinstance(tensor, NF4Tensor)}
+    if not x.is_floating_point() or len(set(dtypes.values())) > 1:
+        seen = ", ".join(f"{name} {dtype}" for name, dtype in dtypes.items())
+        raise ValueError(f"lora_linear: {seen}; wanted one floating dtype: cast them to that of x")
+    if not 0 <= dropout < 1:
+        raise ValueError(f"lora_linear: dropout is {dropout}, wanted 0 <= dropout < 1")
 
 
 def lora_linear(
@@ -83,25 +376,106 @@ def lora_linear(
 ) -> Tensor:
     """x [..., in] through weight [out, in] (dense or NF4) plus scale · b a, a [r, in], b [out, r]; y [..., out].
 
-    dropout: on the adapter's input, always active when > 0 (pass 0 in evaluation). A dense weight gets a gradient if
-    it requires one. Raises ValueError on shapes that don't fit and a dropout outside [0, 1).
+    All in one dtype, except that an NF4 weight is dequantised to x's. Differentiable in x, a, b, bias and a dense
+    weight; any strides. r is 1 to 256. dropout: on the adapter's input, always active when > 0 (pass 0 in evaluation);
+    the mask comes from the generator of x's device, of which it takes one number on a GPU.
+    Raises: ValueError for shapes or dtypes that don't fit, and for a dropout outside [0, 1).
     """
-    out_features, in_features = weight.shape
-    shapes = f"x {tuple(x.shape)}, weight {tuple(weight.shape)}, a {tuple(a.shape)}, b {tuple(b.shape)}"
-    if x.shape[-1] != in_features or a.shape[1:] != (in_features,) or b.shape != (out_features, a.shape[0]):
-        raise ValueError(f"lora_linear needs x [..., in], weight [out, in], a [r, in], b [out, r], got {shapes}")
-    if bias is not None and bias.shape != (out_features,):
-        raise ValueError(f"bias must be [{out_features}], got {tuple(bias.shape)}")
-    if not 0 <= dropout < 1:
-        raise ValueError(f"dropout must be in [0, 1), got {dropout}")
-    y = _LoraLinear.apply(x.reshape(-1, in_features), weight, a, b, bias, scale, dropout)
-    return y.view(*x.shape[:-1], out_features)
+    _check(x, weight, a, b, bias, dropout)
+    parts = weight.parts if isinstance(weight, NF4Tensor) else (weight,)
+    kernels = use_triton(x, a, b, bias, *parts)
+    y = _LoraLinear.apply(x.reshape(-1, x.shape[-1]), a, b, bias, scale, dropout, kernels, *parts)
+    return y.view(*x.shape[:-1], weight.shape[0])
 
 
-def _example(shape, dtype, device):
+def _example(shape: Shape, dtype: torch.dtype, device: str) -> tuple[tuple, dict]:
     T, E, F, R = (shape[x] for x in "TEFR")
-    matrices = [torch.randn(m, n, device=device) / n**0.5 for m, n in ((T, E), (F, E), (R, E), (F, R))]
-    return (*(x.to(dtype).requires_grad_() for x in matrices), 0.5), {}
+    sizes = ((T, E), (F, E), (R, E), (F, R))
+    x, weight, a, b = (torch.randn(m, n, device=device).div_(n**0.5).to(dtype).requires_grad_() for m, n in sizes)
+    return (x, quantize_nf4(weight) if shape.get("nf4") else weight, a, b, 0.5), {}
+
+
+def _flops(s: Shape) -> int:
+    return 2 * s["T"] * (s["E"] * s["F"] + s["R"] * (s["E"] + s["F"]))
+
+
+def _bytes(s: Shape, itemsize: int) -> int:
+    return itemsize * (s["T"] * (s["E"] + s["F"]) + s["E"] * s["F"] + s["R"] * (s["E"] + s["F"]))
+
+
+def _backward_bytes(s: Shape, itemsize: int) -> int:
+    """Reads dy, u and what the forward read; writes a gradient for each of its inputs."""
+    return 2 * _bytes(s, itemsize) + itemsize * s["T"] * s["R"]
+
+
+def _traffic(s: Shape, itemsize: int) -> tuple[int, int]:
+    """Of the matmul, forward and for dx, with a dense base and the tiles of sm_80."""
+    config = _config(s["T"], s["R"], torch.bfloat16, False, False, TARGETS["sm_80"])
+
+    def matmul(T: int, K: int, N: int) -> int:
+        tiles_t, tiles_n = triton.cdiv(T, config["BM"]), triton.cdiv(N, config["BN"])
+        return itemsize * ((K + s["R"]) * (T * tiles_n + N * tiles_t) + T * N)
+
+    return matmul(s["T"], s["E"], s["F"]), matmul(s["T"], s["F"], s["E"])
+
+
+def _launches(target: Target) -> tuple[Launch, ...]:
+    def launch(kernel, name, types, integers, config, **constexprs):
+        """`types`: of the pointers; a stride that is 1 is given as a constant, as a launch would."""
+        floats = {"scale", "dropout"} & set(kernel.arg_names)
+        constexprs |= {key: value for key, value in config.items() if key not in ("num_warps", "num_stages")}
+        signature = {p: f"*{kind}" for p, kind in types.items()}
+        signature |= {n: "i32" for n in integers if n not in constexprs} | dict.fromkeys(floats, "fp32")
+        divisible = tuple(n for n, kind in signature.items() if kind != "fp32")
+        return Launch(
+            kernel, name, signature, constexprs, divisible,
+            num_warps=config["num_warps"], num_stages=config["num_stages"],
+        )  # fmt: skip
+
+    def matmul(name, dtype, T, R, nf4=False, backward=False, dropout=False):
+        kind = "fp32" if dtype == torch.float32 else "bf16"
+        types = {p: kind for p in _lora_matmul.arg_names if p.startswith("p_")}
+        if nf4:
+            types |= {"p_w": "u8", "p_absmax": "i8", "p_absmax_scale": "fp32", "p_absmax_mean": "fp32"}
+        types["p_seed"] = "i64"
+        absent = {"p_bias": None} if backward else {}
+        absent |= {} if dropout else {"p_seed": None}
+        strides = ("stride_x", "stride_wn", "stride_wk", "stride_inner", "stride_bn", "stride_br", "T", "N", "K")
+        unit = dict.fromkeys(("stride_wn", "stride_bn") if backward else ("stride_wk", "stride_br"), 1)
+        layout = ("columns" if backward else "rows") if nf4 else None
+        return launch(
+            _lora_matmul, name, {p: t for p, t in types.items() if p not in absent}, strides,
+            _config(T, R, dtype, nf4, dropout, target),
+            **absent, **unit, NF4=layout, HAS_BIAS=not backward, DROPOUT=dropout,
+        )  # fmt: skip
+
+    def dropped(name, dtype, R, transposed):
+        kind = "fp32" if dtype == torch.float32 else "bf16"
+        types = {"p_x": kind, "p_f": kind, "p_seed": "i64", "p_out": "fp32"}
+        integers = ("stride_x", "stride_f", "stride_fr", "stride_split", "stride_out", "stride_or", "T", "K", "length")
+        unit = ("stride_out", "stride_fr") if transposed else ("stride_or", "stride_f")
+        config = _dropped_config(R, dtype)
+        return launch(
+            _lora_dropped, name, types, integers, config, **dict.fromkeys(unit, 1), R=R, TRANSPOSED=transposed
+        )
+
+    bf16, fp32 = torch.bfloat16, torch.float32
+    return (
+        matmul("forward R=16 bf16", bf16, 8192, 16),
+        matmul("forward R=256 bf16", bf16, 8192, 256),
+        matmul("forward T=16 nf4 R=16 bf16", bf16, 16, 16, nf4=True),
+        matmul("forward nf4 R=16 bf16", bf16, 8192, 16, nf4=True),
+        matmul("dx R=16 bf16", bf16, 8192, 16, backward=True),
+        matmul("dx nf4 R=16 bf16", bf16, 8192, 16, nf4=True, backward=True),
+        matmul("dx dropout R=16 bf16", bf16, 8192, 16, backward=True, dropout=True),
+        matmul("dx dropout R=256 bf16", bf16, 8192, 256, backward=True, dropout=True),
+        matmul("dx nf4 dropout R=16 bf16", bf16, 8192, 16, nf4=True, backward=True, dropout=True),
+        matmul("dx dropout R=256 fp32", fp32, 8192, 256, backward=True, dropout=True),
+        dropped("forward R=16 bf16", bf16, 16, False),
+        dropped("forward R=256 fp32", fp32, 256, False),
+        dropped("da R=16 bf16", bf16, 16, True),
+        dropped("da R=256 bf16", bf16, 256, True),
+    )
 
 
 register(
@@ -113,10 +487,18 @@ register(
         shapes=(
             {"T": 1, "E": 1, "F": 1, "R": 1},
             {"T": 5, "E": 48, "F": 31, "R": 4},
+            {"T": 17, "E": 64, "F": 129, "R": 16, "nf4": 1},
             {"T": 0, "E": 8, "F": 8, "R": 2},
-            {"T": 4096, "E": 1024, "F": 1024, "R": 16},
+            {"T": 127, "E": 130, "F": 127, "R": 100},
+            {"T": 70, "E": 127, "F": 3, "R": 1, "nf4": 1},
+            {"T": 8192, "E": 4096, "F": 4096, "R": 16},
         ),
-        flops=lambda s: 2 * s["T"] * (s["E"] * s["F"] + s["R"] * (s["E"] + s["F"])),
-        bytes=lambda s, size: size * (s["T"] * (s["E"] + s["F"]) + s["E"] * s["F"] + s["R"] * (s["E"] + s["F"])),
+        flops=_flops,
+        bytes=_bytes,
+        backward_flops=lambda s: 2 * _flops(s),
+        backward_bytes=_backward_bytes,
+        launches=_launches,
+        lean_shape={"T": 256, "E": 128, "F": 256, "R": 16},
+        traffic=_traffic,
     )
 )

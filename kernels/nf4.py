@@ -3,8 +3,8 @@
     w ≈ NF4[code] · absmax,         one absmax per block of 64 weights
     absmax ≈ mean + q8 · scale8,    q8 in -127…127, one fp32 scale8 per block of 256 absmax
 
-4 + 8/64 + 32/(64·256) = 4.127 bits a weight. Dequantising reads those and writes the dense weight: one byte is two
-codes, so a table of 256 pairs does two weights per lookup.
+4 + 8/64 + 32/(64·256) = 4.127 bits a weight. Dequantising reads those once and writes the dense weight once; two FLOPs
+an absmax, one a weight. Products and sums are fp32, whatever dtype comes out.
 """
 
 from dataclasses import dataclass
@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tritium.kernels.registry import OpSpec, register
+from tritium.kernels.backend import Target, tl, triton, use_triton
+from tritium.kernels.registry import Launch, OpSpec, register
 
 BLOCK = 64  # weights that share an absmax
 SCALE_BLOCK = 256  # absmax that share a scale
@@ -49,9 +50,20 @@ class NF4Tensor:
     shape: tuple[int, ...]
     dtype: torch.dtype  # of the tensor that was quantised, and of what it dequantises to
 
+    def __post_init__(self):
+        blocks = -(-prod(self.shape) // BLOCK)
+        seen = [tuple(x.shape) for x in self.parts]
+        wanted = [(blocks * 32,), (blocks,), (-(-blocks // SCALE_BLOCK),), ()]
+        if seen != wanted:
+            raise ValueError(f"NF4Tensor of shape {self.shape}: its parts have shapes {seen}, wanted {wanted}")
+
+    @property
+    def parts(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return self.codes, self.absmax, self.absmax_scale, self.absmax_mean
+
     @property
     def nbytes(self) -> int:
-        return sum(x.nbytes for x in (self.codes, self.absmax, self.absmax_scale, self.absmax_mean))
+        return sum(x.nbytes for x in self.parts)
 
 
 def _blocks(x: Tensor, size: int) -> Tensor:
@@ -91,23 +103,118 @@ def dequantize_nf4_reference(packed: NF4Tensor) -> Tensor:
     return (table[codes] * absmax.repeat_interleave(BLOCK))[: prod(packed.shape)].view(packed.shape).to(packed.dtype)
 
 
+# Triton ---------------------------------------------------------------------------------------------------------------
+#
+# The unit is a block: 32 bytes of codes, 64 weights, one absmax. lora_linear's matmul makes its tiles of the same two
+# functions, from the blocks of several rows.
+
+
+@triton.jit
+def nf4_table(CODES: tl.constexpr):
+    """The 16 values of a code, [16] fp32: selects between constants, nothing is loaded."""
+    i_code = tl.arange(0, 16)
+    b_table = tl.zeros([16], tl.float32)
+    for i in tl.static_range(16):
+        b_table = tl.where(i_code == i, CODES[i], b_table)
+    return b_table
+
+
+@triton.jit
+def nf4_tile(p_codes, p_absmax, p_absmax_scale, absmax_mean, b_table, i_block, m_block):
+    """The weights [M, 64·N] fp32 of the blocks i_block [M, N] int64; finite where the mask is false."""
+    M: tl.constexpr = i_block.shape[0]
+    N: tl.constexpr = i_block.shape[1]
+    i_byte = i_block[:, :, None] * 32 + tl.arange(0, 32)[None, None, :]  # [M, N, 32]
+    b_pair = tl.load(p_codes + i_byte, mask=m_block[:, :, None], other=0)
+    b_code = tl.join(b_pair >> 4, b_pair & 15).to(tl.int32)  # [M, N, 32, 2]: the first code is in the high half
+    b_value = tl.gather(b_table, tl.reshape(b_code, [M * N * 64]), 0)
+    b_scale = tl.load(p_absmax_scale + i_block // 256, mask=m_block, other=0.0)  # [M, N]
+    b_absmax = absmax_mean + tl.load(p_absmax + i_block, mask=m_block, other=0).to(tl.float32) * b_scale
+    return tl.reshape(tl.reshape(b_value, [M, N, 64]) * b_absmax[:, :, None], [M, N * 64])
+
+
+@triton.jit
+def _dequantize_nf4(
+    p_codes, p_absmax, p_absmax_scale, p_absmax_mean, p_out, size, CODES: tl.constexpr, ROWS: tl.constexpr
+):
+    """out [size] from codes [32·B], absmax [B], absmax_scale [B / 256], B = size / 64. Grid: (cdiv(B, ROWS),)."""
+    i_block = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)  # [ROWS]
+    i_out = i_block[:, None] * 64 + tl.arange(0, 64)[None, :]  # [ROWS, 64]
+    m_block = (i_block * 64 < size)[:, None]
+    b_out = nf4_tile(
+        p_codes, p_absmax, p_absmax_scale, tl.load(p_absmax_mean), nf4_table(CODES), i_block[:, None], m_block
+    )
+    tl.store(p_out + i_out, b_out.to(p_out.dtype.element_ty), mask=i_out < size)
+
+
+CONFIG = {"CODES": CODES, "ROWS": 64, "num_warps": 4}  # 4096 weights: 16 bytes of codes a thread
+
+
+@torch.library.custom_op("tritium::dequantize_nf4", mutates_args=())
+def _dequantize(parts: list[Tensor], shape: list[int], dtype: torch.dtype) -> Tensor:
+    """The dense tensor of (codes, absmax, absmax_scale, absmax_mean)."""
+    out = parts[0].new_empty(shape, dtype=dtype)
+    if out.numel():
+        grid = (triton.cdiv(out.numel(), BLOCK * CONFIG["ROWS"]),)
+        _dequantize_nf4[grid](*(part.contiguous() for part in parts), out, out.numel(), **CONFIG)
+    return out
+
+
+@_dequantize.register_fake
+def _dequantize_output(parts, shape, dtype):
+    return parts[0].new_empty(shape, dtype=dtype)
+
+
+# Torch ----------------------------------------------------------------------------------------------------------------
+
+
+def _torch_dequantize(parts: tuple[Tensor, ...], shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """A byte is two codes, so a table of 256 pairs does two weights per lookup."""
+    codes, absmax, absmax_scale, absmax_mean = parts
+    table = torch.tensor(CODES, device=codes.device)
+    pairs = torch.cartesian_prod(table, table).view(torch.int64).view(-1)  # [256]: two fp32 as one 64-bit element
+    scale = absmax_scale.repeat_interleave(SCALE_BLOCK)[: len(absmax)]
+    absmax = torch.addcmul(absmax_mean, absmax.float(), scale)  # [B]
+    values = pairs.index_select(0, codes.int()).view(torch.float32).view(-1, BLOCK)
+    dense = torch.empty_like(values, dtype=dtype)
+    torch.mul(values, absmax[:, None], out=dense)
+    return dense.view(-1)[: prod(shape)].view(shape)
+
+
+# Public ---------------------------------------------------------------------------------------------------------------
+
+
+def dequantize_parts(parts: tuple[Tensor, ...], shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """`dequantize_nf4` of an NF4Tensor's `parts`, in any shape of as many elements and in any dtype."""
+    if use_triton(*parts) and dtype != torch.float64:
+        return _dequantize(list(parts), list(shape), dtype)
+    return _torch_dequantize(parts, shape, dtype)
+
+
 @torch.no_grad()
 def dequantize_nf4(packed: NF4Tensor) -> Tensor:
-    """The dense tensor that `packed` stands for, in its shape and dtype."""
-    device = packed.codes.device
-    table = torch.tensor(CODES, device=device)
-    pairs = torch.cartesian_prod(table, table).view(torch.int64).view(-1)  # [256]: two fp32 as one 64-bit element
-    scale = packed.absmax_scale.repeat_interleave(SCALE_BLOCK)[: len(packed.absmax)]
-    absmax = torch.addcmul(packed.absmax_mean, packed.absmax.float(), scale)  # [B]
-    values = pairs.index_select(0, packed.codes.int()).view(torch.float32).view(-1, BLOCK)
-    dense = torch.empty_like(values, dtype=packed.dtype)
-    torch.mul(values, absmax[:, None], out=dense)
-    return dense.view(-1)[: prod(packed.shape)].view(packed.shape)
+    """The dense tensor that `packed` stands for, in its shape and dtype; no gradient."""
+    return dequantize_parts(packed.parts, packed.shape, packed.dtype)
 
 
 def _example(shape, dtype, device):
     weight = torch.randn(shape["N"], shape["K"], device=device).to(dtype)
     return (quantize_nf4(weight),), {}
+
+
+def _launches(target: Target) -> tuple[Launch, ...]:
+    pointers = ("p_codes", "p_absmax", "p_absmax_scale", "p_absmax_mean", "p_out")
+    constexprs = {name: CONFIG[name] for name in ("CODES", "ROWS")}
+
+    def launch(dtype: str) -> Launch:
+        signature = dict(zip(pointers, ("*u8", "*i8", "*fp32", "*fp32", f"*{dtype}"), strict=True)) | {"size": "i32"}
+        return Launch(_dequantize_nf4, dtype, signature, constexprs, (*pointers, "size"), num_warps=4)
+
+    return launch("bf16"), launch("fp32")
+
+
+def _must_move(shape, itemsize: int) -> int:
+    return shape["N"] * shape["K"] * itemsize + shape["N"] * shape["K"] // 2 + shape["N"] * shape["K"] // BLOCK
 
 
 register(
@@ -116,9 +223,18 @@ register(
         function=dequantize_nf4,
         reference=dequantize_nf4_reference,
         example=_example,
-        shapes=({"N": 1, "K": 1}, {"N": 3, "K": 70}, {"N": 0, "K": 64}, {"N": 300, "K": 64}, {"N": 2048, "K": 2048}),
+        shapes=(
+            {"N": 1, "K": 1},
+            {"N": 3, "K": 70},
+            {"N": 0, "K": 64},
+            {"N": 300, "K": 64},
+            {"N": 129, "K": 127},
+            {"N": 4096, "K": 14336},
+        ),
         flops=lambda s: s["N"] * s["K"],
-        bytes=lambda s, size: s["N"] * s["K"] * size + s["N"] * s["K"] // 2 + s["N"] * s["K"] // BLOCK,
+        bytes=_must_move,
+        launches=_launches,
+        lean_shape={"N": 64, "K": 256},
         differentiable=False,
     )
 )

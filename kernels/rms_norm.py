@@ -7,8 +7,10 @@ Backward, with g = dy · (weight + offset) and n = s · rstd, row by row, where 
 
     dx = dresidual = rstd · (g − n · mean(g · n)) + ds        dweight = Σ_rows dy · n
 
-What it must move: forward reads x (and residual), writes y (and s); backward reads dy and s (and ds), writes dx. About
-4 FLOPs an element forward, 8 backward. Everything between a load and a store is fp32 (fp64 for fp64 inputs).
+x, residual, y, s [M, E]; weight [E]; rstd [M] fp32. What it must move: forward reads x (and residual), writes y (and
+s); backward reads dy and s (and ds), writes dx. The weight and the partial sums of dweight add less than 5 % from 2048
+rows on. Wider rows than a block are read twice, the second time from the L2. About 4 FLOPs an element forward, 8
+backward. Everything between a load and a store is fp32.
 """
 
 import torch
@@ -35,25 +37,30 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
 
 # Triton ---------------------------------------------------------------------------------------------------------------
 #
-# Rows are [M, E] with unit column stride. A program holds a tile [ROWS, BLOCK]: several rows where they are short (the
-# heads of a query-key norm), one row where it is long. E is a constexpr, so that for E <= BLOCK the loops over columns
-# run once, vanish, and leave the tile in registers between the two passes; wider rows are read a second time.
+# Rows are [M, E] with unit column stride. A program walks every num_programs-th tile [ROWS, BLOCK] with the weight in
+# registers: several rows where they are short (the heads of a query-key norm), one row where it is long. E is a
+# constexpr, so that for E <= BLOCK the forward's loops over columns run once, vanish, and leave the tile in registers.
 
-MAX_BLOCK = 8192
+FORWARD_BLOCK, BACKWARD_BLOCK = 16384, 8192  # a row's columns in the registers of 16 warps
+FORWARD_WIDE, BACKWARD_WIDE = 8192, 2048  # columns at a time of rows that are wider
 MIN_TILE = 2048  # elements that keep 4 warps busy
-PARTIALS = 512  # programs of the backward; each sums dweight over its rows
+# Programs: no more than an H100 holds at once (132 multiprocessors of 32 warps forward, 16 backward with their 128
+# registers a thread). Of many rows each has so many that its weight and, backward, its partial sums (3 rows of bf16
+# together, to 3 for each row that it has) do not count; of few it has fewer, so that most of a GPU has a program.
+FORWARD_WARPS, FORWARD_ROWS, FORWARD_LEAST = 32 * 132, 12, 168
+BACKWARD_WARPS, BACKWARD_ROWS, BACKWARD_LEAST = 16 * 132, 24, 84
 
 
 @triton.jit
-def _load(p, m, COMPUTE: tl.constexpr):
-    return tl.load(p, mask=m, other=0.0).to(COMPUTE)
+def _load(p, m):
+    return tl.load(p, mask=m, other=0.0).to(tl.float32)
 
 
 @triton.jit
-def _load_sum(p_x, p_residual, i, i_residual, m, HAS_RESIDUAL: tl.constexpr, COMPUTE: tl.constexpr):
-    b_s = _load(p_x + i, m, COMPUTE)  # [ROWS, BLOCK]
+def _load_sum(p_x, p_residual, i, i_residual, m, HAS_RESIDUAL: tl.constexpr):
+    b_s = _load(p_x + i, m)  # [ROWS, BLOCK]
     if HAS_RESIDUAL:  # rounded like the stored sum, which is what the backward reads
-        b_s = (b_s + _load(p_residual + i_residual, m, COMPUTE)).to(p_x.dtype.element_ty).to(COMPUTE)
+        b_s = (b_s + _load(p_residual + i_residual, m)).to(p_x.dtype.element_ty).to(tl.float32)
     return b_s
 
 
@@ -61,121 +68,103 @@ def _load_sum(p_x, p_residual, i, i_residual, m, HAS_RESIDUAL: tl.constexpr, COM
 def _rms_norm_forward(
     p_x, p_residual, p_weight, p_y, p_sum, p_rstd,
     stride_x, stride_residual, stride_y, stride_sum, M, eps, offset,
-    E: tl.constexpr, HAS_RESIDUAL: tl.constexpr, COMPUTE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    E: tl.constexpr, HAS_RESIDUAL: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """y, sum [M, E] and rstd [M] from x, residual [M, E] and weight [E]. Grid: (cdiv(M, ROWS),)."""
-    i_row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)  # [ROWS]
+    """y, sum [M, E] and rstd [M] from x, residual [M, E] and weight [E]. Grid: any number of programs."""
     i_block = tl.arange(0, BLOCK)  # [BLOCK]
-    m_row = i_row < M
-    i_x, i_residual = (i_row * stride_x)[:, None], (i_row * stride_residual)[:, None]  # [ROWS, 1]
-
-    b_s = tl.zeros([ROWS, BLOCK], COMPUTE)
-    b_square = tl.zeros([ROWS], COMPUTE)
-    for i_start in range(0, E, BLOCK):
-        i_col = (i_start + i_block)[None, :]  # [1, BLOCK]
-        m = m_row[:, None] & (i_col < E)  # [ROWS, BLOCK]
-        b_s = _load_sum(p_x, p_residual, i_x + i_col, i_residual + i_col, m, HAS_RESIDUAL, COMPUTE)
-        b_square += tl.sum(b_s * b_s, 1)
-    b_rstd = 1.0 / tl.sqrt(b_square / E + tl.cast(eps, COMPUTE))  # [ROWS]
-    tl.store(p_rstd + i_row, b_rstd, mask=m_row)
-
-    for i_start in range(0, E, BLOCK):
-        i_col = (i_start + i_block)[None, :]
-        m = m_row[:, None] & (i_col < E)
-        if E > BLOCK:
-            b_s = _load_sum(p_x, p_residual, i_x + i_col, i_residual + i_col, m, HAS_RESIDUAL, COMPUTE)
-        b_weight = _load(p_weight + i_col, i_col < E, COMPUTE) + tl.cast(offset, COMPUTE)  # [1, BLOCK]
-        b_y = b_s * b_rstd[:, None] * b_weight  # [ROWS, BLOCK]
-        tl.store(p_y + (i_row * stride_y)[:, None] + i_col, b_y.to(p_y.dtype.element_ty), mask=m)
-        if HAS_RESIDUAL:
-            tl.store(p_sum + (i_row * stride_sum)[:, None] + i_col, b_s.to(p_sum.dtype.element_ty), mask=m)
-
-
-@triton.jit
-def _rms_norm_backward(
-    p_dy, p_ds, p_s, p_weight, p_rstd, p_dx, p_partial,
-    stride_dy, stride_ds, stride_s, stride_dx, stride_partial, M, offset,
-    E: tl.constexpr, HAS_DS: tl.constexpr, COMPUTE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """dx [M, E] from dy, ds, s [M, E]; for E <= BLOCK also this program's row of partial [programs, E].
-
-    Grid: any number of programs on x; each walks every num_programs-th tile of rows.
-    """
-    i_block = tl.arange(0, BLOCK)  # [BLOCK]
-    b_weight = _load(p_weight + i_block, i_block < E, COMPUTE)[None, :] + tl.cast(offset, COMPUTE)  # [1, BLOCK]
-    b_dweight = tl.zeros([ROWS, BLOCK], COMPUTE)  # summed over its rows at the end, not in the loop
+    b_weight = _load(p_weight + i_block, i_block < E)[None, :] + offset  # [1, BLOCK]
     for i_tile in range(tl.program_id(0), tl.cdiv(M, ROWS), tl.num_programs(0)):
         i_row = i_tile * ROWS + tl.arange(0, ROWS).to(tl.int64)  # [ROWS]
         m_row = i_row < M
-        i_dy, i_s = (i_row * stride_dy)[:, None], (i_row * stride_s)[:, None]  # [ROWS, 1]
-        b_rstd = _load(p_rstd + i_row, m_row, COMPUTE)[:, None]  # [ROWS, 1]
+        i_x, i_residual = (i_row * stride_x)[:, None], (i_row * stride_residual)[:, None]  # [ROWS, 1]
 
-        b_dy = tl.zeros([ROWS, BLOCK], COMPUTE)
-        b_n = tl.zeros([ROWS, BLOCK], COMPUTE)
-        b_mean = tl.zeros([ROWS], COMPUTE)  # of g · n, over the row
+        b_s = tl.zeros([ROWS, BLOCK], tl.float32)
+        b_square = tl.zeros([ROWS], tl.float32)
         for i_start in range(0, E, BLOCK):
             i_col = (i_start + i_block)[None, :]  # [1, BLOCK]
             m = m_row[:, None] & (i_col < E)  # [ROWS, BLOCK]
-            b_dy = _load(p_dy + i_dy + i_col, m, COMPUTE)
-            b_n = _load(p_s + i_s + i_col, m, COMPUTE) * b_rstd
-            if E > BLOCK:
-                b_weight = _load(p_weight + i_col, i_col < E, COMPUTE) + tl.cast(offset, COMPUTE)
-            b_mean += tl.sum(b_dy * b_weight * b_n, 1) / E
+            b_s = _load_sum(p_x, p_residual, i_x + i_col, i_residual + i_col, m, HAS_RESIDUAL)
+            b_square += tl.sum(b_s * b_s, 1)
+        b_rstd = 1.0 / tl.sqrt(b_square / E + eps)  # [ROWS]
+        tl.store(p_rstd + i_row, b_rstd, mask=m_row)
 
         for i_start in range(0, E, BLOCK):
             i_col = (i_start + i_block)[None, :]
             m = m_row[:, None] & (i_col < E)
             if E > BLOCK:
-                b_dy = _load(p_dy + i_dy + i_col, m, COMPUTE)
-                b_n = _load(p_s + i_s + i_col, m, COMPUTE) * b_rstd
-                b_weight = _load(p_weight + i_col, i_col < E, COMPUTE) + tl.cast(offset, COMPUTE)
-            b_dx = b_rstd * (b_dy * b_weight - b_n * b_mean[:, None])  # [ROWS, BLOCK]
-            if HAS_DS:
-                b_dx += _load(p_ds + (i_row * stride_ds)[:, None] + i_col, m, COMPUTE)
-            tl.store(p_dx + (i_row * stride_dx)[:, None] + i_col, b_dx.to(p_dx.dtype.element_ty), mask=m)
-        if E <= BLOCK:
-            b_dweight += b_dy * b_n
-    if E <= BLOCK:
-        i_partial = tl.program_id(0).to(tl.int64) * stride_partial + i_block
-        tl.store(p_partial + i_partial, tl.sum(b_dweight, 0), mask=i_block < E)
+                b_s = _load_sum(p_x, p_residual, i_x + i_col, i_residual + i_col, m, HAS_RESIDUAL)
+                b_weight = _load(p_weight + i_col, i_col < E) + offset
+            b_y = b_s * b_rstd[:, None] * b_weight  # [ROWS, BLOCK]
+            tl.store(p_y + (i_row * stride_y)[:, None] + i_col, b_y.to(p_y.dtype.element_ty), mask=m)
+            if HAS_RESIDUAL:
+                tl.store(p_sum + (i_row * stride_sum)[:, None] + i_col, b_s.to(p_sum.dtype.element_ty), mask=m)
 
 
 @triton.jit
-def _rms_norm_dweight(
-    p_dy, p_s, p_rstd, p_partial, stride_dy, stride_s, stride_partial, M,
-    E: tl.constexpr, COMPUTE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+def _rms_norm_mean(
+    p_dy, p_s, p_weight, p_rstd, p_mean, stride_dy, stride_s, offset, E: tl.constexpr, BLOCK: tl.constexpr
+):
+    """mean [M] of g · n over each row: what the columns of a row wider than a block share. Grid: (M,)."""
+    i_row = tl.program_id(0).to(tl.int64)
+    b_sum = tl.zeros([BLOCK], tl.float32)
+    for i_start in range(0, E, BLOCK):
+        i_col = i_start + tl.arange(0, BLOCK)  # [BLOCK]
+        m = i_col < E
+        b_g = _load(p_dy + i_row * stride_dy + i_col, m) * (_load(p_weight + i_col, m) + offset)
+        b_sum += b_g * _load(p_s + i_row * stride_s + i_col, m)
+    tl.store(p_mean + i_row, tl.sum(b_sum, 0) * tl.load(p_rstd + i_row) / E)
+
+
+@triton.jit
+def _rms_norm_backward(
+    p_dy, p_ds, p_s, p_weight, p_rstd, p_mean, p_dx, p_partial,
+    stride_dy, stride_ds, stride_s, stride_dx, stride_partial, M, offset,
+    E: tl.constexpr, HAS_DS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """partial [programs, E]: dweight summed over every num_programs-th tile of rows. Grid: (programs, cdiv(E, BLOCK)).
+    """dx [M, E] from dy, ds, s [M, E], and dweight over this program's rows as its row of partial [programs, E].
 
-    For rows wider than the registers of a program of `_rms_norm_backward`.
+    Grid: (any number of programs, cdiv(E, BLOCK)). mean [M] is read where a row is wider than a block.
     """
-    i_col = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
-    b_dweight = tl.zeros([ROWS, BLOCK], COMPUTE)
+    i_col = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]  # [1, BLOCK]
+    b_weight = _load(p_weight + i_col, i_col < E) + offset
+    b_dweight = tl.zeros([ROWS, BLOCK], tl.float32)  # summed over its rows at the end, not in the loop
     for i_tile in range(tl.program_id(0), tl.cdiv(M, ROWS), tl.num_programs(0)):
-        i_row = i_tile * ROWS + tl.arange(0, ROWS).to(tl.int64)  # [ROWS]
+        i_row = i_tile * ROWS + tl.arange(0, ROWS).to(tl.int64)[:, None]  # [ROWS, 1]
         m_row = i_row < M
-        m = m_row[:, None] & (i_col < E)[None, :]  # [ROWS, BLOCK]
-        b_dy = _load(p_dy + (i_row * stride_dy)[:, None] + i_col[None, :], m, COMPUTE)
-        b_s = _load(p_s + (i_row * stride_s)[:, None] + i_col[None, :], m, COMPUTE)
-        b_dweight += b_dy * b_s * _load(p_rstd + i_row, m_row, COMPUTE)[:, None]
+        m = m_row & (i_col < E)  # [ROWS, BLOCK]
+        b_rstd = _load(p_rstd + i_row, m_row)  # [ROWS, 1]
+        b_dy = _load(p_dy + i_row * stride_dy + i_col, m)  # [ROWS, BLOCK]
+        b_n = _load(p_s + i_row * stride_s + i_col, m) * b_rstd
+        b_g = b_dy * b_weight
+        if E <= BLOCK:
+            b_mean = tl.sum(b_g * b_n, 1)[:, None] / E  # [ROWS, 1]
+        else:
+            b_mean = _load(p_mean + i_row, m_row)
+        b_dx = b_rstd * (b_g - b_n * b_mean)
+        if HAS_DS:
+            b_dx += _load(p_ds + i_row * stride_ds + i_col, m)
+        tl.store(p_dx + i_row * stride_dx + i_col, b_dx.to(p_dx.dtype.element_ty), mask=m)
+        b_dweight += b_dy * b_n
     i_partial = tl.program_id(0).to(tl.int64) * stride_partial + i_col
-    tl.store(p_partial + i_partial, tl.sum(b_dweight, 0), mask=i_col < E)
+    tl.store(p_partial + i_partial, tl.sum(b_dweight, 0)[None, :], mask=i_col < E)
 
 
-def _config(E: int, compute: torch.dtype) -> dict:
-    """Launch parameters for rows of E elements."""
-    block = min(triton.next_power_of_2(E), MAX_BLOCK)
+def _config(E: int, block: int) -> dict:
+    """Launch parameters for rows of E elements, in blocks of at most `block`."""
+    block = min(triton.next_power_of_2(E), block)
     rows = max(1, MIN_TILE // block)
-    return {
-        "E": E,
-        "COMPUTE": tl.float64 if compute == torch.float64 else tl.float32,
-        "ROWS": rows,
-        "BLOCK": block,
-        "num_warps": min(16, rows * block // 512),
-    }
+    return {"E": E, "ROWS": rows, "BLOCK": block, "num_warps": min(16, rows * block // 512)}
 
 
-def _rows(x: Tensor) -> Tensor:
+def _forward_config(E: int) -> dict:
+    return _config(E, FORWARD_BLOCK if E <= FORWARD_BLOCK else FORWARD_WIDE)
+
+
+def _backward_config(E: int) -> dict:
+    return _config(E, BACKWARD_BLOCK if E <= BACKWARD_BLOCK else BACKWARD_WIDE)
+
+
+def as_rows(x: Tensor) -> Tensor:
     """x [..., E] as [M, E] with unit column stride: a view where the strides allow it."""
     rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
     return rows if rows.stride(1) == 1 else rows.contiguous()
@@ -187,12 +176,14 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y [..., E], the sum [..., E] (empty without a residual) and rstd [M]."""
     y, summed, rstd = _forward_outputs(x, weight, residual, eps, offset)
-    rows, weight = _rows(x), weight.contiguous()
-    rows_residual = rows if residual is None else _rows(residual)
+    rows, weight = as_rows(x), weight.contiguous()
+    rows_residual = rows if residual is None else as_rows(residual)
     M, E = rows.shape
-    config = _config(E, rstd.dtype)
+    config = _forward_config(E)
+    wanted = min(max(M // FORWARD_ROWS, FORWARD_LEAST), FORWARD_WARPS // config["num_warps"])
+    programs = min(triton.cdiv(M, config["ROWS"]), wanted)
     if M:
-        _rms_norm_forward[(triton.cdiv(M, config["ROWS"]),)](
+        _rms_norm_forward[(programs,)](
             rows, rows_residual, weight, y, summed, rstd,
             rows.stride(0), rows_residual.stride(0), E, E, M, eps, offset, HAS_RESIDUAL=residual is not None, **config,
         )  # fmt: skip
@@ -203,7 +194,7 @@ def _forward(
 def _forward_outputs(x, weight, residual, eps, offset):
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     summed = torch.empty(x.shape if residual is not None else (0,), dtype=x.dtype, device=x.device)
-    return y, summed, torch.empty(x.shape[:-1].numel(), dtype=_compute_dtype(x), device=x.device)
+    return y, summed, torch.empty(x.shape[:-1].numel(), dtype=torch.float32, device=x.device)
 
 
 @torch.library.custom_op("tritium::rms_norm_backward", mutates_args=())
@@ -212,23 +203,26 @@ def _backward(
 ) -> tuple[Tensor, Tensor]:
     """dx [..., E] in s's dtype and dweight [E] in weight's."""
     dx, _ = _backward_outputs(dy, ds, s, weight, rstd, offset)
-    rows_dy, rows_s, contiguous_weight = _rows(dy), _rows(s), weight.contiguous()
-    rows_ds = rows_dy if ds is None else _rows(ds)
+    rows_dy, rows_s, weight = as_rows(dy), as_rows(s), weight.contiguous()
+    rows_ds = rows_dy if ds is None else as_rows(ds)
     M, E = rows_s.shape
-    config = _config(E, rstd.dtype)
-    programs = min(triton.cdiv(M, config["ROWS"]), PARTIALS)
-    partial = torch.empty(programs, E, dtype=rstd.dtype, device=s.device)
-    if M:
-        _rms_norm_backward[(programs,)](
-            rows_dy, rows_ds, rows_s, contiguous_weight, rstd, dx, partial,
-            rows_dy.stride(0), rows_ds.stride(0), rows_s.stride(0), E, E, M, offset, HAS_DS=ds is not None, **config,
+    config = _backward_config(E)
+    strides, mean = (rows_dy.stride(0), rows_ds.stride(0), rows_s.stride(0), E, E), rstd
+    if M and config["BLOCK"] < E:
+        mean = torch.empty_like(rstd)
+        wide = _config(E, BACKWARD_BLOCK)
+        _rms_norm_mean[(M,)](
+            rows_dy, rows_s, weight, rstd, mean, strides[0], strides[2], offset,
+            E=E, BLOCK=wide["BLOCK"], num_warps=wide["num_warps"],
         )  # fmt: skip
-    if M and E > MAX_BLOCK:
-        config |= {"ROWS": 8, "BLOCK": 256, "num_warps": 4}
-        partial = partial[: triton.cdiv(M, 8)]
-        _rms_norm_dweight[(len(partial), triton.cdiv(E, 256))](
-            rows_dy, rows_s, rstd, partial, rows_dy.stride(0), rows_s.stride(0), E, M, **config
-        )
+    wanted = min(max(M // BACKWARD_ROWS, BACKWARD_LEAST), BACKWARD_WARPS // config["num_warps"])
+    programs = min(triton.cdiv(M, config["ROWS"]), wanted)
+    partial = torch.empty(programs, E, dtype=torch.float32, device=s.device)
+    if M:
+        _rms_norm_backward[(programs, triton.cdiv(E, config["BLOCK"]))](
+            rows_dy, rows_ds, rows_s, weight, rstd, mean, dx, partial, *strides, M, offset,
+            HAS_DS=ds is not None, **config,
+        )  # fmt: skip
     return dx, partial.sum(0).to(weight.dtype)
 
 
@@ -267,7 +261,7 @@ class _TorchRMSNorm(torch.autograd.Function):
     def forward(ctx, x, weight, residual, eps, offset):
         s = x if residual is None else x + residual
         compute = _compute_dtype(x)
-        wide = s.to(compute)
+        wide = s.to(compute).contiguous()  # a norm over a strided dimension adds up its terms one by one
         norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)  # one pass; square().mean() takes two
         rstd = (norm.square() / x.shape[-1] + eps).rsqrt()
         normed = wide * rstd if s.dtype == compute else wide.mul_(rstd)  # a copy is ours to overwrite
@@ -314,7 +308,7 @@ def rms_norm(
     if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
         seen, wanted = (tuple(residual.shape), residual.dtype), (tuple(x.shape), x.dtype)
         raise ValueError(f"rms_norm: residual is {seen}, wanted x's {wanted}")
-    if use_triton(x):
+    if use_triton(x, weight, residual):
         y, summed, _ = _forward(x, weight, residual, eps, offset)
     else:
         y, summed = _TorchRMSNorm.apply(x, weight, residual, eps, offset)
@@ -328,30 +322,22 @@ def _example(shape: Shape, dtype: torch.dtype, device: str) -> tuple[tuple, dict
 
 
 def _launches(target: Target) -> tuple[Launch, ...]:
-    def launch(kernel, name, E, flag, pointers, integers, floats, **config):
-        constexprs = _config(E, torch.float32) | config
-        warps = constexprs.pop("num_warps")
-        if flag:
-            constexprs[flag] = True
-        signature = {p: "*fp32" if p in ("p_rstd", "p_partial") else "*bf16" for p in pointers}
-        signature |= dict.fromkeys(integers, "i32") | dict.fromkeys(floats, "fp32")
-        return Launch(kernel, f"{name} E={E} bf16", signature, constexprs, (*pointers, *integers), num_warps=warps)
+    def launch(kernel, E, config, dtype="bf16", **flags):
+        warps = config.pop("num_warps")
+        names = [name for name in kernel.arg_names if name not in config | flags]
+        kinds = {"p_rstd": "*fp32", "p_mean": "*fp32", "p_partial": "*fp32", "eps": "fp32", "offset": "fp32"}
+        signature = {name: kinds.get(name, f"*{dtype}" if name.startswith("p_") else "i32") for name in names}
+        divisible = tuple(name for name in names if signature[name] != "fp32")
+        constexprs = {name: value for name, value in config.items() if name in kernel.arg_names}
+        name = f"{kernel.__name__.split('_')[-1]} E={E} {dtype}"
+        return Launch(kernel, name, signature, constexprs | flags, divisible, num_warps=warps)
 
-    forward = (
-        ("p_x", "p_residual", "p_weight", "p_y", "p_sum", "p_rstd"),
-        ("stride_x", "stride_residual", "stride_y", "stride_sum", "M"),
-        ("eps", "offset"),
-    )
-    backward = (
-        ("p_dy", "p_ds", "p_s", "p_weight", "p_rstd", "p_dx", "p_partial"),
-        ("stride_dy", "stride_ds", "stride_s", "stride_dx", "stride_partial", "M"),
-        ("offset",),
-    )
-    dweight = ("p_dy", "p_s", "p_rstd", "p_partial"), ("stride_dy", "stride_s", "stride_partial", "M"), ()
     return (
-        *(launch(_rms_norm_forward, "forward", E, "HAS_RESIDUAL", *forward) for E in (128, 4096, 16384)),
-        *(launch(_rms_norm_backward, "backward", E, "HAS_DS", *backward) for E in (128, 4096, 16384)),
-        launch(_rms_norm_dweight, "dweight", 16384, None, *dweight, ROWS=8, BLOCK=256, num_warps=4),
+        *(launch(_rms_norm_forward, E, _forward_config(E), HAS_RESIDUAL=True) for E in (128, 4096, 16384, 65536)),
+        *(launch(_rms_norm_backward, E, _backward_config(E), HAS_DS=True) for E in (128, 4096, 8192, 65536)),
+        launch(_rms_norm_forward, 65536, _forward_config(65536), "fp32", HAS_RESIDUAL=True),
+        launch(_rms_norm_backward, 8192, _backward_config(8192), "fp32", HAS_DS=True),
+        launch(_rms_norm_mean, 65536, _config(65536, BACKWARD_BLOCK)),
     )
 
 
@@ -361,9 +347,12 @@ register(
         function=rms_norm,
         reference=rms_norm_reference,
         example=_example,
-        shapes=({"T": 1, "E": 2}, {"T": 7, "E": 33}, {"T": 3, "E": 9001}, {"T": 4096, "E": 4096}),
+        shapes=({"T": 1, "E": 2}, {"T": 7, "E": 33}, {"T": 130, "E": 17}, {"T": 3, "E": 17001}, {"T": 8192, "E": 4096}),
         flops=lambda shape: 4 * shape["T"] * shape["E"],
         bytes=lambda shape, itemsize: (2 * shape["T"] + 1) * shape["E"] * itemsize,
+        backward_flops=lambda shape: 8 * shape["T"] * shape["E"],
+        backward_bytes=lambda shape, itemsize: (3 * shape["T"] + 2) * shape["E"] * itemsize,
         launches=_launches,
+        lean_shape={"T": 2048, "E": 128},
     )
 )

@@ -1,16 +1,18 @@
 """Rotary position embedding, half-split (Hugging Face) layout, on queries and keys together.
 
-[a | b] → [a cos - b sin | b cos + a sin],   a, b: the halves of a head
+    [a | b] → [a cos - b sin | b cos + a sin],   a, b: the halves of a head
 
-q [T, H, D], k [T, G, D], cos and sin [T, D/2] fp32; 3·T·(H + G)·D FLOPs, q and k moved in and out once.
-The backward is the rotation by the negative angle: it needs cos and sin only. (Su et al. 2021, arXiv 2104.09864)
+q [T, H, D], k [T, G, D], cos and sin [T, D/2] fp32; 3·T·(H + G)·D FLOPs. Must move q and k in and out once, and cos
+and sin in once for all heads of a token. The backward is the rotation by the negative angle: the same kernel, and it
+needs cos and sin only. (Su et al. 2021, arXiv 2104.09864)
 """
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from tritium.kernels.registry import OpSpec, register
+from tritium.kernels.backend import Target, tl, triton, use_triton
+from tritium.kernels.registry import Launch, OpSpec, Shape, register
 
 
 def rope_reference(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
@@ -23,7 +25,96 @@ def rope_reference(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tens
     return rotated(q), rotated(k)
 
 
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+# Triton ---------------------------------------------------------------------------------------------------------------
+
+TILE = 2048  # elements of half a head, by heads and tokens, that a program rotates at a time: 16 a thread
+
+
+@triton.jit
+def _rotate_heads(
+    p_x, p_y, i_t, m_t, b_cos, b_sin, stride_xt, stride_xh, stride_xd, stride_yt,
+    HEADS: tl.constexpr, HALF: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """y [T, HEADS, 2·HALF] (heads side by side) from x for the tokens i_t [BLOCK_T, 1, 1]."""
+    i_d = tl.arange(0, BLOCK_D)[None, None, :]  # [1, 1, BLOCK_D]
+    for i_start in range(0, HEADS, BLOCK_H):
+        i_h = (i_start + tl.arange(0, BLOCK_H))[None, :, None]  # [1, BLOCK_H, 1]
+        m = m_t & (i_h < HEADS) & (i_d < HALF)  # [BLOCK_T, BLOCK_H, BLOCK_D]
+        p_a = p_x + i_t * stride_xt + i_h.to(tl.int64) * stride_xh + i_d.to(tl.int64) * stride_xd
+        b_a = tl.load(p_a, mask=m, other=0.0).to(tl.float32)
+        b_b = tl.load(p_a + tl.cast(HALF, tl.int64) * stride_xd, mask=m, other=0.0).to(tl.float32)
+        p_first = p_y + i_t * stride_yt + i_h * (2 * HALF) + i_d
+        tl.store(p_first, (b_a * b_cos - b_b * b_sin).to(p_y.dtype.element_ty), mask=m)
+        tl.store(p_first + HALF, (b_b * b_cos + b_a * b_sin).to(p_y.dtype.element_ty), mask=m)
+
+
+@triton.jit
+def _rope(
+    p_q, p_k, p_cos, p_sin, p_q_out, p_k_out,
+    stride_qt, stride_qh, stride_qd, stride_kt, stride_kh, stride_kd, stride_q_out, stride_k_out, stride_angle, T,
+    H: tl.constexpr, G: tl.constexpr, HALF: tl.constexpr, INVERSE: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Every head of BLOCK_T tokens, so that cos and sin [T, HALF] are read once. Grid: (cdiv(T, BLOCK_T),)."""
+    i_t = (tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T))[:, None, None]  # [BLOCK_T, 1, 1]
+    i_d = tl.arange(0, BLOCK_D)[None, None, :]
+    m_t = i_t < T
+    m_angle = m_t & (i_d < HALF)  # [BLOCK_T, 1, BLOCK_D]
+    b_cos = tl.load(p_cos + i_t * stride_angle + i_d, mask=m_angle, other=0.0)
+    b_sin = tl.load(p_sin + i_t * stride_angle + i_d, mask=m_angle, other=0.0)
+    if INVERSE:
+        b_sin = -b_sin
+    _rotate_heads(
+        p_q, p_q_out, i_t, m_t, b_cos, b_sin, stride_qt, stride_qh, stride_qd, stride_q_out, H, HALF, BLOCK_H, BLOCK_D
+    )
+    _rotate_heads(
+        p_k, p_k_out, i_t, m_t, b_cos, b_sin, stride_kt, stride_kh, stride_kd, stride_k_out, G, HALF, BLOCK_G, BLOCK_D
+    )
+
+
+def _config(H: int, G: int, D: int) -> dict:
+    """Launch parameters: all heads of a token at a time if they fit a tile, and as many tokens as fit."""
+    block_d = triton.next_power_of_2(D // 2)
+    block_h, block_g = (max(1, min(triton.next_power_of_2(heads), TILE // block_d)) for heads in (H, G))
+    block_t = max(1, TILE // (max(block_h, block_g) * block_d))
+    blocks = {"BLOCK_T": block_t, "BLOCK_H": block_h, "BLOCK_G": block_g, "BLOCK_D": block_d}
+    return {"H": H, "G": G, "HALF": D // 2, "num_warps": 4} | blocks
+
+
+@torch.library.custom_op("tritium::rope", mutates_args=())
+def _rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
+    """q and k rotated by the angles of cos and sin [T, D/2], or by their negatives."""
+    q_out, k_out = _rotate_outputs(q, k, cos, sin, inverse)
+    (T, H, D), G = q.shape, k.shape[1]
+    if T and D:
+        cos, sin, config = cos.contiguous(), sin.contiguous(), _config(H, G, D)
+        _rope[(triton.cdiv(T, config["BLOCK_T"]),)](
+            q, k, cos, sin, q_out, k_out, *q.stride(), *k.stride(), H * D, G * D, D // 2, T, INVERSE=inverse, **config
+        )
+    return q_out, k_out
+
+
+@_rotate.register_fake
+def _rotate_outputs(q, k, cos, sin, inverse):
+    return tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k))
+
+
+def _save(ctx, inputs, output):
+    _, _, cos, sin, ctx.inverse = inputs
+    ctx.save_for_backward(cos, sin)
+
+
+def _triton_gradients(ctx, dq, dk):
+    return *_rotate(dq, dk, *ctx.saved_tensors, not ctx.inverse), None, None, None
+
+
+_rotate.register_autograd(_triton_gradients, setup_context=_save)
+
+
+# Torch ----------------------------------------------------------------------------------------------------------------
+
+
+def _torch_rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """x [T, H, D] rotated; computed in the dtype of cos and sin [T, 1, D/2], rounded once."""
     a, b = x.to(cos.dtype).chunk(2, -1)
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
@@ -33,39 +124,69 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return y
 
 
-class _Rope(torch.autograd.Function):
+class _TorchRope(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, cos, sin):
         ctx.save_for_backward(cos, sin)
-        return _rotate(q, cos, sin), _rotate(k, cos, sin)
+        return _torch_rotate(q, cos, sin), _torch_rotate(k, cos, sin)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dq, dk):
         cos, sin = ctx.saved_tensors
-        return _rotate(dq, cos, -sin), _rotate(dk, cos, -sin), None, None
+        return _torch_rotate(dq, cos, -sin), _torch_rotate(dk, cos, -sin), None, None
+
+
+# Public ---------------------------------------------------------------------------------------------------------------
 
 
 def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     """Rotated q [T, H, D] and k [T, G, D] by the angles whose cos and sin [T, D/2] are given (fp32, not learned).
 
-    Raises ValueError on shapes that don't fit.
+    Any strides: q and k may be slices of one projection, and nothing is copied. Raises ValueError on shapes that don't
+    fit and on two dtypes.
     """
-    if q.dim() != 3 or k.dim() != 3 or q.shape[::2] != k.shape[::2] or q.shape[2] % 2:
-        raise ValueError(f"q and k must be [T, H, D] and [T, G, D] with D even, got {tuple(q.shape)}, {tuple(k.shape)}")
+    if q.dim() != 3 or k.dim() != 3 or q.shape[::2] != k.shape[::2] or q.shape[2] % 2 or q.dtype != k.dtype:
+        seen = f"{tuple(q.shape)} {q.dtype}, {tuple(k.shape)} {k.dtype}"
+        raise ValueError(f"q and k must be [T, H, D] and [T, G, D] of one dtype with D even, got {seen}")
     wanted = (q.shape[0], q.shape[2] // 2)
     if cos.shape != wanted or sin.shape != wanted:
         shapes = f"{tuple(cos.shape)}, {tuple(sin.shape)}"
         raise ValueError(f"cos and sin must be {wanted} for q {tuple(q.shape)}, got {shapes}")
     dtype = torch.promote_types(q.dtype, torch.float32)
-    return _Rope.apply(q, k, cos[:, None].to(dtype), sin[:, None].to(dtype))
+    cos, sin = cos.to(dtype), sin.to(dtype)
+    if use_triton(q, k, cos, sin):
+        return _rotate(q, k, cos, sin, False)
+    return _TorchRope.apply(q, k, cos[:, None], sin[:, None])
 
 
-def _example(shape, dtype, device):
+def _example(shape: Shape, dtype: torch.dtype, device: str) -> tuple[tuple, dict]:
     T, H, G, D = (shape[x] for x in "THGD")
     q, k = (torch.randn(T, heads, D, dtype=dtype, device=device, requires_grad=True) for heads in (H, G))
     angle = torch.arange(T, device=device)[:, None] * 10_000.0 ** -(torch.arange(D // 2, device=device) / (D // 2))
     return (q, k, angle.cos(), angle.sin()), {}
+
+
+def _launches(target: Target) -> tuple[Launch, ...]:
+    def launch(H, G, D, inverse):
+        constexprs = _config(H, G, D) | {"INVERSE": inverse, "stride_qd": 1, "stride_kd": 1}
+        warps = constexprs.pop("num_warps")
+        names = [name for name in _rope.arg_names if name not in constexprs]
+        kinds = {"p_cos": "*fp32", "p_sin": "*fp32"}
+        signature = {name: kinds.get(name, "*bf16" if name.startswith("p_") else "i32") for name in names}
+        name = f"{'backward' if inverse else 'forward'} H={H} G={G} D={D} bf16"
+        return Launch(_rope, name, signature, constexprs, tuple(names), num_warps=warps)
+
+    shapes = ((32, 8, 128), (12, 12, 80), (4, 2, 64))
+    return (*(launch(*shape, False) for shape in shapes), launch(32, 8, 128, True))
+
+
+def _bytes(shape: Shape, itemsize: int) -> int:
+    return shape["T"] * (2 * (shape["H"] + shape["G"]) * shape["D"] * itemsize + 4 * shape["D"])
+
+
+def _flops(shape: Shape) -> int:
+    return 3 * shape["T"] * (shape["H"] + shape["G"]) * shape["D"]
 
 
 register(
@@ -78,9 +199,14 @@ register(
             {"T": 1, "H": 1, "G": 1, "D": 2},
             {"T": 9, "H": 6, "G": 2, "D": 40},
             {"T": 0, "H": 2, "G": 1, "D": 8},
-            {"T": 4096, "H": 4, "G": 2, "D": 64},
+            {"T": 129, "H": 3, "G": 1, "D": 34},
+            {"T": 8192, "H": 32, "G": 8, "D": 128},
         ),
-        flops=lambda s: 3 * s["T"] * (s["H"] + s["G"]) * s["D"],
-        bytes=lambda s, size: s["T"] * (2 * (s["H"] + s["G"]) * s["D"] * size + 4 * s["D"]),
+        flops=_flops,
+        bytes=_bytes,
+        backward_flops=_flops,
+        backward_bytes=_bytes,
+        launches=_launches,
+        lean_shape={"T": 37, "H": 6, "G": 2, "D": 40},
     )
 )

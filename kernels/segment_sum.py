@@ -1,20 +1,110 @@
 """Sums over the spans of a packed stream:  sum_s = Σ_{cu[s] ≤ t < cu[s+1]} values_t.
 
-values [T], cu_seqlens [S+1] → [S]; T FLOPs, T + S elements moved. Deterministic: one loop per segment, no atomics.
-What lies outside the spans is never read into a sum (no difference of running sums, which would leak NaN).
+values [T], cu_seqlens [S+1] → [S]. Must move T + S elements and S offsets, forward and backward; T FLOPs forward.
+Deterministic: one program per span, no atomics. What lies outside the spans is never read into a sum (no difference of
+running sums, which would leak NaN), and its gradient is 0.
 """
+
+import os
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from tritium.kernels.registry import OpSpec, register
+from tritium.kernels.backend import Target, device_assert, tl, triton, use_triton
+from tritium.kernels.registry import Launch, OpSpec, Shape, register
 
 
 def segment_sum_reference(values: Tensor, cu_seqlens: Tensor) -> Tensor:
     values, ends = values.to(torch.promote_types(values.dtype, torch.float32)), cu_seqlens.tolist()
     sums = [values[start:end].sum() for start, end in zip(ends, ends[1:], strict=False)]
     return torch.stack(sums) if sums else values.new_zeros(0)
+
+
+# Triton ---------------------------------------------------------------------------------------------------------------
+
+CONFIG = {"BLOCK": 1024, "num_warps": 8}
+
+
+@triton.jit
+def load_span(p_cu, i, S, T):
+    """Span i of the S + 2 that cover 0…T: 0 before the first segment, segments from 1 on, S + 1 after the last one.
+
+    Clamped, so that no offsets that are wrong lead outside the stream.
+    """
+    start = tl.load(p_cu + i - 1, mask=i > 0, other=0).to(tl.int64)
+    end = tl.load(p_cu + i, mask=i <= S, other=T).to(tl.int64)
+    start = tl.minimum(tl.maximum(start, 0), T)
+    return start, tl.minimum(tl.maximum(end, start), T)
+
+
+@triton.jit
+def _segment_sum(p_values, p_cu, p_sum, stride_values, S, T, BLOCK: tl.constexpr):
+    """sum [S] from values [T] and cu [S+1]. Grid: (S,)."""
+    i_segment = tl.program_id(0)
+    start, end = load_span(p_cu, i_segment + 1, S, T)
+    b_sum = tl.zeros([BLOCK], tl.float32)
+    for i_start in range(start, end, BLOCK):
+        i = i_start + tl.arange(0, BLOCK).to(tl.int64)  # [BLOCK]
+        b_sum += tl.load(p_values + i * stride_values, mask=i < end, other=0.0).to(tl.float32)
+    tl.store(p_sum + i_segment, tl.sum(b_sum, 0))
+
+
+@triton.jit
+def _segment_fill(p_dsum, p_cu, p_dvalues, stride_dsum, S, T, BLOCK: tl.constexpr):
+    """dvalues [T] from dsum [S] and cu [S+1]. Grid: (S + 2,): the spans, and what lies before and after them."""
+    i_span = tl.program_id(0)
+    start, end = load_span(p_cu, i_span, S, T)
+    is_segment = (i_span > 0) & (i_span <= S)
+    b = tl.load(p_dsum + (i_span - 1).to(tl.int64) * stride_dsum, mask=is_segment, other=0.0)  # []
+    b_fill = tl.zeros([BLOCK], tl.float32) + b.to(tl.float32)
+    for i_start in range(start, end, BLOCK):
+        i = i_start + tl.arange(0, BLOCK).to(tl.int64)  # [BLOCK]
+        tl.store(p_dvalues + i, b_fill.to(p_dvalues.dtype.element_ty), mask=i < end)
+
+
+@torch.library.custom_op("tritium::segment_sum", mutates_args=())
+def _forward(values: Tensor, cu_seqlens: Tensor) -> Tensor:
+    sums = _forward_outputs(values, cu_seqlens)
+    S = len(sums)
+    if S:
+        _segment_sum[(S,)](values, cu_seqlens.contiguous(), sums, values.stride(0), S, len(values), **CONFIG)
+    return sums
+
+
+@_forward.register_fake
+def _forward_outputs(values, cu_seqlens):
+    return values.new_empty(cu_seqlens.shape[0] - 1, dtype=torch.float32)
+
+
+@torch.library.custom_op("tritium::segment_sum_backward", mutates_args=())
+def _backward(dsums: Tensor, cu_seqlens: Tensor, T: int, dtype: torch.dtype) -> Tensor:
+    """dvalues [T]."""
+    dvalues = _backward_outputs(dsums, cu_seqlens, T, dtype)
+    S = len(dsums)
+    _segment_fill[(S + 2,)](dsums, cu_seqlens.contiguous(), dvalues, dsums.stride(0), S, T, **CONFIG)
+    return dvalues
+
+
+@_backward.register_fake
+def _backward_outputs(dsums, cu_seqlens, T, dtype):
+    return dsums.new_empty(T, dtype=dtype)
+
+
+def _save(ctx, inputs, output):
+    values, cu_seqlens = inputs
+    ctx.T, ctx.dtype = values.shape[0], values.dtype
+    ctx.save_for_backward(cu_seqlens)
+
+
+def _triton_gradients(ctx, dsums):
+    return _backward(dsums, *ctx.saved_tensors, ctx.T, ctx.dtype), None
+
+
+_forward.register_autograd(_triton_gradients, setup_context=_save)
+
+
+# Torch ----------------------------------------------------------------------------------------------------------------
 
 
 def segment_of(cu_seqlens: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
@@ -25,7 +115,7 @@ def segment_of(cu_seqlens: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
     return segment.clamp(0, max(0, len(cu_seqlens) - 2)), inside
 
 
-class _SegmentSum(torch.autograd.Function):
+class _TorchSegmentSum(torch.autograd.Function):
     @staticmethod
     def forward(ctx, values, cu_seqlens):
         ctx.save_for_backward(cu_seqlens)
@@ -41,33 +131,71 @@ class _SegmentSum(torch.autograd.Function):
         return torch.where(inside, grad[segment], 0.0).to(ctx.dtype), None
 
 
+# Public ---------------------------------------------------------------------------------------------------------------
+
+
 def check_segments(values: Tensor, cu_seqlens: Tensor) -> None:
-    """Raise ValueError unless values is [T] and cu_seqlens an integer vector within it (values read on a CPU only)."""
-    if values.dim() != 1 or cu_seqlens.dim() != 1 or not len(cu_seqlens) or cu_seqlens.is_floating_point():
+    """Raise ValueError unless values is [T] and cu_seqlens an integer vector within it.
+
+    The offsets are read on a CPU only; on a GPU a device assertion checks them, with TRITIUM_DEBUG=1.
+    """
+    is_integer = cu_seqlens.dtype in (torch.int32, torch.int64)
+    if values.dim() != 1 or cu_seqlens.dim() != 1 or not len(cu_seqlens) or not is_integer:
         shapes = f"{tuple(values.shape)} and {tuple(cu_seqlens.shape)} {cu_seqlens.dtype}"
-        raise ValueError(f"values must be [T] and cu_seqlens [S+1] integers, got {shapes}")
-    if not cu_seqlens.is_cuda and not torch.compiler.is_compiling():
+        raise ValueError(f"values must be [T] and cu_seqlens [S+1] int32 or int64, got {shapes}")
+    if torch.compiler.is_compiling():
+        return
+    if not cu_seqlens.is_cuda:
         ends = cu_seqlens.tolist()
         if ends[0] < 0 or ends[-1] > len(values) or any(a > b for a, b in zip(ends, ends[1:], strict=False)):
             raise ValueError(f"cu_seqlens must not decrease, in 0…{len(values)}: {ends}")
+    elif os.environ.get("TRITIUM_DEBUG") == "1":
+        holds = (cu_seqlens[0] >= 0) & (cu_seqlens[-1] <= len(values)) & (cu_seqlens.diff() >= 0).all()
+        device_assert(holds, f"cu_seqlens must not decrease, in 0…{len(values)}")
 
 
 def segment_sum(values: Tensor, cu_seqlens: Tensor) -> Tensor:
     """Sum of values [T] over each span of cu_seqlens [S+1]; [S], fp32 (fp64 for fp64). Empty spans give 0.
 
-    Differentiable in values. Raises ValueError on shapes that don't fit and (on a CPU) spans outside the values.
+    Differentiable in values; any strides. Raises ValueError on shapes that don't fit and (on a CPU) spans outside the
+    values.
     """
     check_segments(values, cu_seqlens)
+    if use_triton(values, cu_seqlens):
+        return _forward(values, cu_seqlens)
     if len(cu_seqlens) == 1:  # no segments
         return values.new_zeros(0, dtype=torch.promote_types(values.dtype, torch.float32))
-    return _SegmentSum.apply(values, cu_seqlens)
+    return _TorchSegmentSum.apply(values, cu_seqlens)
 
 
-def _example(shape, dtype, device):
-    T, S = shape["T"], shape["S"]
-    inner = torch.randint(0, T + 1, (S - 1,), device=device).sort().values
-    cu_seqlens = torch.cat([inner.new_zeros(1), inner, inner.new_full((1,), T)]).int()
-    return (torch.randn(T, dtype=dtype, device=device, requires_grad=True), cu_seqlens), {}
+def example_segments(shape: Shape, device: str) -> Tensor:
+    """cu_seqlens [S+1] int32: S segments of random lengths, some empty; `outside` tokens lie before and after them."""
+    T, S, outside = shape["T"], shape["S"], shape.get("outside", 0)
+    inner = torch.randint(outside, T - outside + 1, (S - 1,), device=device).sort().values
+    return torch.cat([inner.new_full((1,), outside), inner, inner.new_full((1,), T - outside)]).int()
+
+
+def _example(shape: Shape, dtype: torch.dtype, device: str) -> tuple[tuple, dict]:
+    cu_seqlens = example_segments(shape, device)
+    return (torch.randn(shape["T"], dtype=dtype, device=device, requires_grad=True), cu_seqlens), {}
+
+
+def _launches(target: Target) -> tuple[Launch, ...]:
+    constexprs, warps = {"BLOCK": CONFIG["BLOCK"]}, CONFIG["num_warps"]
+
+    def launch(kernel, first, last, stride, dtype):
+        pointers = (first, "p_cu", last)
+        half, full = (first, last) if kernel is _segment_sum else (last, first)
+        signature = {half: f"*{dtype}", full: "*fp32", "p_cu": "*i32"} | dict.fromkeys((stride, "S", "T"), "i32")
+        del signature[stride]  # 1, which a launch folds
+        return Launch(kernel, f"{dtype}", signature, constexprs | {stride: 1}, (*pointers, "T"), num_warps=warps)
+
+    forward, backward = ("p_values", "p_sum", "stride_values"), ("p_dsum", "p_dvalues", "stride_dsum")
+    return tuple(
+        launch(kernel, *names, dtype)
+        for kernel, names in ((_segment_sum, forward), (_segment_fill, backward))
+        for dtype in ("bf16", "fp32")
+    )
 
 
 register(
@@ -76,8 +204,19 @@ register(
         function=segment_sum,
         reference=segment_sum_reference,
         example=_example,
-        shapes=({"T": 1, "S": 1}, {"T": 50, "S": 60}, {"T": 0, "S": 2}, {"T": 1 << 15, "S": 100}),
+        shapes=(
+            {"T": 1, "S": 1},
+            {"T": 20, "S": 12},
+            {"T": 0, "S": 2},
+            {"T": 3000, "S": 4, "outside": 17},
+            {"T": 1 << 20, "S": 1000},
+        ),
         flops=lambda s: s["T"],
-        bytes=lambda s, size: s["T"] * size + 4 * s["S"],
+        bytes=lambda s, size: s["T"] * size + 8 * s["S"],
+        backward_flops=lambda s: s["T"],
+        backward_bytes=lambda s, size: s["T"] * size + 8 * s["S"],
+        launches=_launches,
+        lean_shape={"T": 20_000, "S": 7, "outside": 3},
+        traffic=lambda shape, itemsize: (shape["T"] * itemsize, shape["T"] * itemsize),
     )
 )

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tritium.kernels.gated import GATED_SHAPES, Activation, gated, gated_example
+from tritium.kernels.gated import GATED_SHAPES, Activation, gated, gated_costs, gated_example, gated_launches
 from tritium.kernels.registry import OpSpec, register
 
 
@@ -34,7 +34,7 @@ register(
         reference=swiglu_reference,
         example=gated_example,
         shapes=GATED_SHAPES,
-        flops=lambda s: 5 * s["T"] * s["F"],
-        bytes=lambda s, size: 3 * s["T"] * s["F"] * size,
+        launches=lambda target: gated_launches(gelu=False),
+        **gated_costs(flops=5),
     )
 )

@@ -91,12 +91,11 @@ def train(config: Config) -> Result:
         number = step // options.updates
         chosen = share(problems_of(number, problems, options.prompts, config.run.seed), mesh)
         seed = (config.run.seed, number)
-        with trainer.clock("sample"):
+        with trainer.clock("sample"), trainer.whole(layers=True):
             rollout = roll_out(policy, tokenizer, chosen, reward, config.sampling, n=options.group, seed=seed)
         batches = [batch.to(mesh.device) for batch in to_batches(rollout, options, config.data)]
         # ------------------------------------------------------------------------------------------------------
-        with trainer.clock("prepare"):
-            objective.prepare(trainer.networks, batches)  # log-probs before the first update
+        trainer.prepare(batches)  # log-probs before the first update
         numbers = summary(rollout, mesh) | sampler_gap(batches, objective, mesh)
         for i in range(options.updates):
             trainer.step(batches[i :: options.updates], numbers)  # −min(ρA, clip(ρ)A) + β KL, per token

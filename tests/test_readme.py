@@ -9,10 +9,9 @@ from importlib import import_module
 import pytest
 
 import tritium
+from tritium.bench import table
 from tritium.core import arithmetic
 from tritium.core.config import load
-from tritium.kernels import all_ops
-from tritium.kernels.backend import TARGETS
 from tritium.stages.cli import STAGES
 
 README = (pathlib.Path(tritium.__file__).parent / "README.md").read_text(encoding="utf-8")
@@ -67,8 +66,8 @@ def test_the_python_runs():
 
 
 def test_the_table_of_kernels_is_the_registry():
-    table = {cells[0].strip("`"): cells[2] for cells in rows(README) if cells[-1] in ("Triton", "torch")}
-    assert table == {name: "Triton" if spec.launches(TARGETS["sm_90"]) else "torch" for name, spec in all_ops().items()}
+    begin, end = README.index(table.BEGIN) + len(table.BEGIN), README.index(table.END)
+    assert README[begin:end] == table.kernel_table(), "python -m tritium.bench table --write"
 
 
 def test_the_question_forms_are_those_of_the_generator():

@@ -22,6 +22,7 @@ from tritium.kernels.backend import HAS_TRITON, TARGETS
 OPS = all_ops()
 KERNELS = {name: spec for name, spec in OPS.items() if HAS_TRITON and spec.launches(TARGETS["sm_80"])}
 ULP = {torch.float32: 2.0**-23, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
+CANCELLED = {torch.float32: 0.25, torch.bfloat16: 1e-2, torch.float16: 1e-2}  # terms of order 1 leave their error
 LAYOUTS = ("dense", "strided", "expanded")
 needs_gpu = (pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))
 BUDGETS = pathlib.Path(__file__).with_name("budgets.json")  # written by TRITIUM_UPDATE_BUDGETS=1
@@ -142,7 +143,7 @@ def test_as_good_as_plain_torch_in_that_dtype(name, backend, shape, dtype, layou
             continue
         known = e.isfinite()  # the lse of a row that sees nothing is -inf
         assert torch.equal(a.isfinite(), known), key
-        scale = max(rms(e[known]), 1e-2)  # where terms cancel, the error is that of the terms
+        scale = max(rms(e[known]), CANCELLED[dtype])
         error, own = rms(a[known].double() - e[known]), rms(p[known].double() - e[known])
         assert error <= 1.5 * own + 2 * ULP[dtype] * scale, f"{key}: {error / scale:.2e}, torch {own / scale:.2e}"
         worst = max(worst, error / scale)

@@ -1,14 +1,10 @@
 """Packed attention: every option, block and bucket against the reference; edges; precision in bf16."""
 
-import importlib
-
 import pytest
 import torch
 
-from tritium.kernels import attention, attention_backward
-
-file = importlib.import_module("tritium.kernels.attention")
-reference = file.attention_reference
+from tritium.kernels import attention, attention_backward, attention_torch
+from tritium.kernels.attention import attention_reference as reference
 
 
 @pytest.fixture(autouse=True)
@@ -59,9 +55,9 @@ OPTIONS = [
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_ragged_documents_in_small_blocks(options, kept_bytes, monkeypatch):
     """Blocks of 8 queries and 1 pair of (document, head): every boundary of the blocking is crossed."""
-    monkeypatch.setattr(file, "ROWS", 8)
-    monkeypatch.setattr(file, "SCORE_BYTES", 1000)
-    monkeypatch.setattr(file, "KEPT_BYTES", kept_bytes)
+    monkeypatch.setattr(attention_torch, "ROWS", 8)
+    monkeypatch.setattr(attention_torch, "SCORE_BYTES", 1000)
+    monkeypatch.setattr(attention_torch, "KEPT_BYTES", kept_bytes)
     lengths = (3, 17, 0, 20, 1, 17, 40, 0, 9)
     check(make(sum(lengths)), cu_seqlens=cu(*lengths), **options)
 
@@ -109,7 +105,7 @@ def test_packed_documents_equal_documents_alone():
 @pytest.mark.parametrize("kept_bytes", [0, 1 << 20])
 def test_large_scores(kept_bytes, monkeypatch):
     """Scores of thousands: what padding holds must not overflow into the gradients."""
-    monkeypatch.setattr(file, "KEPT_BYTES", kept_bytes)
+    monkeypatch.setattr(attention_torch, "KEPT_BYTES", kept_bytes)
     lengths = (3, 18)
     q, k, v = make(sum(lengths), dtype=torch.float32)
     with torch.no_grad():
@@ -206,6 +202,11 @@ def test_bf16_is_as_precise_as_sdpa(sharpness):
         ({"k": torch.randn(4, 3, 8), "v": torch.randn(4, 3, 8)}, "4 query heads do not divide into 3"),
         ({"k": torch.randn(4, 2, 16)}, "must be"),
         ({"v": torch.randn(4, 2, 8).bfloat16()}, "one dtype"),
+        ({x: torch.randn(4, 2, 12) for x in "qkv"}, r"multiple of 8 from 8 to 256, got 12: q \(4, 2, 12\)"),
+        ({x: torch.randn(4, 2, 264) for x in "qkv"}, r"multiple of 8 from 8 to 256, got 264: q \(4, 2, 264\)"),
+        ({"scale": 0.0}, "scale must be positive"),
+        ({"cu_seqlens": torch.tensor([0])}, "no document, but there are 4 queries"),
+        ({"cu_seqlens": cu(4), "q": torch.randn(6, 4, 8)}, "as many keys as queries, got 6 and 4"),
     ],
 )
 def test_bad_input_is_named(change, message):

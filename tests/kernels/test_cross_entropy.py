@@ -6,8 +6,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tritium.kernels import cross_entropy, linear_cross_entropy
+from tritium.kernels import cross_entropy, interpreter, linear_cross_entropy
+from tritium.kernels.backend import HAS_TRITON
 
+needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed")
+module = importlib.import_module("tritium.kernels.cross_entropy")
 head = importlib.import_module("tritium.kernels.head")
 reference = importlib.import_module("tritium.kernels.cross_entropy").cross_entropy_reference
 
@@ -105,3 +108,133 @@ def test_bf16_logits_keep_the_gradient_of_a_confident_target():
 def test_bad_options_are_named(function, options, message):
     with pytest.raises(ValueError, match=message):
         function(*make(), **options)
+
+
+# Triton, interpreted --------------------------------------------------------------------------------------------------
+
+
+def logits_and_targets(T, V, dtype=torch.float32, scale=3.0):
+    logits = (scale * torch.randn(T, V)).to(dtype).requires_grad_()
+    targets = torch.randint(0, V, (T,))
+    targets[1::3] = -100
+    return logits, targets
+
+
+def loss_and_gradient(function, logits, targets, **options):
+    losses = function(logits, targets, reduction="none", **options)
+    upstream = torch.linspace(-2, 2, len(losses)).to(losses)  # not 1
+    return losses.detach(), torch.autograd.grad(losses, logits, upstream)[0]
+
+
+@needs_triton
+@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.2, "z_loss": 0.1}, {"softcap": 2.0}], ids=str)
+@pytest.mark.parametrize("shape", [(1, 1), (2, 17), (129, 129), (5, 4099)], ids=str)
+def test_kernels_agree_with_fp64(shape, options):
+    logits, targets = logits_and_targets(*shape)
+    with interpreter.checked():
+        actual = loss_and_gradient(cross_entropy, logits, targets, **options)
+    wide = logits.detach().double().requires_grad_()
+    for a, e in zip(actual, loss_and_gradient(reference, wide, targets, **options), strict=True):
+        torch.testing.assert_close(a.double(), e, rtol=2e-6, atol=2e-6)
+
+
+@needs_triton
+def test_kernels_give_zeros_where_nothing_counts():
+    """All ignored, and what they hold is not a number; no tokens at all; targets out of range, unchecked on a GPU."""
+    poison = torch.full((3, 9), torch.nan, requires_grad=True)
+    with interpreter.checked():
+        losses, gradient = loss_and_gradient(cross_entropy, poison, torch.full((3,), -100), z_loss=0.1, softcap=5.0)
+        assert torch.equal(losses, torch.zeros(3)) and torch.equal(gradient, torch.zeros(3, 9))
+        empty = torch.zeros(0, 9, requires_grad=True)
+        losses, gradient = loss_and_gradient(cross_entropy, empty, torch.zeros(0, dtype=torch.int64))
+        assert losses.shape == (0,) and gradient.shape == (0, 9)
+        statistics = module._statistics(poison.detach().expand(3, 9), torch.tensor([-1, 9, 2**40]), None)
+        assert all(torch.equal(x, torch.zeros(3)) for x in statistics)
+
+
+@needs_triton
+def test_logits_of_minus_infinity_have_probability_zero():
+    logits, targets = logits_and_targets(4, 40)
+    targets[:] = 1
+    masked = logits.detach().clone()
+    masked[:, 20:] = -torch.inf
+    masked.requires_grad_()
+    with interpreter.checked():
+        losses, gradient = loss_and_gradient(cross_entropy, masked, targets)
+    expected = loss_and_gradient(reference, logits.detach()[:, :20].requires_grad_(), targets)
+    torch.testing.assert_close(losses, expected[0])
+    torch.testing.assert_close(gradient, F.pad(expected[1], (0, 20)))
+
+
+@needs_triton
+@pytest.mark.parametrize("scale", [1.0, 3.0e4])
+def test_kernels_keep_the_gradient_of_a_confident_target(scale):
+    """p > 0.999 in bf16, where p - 1 rounds to 0; and logits whose exponentials would overflow."""
+    logits = (torch.randn(6, 64) * scale).bfloat16()
+    logits[:, 5] = logits.amax() + 10
+    targets = torch.full((6,), 5)
+    with interpreter.checked():
+        losses, gradient = loss_and_gradient(cross_entropy, logits.requires_grad_(), targets)
+    wide = logits.detach().double().requires_grad_()
+    exact = loss_and_gradient(reference, wide, targets)
+    torch.testing.assert_close(losses.double(), exact[0], rtol=0.01, atol=1e-6)
+    torch.testing.assert_close(gradient[:, 5].double(), exact[1][:, 5], rtol=0.01, atol=1e-9)  # 1 - p from 5e-5 on
+
+
+@needs_triton
+@pytest.mark.parametrize("T, V", [(7, 4100), (40, 96)])  # rows split among programs, and several rows in one
+def test_kernels_read_and_write_each_logit_once(T, V):
+    logits, targets = logits_and_targets(T, V, torch.bfloat16)
+    with interpreter.checked() as trace:
+        loss_and_gradient(cross_entropy, logits, targets, label_smoothing=0.1)
+    forward, backward = trace.launches
+    kept = int((targets >= 0).sum())
+    assert forward.loaded["p_logits"] == 2 * (kept * V + kept)  # and the targets' once more
+    part = 4 * T * forward.grid[1]
+    assert forward.stored == {"p_top": part, "p_sum": part, "p_total": part, "p_picked": 4 * T}
+    assert backward.loaded["p_logits"] == 2 * kept * V and backward.stored == {"p_dlogits": 2 * T * V}
+    assert forward.bytes_loaded + forward.bytes_stored < 1.05 * 2 * T * V
+    assert backward.bytes_loaded + backward.bytes_stored < 1.05 * 4 * T * V
+
+
+@needs_triton
+def test_offsets_of_logits_are_64_bits_wide():
+    """Rows 2^30 elements apart, and 2^30 elements long: the third is out of an int32's reach."""
+    config = module._config(40)
+    logits = torch.empty_strided((5, 40), (2**30, 1), device="meta")
+    targets, gradient = torch.arange(5), torch.ones(5)
+    with interpreter.checked() as trace:
+        module._cross_entropy_forward[(1, 1)](
+            logits, targets, *(torch.empty(5) for _ in range(4)), 2**30, 5, 40, 4096, 0.0, HAS_CAP=False, **config,
+        )  # fmt: skip
+        wide = torch.empty_strided((5, 2**30), (2**30, 1), device="meta")
+        module._cross_entropy_backward[(5, 1)](
+            wide, targets, *5 * [gradient], wide, 2**30, 5, 2**30, 0.0, HAS_CAP=False, ROWS=1, BLOCK=16, num_warps=1
+        )
+    forward, backward = trace.launches
+    assert forward.loaded["p_logits"] == 4 * (5 * 40 + 5) and backward.stored["p_dlogits"] == 4 * 5 * 16
+
+
+@needs_triton
+def test_any_strides_of_logits_and_gradients():
+    logits = torch.randn(33, 8).t()  # columns apart
+    targets, weights = torch.arange(16)[::2], torch.rand(16, requires_grad=True)
+    expanded = torch.randn(33).expand(8, 33)
+    for x in (logits, expanded):
+        results = []
+        for dtype, function in ((torch.float32, cross_entropy), (torch.float64, reference)):
+            given = x.to(dtype).detach().requires_grad_()
+            loss = function(given, targets, weights=weights[::2].to(dtype), reduction="none")
+            results.append([loss, *torch.autograd.grad(loss.sum(), (given, weights))])
+        for a, e in zip(*results, strict=True):
+            torch.testing.assert_close(a.double(), e.double(), rtol=2e-6, atol=2e-6)
+
+
+@needs_triton
+def test_registered_cross_entropy_ops_pass_opcheck_with_softcap():
+    logits, targets = logits_and_targets(5, 30)
+    rows = [torch.rand(5) for _ in range(5)]
+    checks = ("test_schema", "test_faketensor", "test_autograd_registration")
+    with interpreter.checked():
+        torch.library.opcheck(module._statistics, (logits, targets, 3.0), test_utils=checks)
+        torch.library.opcheck(module._backward, (logits.detach(), targets, *rows, 3.0), test_utils=checks)

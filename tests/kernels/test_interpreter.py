@@ -65,6 +65,25 @@ def sum_in_bf16(p_x, p_y, BLOCK: tl.constexpr):
     tl.store(p_y, tl.sum(tl.load(p_x + tl.arange(0, BLOCK)), 0))
 
 
+@triton.jit
+def double_all(p_table, N, shift, BLOCK: tl.constexpr):
+    i, i_tensor = tl.arange(0, BLOCK) + shift, tl.program_id(0) % N
+    n, p = tl.load(p_table + i_tensor), tl.load(p_table + N + i_tensor).to(tl.pointer_type(tl.float32))
+    tl.store(p + i, 2 * tl.load(p + i, mask=i < n), mask=i < n)
+
+
+@triton.jit
+def _affine(scale_a, shift_a, scale_b, shift_b):
+    return scale_a * scale_b, shift_a * scale_b + shift_b
+
+
+@triton.jit
+def scan_rows(p_x, p_y, BLOCK: tl.constexpr, REVERSE: tl.constexpr):
+    i = tl.arange(0, 2)[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+    b_x = tl.load(p_x + i)
+    tl.store(p_y + i, tl.associative_scan((0.5 * b_x, b_x), 1, _affine, reverse=REVERSE)[1])
+
+
 def run_copy(x, y, rows=None, int64=True, mask=True):
     block = triton.next_power_of_2(x.shape[1])
     grid = (rows or len(x),)
@@ -115,6 +134,19 @@ def test_dot_has_the_precision_of_the_hardware(dtype, precision, low, high):
 def test_a_reduction_in_bf16_is_refused():
     with interpreter.checked(), pytest.raises(TypeError, match="cast to fp32"):
         sum_in_bf16[(1,)](torch.ones(16).bfloat16(), torch.empty(1).bfloat16(), BLOCK=16)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_a_scan_is_the_recurrence(reverse):
+    torch.manual_seed(0)
+    x, y = torch.randn(2, 16), torch.empty(2, 16)
+    with interpreter.checked():
+        scan_rows[(1,)](x, y, BLOCK=16, REVERSE=reverse)
+    x, y = (t.flip(1) if reverse else t for t in (x, y))
+    running = torch.zeros(2)
+    for i in range(16):
+        running = 0.5 * x[:, i] * running + x[:, i]
+        torch.testing.assert_close(y[:, i], running)
 
 
 # Traffic --------------------------------------------------------------------------------------------------------------
@@ -169,6 +201,34 @@ def test_int32_offsets_overflow_and_int64_offsets_do_not():
     assert trace.bytes_loaded == trace.bytes_stored == 4 * 8 * 4
     with pytest.raises(interpreter.OutOfBounds, match="-1073741824 elements|-2147483648 elements"):
         run_copy(x, y, int64=False)
+
+
+def run_double_all(tensors, programs=None, shift=0):
+    table = torch.tensor([[len(x) for x in tensors], [x.data_ptr() for x in tensors]])
+    before = table.clone()
+    table.pointees = {"xs": tensors}
+    with interpreter.checked() as trace:
+        double_all[(programs or len(tensors),)](table, len(tensors), shift, BLOCK=8)
+    assert torch.equal(table, before)
+    return trace.launches[0]
+
+
+def test_tensors_behind_a_table_of_addresses_are_checked_and_counted():
+    storage = torch.ones(20)
+    launch = run_double_all([storage[:5], storage[10:13]])
+    assert storage.tolist() == [2.0] * 5 + [1.0] * 5 + [2.0] * 3 + [1.0] * 7
+    assert launch.loaded == {"p_table": 4 * 8, "xs": 8 * 4} and launch.stored == {"xs": 8 * 4}
+    with pytest.raises(interpreter.OutOfBounds, match=r"double_all.*read outside xs \(shape \(5,\).*-1 elements"):
+        run_double_all([storage[5:10]], shift=-1)
+    with pytest.raises(interpreter.DataRace, match=r"double_all.*both write xs"):
+        run_double_all([storage[:5]], programs=2)
+
+
+def test_an_address_that_no_table_gave_is_out_of_bounds():
+    x = torch.ones(5)
+    table = torch.tensor([[5], [x.data_ptr()]])  # without pointees
+    with interpreter.checked(), pytest.raises(interpreter.OutOfBounds, match="an address that no argument gave"):
+        double_all[(1,)](table, 1, 0, BLOCK=8)
 
 
 # Order and races ------------------------------------------------------------------------------------------------------

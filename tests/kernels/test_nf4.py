@@ -1,10 +1,18 @@
-"""NF4: error, size, exact values, odd sizes."""
+"""NF4: error, size, exact values, odd sizes, on the torch path and as a Triton kernel, interpreted."""
 
+import contextlib
+from dataclasses import replace
+from unittest import mock
+
+import numpy as np
 import pytest
 import torch
 
-from tritium.kernels import dequantize_nf4, quantize_nf4
-from tritium.kernels.nf4 import CODES, dequantize_nf4_reference
+from tritium.kernels import NF4Tensor, dequantize_nf4, interpreter, quantize_nf4
+from tritium.kernels.backend import HAS_TRITON
+from tritium.kernels.nf4 import CODES, CONFIG, _dequantize_nf4, dequantize_nf4_reference
+
+needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed")
 
 
 @pytest.fixture(autouse=True)
@@ -12,9 +20,16 @@ def _seed():
     torch.manual_seed(0)
 
 
+@pytest.fixture(params=["torch", pytest.param("triton", marks=needs_triton)])
+def backend(request, monkeypatch):
+    monkeypatch.setenv("TRITIUM_BACKEND", request.param)
+    with interpreter.checked(seed=1) if request.param == "triton" else contextlib.nullcontext():
+        yield request.param
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("shape", [(1,), (0, 64), (3, 70), (129, 130)])
-def test_agrees_with_the_reference(shape, dtype):
+@pytest.mark.parametrize("shape", [(1,), (0, 64), (3, 70), (129, 130), (2, 3, 257), (20, 1000)])
+def test_agrees_with_the_reference(backend, shape, dtype):
     packed = quantize_nf4(torch.randn(shape).to(dtype))
     dense = dequantize_nf4(packed)
     assert dense.shape == shape and dense.dtype == dtype
@@ -34,13 +49,13 @@ def test_outliers_spoil_their_own_block_only():
     assert error.norm() / weight[1:].norm() < 0.15
 
 
-def test_a_block_made_of_codes_comes_back():
+def test_a_block_made_of_codes_comes_back(backend):
     """One block: its absmax is the mean of all absmax, so that double quantisation is exact too."""
     weight = 0.5 * torch.tensor(CODES).repeat(4)
     torch.testing.assert_close(dequantize_nf4(quantize_nf4(weight)), weight)
 
 
-def test_zeros_stay_zero():
+def test_zeros_stay_zero(backend):
     weight = torch.zeros(3, 64)
     assert torch.equal(dequantize_nf4(quantize_nf4(weight)), weight)
 
@@ -54,3 +69,60 @@ def test_size():
 def test_bad_input_is_named(bad):
     with pytest.raises(ValueError, match="quantize_nf4"):
         quantize_nf4(bad)
+
+
+def test_parts_of_another_shape_are_named():
+    packed = quantize_nf4(torch.randn(3, 70))
+    with pytest.raises(ValueError, match=r"shape \(9, 70\).*\[\(128,\), \(4,\).*wanted \[\(320,\), \(10,\)"):
+        replace(packed, shape=(9, 70))
+
+
+# Triton only ----------------------------------------------------------------------------------------------------------
+
+
+@needs_triton
+def test_moves_each_byte_once():
+    packed = quantize_nf4(torch.randn(130, 128).bfloat16())
+    with interpreter.checked() as trace:
+        dense = dequantize_nf4(packed)
+    (launch,) = trace.launches
+    programs, blocks = launch.grid[0], len(packed.absmax)
+    assert programs == -(-blocks // CONFIG["ROWS"])
+    once = {"p_codes": packed.codes.nbytes, "p_absmax": packed.absmax.nbytes}
+    assert launch.loaded == once | {"p_absmax_scale": 4 * blocks, "p_absmax_mean": 4 * programs}
+    assert launch.stored == {"p_out": dense.nbytes}
+
+
+@needs_triton
+def test_parts_of_any_strides():
+    packed = quantize_nf4(torch.randn(5, 64))
+    apart = [part.repeat_interleave(2)[::2] if part.ndim else part for part in packed.parts]
+    with interpreter.checked():
+        assert torch.equal(dequantize_nf4(NF4Tensor(*apart, packed.shape, packed.dtype)), dequantize_nf4(packed))
+
+
+@needs_triton
+def test_offsets_are_64_bits_wide():
+    """The program that comes after 2^32 weights, whose codes lie past 2^31 bytes."""
+    from triton.language import int32
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    blocks, program = 2**26 + 64, 2**20
+    codes, out = (torch.empty(n * blocks, device="meta", dtype=torch.uint8) for n in (32, 64))
+    absmax, scale = torch.empty(blocks, device="meta"), torch.empty(blocks // 256 + 1, device="meta")
+    number = TensorHandle(np.array([program], dtype=np.int32), int32)
+    far = mock.patch.object(InterpreterBuilder, "create_get_program_id", lambda self, axis: number)
+    with interpreter.checked() as trace, far:
+        _dequantize_nf4[(1,)](codes, absmax, scale, torch.zeros(()), out, 64 * blocks - 1, **CONFIG)
+    assert trace.launches[0].loaded["p_codes"] == 64 * 32 and trace.launches[0].stored["p_out"] == 64 * 64 - 1
+
+
+@needs_triton
+def test_order_of_programs_changes_no_bit():
+    packed = quantize_nf4(torch.randn(130, 128))
+
+    def run(seed):
+        with interpreter.checked(seed):
+            return dequantize_nf4(packed)
+
+    assert torch.equal(run(0), run(1))

@@ -1,16 +1,18 @@
 """RMSNorm on the torch path and as Triton kernels, interpreted: values, gradients, traffic, addresses, compilation."""
 
 import contextlib
+import importlib
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from tritium.kernels import interpreter, rms_norm
-from tritium.kernels.backend import HAS_TRITON, tl
-from tritium.kernels.rms_norm import _backward, _forward, _rms_norm_backward, _rms_norm_dweight, _rms_norm_forward
+from tritium.kernels.backend import HAS_TRITON
+from tritium.kernels.rms_norm import _backward, _forward, _rms_norm_backward, _rms_norm_forward, _rms_norm_mean
 from tritium.kernels.rms_norm import rms_norm_reference as reference
 
+file = importlib.import_module("tritium.kernels.rms_norm")
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed")
 
 
@@ -48,12 +50,12 @@ def in_fp64(tensors):
 
 
 @pytest.mark.parametrize("residual", [False, True])
-@pytest.mark.parametrize("shape", [(1, 2), (2, 3, 33), (300, 16), (3, 9001)])  # 9001: wider than a block, and odd
+@pytest.mark.parametrize("shape", [(1, 2), (2, 3, 33), (300, 16), (3, 17001)])  # 17001: wider than a block, and odd
 def test_fp32_agrees_with_fp64(backend, shape, residual):
     inputs = make(*shape, residual=residual)
     actual = outputs_and_gradients(rms_norm, inputs, offset=1.0, eps=1e-3)
     expected = outputs_and_gradients(reference, in_fp64(inputs), offset=1.0, eps=1e-3)
-    assert max(errors(actual, expected)) < 2e-6  # fp32 sums of up to 9001 terms
+    assert max(errors(actual, expected)) < 2e-6  # fp32 sums of up to 17001 terms
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -164,13 +166,16 @@ def test_registered_ops_pass_opcheck():
 
 
 @needs_triton
-@pytest.mark.parametrize("shape", [(5, 48), (37, 64)])  # one row per program's tile, and several
-def test_moves_each_byte_once(shape):
+@pytest.mark.parametrize("shape, programs", [((5, 48), (1, 1)), ((9, 1030), (4, 2))])  # one tile each, and several
+def test_moves_each_byte_once(shape, programs, monkeypatch):
+    monkeypatch.setattr(file, "FORWARD_LEAST", 4)
+    monkeypatch.setattr(file, "BACKWARD_LEAST", 2)
     x, weight, residual = make(*shape, dtype=torch.bfloat16)
     with interpreter.checked() as trace:
         outputs_and_gradients(rms_norm, [x, weight, residual])
     forward, backward = trace.launches
     assert [launch.kernel for launch in trace.launches] == ["_rms_norm_forward", "_rms_norm_backward"]
+    assert (forward.grid[0], backward.grid[0]) == programs
     assert forward.loaded == {"p_x": x.nbytes, "p_residual": x.nbytes, "p_weight": weight.nbytes * forward.grid[0]}
     assert forward.stored == {"p_y": x.nbytes, "p_sum": x.nbytes, "p_rstd": 4 * len(x)}
     once = {name: x.nbytes for name in ("p_dy", "p_ds", "p_s")}
@@ -179,26 +184,38 @@ def test_moves_each_byte_once(shape):
 
 
 @needs_triton
+def test_rows_wider_than_a_block_are_read_twice():
+    x, weight = make(3, 16400, dtype=torch.bfloat16, residual=False)
+    with interpreter.checked() as trace:
+        outputs_and_gradients(rms_norm, [x, weight])
+    forward, mean, backward = trace.launches
+    assert [launch.kernel[10:] for launch in trace.launches] == ["forward", "mean", "backward"]
+    assert forward.loaded["p_x"] == 2 * x.nbytes and forward.stored["p_y"] == x.nbytes
+    assert mean.loaded["p_s"] == backward.loaded["p_s"] == mean.loaded["p_dy"] == backward.loaded["p_dy"] == x.nbytes
+    assert backward.stored["p_dx"] == x.nbytes
+
+
+@needs_triton
 @pytest.mark.parametrize("E, block", [(6, 8), (13, 8)])  # in one block, and in two
 def test_offsets_are_64_bits_wide(E, block):
     """Rows 2^30 elements apart: the third is out of an int32's reach."""
-    sizes = {"E": E, "COMPUTE": tl.float32, "ROWS": 2, "BLOCK": block}
+    sizes = {"E": E, "ROWS": 2, "BLOCK": block}
 
     def far():
         return torch.empty_strided((5, E), (2**30, 1), device="meta")
 
-    rstd, weight, stride = torch.ones(5, device="meta"), torch.ones(E, device="meta"), 2**30
+    row, weight, stride = torch.ones(5, device="meta"), torch.ones(E, device="meta"), 2**30
     with interpreter.checked() as trace:
         _rms_norm_forward[(3,)](
-            far(), far(), weight, far(), far(), rstd, *(4 * [stride]), 5, 1e-6, 0.0, HAS_RESIDUAL=True, **sizes
+            far(), far(), weight, far(), far(), row, *(4 * [stride]), 5, 1e-6, 0.0, HAS_RESIDUAL=True, **sizes
         )
-        _rms_norm_backward[(3,)](
-            far(), far(), far(), weight, rstd, far(), far()[:3], *(5 * [stride]), 5, 0.0, HAS_DS=True, **sizes
+        _rms_norm_backward[(3, -(-E // block))](
+            far(), far(), far(), weight, row, row, far(), far()[:3], *(5 * [stride]), 5, 0.0, HAS_DS=True, **sizes
         )
-        _rms_norm_dweight[(3, -(-E // block))](far(), far(), rstd, far()[:3], *(3 * [stride]), 5, **sizes)
-    forward, backward, dweight = trace.launches
+        _rms_norm_mean[(5,)](far(), far(), weight, row, row, stride, stride, 0.0, E=E, BLOCK=block)
+    forward, backward, mean = trace.launches
     assert forward.stored["p_y"] == forward.stored["p_sum"] == backward.stored["p_dx"] == 5 * E * 4
-    assert dweight.stored["p_partial"] == 3 * E * 4
+    assert backward.stored["p_partial"] == 3 * E * 4 and mean.loaded["p_dy"] == 5 * E * 4
 
 
 @needs_triton

@@ -210,12 +210,12 @@ def reinforce(model: str, problems: str, out: str, mesh: dict[str, int]) -> None
         grpo.train(config)
 
 
-@pytest.mark.parametrize("tp,cp", [(1, 2), (2, 1)])
-def test_rollouts_and_their_training_are_those_of_one_process(pool2, tmp_path, tiny, tp, cp):
+@pytest.mark.parametrize("mesh", [{"cp": 2}, {"tp": 2}, {"zero": 3}])
+def test_rollouts_and_their_training_are_those_of_one_process(pool2, tmp_path, tiny, mesh):
     """Every rank of a replica samples the same answers; one that had others would learn from others."""
     problems = tiny.data("problems.jsonl")
     reinforce(tiny.model, problems, str(tmp_path / "alone"), {})
-    pool2.run(reinforce, tiny.model, problems, str(tmp_path / "mesh"), {"tp": tp, "cp": cp})
+    pool2.run(reinforce, tiny.model, problems, str(tmp_path / "mesh"), mesh)
     expected, found = (left_behind(tmp_path / name) for name in ("alone", "mesh"))
     assert all(metrics["varied_groups"] > 0 for metrics in expected[0])
     for actual, wanted in zip(found[0], expected[0], strict=True):

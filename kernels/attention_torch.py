@@ -1,0 +1,399 @@
+"""The torch path of `attention`, for CPU tensors and fp64: the formulas are in attention.py.
+
+It batches documents of similar length. A causal document padded on the right needs no mask for its padding (no real
+query sees a later key), so lengths are rounded up a little, and each bucket of B documents becomes [B·G, n·H/G, D]:
+the heads of a group are rows of one matmul, so keys are never repeated. Blocks of rows skip the keys that none of them
+sees. On a CPU in bf16 this takes about half the time of scaled_dot_product_attention.
+
+    packed stream ──index──► padded stream: bucket 0 | bucket 1 | …       (order and gaps: one index per token)
+                             for rows of a bucket:  s = q kᵀ → p = softmax(s) → o = p v
+
+Precision: a matmul returns bf16, which is too coarse for scores (an error of 2⁻⁹·|s| in the exponent), so a second
+matmul computes what the rounding lost, s_low = q kᵀ - s_high, exact to fp32 since accumulators are fp32. Two bf16
+matmuls are still faster than one in fp32.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+SCORE_BYTES = 2 << 20  # fp32 scores held at a time: they should stay in the cache
+KEPT_BYTES = 32 << 20  # probabilities that a call may keep for its backward; over this they are made again
+ROWS = 64  # queries of a block: enough for the matmuls (times the heads of a group), few enough to skip hidden keys
+
+
+@dataclass(frozen=True)
+class Options:
+    """What decides which keys a query sees, and how scores are made; hashable, for the caches below."""
+
+    causal: bool
+    window: int | None
+    softcap: float | None
+    scale: float
+
+    def keys_of(self, rows: slice, n: int, m: int) -> slice:
+        """The keys that some query of `rows` sees, with n queries aligned to the end of m keys."""
+        offset = m - n
+        stop, start = m, 0
+        if self.causal:
+            stop = min(m, rows.stop + offset)
+        elif self.window:
+            stop = min(m, rows.stop + offset + self.window - 1)
+        if self.window:
+            start = max(0, rows.start + offset - self.window + 1)
+        return slice(start, stop)
+
+    def first_query(self, n: int, m: int) -> int:
+        """The first query that sees a key; all after it do, if there are keys at all."""
+        if m == 0:
+            return n
+        if self.causal:
+            return max(0, n - m)
+        return max(0, n - m - self.window + 1) if self.window else 0
+
+
+def visible(rows: slice, keys: slice, offset: int, options: Options, device: torch.device) -> Tensor:
+    """[rows, keys] bool: whether query i sees key j."""
+    i = torch.arange(rows.start, rows.stop, device=device)[:, None] + offset
+    j = torch.arange(keys.start, keys.stop, device=device)[None]
+    seen = torch.ones(rows.stop - rows.start, keys.stop - keys.start, dtype=torch.bool, device=device)
+    if options.causal:
+        seen &= j <= i
+    if options.window:
+        seen &= (j > i - options.window) & ((j < i + options.window) | options.causal)
+    return seen
+
+
+# ---- which documents go together -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Bucket:
+    """`count` documents with n queries and m keys each, at these places of the padded streams."""
+
+    count: int
+    n: int
+    m: int
+    start: int
+    start_k: int
+
+    @property
+    def queries(self) -> slice:
+        return slice(self.start, self.start + self.count * self.n)
+
+    @property
+    def keys(self) -> slice:
+        return slice(self.start_k, self.start_k + self.count * self.m)
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """The padded stream of the queries (or keys): `source` [P] says which token each slot holds (padding repeats
+    some token), `slot` [T] where each token went. Both None: the stream is used as it is."""
+
+    source: Tensor | None
+    slot: Tensor | None
+    size: int
+
+    def pad(self, x: Tensor) -> Tensor:
+        return x if self.source is None else x.index_select(0, self.source)
+
+    def pad_gradient(self, x: Tensor) -> Tensor:
+        """Like `pad`, but with zeros in the padding: it must not add to anything."""
+        if self.slot is None:
+            return x
+        return x.new_zeros(self.size, *x.shape[1:]).index_copy_(0, self.slot, x)
+
+    def unpad(self, x: Tensor) -> Tensor:
+        return x if self.slot is None else x.index_select(0, self.slot)
+
+
+def _rounded(n: int) -> int:
+    """A length up to 25 % larger (multiples of 16 at least), so that documents share few shapes."""
+    step = max(16, 1 << max(0, n.bit_length() - 3))
+    return -(-n // step) * step
+
+
+def _layout(spans: list[tuple[int, int, int]], tokens: int, device: str) -> _Layout:
+    """The layout that holds spans of (first token, length, padded length) one after the other."""
+    size = sum(padded for _, _, padded in spans)
+    if size == tokens and all(
+        start == at for (start, _, _), at in zip(spans, _starts([p for _, _, p in spans]), strict=True)
+    ):
+        return _Layout(None, None, size)
+    first, length, padded = torch.tensor(spans, dtype=torch.int64).reshape(-1, 3).unbind(1)
+    within = torch.arange(size) - torch.repeat_interleave(padded.cumsum(0) - padded, padded)  # [P] place in its span
+    real = within < torch.repeat_interleave(length, padded)
+    last = torch.repeat_interleave(length, padded) - 1
+    source = torch.repeat_interleave(first, padded) + torch.minimum(within, last)  # padding repeats the last token
+    slot = torch.empty(tokens, dtype=torch.int64)
+    slot[source[real]] = torch.arange(size)[real]
+    return _Layout(source.to(device), slot.to(device), size)
+
+
+def _starts(sizes: list[int]) -> list[int]:
+    starts = [0]
+    for size in sizes:
+        starts.append(starts[-1] + size)
+    return starts[:-1]
+
+
+@lru_cache(maxsize=16)
+def _plan(
+    ends: tuple[int, ...], ends_k: tuple[int, ...], pad: bool, device: str
+) -> tuple[tuple[_Bucket, ...], _Layout, _Layout]:
+    """Buckets of documents and the two layouts; cached, since every layer of a model asks for the same one.
+
+    `pad`: lengths may be rounded up, right for causal self-attention only; else only equal lengths share a bucket.
+    """
+    documents: dict[tuple[int, int], list[int]] = {}
+    for i in range(len(ends) - 1):
+        n, m = ends[i + 1] - ends[i], ends_k[i + 1] - ends_k[i]
+        if n or m:
+            documents.setdefault((_rounded(n), _rounded(m)) if pad else (n, m), []).append(i)
+    buckets, spans, spans_k = [], [], []
+    start = start_k = 0
+    for (n, m), members in documents.items():
+        buckets.append(_Bucket(len(members), n, m, start, start_k))
+        spans += [(ends[i], ends[i + 1] - ends[i], n) for i in members]
+        spans_k += [(ends_k[i], ends_k[i + 1] - ends_k[i], m) for i in members]
+        start, start_k = start + len(members) * n, start_k + len(members) * m
+    return tuple(buckets), _layout(spans, ends[-1], device), _layout(spans_k, ends_k[-1], device)
+
+
+# ---- one block of scores ---------------------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=16)
+def _bias(rows: int, keys: int, offset: int, group: int, options: Options, dtype: torch.dtype, device: str) -> Tensor:
+    """[rows · group, keys]: 0 where a query sees a key, else -inf. `offset`: the first query's place among the keys."""
+    seen = visible(slice(0, rows), slice(0, keys), offset, options, torch.device(device))
+    return torch.zeros_like(seen, dtype=dtype).masked_fill_(~seen, -torch.inf).repeat_interleave(group, 0)
+
+
+def _scaled_bmm(a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """scale · a b, scaled before the result is rounded."""
+    return torch.baddbmm(a.new_empty(()), a, b, beta=0, alpha=scale)
+
+
+def _scores(q: Tensor, k: Tensor, options: Options) -> Tensor:
+    """softcap(scale · q kᵀ) in fp32 at least, [B, rows, keys]. With low-precision inputs by two matmuls; see above."""
+    kt = k.transpose(1, 2)
+    s = _scaled_bmm(q, kt, options.scale)
+    if q.dtype in (torch.bfloat16, torch.float16):
+        low = torch.baddbmm(s, q, kt, beta=-1, alpha=options.scale)
+        s = s.float().add_(low)
+    return s if options.softcap is None else s.div_(options.softcap).tanh_().mul_(options.softcap)
+
+
+@dataclass(frozen=True)
+class _Block:
+    """A block of work: some (document, key head) pairs of a bucket, some of their queries, the keys these see."""
+
+    batch: slice
+    rows: slice  # of queries
+    keys: slice
+    offset: int  # of the first query among the keys: it sees up to this one if causal
+    group: int  # query heads per key head
+
+    @property
+    def at_queries(self) -> tuple[slice, slice]:
+        return self.batch, slice(self.rows.start * self.group, self.rows.stop * self.group)
+
+    @property
+    def at_keys(self) -> tuple[slice, slice]:
+        return self.batch, self.keys
+
+
+def _mask_(s: Tensor, block: _Block, options: Options) -> Tensor:
+    """Put -inf at what a block's queries may not see, in place; only in the columns that need it."""
+    if not options.causal and not options.window:
+        return s
+    rows, width = block.rows.stop - block.rows.start, block.keys.stop - block.keys.start
+    if options.causal and not options.window:
+        width = min(width, rows)  # every row sees all keys before the diagonal block
+    offset = block.offset - (block.keys.stop - width)
+    s[..., s.shape[-1] - width :] += _bias(rows, width, offset, block.group, options, s.dtype, str(s.device))
+    return s
+
+
+def _blocks(bucket: _Bucket, key_heads: int, group: int, options: Options):
+    """Blocks that cover a bucket's visible pairs, each of at most SCORE_BYTES of fp32 scores where possible."""
+    n, m = bucket.n, bucket.m
+    for start in range(options.first_query(n, m), n, ROWS):
+        rows = slice(start, min(n, start + ROWS))
+        keys = options.keys_of(rows, n, m)
+        size = 4 * (rows.stop - rows.start) * group * (keys.stop - keys.start)
+        step = max(1, SCORE_BYTES // size)
+        for first in range(0, bucket.count * key_heads, step):
+            batch = slice(first, min(bucket.count * key_heads, first + step))
+            yield _Block(batch, rows, keys, start + m - n, group)
+
+
+def _to_bucket(x: Tensor, count: int, length: int, key_heads: int, group: int) -> Tensor:
+    """[count · length, G · group, D] to [count · G, length · group, D]: a group's queries are rows of one matrix."""
+    x = x.view(count, length, key_heads, group, x.shape[-1]).transpose(1, 2)  # [count, G, length, group, D]
+    return x.reshape(count * key_heads, length * group, x.shape[-1])
+
+
+def _from_bucket(x: Tensor, count: int, length: int, key_heads: int, group: int) -> Tensor:
+    """The reverse of `_to_bucket`."""
+    x = x.view(count, key_heads, length, group, x.shape[-1]).transpose(1, 2)  # [count, length, G, group, D]
+    return x.reshape(count * length, key_heads * group, x.shape[-1])
+
+
+# ---- forward and backward --------------------------------------------------------------------------------------------
+
+
+def _block_forward(q: Tensor, k: Tensor, v: Tensor, block: _Block, options: Options) -> tuple[Tensor, Tensor, Tensor]:
+    """o [B, rows, D], lse [B, rows, 1] and the probabilities [B, rows, keys] of a block."""
+    s = _mask_(_scores(q, k, options), block, options)
+    p = s.softmax(-1)
+    lse = s.amax(-1, True) - p.amax(-1, True).log()  # 3 × faster than torch.logsumexp
+    p = p.to(q.dtype)
+    return p @ v, lse, p
+
+
+def _extended(do: Tensor, delta: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """do and v with further columns, so that their product is do·v - delta, exact to fp32 before it is rounded.
+
+    (Where a query sees one key in effect, the two cancel: delta must not be rounded to bf16 by itself.)
+    """
+    high = delta.to(do.dtype)
+    low = (delta - high).to(do.dtype)
+    ones, pad = torch.ones_like(v[..., :2]), do.new_zeros(())  # 8 columns: matmuls like multiples of 8
+    do = torch.cat([do, -high, -low, pad.expand(*do.shape[:-1], 6)], -1)
+    return do, torch.cat([v, ones, pad.expand(*v.shape[:-1], 6)], -1)
+
+
+def _block_backward(q, k, v, do, lse, p: Tensor | None, block: _Block, options: Options):
+    """dq, dk and dv of a block, from v and do of `_extended`; p is made again if it was not kept."""
+    D = q.shape[-1]
+    if p is None or options.softcap is not None:
+        s = _scores(q, k, options)
+    if p is None:
+        p = _mask_(s if options.softcap is None else s.clone(), block, options).sub_(lse).exp_().to(q.dtype)
+    ds = (do @ v.transpose(1, 2)).mul_(p)
+    if options.softcap is not None:
+        ds *= 1 - s.div_(options.softcap).square_()
+    dq, dk = (_scaled_bmm(*x, options.scale) for x in ((ds, k), (ds.transpose(1, 2), q)))
+    return dq, dk, p.transpose(1, 2) @ do[..., :D]
+
+
+def _forward(q, k, v, plan, options: Options, keep: bool):
+    """o [T, H, D], lse [T, H] fp32, and the probabilities of every block (or None, if too large or not wanted)."""
+    buckets, queries, keys = plan
+    (_, H, D), G, group = q.shape, k.shape[1], q.shape[1] // k.shape[1]
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    q, k, v = queries.pad(q), keys.pad(k), keys.pad(v)
+    o = torch.empty(queries.size, H, D, dtype=q.dtype, device=q.device)
+    lse = torch.empty(queries.size, H, dtype=dtype, device=q.device)
+    size = sum(b.count * b.n * H * b.m for b in buckets) * q.element_size()
+    kept = [] if keep and size <= KEPT_BYTES else None
+    for b in buckets:
+        shape, shape_k = (b.count, b.n, G, group), (b.count, b.m, G, 1)
+        qb, kb, vb = _to_bucket(q[b.queries], *shape), *(_to_bucket(x[b.keys], *shape_k) for x in (k, v))
+        ob, lb = torch.zeros_like(qb), qb.new_full((*qb.shape[:2], 1), -torch.inf, dtype=dtype)
+        for block in _blocks(b, G, group, options):
+            at, at_k = block.at_queries, block.at_keys
+            ob[at], lb[at], p = _block_forward(qb[at], kb[at_k], vb[at_k], block, options)
+            if kept is not None:
+                kept.append(p)
+        o[b.queries], lse[b.queries] = _from_bucket(ob, *shape), _from_bucket(lb, *shape)[..., 0]
+    return queries.unpad(o), queries.unpad(lse), kept
+
+
+def _backward(do, q, k, v, o, lse, dlse, plan, options: Options, kept: list[Tensor] | None):
+    """dq, dk, dv.  ds = p (dp - Σ_j p dp), and Σ_j p dp = do·o; a gradient of lse adds p · dlse."""
+    buckets, queries, keys = plan
+    (_, H, D), G, group, dtype = q.shape, k.shape[1], q.shape[1] // k.shape[1], lse.dtype
+    delta = (do.to(dtype) * o).sum(-1)  # [T, H]
+    delta = delta if dlse is None else delta - dlse
+    # padded queries have do = delta = 0, hence ds = 0: they add nothing to dk and dv
+    do, delta = queries.pad_gradient(do), queries.pad_gradient(delta)
+    q, k, v, lse = queries.pad(q), keys.pad(k), keys.pad(v), queries.pad(lse)
+    dq = torch.empty(queries.size, H, D, dtype=q.dtype, device=q.device)
+    dk, dv = (torch.empty(keys.size, G, D, dtype=q.dtype, device=q.device) for _ in range(2))
+    kept = None if kept is None else iter(kept)
+    for b in buckets:
+        shape, shape_k = (b.count, b.n, G, group), (b.count, b.m, G, 1)
+        qb, dob, lb, db = (_to_bucket(x[b.queries], *shape) for x in (q, do, lse[..., None], delta[..., None]))
+        kb, vb = (_to_bucket(x[b.keys], *shape_k) for x in (k, v))
+        dqb, dkb, dvb = torch.zeros_like(qb), *(torch.zeros_like(kb, dtype=dtype) for _ in range(2))
+        dob, vb = _extended(dob, db, vb)
+        for block in _blocks(b, G, group, options):
+            at, at_k = block.at_queries, block.at_keys
+            p = None if kept is None else next(kept)
+            dqq, dkk, dvv = _block_backward(qb[at], kb[at_k], vb[at_k], dob[at], lb[at], p, block, options)
+            dqb[at] = dqq
+            dkb[at_k] += dkk
+            dvb[at_k] += dvv
+        dq[b.queries] = _from_bucket(dqb, *shape)
+        dk[b.keys], dv[b.keys] = _from_bucket(dkb, *shape_k), _from_bucket(dvb, *shape_k)
+    return queries.unpad(dq), keys.unpad(dk), keys.unpad(dv)
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, plan, options, keep):
+        o, lse, kept = _forward(q, k, v, plan, options, keep)
+        ctx.save_for_backward(q, k, v, o, lse, *(kept or ()))
+        ctx.plan, ctx.options, ctx.kept = plan, options, kept is not None
+        ctx.set_materialize_grads(False)
+        return o, lse
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, do, dlse):
+        q, k, v, o, lse, *kept = ctx.saved_tensors
+        do = torch.zeros_like(o) if do is None else do
+        kept = kept if ctx.kept else None
+        return *_backward(do, q, k, v, o, lse, dlse, ctx.plan, ctx.options, kept), None, None, None
+
+
+# ---- entries ---------------------------------------------------------------------------------------------------------
+
+
+def documents(
+    cu_seqlens: Tensor | None, cu_seqlens_k: Tensor | None, T: int, Tk: int
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Where the documents of T queries and Tk keys end, as numbers, checked. (On a GPU the host waits here.)"""
+    return _ends(cu_seqlens, T, "cu_seqlens"), _ends(cu_seqlens_k, Tk, "cu_seqlens_k")
+
+
+def _ends(cu_seqlens: Tensor | None, tokens: int, name: str) -> tuple[int, ...]:
+    ends = (0, tokens) if cu_seqlens is None else tuple(cu_seqlens.tolist())
+    if ends[0] != 0 or ends[-1] != tokens:
+        raise ValueError(f"{name} runs from {ends[0]} to {ends[-1]}, but must run from 0 to {tokens} tokens")
+    if any(a > b for a, b in zip(ends, ends[1:], strict=False)):
+        raise ValueError(f"{name} must not decrease: {list(ends)}")
+    return ends
+
+
+def _planned(q: Tensor, k: Tensor, cu_seqlens: Tensor | None, cu_seqlens_k: Tensor | None, options: Options):
+    ends, ends_k = documents(cu_seqlens, cu_seqlens_k, q.shape[0], k.shape[0])
+    return _plan(ends, ends_k, options.causal and ends == ends_k, str(q.device))
+
+
+@torch.compiler.disable  # the work depends on the documents' lengths: it cannot be traced once for all batches
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, cu_seqlens_k: Tensor | None, options: Options
+) -> tuple[Tensor, Tensor]:
+    """o [T, H, D] and lse [T, H], differentiable; the arguments as attention.py checked them."""
+    plan = _planned(q, k, cu_seqlens, cu_seqlens_k, options)
+    keep = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+    return _Attention.apply(q, k, v, plan, options, keep)
+
+
+@torch.compiler.disable
+def attention_backward(
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor,
+    cu_seqlens: Tensor | None, cu_seqlens_k: Tensor | None, options: Options,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """dq, dk, dv."""
+    plan = _planned(q, k, cu_seqlens, cu_seqlens_k, options)
+    with torch.no_grad():
+        return _backward(do, q, k, v, o, lse, None, plan, options, None)

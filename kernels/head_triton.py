@@ -1,0 +1,357 @@
+"""The head's statistics and their gradient as Triton kernels: matrix products whose results never leave the chip.
+
+    z = softcap(hidden @ weight.T) / temperature
+
+    forward     a program multiplies BLOCK_T tokens by its share of the vocabulary, BLOCK_V words at a time, and keeps
+                max z, Σ e^(z - max), Σ e^(z - max) z and Σ z of each token in registers; the shares merge exactly
+    backward    for a chunk of the vocabulary, dz [T, chunk] is made from z once more, in the operands' dtype;
+                dhidden += dz @ weight[chunk] and dweight[chunk] = dz.T @ hidden are matmuls of torch, hard to beat
+
+                dz_v = (p_v (g_lse + g_expected (1 + z_v - expected)) + g_total + Σ_k g_picked_k δ(v = target_k)) dz/dx
+
+FLOPs 2·T·V·E forward, 6·T·V·E backward. What the kernels read, with elements of `itemsize` bytes: each tile of
+BLOCK_T × BLOCK_V logits reads its operands once, so T·V·E·itemsize (1 / BLOCK_T + 1 / BLOCK_V), nearly all of it from
+the L2: programs that run together share BLOCK_T·GROUP tokens and a few blocks of the vocabulary. To this come a few
+numbers of each token for each tile or share, and in the backward dz, T·V·itemsize.
+"""
+
+import torch
+from torch import Tensor
+
+from tritium.kernels.backend import TARGETS, Target, target_of, tl, triton
+from tritium.kernels.registry import Launch, Shape
+
+# A tile of logits in the torch path, in fp32: on a CPU it should stay in the cache (allocations over 32 MB also go back
+# to the system each time, and the page faults then cost more than the matmul); a GPU wants large matmuls. In the Triton
+# path, the bytes of dz.
+TILE_BYTES = {"cpu": 8 << 20, "cuda": 512 << 20}
+PROGRAMS = 1024  # that the forward wants at least: 8 for each multiprocessor of a large GPU
+SHARE = 8  # blocks of the vocabulary in a program's share, at most
+GROUP = tl.constexpr(16)  # blocks of tokens that run together
+EXCLUDED = -1e30  # instead of -inf: a share that holds nothing else still has a finite softmax
+_EXCLUDED = tl.constexpr(EXCLUDED)
+LOG2_E = tl.constexpr(1.4426950408889634)  # exp2 is an instruction, exp is two
+
+
+@triton.jit
+def _tile_of(i_program, blocks, shares):
+    """(block of tokens, share of the vocabulary): GROUP blocks walk the vocabulary together, and share it in the L2."""
+    i_group = i_program // (GROUP * shares)
+    size = tl.minimum(blocks - i_group * GROUP, GROUP)
+    i_program = i_program % (GROUP * shares)
+    return i_group * GROUP + i_program % size, i_program // size
+
+
+@triton.jit
+def _logits(
+    p_hidden, p_weight, i_row, i_col, stride_hidden, stride_weight, T, V, softcap, temperature,
+    E: tl.constexpr, HAS_CAP: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    """z [BLOCK_T, BLOCK_V] of tokens i_row and words i_col, int64. Beyond T and V it is that of the last one.
+
+    So rows need no mask: a repeated row costs no traffic beyond the cache, and what it yields is dropped later.
+    """
+    i_e = tl.arange(0, BLOCK_E)
+    p_h = p_hidden + (tl.minimum(i_row, T - 1) * stride_hidden)[:, None] + i_e[None, :]  # [BLOCK_T, BLOCK_E]
+    p_w = p_weight + (tl.minimum(i_col, V - 1) * stride_weight)[None, :] + i_e[:, None]  # [BLOCK_E, BLOCK_V]
+    b_z = tl.zeros([BLOCK_T, BLOCK_V], tl.float32)
+    for i_start in range(0, E, BLOCK_E):
+        if E % BLOCK_E == 0:
+            b_h, b_w = tl.load(p_h), tl.load(p_w)
+        else:
+            b_h = tl.load(p_h, mask=(i_e < E - i_start)[None, :], other=0.0)
+            b_w = tl.load(p_w, mask=(i_e < E - i_start)[:, None], other=0.0)
+        b_z = tl.dot(b_h, b_w, b_z, input_precision="ieee")
+        p_h += BLOCK_E
+        p_w += BLOCK_E
+    if HAS_CAP:
+        b_z = softcap * _tanh(b_z * (1.0 / softcap))
+    return b_z * (1.0 / temperature)
+
+
+@triton.jit
+def _tanh(b_x):
+    """By an exponential that is at most 1; near 0, where 1 - e would cancel, by its series (x¹¹ is below rounding)."""
+    b_e = tl.exp2(tl.abs(b_x) * (-2.0 * LOG2_E))
+    b_far = tl.where(b_x < 0, -1.0, 1.0) * ((1.0 - b_e) / (1.0 + b_e))
+    b_s = b_x * b_x
+    b_near = b_x * (1.0 - b_s * (1 / 3 - b_s * (2 / 15 - b_s * (17 / 315 - b_s * (62 / 2835)))))
+    return tl.where(b_s < 0.09, b_near, b_far)
+
+
+@triton.jit
+def _column_of(p_target, m_row, i_first, width):
+    """The column of each row's target in a block of `width` words that begins at word i_first, or -1: [BLOCK_T]."""
+    b_column = tl.load(p_target, mask=m_row, other=-1) - i_first
+    return tl.where((b_column >= 0) & (b_column < width), b_column, -1).to(tl.int32)
+
+
+@triton.jit
+def _head_forward(
+    p_hidden, p_weight, p_targets, p_picked, p_parts,
+    stride_hidden, stride_weight, T, V, K, shares, blocks_per_share, softcap, temperature,
+    E: tl.constexpr, EXPECTED: tl.constexpr, TOTAL: tl.constexpr, EXCLUDE: tl.constexpr, HAS_CAP: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    """parts [shares, 4, T]: of each share max z, Σ e^(z - max), Σ e^(z - max) z, Σ z; picked [T, K], where it is found.
+
+    hidden [T, E], weight [V, E], targets [T, K] int64. Grid: (cdiv(T, BLOCK_T) · shares,).
+    """
+    i_tile, i_share = _tile_of(tl.program_id(0), tl.cdiv(T, BLOCK_T), shares)
+    i_row = i_tile.to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)  # [BLOCK_T]
+    m_row = i_row < T
+    b_max = tl.full([BLOCK_T], _EXCLUDED, tl.float32)
+    b_sum = tl.zeros([BLOCK_T], tl.float32)
+    b_expected = tl.zeros([BLOCK_T], tl.float32)
+    b_total = tl.zeros([BLOCK_T], tl.float32)
+    first = i_share * blocks_per_share * BLOCK_V
+    for i_start in range(first, tl.minimum(V, first + blocks_per_share * BLOCK_V), BLOCK_V):
+        i_block = tl.arange(0, BLOCK_V)  # [BLOCK_V]
+        b_z = _logits(
+            p_hidden, p_weight, i_row, (i_start + i_block).to(tl.int64), stride_hidden, stride_weight, T, V,
+            softcap, temperature, E, HAS_CAP, BLOCK_T, BLOCK_V, BLOCK_E,
+        )  # fmt: skip
+        b_z = tl.where((i_start + i_block < V)[None, :], b_z, _EXCLUDED)  # [BLOCK_T, BLOCK_V]
+        for i_k in range(K):
+            b_column = _column_of(p_targets + i_row * K + i_k, m_row, i_start, tl.minimum(BLOCK_V, V - i_start))
+            if tl.max(b_column, 0) >= 0:  # few blocks hold a target
+                b_here = i_block[None, :] == b_column[:, None]
+                b_picked = tl.sum(tl.where(b_here, b_z, 0.0), 1)
+                tl.store(p_picked + i_row * K + i_k, b_picked, mask=b_column >= 0)
+                if EXCLUDE:
+                    b_z = tl.where(b_here, _EXCLUDED, b_z)
+        b_top = tl.maximum(b_max, tl.max(b_z, 1))  # [BLOCK_T]
+        b_kept = tl.exp2((b_max - b_top) * LOG2_E)
+        b_p = tl.exp2((b_z - b_top[:, None]) * LOG2_E)  # [BLOCK_T, BLOCK_V]
+        b_sum = b_sum * b_kept + tl.sum(b_p, 1)
+        if EXPECTED:
+            b_expected = b_expected * b_kept + tl.sum(b_p * b_z, 1)
+        if TOTAL:
+            b_total += tl.sum(tl.where(b_z > 0.5 * _EXCLUDED, b_z, 0.0), 1)
+        b_max = b_top
+    i_part = i_share.to(tl.int64) * 4 * T + i_row
+    tl.store(p_parts + i_part, b_max, mask=m_row)
+    tl.store(p_parts + i_part + T, b_sum, mask=m_row)
+    if EXPECTED:
+        tl.store(p_parts + i_part + 2 * tl.cast(T, tl.int64), b_expected, mask=m_row)
+    if TOTAL:
+        tl.store(p_parts + i_part + 3 * tl.cast(T, tl.int64), b_total, mask=m_row)
+
+
+@triton.jit
+def _head_dz(
+    p_hidden, p_weight, p_targets, p_top, p_g_lse, p_g_expected, p_g_total, p_g_picked, p_dz,
+    stride_hidden, stride_weight, stride_dz, T, V, K, i_chunk, softcap, temperature,
+    E: tl.constexpr, EXPECTED: tl.constexpr, TOTAL: tl.constexpr, EXCLUDE: tl.constexpr, HAS_CAP: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    """dz [T, V] for the chunk weight [V, E], whose first word is i_chunk; the g are [T], g_picked [T, K], fp32.
+
+    g_lse has g_expected · (1 - expected) in it; both have 1 / Σ e^(z - top), since the log-sum-exp itself is rounded to
+    more than the 1 - p of a confident target; all have 1 / temperature. Grid: one program for each tile of dz.
+    """
+    i_tile, i_share = _tile_of(tl.program_id(0), tl.cdiv(T, BLOCK_T), tl.cdiv(V, BLOCK_V))
+    i_row = i_tile.to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)  # [BLOCK_T]
+    i_block = tl.arange(0, BLOCK_V)
+    i_col = (i_share * BLOCK_V + i_block).to(tl.int64)  # [BLOCK_V]
+    m_row = i_row < T
+    b_z = _logits(
+        p_hidden, p_weight, i_row, i_col, stride_hidden, stride_weight, T, V,
+        softcap, temperature, E, HAS_CAP, BLOCK_T, BLOCK_V, BLOCK_E,
+    )  # fmt: skip
+    b_top = tl.load(p_top + i_row, mask=m_row, other=float("inf"))[:, None]
+    b_g = tl.load(p_g_lse + i_row, mask=m_row, other=0.0)[:, None]
+    if EXPECTED:
+        b_g = b_g + tl.load(p_g_expected + i_row, mask=m_row, other=0.0)[:, None] * b_z
+    b_dz = tl.exp2((b_z - b_top) * LOG2_E) * b_g  # [BLOCK_T, BLOCK_V]
+    if TOTAL:
+        b_dz += tl.load(p_g_total + i_row, mask=m_row, other=0.0)[:, None]
+    for i_k in range(K):
+        b_column = _column_of(p_targets + i_row * K + i_k, m_row, i_chunk + i_share * BLOCK_V, BLOCK_V)
+        if tl.max(b_column, 0) >= 0:
+            b_here = i_block[None, :] == b_column[:, None]
+            b_g_picked = tl.load(p_g_picked + i_row * K + i_k, mask=m_row, other=0.0)[:, None]
+            # p - 1, in fp32: bf16(p) is 1 from p = 0.998 on
+            b_dz = tl.where(b_here, b_g_picked if EXCLUDE else b_dz + b_g_picked, b_dz)
+    if HAS_CAP:  # d tanh(x) = 1 - tanh(x)²
+        b_tanh = b_z * (temperature / softcap)
+        b_dz *= 1.0 - b_tanh * b_tanh
+    p_out = p_dz + (i_row * stride_dz)[:, None] + i_col[None, :]
+    tl.store(p_out, b_dz.to(p_dz.dtype.element_ty), mask=m_row[:, None] & (i_col < V)[None, :])
+
+
+# Launchers ------------------------------------------------------------------------------------------------------------
+
+
+def _config(E: int, dtype: torch.dtype, has_cap: bool, target: Target) -> dict:
+    """Launch parameters: the largest tile whose logits stay in registers beside what is made of them."""
+    if dtype == torch.float32:  # "ieee" products are made outside the tensor cores
+        return {"E": E, "BLOCK_T": 128, "BLOCK_V": 64, "BLOCK_E": 16, "num_warps": 8, "num_stages": 2}
+    block_v = 256 if target.arch == 90 and not has_cap else 128
+    stages = 4 if target.backend == "cuda" else 2
+    return {"E": E, "BLOCK_T": 128, "BLOCK_V": block_v, "BLOCK_E": 64, "num_warps": 8, "num_stages": stages}
+
+
+def _blocks_per_share(tiles: int, blocks: int) -> int:
+    return max(1, min(SHARE, tiles * blocks // PROGRAMS))
+
+
+def _unit_stride(x: Tensor) -> Tensor:
+    return x if x.stride(1) == 1 else x.contiguous()
+
+
+def matmul_fp32(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b in fp32 at least, from the accumulator itself where there is such a matmul."""
+    if a.dtype.itemsize >= 4:
+        return a @ b
+    if a.is_cuda and torch.version.cuda:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return (a @ b).float()
+
+
+@torch.library.custom_op("tritium::head_forward", mutates_args=())
+def head_forward(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    temperature: float,
+    softcap: float | None,
+    expected: bool,
+    total: bool,
+    exclude: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """lse [T], picked [T, K], expected and total ([T], [0] if not asked for), top and Σ e^(z - top) [T]; all fp32."""
+    (T, E), V, K = hidden.shape, len(weight), targets.shape[1]
+    config = _config(E, hidden.dtype, softcap is not None, target_of(hidden.device))
+    tiles, blocks = triton.cdiv(T, config["BLOCK_T"]), triton.cdiv(V, config["BLOCK_V"])
+    blocks_per_share = _blocks_per_share(tiles, blocks)
+    shares = triton.cdiv(blocks, blocks_per_share)
+    hidden, weight = _unit_stride(hidden), _unit_stride(weight)
+    parts = hidden.new_empty(shares, 4, T, dtype=torch.float32)
+    picked = hidden.new_zeros(T, K, dtype=torch.float32)
+    if T:
+        _head_forward[(tiles * shares,)](
+            hidden, weight, targets.contiguous(), picked, parts,
+            hidden.stride(0), weight.stride(0), T, V, K, shares, blocks_per_share, softcap or 0.0, temperature,
+            EXPECTED=expected, TOTAL=total, EXCLUDE=exclude, HAS_CAP=softcap is not None, **config,
+        )  # fmt: skip
+    part_top, part_sum, part_expected, part_total = parts.unbind(1)  # [shares, T] each
+    top = part_top.amax(0)
+    scale = (part_top - top).exp_()
+    total_sum = (scale * part_sum).sum(0)
+    mean = (scale * part_expected).sum(0) / total_sum if expected else top.new_empty(0)
+    total_z = part_total.sum(0) if total else top.new_empty(0)
+    return top + total_sum.log(), picked, mean, total_z, top, total_sum
+
+
+@head_forward.register_fake
+def _(hidden, weight, targets, temperature, softcap, expected, total, exclude):
+    T = hidden.shape[0]
+    shapes = (T,), tuple(targets.shape), (T if expected else 0,), (T if total else 0,), (T,), (T,)
+    return tuple(hidden.new_empty(shape, dtype=torch.float32) for shape in shapes)
+
+
+@torch.library.custom_op("tritium::head_backward", mutates_args=())
+def head_backward(
+    g_lse: Tensor | None,
+    g_picked: Tensor | None,
+    g_expected: Tensor | None,
+    g_total: Tensor | None,
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    expected: Tensor,
+    top: Tensor,
+    total_sum: Tensor,
+    temperature: float,
+    softcap: float | None,
+    exclude: bool,
+    needs_hidden: bool,
+    needs_weight: bool,
+) -> tuple[Tensor, Tensor]:
+    """dhidden and dweight in the dtype of hidden and weight; [0] where not needed."""
+    (T, E), V, K = hidden.shape, len(weight), targets.shape[1]
+    config = _config(E, hidden.dtype, softcap is not None, target_of(hidden.device))
+    hidden, weight, targets = _unit_stride(hidden), _unit_stride(weight), targets.contiguous()
+    g_lse = torch.zeros_like(top) if g_lse is None else g_lse
+    if g_expected is not None:
+        g_lse, g_expected = g_lse + g_expected * (1 - expected), g_expected / total_sum
+    g_lse = g_lse / total_sum
+    g_picked = top.new_zeros(T, K) if g_picked is None else g_picked
+    # Where there is none, g_lse is passed, and not read.
+    gradients = [(g_lse if g is None else g) / temperature for g in (g_lse, g_expected, g_total, g_picked)]
+    vectors = [x.contiguous() for x in (top, *gradients)]
+
+    budget = TILE_BYTES.get(hidden.device.type, TILE_BYTES["cuda"]) // (hidden.itemsize * max(T, 1))
+    columns = min(triton.cdiv(V, config["BLOCK_V"]), max(1, budget // config["BLOCK_V"])) * config["BLOCK_V"]
+    dz = hidden.new_empty(T, columns)
+    dhidden = hidden.new_zeros(T, E, dtype=top.dtype) if needs_hidden else hidden.new_empty(0)
+    dweight = weight.new_zeros(V, E) if needs_weight else weight.new_empty(0)
+    for i_chunk in range(0, V if T else 0, columns):
+        chunk = weight[i_chunk : i_chunk + columns]
+        width = len(chunk)
+        _head_dz[(triton.cdiv(T, config["BLOCK_T"]) * triton.cdiv(width, config["BLOCK_V"]),)](
+            hidden, chunk, targets, *vectors, dz,
+            hidden.stride(0), weight.stride(0), columns, T, width, K, i_chunk, softcap or 0.0, temperature,
+            EXPECTED=g_expected is not None, TOTAL=g_total is not None, EXCLUDE=exclude,
+            HAS_CAP=softcap is not None, **config,
+        )  # fmt: skip
+        if needs_hidden:
+            dhidden += matmul_fp32(dz[:, :width], chunk)
+        if needs_weight:  # from the accumulator to its place: one rounding
+            torch.mm(dz[:, :width].t(), hidden, out=dweight[i_chunk : i_chunk + columns])
+    return dhidden.to(hidden.dtype), dweight
+
+
+@head_backward.register_fake
+def _(g_lse, g_picked, g_expected, g_total, hidden, weight, *rest):
+    *_, needs_hidden, needs_weight = rest
+    return hidden.new_empty(hidden.shape if needs_hidden else 0), weight.new_empty(weight.shape if needs_weight else 0)
+
+
+def _save(ctx, inputs, output):
+    hidden, weight, targets, ctx.temperature, ctx.softcap, _, _, ctx.exclude = inputs
+    _, _, expected, _, top, total_sum = output
+    ctx.mark_non_differentiable(top, total_sum)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(hidden, weight, targets, expected, top, total_sum)
+
+
+def _gradients(ctx, g_lse, g_picked, g_expected, g_total, *_):
+    needs_hidden, needs_weight = ctx.needs_input_grad[:2]
+    gradients = g_lse, g_picked, g_expected, g_total
+    options = ctx.temperature, ctx.softcap, ctx.exclude, needs_hidden, needs_weight
+    dhidden, dweight = head_backward(*gradients, *ctx.saved_tensors, *options)
+    return dhidden if needs_hidden else None, dweight if needs_weight else None, *[None] * 6
+
+
+head_forward.register_autograd(_gradients, setup_context=_save)
+
+
+def head_launches(target: Target, dtype: str, *flags: str) -> tuple[Launch, Launch]:
+    """Forward and dz of a head with E = 4096 and one target per token, for the doctor."""
+    config = _config(4096, {"bf16": torch.bfloat16, "fp32": torch.float32}[dtype], "HAS_CAP" in flags, target)
+    warps, stages = config.pop("num_warps"), config.pop("num_stages")
+    config |= {flag: flag in flags for flag in ("EXPECTED", "TOTAL", "EXCLUDE", "HAS_CAP")} | {"K": 1}
+    types = {"p_hidden": f"*{dtype}", "p_weight": f"*{dtype}", "p_dz": f"*{dtype}", "p_targets": "*i64"}
+    types |= {"softcap": "fp32", "temperature": "fp32"}
+
+    def launch(kernel, name):
+        names = [n for n in kernel.arg_names if n not in config]
+        signature = {n: types.get(n, "*fp32" if n.startswith("p_") else "i32") for n in names}
+        odd = ("shares", "blocks_per_share", "softcap", "temperature")
+        divisible = tuple(n for n in names if n not in odd)
+        name = " ".join((name, dtype, *flags)).lower()
+        return Launch(kernel, name, signature, config, divisible, warps, stages)
+
+    return launch(_head_forward, "forward"), launch(_head_dz, "backward")
+
+
+def head_traffic(shape: Shape, itemsize: int) -> tuple[int, int]:
+    """Bytes of the two kernels by the model above, with three [T] from each share of the forward, four to each tile."""
+    T, V, E = shape["T"], shape["V"], shape["E"]
+    config = _config(E, torch.float32 if itemsize == 4 else torch.bfloat16, False, TARGETS["sm_80"])
+    tiles, blocks = triton.cdiv(T, config["BLOCK_T"]), triton.cdiv(V, config["BLOCK_V"])
+    shares = triton.cdiv(blocks, _blocks_per_share(tiles, blocks))
+    operands = tiles * blocks * (config["BLOCK_T"] + config["BLOCK_V"]) * E * itemsize + 8 * T * blocks  # and targets
+    return operands + 4 * T * (3 * shares + 1), operands + T * V * itemsize + 4 * 4 * T * blocks

@@ -1,0 +1,322 @@
+"""Attention's Triton kernels, interpreted and checked: what test_all_ops.py does not ask of every op."""
+
+import importlib
+import itertools
+
+import pytest
+import torch
+
+from tritium.kernels import attention, attention_backward, interpreter
+from tritium.kernels.backend import HAS_TRITON, TARGETS
+
+file = importlib.import_module("tritium.kernels.attention")
+reference = file.attention_reference
+pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed")
+
+ULP = {torch.float32: 2.0**-23, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
+OPTIONS = [
+    {},
+    {"causal": False},
+    {"window": 5},
+    {"window": 1},
+    {"causal": False, "window": 4},
+    {"softcap": 2.0, "scale": 0.7},
+    {"softcap": 50.0, "causal": False, "window": 9},
+]
+LENGTHS = {  # of queries and of keys
+    "ragged": ((3, 17, 0, 20, 1, 5), None),
+    "cross": ((3, 19, 4, 0, 5), (20, 2, 0, 3, 5)),  # more keys, fewer keys, no keys, no queries
+}
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    """Blocks of 16: every boundary of the blocking is crossed, and documents straddle blocks."""
+
+    def config(kernel, D, dtype, target):
+        blocks = {"BLOCK_M": 16, "BLOCK_N": 32 if kernel == "dkv" else 16}
+        return {"D": D, "BLOCK_D": max(16, 1 << (D - 1).bit_length()), "num_warps": 4, "num_stages": 1} | blocks
+
+    monkeypatch.setattr(file, "_config", config)
+
+
+def make(T, Tk=None, H=2, G=1, D=16, dtype=torch.float32):
+    Tk = T if Tk is None else Tk
+    return [torch.randn(n, h, D).to(dtype).requires_grad_() for n, h in ((T, H), (Tk, G), (Tk, G))]
+
+
+def cu(*lengths):
+    return torch.tensor([0, *torch.tensor(lengths).cumsum(0)], dtype=torch.int32)
+
+
+def results(function, inputs, **options):
+    """o, lse, and the gradients for random gradients of both."""
+    o, lse = function(*inputs, return_lse=True, **options)
+    seen = torch.where(lse.isfinite(), lse, 0.0)
+    generator = torch.Generator().manual_seed(1)
+    seeds = [(torch.randint(-32, 33, y.shape, generator=generator) / 16).to(y.dtype) for y in (o, seen)]
+    return o, lse, *torch.autograd.grad([o, seen], inputs, seeds)
+
+
+def check(inputs, **options):
+    """At most 1.5 × the error of the reference in the same dtype, plus 2 ulp of the RMS; the trace."""
+    with interpreter.checked(seed=1) as trace:
+        actual = results(attention, inputs, **options)
+    plain = results(reference, inputs, **options)
+    exact = results(reference, [x.detach().double().requires_grad_() for x in inputs], **options)
+    for name, a, p, e in zip(("o", "lse", "dq", "dk", "dv"), actual, plain, exact, strict=True):
+        known = e.isfinite()
+        assert a.dtype == p.dtype and torch.equal(a.isfinite(), known), name
+        error, own, rms = (float(x[known].detach().double().square().mean().sqrt()) for x in (a - e, p - e, e))
+        assert error <= 1.5 * own + 2 * ULP[a.dtype] * rms, f"{name}: {error:.2e}, torch {own:.2e}, of {rms:.2e}"
+    return trace
+
+
+CASES = list(itertools.product(range(len(OPTIONS)), LENGTHS, ULP))
+
+
+@pytest.mark.parametrize(
+    "option, lengths, dtype",
+    [
+        pytest.param(*case, marks=() if case[2] == [*ULP][case[0] % 3] and i % 2 else pytest.mark.long)
+        for i, case in enumerate(CASES)
+    ],
+)
+def test_every_mask_in_every_dtype(small_blocks, option, lengths, dtype):
+    n, m = LENGTHS[lengths]
+    inputs = make(sum(n), sum(m or n), dtype=dtype)
+    check(inputs, cu_seqlens=cu(*n), cu_seqlens_k=m and cu(*m), **OPTIONS[option])
+
+
+@pytest.mark.parametrize("T, D", [(1, 256), (2, 8), (17, 96), (127, 40), (129, 80), (64, 128)])
+def test_awkward_sizes(T, D):
+    """One document without cu_seqlens, in the blocks of a real launch."""
+    check(make(T, H=1, D=D))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("T, D", itertools.product((2, 17, 127, 129, 1000), (8, 40, 64, 80, 96, 128, 256)))
+def test_all_awkward_sizes(T, D):
+    check(make(T, H=2, D=D, dtype=torch.bfloat16))
+
+
+def test_any_strides_of_inputs_and_gradients(small_blocks):
+    """Heads first in memory, keys expanded over heads, values whose rows are columns, do and dlse transposed."""
+    ends = cu(11, 9)
+    q = torch.randn(4, 20, 16).transpose(0, 1)
+    k, v = torch.randn(20, 1, 16).expand(20, 2, 16), torch.randn(16, 2, 20).permute(2, 1, 0)
+    inputs = [x.requires_grad_() for x in (q, k, v)]
+    do, dlse = torch.randn(4, 20, 16).transpose(0, 1), torch.randn(4, 20).t()
+
+    def gradients(function, inputs):
+        o, lse = function(*inputs, cu_seqlens=ends, return_lse=True)
+        for seeds in ((do, dlse), (torch.ones(()).expand(o.shape), torch.ones(()).expand(lse.shape))):
+            yield from torch.autograd.grad([o, lse], inputs, [x.to(o.dtype) for x in seeds], retain_graph=True)
+
+    with interpreter.checked():
+        actual = list(gradients(attention, inputs))
+        backward = attention_backward(
+            do, *inputs, *attention(*inputs, cu_seqlens=ends, return_lse=True), cu_seqlens=ends
+        )
+    wide = [x.detach().double().requires_grad_() for x in inputs]
+    for a, e in zip(actual, gradients(reference, wide), strict=True):
+        torch.testing.assert_close(a.double(), e, rtol=1e-5, atol=1e-5)
+    o = reference(*wide, cu_seqlens=ends)
+    for a, e in zip(backward, torch.autograd.grad(o, wide, do.double()), strict=True):
+        torch.testing.assert_close(a.double(), e, rtol=1e-5, atol=1e-5)
+
+
+def test_backward_on_parts_of_the_keys_adds_up(small_blocks):
+    """As context parallel uses it: o and lse of all keys, gradients part by part."""
+    q, k, v = make(20, 50)
+    with interpreter.checked():
+        o, lse = attention(q, k, v, causal=False, return_lse=True)
+        do = torch.randn_like(o)
+        dq, dk, dv = torch.autograd.grad(o, (q, k, v), do)
+        parts = [attention_backward(do, q, k[s], v[s], o, lse, causal=False) for s in (slice(0, 35), slice(35, 50))]
+    torch.testing.assert_close(sum(part[0] for part in parts), dq)
+    torch.testing.assert_close(torch.cat([part[1] for part in parts]), dk)
+    torch.testing.assert_close(torch.cat([part[2] for part in parts]), dv)
+
+
+def test_queries_that_see_nothing_give_zero_whatever_their_gradient_holds(small_blocks):
+    q, k, v = make(20, 2)
+    with interpreter.checked():
+        o, lse = attention(q, k, v, return_lse=True)
+        dlse = torch.where(lse.isfinite(), 1.0, torch.nan)
+        grads = torch.autograd.grad([o, lse], (q, k, v), [torch.ones_like(o), dlse])
+    assert (o[:18] == 0).all() and (lse[:18] == -torch.inf).all() and lse[18:].isfinite().all()
+    assert (grads[0][:18] == 0).all() and all(g.isfinite().all() for g in grads)
+
+
+@pytest.mark.parametrize("T, Tk", [(0, 0), (3, 0), (0, 3)])
+def test_no_queries_or_no_keys(T, Tk):
+    inputs = make(T, Tk)
+    with interpreter.checked():
+        o, lse, *grads = results(attention, inputs)
+    assert o.shape == inputs[0].shape and not o.any() and (lse == -torch.inf).all()
+    assert all(g.shape == x.shape and not g.any() for g, x in zip(grads, inputs, strict=True))
+
+
+def test_large_scores_and_hidden_ones_that_overflow(small_blocks):
+    """Scores of thousands; those between the two documents are e^thousands times larger than any that is seen."""
+    q, k, v = make(24)
+    with torch.no_grad():
+        q *= 300
+        k[:12] *= 30
+    ends = cu(12, 12)
+    with interpreter.checked():
+        ours = results(attention, [q, k, v], cu_seqlens=ends)
+    exact = [x.detach().double().requires_grad_() for x in (q, k, v)]
+    for a, e in zip(ours, results(reference, exact, cu_seqlens=ends), strict=True):
+        assert (a.double() - e).norm() <= 1e-3 * e.norm()
+
+
+# Who sees whom --------------------------------------------------------------------------------------------------------
+
+
+def intervals(ends, ends_k, causal, window, T, Tk):
+    options = file.Options(causal, window, None, 1.0)
+    q, k = torch.empty(T, 1, 8), torch.empty(Tk, 1, 8)
+    with interpreter.checked():
+        return file._intervals(ends, ends_k, q, k, options, True)
+
+
+@pytest.mark.parametrize("causal, window", itertools.product((True, False), (None, 1, 4, 2**40)))
+@pytest.mark.parametrize("lengths", LENGTHS)
+def test_intervals_are_the_mask_from_both_sides(lengths, causal, window):
+    n, m = LENGTHS[lengths]
+    m = m or n
+    keys, queries = intervals(cu(*n), cu(*m), causal, window, sum(n), sum(m))
+    blocks = []
+    for a, b in zip(n, m, strict=True):
+        options = file.Options(causal, window, None, 1.0)
+        blocks.append(file.visible(slice(0, a), slice(0, b), b - a, options, torch.device("cpu")))
+    mask = torch.block_diag(*blocks).bool()
+    i, j = torch.arange(sum(n)), torch.arange(sum(m))
+    assert torch.equal((keys[0][:, None] <= j) & (j < keys[1][:, None]), mask)
+    assert torch.equal((queries[0] <= i[:, None]) & (i[:, None] < queries[1]), mask)
+
+
+@pytest.mark.parametrize("ends", [[0, 300, -5, 7], [2, 5, 6], [-9, -8, 2**31 - 1], [9, 4, 0]])
+def test_no_cu_seqlens_leads_out_of_the_tensors(ends, monkeypatch):
+    """On a GPU their values are not checked: tokens outside of them see nothing, and nothing else is addressed."""
+    monkeypatch.setattr(file.attention_torch, "documents", lambda *_: None)
+    ends = torch.tensor(ends, dtype=torch.int32)
+    for own, other in itertools.product((ends, ends.flip(0)), repeat=2):
+        for seen, size in zip(intervals(own, other, True, None, 8, 9), (9, 8), strict=True):
+            some = seen[0] < seen[1]
+            assert (seen[0][some] >= 0).all() and (seen[1] <= size).all() and (seen[1][~some] == 0).all()
+    q, k, v = make(8)
+    with interpreter.checked():
+        o, lse, *grads = results(attention, [q, k, v], cu_seqlens=ends)
+    assert all(x.isfinite().all() for x in (o, *grads))
+    if ends.tolist() == [2, 5, 6]:
+        assert (lse[2:6].isfinite().all() and (lse[[0, 1, 6, 7]] == -torch.inf).all()) and not grads[1][6:].any()
+
+
+def test_values_of_cu_seqlens_are_checked_on_the_cpu():
+    with (
+        interpreter.checked(),
+        pytest.raises(ValueError, match="cu_seqlens runs from 0 to 3, but must run from 0 to 4"),
+    ):
+        attention(*make(4), cu_seqlens=cu(3))
+
+
+# Memory ---------------------------------------------------------------------------------------------------------------
+
+
+def test_hidden_blocks_are_not_read(small_blocks):
+    """Two documents of 32 in blocks of 16 (dk, dv: of 32): a block of queries reads its document up to itself."""
+    row, head = 2 * 16, 64 * 2 * 16  # bytes of a row, and of a head
+    q, k, v = make(64, dtype=torch.bfloat16)
+    with interpreter.checked() as trace:
+        torch.autograd.grad(attention(q, k, v, cu_seqlens=cu(32, 32)).sum(), (q, k, v))
+    _, forward, _, dq, dkv = trace.launches
+    walk = 2 * 2 * (16 + 32) * row  # heads × documents × keys of the first and of the second block
+    assert forward.loaded == {"p_keys": 2 * 64 * 8, "p_q": 2 * head, "p_k": walk, "p_v": walk}
+    assert forward.stored == {"p_o": 2 * head, "p_lse": 2 * 64 * 4}
+    lines = {"p_keys": 2 * 64 * 8, "p_lse": 2 * 64 * 4}
+    assert dq.loaded == {"p_q": 2 * head, "p_do": 2 * head, "p_o": 2 * head, "p_k": walk, "p_v": walk} | lines
+    assert dq.stored == {"p_dq": 2 * head, "p_delta": 2 * 64 * 4}
+    once = {"p_q": 2 * head, "p_do": 2 * head, "p_k": head, "p_v": head, "p_queries": 64 * 8}
+    assert dkv.loaded == once | {"p_lse": 2 * 64 * 4, "p_delta": 2 * 64 * 4}
+    assert dkv.stored == {"p_dk": head, "p_dv": head}
+
+
+def test_a_window_bounds_what_is_read(small_blocks):
+    q, k, v = make(96, H=1, dtype=torch.bfloat16)
+    with interpreter.checked() as trace:
+        attention(q, k, v, window=9)
+    assert trace.launches[1].loaded["p_k"] == (16 + 5 * 24) * 32  # a block's own 16 keys and the 8 before
+
+
+def test_offsets_are_64_bits_wide():
+    """Tokens 2^30 elements apart, heads 2^33: the third token is out of an int32's reach."""
+    T, D, strides = 5, 8, (2**30, 2**33)
+
+    def far(heads=2):
+        return torch.empty_strided((T, heads, D), (*strides, 1), device="meta")
+
+    keys = torch.tensor([[0] * T, [1, 2, 3, 4, 5]], dtype=torch.int32)
+    queries = torch.tensor([[0, 1, 2, 3, 4], [T] * T], dtype=torch.int32)
+    lse = torch.empty_strided((2, T), (2**33, 2**30), device="meta")
+    near, delta = torch.empty(T, 2, D, device="meta"), torch.empty(2, T, device="meta")
+    sizes = {"SOFTCAP": False, "D": D, "BLOCK_D": 16, "BLOCK_M": 16, "BLOCK_N": 16}
+    with interpreter.checked() as trace:
+        file._attention_forward[(1, 2)](
+            far(), far(1), far(1), keys, near, delta, *strides, *strides, *strides, T, 2, 1.0, 1.0, **sizes
+        )
+        file._attention_dq[(1, 2)](
+            far(), lse, far(), far(1), far(1), keys, far(), lse, near, delta, *strides, *lse.stride()[::-1],
+            *strides, *strides, *strides, *strides, *lse.stride()[::-1], T, 2, 1.0, 1.0, HAS_DLSE=True, **sizes,
+        )  # fmt: skip
+        file._attention_dkv[(1, 1)](
+            far(), far(), far(1), far(1), queries, lse, delta, near[:, :1].contiguous(), near[:, :1].contiguous(),
+            *strides, *strides, *strides, *strides, *lse.stride()[::-1], T, T, 2, 1.0, 1.0, **sizes,
+        )  # fmt: skip
+        N = 2**31 - 1  # tokens: the second row of the intervals begins beyond an int32
+        ends, seen = torch.tensor([0, N], dtype=torch.int32), torch.empty(2, N, dtype=torch.int32, device="meta")
+        file._attention_intervals[(1, 2)](ends, ends, seen, seen.clone(), N, N, 1, 1, N, 0, BLOCK=16)
+    forward, dq, dkv, intervals = trace.launches
+    assert forward.loaded["p_v"] == 2 * T * D * 4 and dq.loaded["p_k"] == 2 * T * D * 4
+    assert dkv.loaded["p_do"] == 2 * T * D * 4 and intervals.stored == {"p_keys": 128, "p_queries": 128}
+
+
+# With torch -----------------------------------------------------------------------------------------------------------
+
+
+def test_registered_ops_pass_opcheck(small_blocks):
+    q, k, v = make(9, 12)
+    options = (True, 5, 2.0, 0.3)
+    with interpreter.checked():
+        torch.library.opcheck(file._forward, (q, k, v, None, None, *options))
+        o, lse = (x.detach() for x in file._forward(q, k, v, None, None, *options))
+        inputs = [x.detach() for x in (q, k, v)]
+        for dlse in (None, lse):
+            torch.library.opcheck(file._backward, (o, dlse, *inputs, o, lse, cu(4, 5), cu(6, 6), *options))
+
+
+def test_compiles_as_one_graph_with_lse_and_options(small_blocks):
+    inputs = make(20)
+    torch._dynamo.reset()
+    with interpreter.checked():
+        compiled = torch.compile(attention, backend="aot_eager", fullgraph=True)
+        for options in ({"window": 6, "softcap": 3.0}, {"cu_seqlens": cu(9, 11)}):
+            for a, e in zip(results(compiled, inputs, **options), results(attention, inputs, **options), strict=True):
+                assert torch.equal(a, e)
+
+
+def test_configurations_fit_every_head_dim():
+    """Blocks are powers of two that the matmuls take, whatever the head dim."""
+    dtypes = (torch.bfloat16, torch.float32)
+    for target, D, dtype in itertools.product(TARGETS.values(), range(8, 257, 8), dtypes):
+        for kernel in ("forward", "dq", "dkv"):
+            config = file._config(kernel, D, dtype, target)
+            blocks = [config[name] for name in ("BLOCK_D", "BLOCK_M", "BLOCK_N")]
+            assert all(block >= 16 and block & (block - 1) == 0 for block in blocks) and D <= blocks[0] < max(2 * D, 17)

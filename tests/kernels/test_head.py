@@ -1,0 +1,326 @@
+"""The head's statistics on the torch path and as Triton kernels: chunks, shares, addresses, memory, FLOPs."""
+
+import contextlib
+import importlib
+
+import pytest
+import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+from tritium.kernels import interpreter, linear_cross_entropy, linear_logprob
+from tritium.kernels.backend import HAS_TRITON
+
+head = importlib.import_module("tritium.kernels.head")
+head_triton = importlib.import_module("tritium.kernels.head_triton")
+needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed")
+ULP = {torch.float32: 2.0**-23, torch.bfloat16: 2.0**-8}
+
+
+@pytest.fixture(params=["torch", pytest.param("triton", marks=needs_triton)])
+def backend(request, monkeypatch):
+    monkeypatch.setenv("TRITIUM_BACKEND", request.param)
+    with interpreter.checked(seed=1) if request.param == "triton" else contextlib.nullcontext():
+        yield request.param
+
+
+def make(T, V, E, K=1, dtype=torch.float32):
+    """Hidden states, a head and K distinct targets for each token; every fourth token has none."""
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(T, E).to(dtype), (2 * torch.randn(V, E) / E**0.5).to(dtype)
+    targets = torch.stack([torch.randperm(V)[:K] for _ in range(T)])
+    targets[::4] = -1
+    return hidden.requires_grad_(), weight.requires_grad_(), targets
+
+
+def reference(hidden, weight, targets, options):
+    z = (hidden @ weight.t()).to(torch.promote_types(hidden.dtype, torch.float32))
+    z = z if options.softcap is None else options.softcap * torch.tanh(z / options.softcap)
+    z = z / options.temperature
+    picked = torch.where(targets >= 0, z.gather(1, targets.clamp_min(0)), 0.0)
+    if options.exclude:
+        out = torch.zeros(len(z), z.shape[1] + 1, dtype=torch.bool).scatter_(1, targets % (z.shape[1] + 1), True)
+        z = z.masked_fill(out[:, :-1], -torch.inf)
+    expected = (z.softmax(-1) * z.clamp_min(-1e9)).sum(-1) if options.expected else None
+    return head.HeadStatistics(z.logsumexp(-1), picked, expected, z.sum(-1) if options.total else None, z.amax(-1))
+
+
+def results(function, hidden, weight, targets, options):
+    """Statistics, and gradients for fixed multiples of 1/16, the same numbers in every dtype."""
+    out = [x for x in function(hidden, weight, targets, options) if x is not None]
+    generator = torch.Generator().manual_seed(1)
+    seeds = [(torch.randint(-32, 33, x.shape, generator=generator) / 16).to(x.dtype) for x in out[:-1]]
+    return *out, *torch.autograd.grad(out[:-1], (hidden, weight), seeds)
+
+
+def in_fp64(tensor):
+    return tensor.detach().double().requires_grad_()
+
+
+def rms(x):
+    return x.double().square().mean().sqrt().item()
+
+
+VARIANTS = {
+    "plain": (1, {}),
+    "no target": (0, {}),
+    "three targets, total": (3, {"total": True, "temperature": 0.7}),
+    "excluded": (5, {"exclude": True, "temperature": 1.3}),
+    "everything, capped": (2, {"expected": True, "total": True, "softcap": 2.0, "temperature": 0.7}),
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("dtype", ULP)
+def test_as_good_as_plain_torch(backend, variant, dtype):
+    """Error against fp64 ≤ 1.5 × that of the same in plain torch and this dtype, + 2 ulp of the result's RMS."""
+    K, flags = VARIANTS[variant]
+    inputs, options = make(130, 261, 70, K, dtype), head.HeadOptions(**flags)
+    ours, plain = (results(f, *inputs, options) for f in (head.head_statistics, reference))
+    exact = results(reference, *map(in_fp64, inputs[:2]), inputs[2], options)
+    for a, p, e in zip(ours, plain, exact, strict=True):
+        if e.numel():
+            assert rms(a.double() - e) <= 1.5 * rms(p.double() - e) + 2 * ULP[dtype] * rms(e)
+
+
+@pytest.mark.parametrize("option", [{"softcap": 50.0}, {}], ids=str)
+def test_logits_of_any_size_stay_finite(backend, option):
+    """Also tanh of what is small, of what is large, and a softmax that leaves one word."""
+    hidden = torch.tensor([[1.0], [-1.0], [1e-7], [0.0]]).requires_grad_()
+    weight = torch.tensor([[1e4], [-1e4], [0.0]]).requires_grad_()
+    out = linear_logprob(hidden, weight, torch.tensor([0, 0, 2, 1]), **option)
+    high = option.get("softcap", 1e4)
+    exact = linear_logprob(*map(in_fp64, (hidden, weight)), torch.tensor([0, 0, 2, 1]), **option)
+    assert out.logp[:2].tolist() == [0.0, -2 * high] and out.hit.tolist() == [True, False, False, True]
+    torch.testing.assert_close(out.logp, exact.logp.float(), rtol=1e-6, atol=0)
+    gradients = torch.autograd.grad(out.logp.sum() + out.entropy.sum(), (hidden, weight))
+    assert all(g.isfinite().all() for g in gradients)
+
+
+@pytest.mark.parametrize("needed", ["hidden", "weight"])
+def test_what_is_frozen_gets_no_gradient(backend, needed):
+    hidden, weight, targets = make(5, 11, 8)
+    whole = dict(
+        zip(
+            ("hidden", "weight"),
+            torch.autograd.grad(
+                linear_logprob(hidden, weight, targets[:, 0].clamp_min(0)).logp.sum(), (hidden, weight)
+            ),
+            strict=True,
+        )
+    )
+    (hidden if needed == "weight" else weight).requires_grad_(False)
+    leaf = hidden if needed == "hidden" else weight
+    for loss in (linear_logprob(hidden, weight, targets[:, 0].clamp_min(0)).logp.sum(),
+                 -linear_cross_entropy(hidden, weight, targets[:, 0].clamp_min(0))):  # fmt: skip
+        torch.testing.assert_close(torch.autograd.grad(loss, leaf)[0], whole[needed])
+
+
+@pytest.mark.parametrize("function", [linear_logprob, linear_cross_entropy])
+@pytest.mark.parametrize("dtype, high", [(torch.bfloat16, 10.0), (torch.float32, 10.0), (torch.float32, 30000.0)])
+def test_a_confident_target_keeps_its_gradient(backend, function, dtype, high):
+    """p = 0.9993: within 1 % of fp64 on the same logits. bf16(p) - 1 would be 0, and e^(z - lse) no number at 30000."""
+    hidden, weight = torch.ones(1, 1, dtype=dtype), torch.full((16, 1), high - 10, dtype=dtype)
+    weight[3] = high
+    inputs = hidden.requires_grad_(), weight.requires_grad_()
+
+    def gradient(hidden, weight):
+        out = function(hidden, weight, torch.tensor([3]))
+        loss = out.logp.sum() if function is linear_logprob else -out
+        return torch.autograd.grad(loss, weight)[0][3].item()
+
+    exact = gradient(*map(in_fp64, inputs))
+    assert 0 < exact < 1e-3 and gradient(*inputs) == pytest.approx(exact, rel=0.01)
+
+
+# Torch only -----------------------------------------------------------------------------------------------------------
+
+
+class _LiveBytes(TorchDispatchMode):
+    """`peak`: the bytes of all tensors made inside that lived at one time."""
+
+    def __init__(self):
+        super().__init__()
+        self.storages, self.peak = {}, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        known = {x.untyped_storage().data_ptr() for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
+        for x in tree_leaves(out):
+            if isinstance(x, torch.Tensor) and (storage := x.untyped_storage()).data_ptr() not in known:
+                self.storages[storage.data_ptr()] = StorageWeakRef(storage), storage.nbytes()
+        self.storages = {key: value for key, value in self.storages.items() if not value[0].expired()}
+        self.peak = max(self.peak, sum(size for _, size in self.storages.values()))
+        return out
+
+
+def call(function, hidden, weight, targets):
+    out = function(hidden, weight, targets)
+    loss = out if function is linear_cross_entropy else out.logp.sum()
+    return torch.autograd.grad(loss, (hidden, weight))
+
+
+@pytest.mark.parametrize("function", [linear_logprob, linear_cross_entropy])
+def test_needs_100_megabytes_beside_inputs_and_gradients(function, monkeypatch):
+    """At V = 49152 and E = 384 in bf16; T adds a few vectors. The logits of T = 512 alone would be 150 MB in fp32."""
+    monkeypatch.setenv("TRITIUM_BACKEND", "torch")
+    torch.manual_seed(0)
+    hidden, weight = (torch.randn(n, 384).bfloat16().requires_grad_() for n in (512, 49152))
+    with _LiveBytes() as live:
+        gradients = call(function, hidden, weight, torch.randint(0, 49152, (512,)))
+    assert live.peak - sum(g.nbytes for g in gradients) < 100e6
+
+
+@pytest.mark.parametrize("function, matmuls", [(linear_logprob, 4), (linear_cross_entropy, 3)])
+def test_matmuls_on_a_cpu(function, matmuls, monkeypatch):
+    """The logits are made twice, or, for a summed loss, once."""
+    monkeypatch.setenv("TRITIUM_BACKEND", "torch")
+    T, V, E = 100, 300, 16
+    hidden, weight, targets = make(T, V, E)
+    with FlopCounterMode(display=False) as counter:
+        call(function, hidden, weight, targets[:, 0].clamp_min(0))
+    assert counter.get_total_flops() == matmuls * 2 * T * V * E
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float16])
+def test_gradient_of_a_scaled_sum(dtype, monkeypatch):
+    """The factor that only the backward knows, several blocks of tokens, and twice: nothing saved may change."""
+    monkeypatch.setenv("TRITIUM_BACKEND", "torch")
+    hidden, weight, targets = make(50, 101, 24, dtype=dtype)
+    targets, weights = targets[:, 0].masked_fill(targets[:, 0] < 0, -100), torch.rand(50)
+    options = dict(weights=weights, label_smoothing=0.1, z_loss=1e-2, softcap=5.0)
+    loss = linear_cross_entropy(hidden, weight, targets, **options) / 3
+    once, again = (torch.autograd.grad(loss, (hidden, weight), retain_graph=True) for _ in range(2))
+    wide = [in_fp64(x) for x in (hidden, weight)]
+    exact = torch.autograd.grad(linear_cross_entropy(*wide, targets, **options) / 3, wide)
+    for a, b, e in zip(once, again, exact, strict=True):
+        assert torch.equal(a, b) and rms(a.double() - e) < 2 * torch.finfo(dtype).eps * rms(e)
+
+
+def test_gradient_of_the_weights_of_tokens(monkeypatch):
+    monkeypatch.setenv("TRITIUM_BACKEND", "torch")
+    hidden, weight, targets = make(6, 11, 4)
+    weights = torch.rand(6, requires_grad=True)
+    targets = targets[:, 0].clamp_min(0)
+    (ours,) = torch.autograd.grad(linear_cross_entropy(hidden, weight, targets, weights=weights), weights)
+    torch.testing.assert_close(ours, linear_cross_entropy(hidden, weight, targets, reduction="none").detach())
+
+
+def test_targets_nobody_may_look_at_are_left_out_and_counted(monkeypatch):
+    """Under torch.compile, as on a GPU: no error, but no loss, no gradient, and one more in the counter."""
+    monkeypatch.setenv("TRITIUM_BACKEND", "torch")
+    hidden, weight, _ = make(4, 9, 8)
+    before = int(head.invalid_targets("cpu"))
+    compiled = torch.compile(linear_logprob, backend="aot_eager", fullgraph=True)
+    ours = compiled(hidden, weight, torch.tensor([3, 9, -100, -7]))
+    expected = linear_logprob(hidden, weight, torch.tensor([3, -100, -100, -100]))
+    assert torch.equal(ours.logp, expected.logp) and torch.equal(ours.hit, expected.hit)
+    gradients = (torch.autograd.grad(out.logp.sum(), (hidden, weight)) for out in (ours, expected))
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+    assert int(head.invalid_targets(torch.device("cpu"))) - before == 2
+
+
+# Triton only ----------------------------------------------------------------------------------------------------------
+
+
+@needs_triton
+def test_chunks_of_the_gradient_and_shares_of_the_vocabulary_change_nothing(monkeypatch):
+    inputs, options = make(130, 700, 20, 2, torch.bfloat16), head.HeadOptions(expected=True, total=True)
+
+    def run():
+        with interpreter.checked() as trace:
+            out = results(head.head_statistics, *inputs, options)
+        return out, [launch.grid[0] for launch in trace.launches]
+
+    whole, grids = run()
+    monkeypatch.setitem(head.TILE_BYTES, "cpu", 2 * 130 * 300)  # 256 columns of dz
+    monkeypatch.setattr(head_triton, "PROGRAMS", 3)  # 4 of the 6 blocks of the vocabulary to a share
+    chunked, chunked_grids = run()
+    assert grids == [12, 12] and chunked_grids == [4, 4, 4, 4]
+    for a, b in zip(chunked[:-2], whole[:-2], strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-6, atol=2e-6)
+    for a, b in zip(chunked[-2:], whole[-2:], strict=True):
+        assert rms(a - b) < 2.0**-8 * rms(b)
+
+
+@needs_triton
+def test_dhidden_is_summed_in_fp32(monkeypatch):
+    """Three chunks give 32768 + 100 + 100: in bf16 each 100 would be rounded away."""
+    monkeypatch.setitem(head.TILE_BYTES, "cpu", 1)
+    hidden, weight = torch.zeros(1, 1).bfloat16().requires_grad_(), torch.zeros(3 * 128, 1).bfloat16()
+    weight[::128, 0] = torch.tensor([32768.0, 100.0, 100.0])
+    with interpreter.checked():
+        statistics = head.head_statistics(hidden, weight, torch.zeros(1, 0).long(), head.HeadOptions(total=True))
+        (gradient,) = torch.autograd.grad(statistics.total.sum(), hidden)
+    assert gradient.item() == 33024  # 32968, rounded once
+
+
+@needs_triton
+def test_shards_of_the_vocabulary_are_the_whole():
+    """Targets of another shard lie outside, also where a block of columns reaches beyond this one's end."""
+    hidden, weight, targets = make(9, 90, 12, 2)
+    with interpreter.checked():
+        options = head.HeadOptions(expected=True, total=True)
+        whole = head.head_statistics(hidden, weight, targets, options)
+        first, second = (
+            head.head_statistics(hidden, weight[rows], torch.where(targets < 0, -99, targets - rows.start), options)
+            for rows in (slice(0, 45), slice(45, 90))
+        )
+    torch.testing.assert_close(torch.logaddexp(first.lse, second.lse), whole.lse)
+    torch.testing.assert_close(first.picked + second.picked, whole.picked)
+    torch.testing.assert_close(first.total + second.total, whole.total)
+
+
+@needs_triton
+def test_offsets_are_64_bits_wide():
+    """Rows 2^30 elements apart: the third is out of an int32's reach."""
+
+    def far(rows, columns, dtype=torch.float32):
+        return torch.empty_strided((rows, columns), (2**30, 1), dtype=dtype, device="meta")
+
+    T, V, E, stride = 20, 18, 6, 2**30
+    targets = torch.full((T, 1), V - 1)
+    vectors = [torch.ones(T, device="meta") for _ in range(4)]
+    flags = {"EXPECTED": True, "TOTAL": True, "EXCLUDE": False, "HAS_CAP": False}
+    config = flags | {"E": E, "BLOCK_T": 16, "BLOCK_V": 16, "BLOCK_E": 16}
+    with interpreter.checked() as trace:
+        head_triton._head_forward[(4,)](
+            far(T, E), far(V, E), targets, torch.zeros(T, 1), torch.empty(2, 4, T),
+            stride, stride, T, V, 1, 2, 1, 0.0, 1.0, **config,
+        )  # fmt: skip
+        head_triton._head_dz[(4,)](
+            far(T, E), far(V, E), targets, *vectors, torch.ones(T, 1), far(T, V),
+            stride, stride, stride, T, V, 1, 0, 0.0, 1.0, **config,
+        )  # fmt: skip
+    forward, dz = trace.launches
+    assert forward.loaded["p_hidden"] == forward.loaded["p_weight"] == 4 * 16 * E * 4
+    assert dz.stored["p_dz"] == T * V * 4 and forward.stored["p_parts"] == 2 * 4 * T * 4
+
+
+@needs_triton
+def test_registered_ops_pass_opcheck():
+    hidden, weight, targets = make(5, 12, 8, 2)
+    arguments = hidden.detach(), weight.detach(), targets
+    with interpreter.checked():
+        torch.library.opcheck(head_triton.head_forward, (*arguments, 0.5, None, False, True, True))
+        lse, picked = torch.randn(5), torch.randn(5, 2)
+        given = lse, picked, lse, None, *arguments, lse, lse, lse.exp(), 0.5, 3.0, False, True, False
+        torch.library.opcheck(head_triton.head_backward, given)
+
+
+@needs_triton
+def test_order_of_programs_changes_no_bit():
+    inputs, options = make(140, 300, 16, 2), head.HeadOptions(expected=True, total=True, softcap=3.0)
+
+    def run(seed):
+        with interpreter.checked(seed):
+            return results(head.head_statistics, *inputs, options)
+
+    assert all(torch.equal(a, b) for a, b in zip(run(0), run(1), strict=True))
+
+
+def test_tensors_on_two_devices_are_refused():
+    with pytest.raises(ValueError, match="tensors on cpu and on meta"):
+        linear_logprob(torch.ones(2, 3), torch.ones(4, 3, device="meta"), torch.zeros(2, dtype=torch.long))
