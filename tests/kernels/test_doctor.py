@@ -41,6 +41,27 @@ def test_nothing_got_worse_than_the_baseline(rows):
             assert row[number] <= committed[key][number], f"{key}: {number} was {committed[key][number]}. {update}"
 
 
+def test_the_committed_kernels_fit_every_target_and_do_not_spill():
+    """The worst attention backward aside; what peers spill: Liger's geglu backward 96 bytes, fla's attention 12–124."""
+    committed = json.loads(BASELINE.read_text())["kernels"]
+    assert {row["target"] for row in committed} == set(doctor.TARGETS) and doctor.problems(committed) == []
+    assert {row["op"] for row in committed} == set(doctor.all_ops())
+
+
+MATMULS = ("_attention_forward", "_attention_dq", "_attention_dkv", "_head_forward", "_head_dz", "_lora_matmul")
+MATMULS += ("_linear_kl_online", "_linear_kl_jsd", "_linear_kl_dz")
+
+
+def test_what_matmuls_bound_uses_hoppers_warp_group_instructions(rows):
+    bound = [
+        row for row in rows if row["kernel"] in MATMULS and "bf16" in row["config"] and "T=16" not in row["config"]
+    ]
+    assert {row["kernel"] for row in bound} == set(MATMULS)
+    for row in bound:
+        assert any(name.startswith("HGMMA") for name in row["instructions"]), row["config"]
+        assert not any(name.startswith("HMMA") for name in row["instructions"]), row["config"]
+
+
 def test_rms_norm_is_as_written_on_nvidia_and_amd_and_results_are_kept(monkeypatch, tmp_path):
     monkeypatch.setenv("TRITIUM_CACHE", str(tmp_path))
     rows = doctor.compile_kernels(["sm_80", "gfx942"], ["rms_norm"])
