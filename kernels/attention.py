@@ -9,20 +9,21 @@ Backward, with p made again from lse, and t = tanh(scale · q·k / softcap) wher
     delta_i = do_i·o_i - dlse_i     ds_ij = p_ij (do_i·v_j - delta_i) (1 - t_ij²)
     dq_i = scale Σ_j ds_ij k_j      dk_j = scale Σ_i ds_ij q_i      dv_j = Σ_i p_ij do_i
 
-Documents, causality, windows and keys of other lengths are all one thing here: the keys that a query sees are an
-interval [start, end), and so are the queries that see a key. `_attention_intervals` finds them on the device.
+Documents, causality, windows and keys of another length are one thing here: the keys that a query sees are an interval
+[start, end), and so are the queries that see a key. `_attention_intervals` finds both on the device.
 
-    forward, dq   a program has BLOCK_M queries of a head and walks over their keys ─┐  from the first start to the last
-    dk, dv        a program has BLOCK_N keys of a group and walks over their queries ┘  end; blocks that every row sees
-                  of each of the group's heads, so that dk and dv are summed in registers   whole need no mask
+    forward, dq    a program has BLOCK_M queries of a head, and walks over keys in blocks of BLOCK_N
+    dk, dv         a program has BLOCK_N keys of a group, and walks over queries, head by head: it sums in registers
 
-Blocks lie along the stream, whatever documents they hold. There are no atomics. (As p = 0 does not hide a NaN from a
-matmul, a document with one may reach the documents that share a block with it.)
+    It walks from the first start to the last end of its rows; a block that all rows see whole needs no mask.
 
-Must spend 4·D·H FLOPs per visible pair forward and 10·D·H backward; the kernels spend 14·D·H backward, as the two that
-save the atomics both make p and dp. Must move q, k, v, o, lse, and backward their gradients too. The kernels move
-these once, but what a program walks over once per program that sees it: k and v for each head and block of queries,
-and in the dk/dv kernel q, do, lse, delta for each block of keys (`_traffic`). These reads hit the L2.
+Blocks lie along the stream, whatever documents they hold. There are no atomics. (As p = 0 hides no NaN from a matmul,
+a document with one may reach those that share a block with it.)
+
+Must spend 4·D·H FLOPs per visible pair forward and 10·D·H backward; the kernels spend 14·D·H backward, as both make p
+and dp, which is what two kernels without atomics cost. Must move q, k, v, o, lse, and backward the gradients too. The
+kernels move once what a program holds, and what it walks over once per program: k and v per head and block of queries,
+and for dk and dv q, do, lse and delta per block of keys, which the L2 serves (`_traffic`).
 """
 
 import os
@@ -32,7 +33,8 @@ from torch import Tensor
 
 from tritium.kernels import attention_torch
 from tritium.kernels.attention_torch import Options, visible
-from tritium.kernels.backend import TARGETS, Target, device_assert, target_of, tl, triton, use_triton
+from tritium.kernels.backend import TARGETS, Target, device_assert, operator, target_of, tl, triton, use_triton
+from tritium.kernels.blocks import tanh, unit_stride
 from tritium.kernels.registry import Launch, OpSpec, Shape, register
 
 
@@ -159,21 +161,11 @@ def _store_tile(p, b, i_row, stride, end, D: tl.constexpr, BLOCK_D: tl.constexpr
 
 
 @triton.jit
-def _tanh(x):
-    """To fp32's precision: (1 - e) / (1 + e) cancels near 0, where the odd series (to x⁹) is exact."""
-    b_e = tl.exp2(-2.8853900817779268 * tl.abs(x))
-    b_far = (1.0 - b_e) / (1.0 + b_e)
-    x2 = x * x
-    b_near = x + x * x2 * (-1 / 3 + x2 * (2 / 15 + x2 * (-17 / 315 + x2 * (62 / 2835))))
-    return tl.where(x2 < 0.0625, b_near, tl.where(x < 0, -b_far, b_far))
-
-
-@triton.jit
 def _scores(b_a, b_b, inner, SOFTCAP: tl.constexpr):
     """a bᵀ, or tanh(a bᵀ · inner): [ROWS of a, ROWS of b] fp32."""
     b_s = tl.dot(b_a, tl.trans(b_b), input_precision="ieee")
     if SOFTCAP:
-        b_s = _tanh(b_s * inner)
+        b_s = tanh(b_s * inner)
     return b_s
 
 
@@ -320,19 +312,13 @@ def _attention_dkv(
 INTERVALS_BLOCK = 256
 
 
-def _family(target: Target) -> str:
-    if target.backend == "hip":
-        return "cdna"
-    return "hopper" if 90 <= target.arch < 120 else "ampere"
-
-
 # (BLOCK_M, BLOCK_N, warps, stages) for D up to 64, 128, 256: queries and keys of a block. What bounds them is registers
 # (accumulators, and on ampere and cdna whole operands) and, on the smallest ampere, 99 KB of shared memory.
 BLOCKS = {
     "hopper": {
         "forward": ((128, 64, 4, 3), (128, 64, 8, 3), (128, 32, 8, 3)),
         "dq": ((128, 64, 8, 3), (128, 64, 8, 3), (128, 32, 8, 2)),
-        "dkv": ((64, 128, 8, 3), (64, 128, 8, 3), (32, 64, 8, 3)),
+        "dkv": ((64, 128, 8, 3), (64, 128, 8, 3), (64, 64, 8, 1)),
     },
     "ampere": {
         "forward": ((128, 64, 4, 2), (128, 64, 8, 2), (64, 32, 8, 2)),
@@ -350,7 +336,7 @@ BLOCKS = {
 def _config(kernel: str, D: int, dtype: torch.dtype, target: Target) -> dict:
     """Launch parameters of "forward", "dq" or "dkv"."""
     width = max(16, triton.next_power_of_2(D))
-    family = _family(target)
+    family = "cdna" if target.backend == "hip" else "hopper" if 90 <= target.arch < 120 else "ampere"
     M, N, warps, stages = BLOCKS[family][kernel][0 if width <= 64 else 1 if width <= 128 else 2]
     if dtype == torch.float32:  # matmuls without tensor cores, whose operands lie in registers
         M = N = 32 if width <= (64 if family == "cdna" else 128) else 16
@@ -358,14 +344,10 @@ def _config(kernel: str, D: int, dtype: torch.dtype, target: Target) -> dict:
     return {"D": D, "BLOCK_D": width, "BLOCK_M": M, "BLOCK_N": N, "num_warps": warps, "num_stages": stages}
 
 
-def _unit(x: Tensor) -> Tensor:
-    """x [T, H, D] with elements of a row side by side; tokens and heads may lie anywhere."""
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
 def _intervals(
-    cu_seqlens: Tensor | None, cu_seqlens_k: Tensor | None, q: Tensor, k: Tensor, options: Options, both: bool
-) -> tuple[Tensor, Tensor]:
+    cu_seqlens: Tensor | None, cu_seqlens_k: Tensor | None, q: Tensor, k: Tensor,
+    causal: bool, window: int | None, both: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """[2, T] int32: the keys of each query; with `both`, [2, Tk]: the queries of each key."""
     T, Tk = len(q), len(k)
     if q.device.type == "cpu":
@@ -380,28 +362,28 @@ def _intervals(
         for cu, n in ((cu_seqlens, T), (cu_seqlens_k, Tk))
     )
     keys, queries = (torch.empty(2, n, dtype=torch.int32, device=q.device) for n in (T, Tk if both else 0))
-    reach = NO_LIMIT if options.window is None else min(options.window - 1, NO_LIMIT)
+    reach = NO_LIMIT if window is None else min(window - 1, NO_LIMIT)
     longest = max(T, Tk) if both else T
     if longest:
         _attention_intervals[(triton.cdiv(longest, INTERVALS_BLOCK), 2 if both else 1)](
             cu, cu_k, keys, queries, T, Tk, len(cu) - 1, (len(cu) - 1).bit_length(), reach,
-            0 if options.causal else reach, BLOCK=INTERVALS_BLOCK,
+            0 if causal else reach, BLOCK=INTERVALS_BLOCK,
         )  # fmt: skip
     return keys, queries
 
 
-@torch.library.custom_op("tritium::attention", mutates_args=())
+@operator("attention")
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, cu_seqlens_k: Tensor | None,
     causal: bool, window: int | None, softcap: float | None, scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """o [T, H, D] and lse [H, T] fp32."""
-    q, k, v = _unit(q), _unit(k), _unit(v)
+    q, k, v = (unit_stride(x) for x in (q, k, v))
     o, lse = _forward_outputs(q, k, v, cu_seqlens, cu_seqlens_k, causal, window, softcap, scale)
     T, H, D = q.shape
-    keys, _ = _intervals(cu_seqlens, cu_seqlens_k, q, k, Options(causal, window, softcap, scale), False)
-    config = _config("forward", D, q.dtype, target_of(q.device))
+    keys, _ = _intervals(cu_seqlens, cu_seqlens_k, q, k, causal, window, False)
     if T:
+        config = _config("forward", D, q.dtype, target_of(q.device))
         _attention_forward[(triton.cdiv(T, config["BLOCK_M"]), H)](
             q, k, v, keys, o, lse, *q.stride()[:2], *k.stride()[:2], *v.stride()[:2],
             T, H // k.shape[1], scale, softcap or 1.0, SOFTCAP=softcap is not None, **config,
@@ -415,17 +397,17 @@ def _forward_outputs(q, k, v, cu_seqlens, cu_seqlens_k, causal, window, softcap,
     return o, torch.empty(q.shape[1], q.shape[0], dtype=torch.float32, device=q.device)
 
 
-@torch.library.custom_op("tritium::attention_backward", mutates_args=())
+@operator("attention_backward")
 def _backward(
     do: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor,
     cu_seqlens: Tensor | None, cu_seqlens_k: Tensor | None,
     causal: bool, window: int | None, softcap: float | None, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """dq [T, H, D] and dk, dv [Tk, G, D] from do and o [T, H, D] and dlse and lse [H, T]."""
-    do, q, k, v, o = (_unit(x) for x in (do, q, k, v, o))
+    do, q, k, v, o = (unit_stride(x) for x in (do, q, k, v, o))
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     (T, H, D), (Tk, G, _), group = q.shape, k.shape, q.shape[1] // k.shape[1]
-    keys, queries = _intervals(cu_seqlens, cu_seqlens_k, q, k, Options(causal, window, softcap, scale), True)
+    keys, queries = _intervals(cu_seqlens, cu_seqlens_k, q, k, causal, window, True)
     delta = torch.empty(H, T, dtype=torch.float32, device=q.device)
     factors = scale, softcap or 1.0
     shared = [stride for x in (q, k, v) for stride in x.stride()[:2]]
@@ -557,13 +539,15 @@ def attention_backward(
     With o and lse of *all* keys it may be called on a part of them, as context parallel does.
     """
     cu_seqlens_k, options = _check(q, k, v, cu_seqlens, cu_seqlens_k, causal, window, softcap, scale)
-    if do.shape != q.shape or o.shape != q.shape or lse.shape != q.shape[:2]:
-        shapes = f"{tuple(do.shape)}, {tuple(o.shape)}, {tuple(lse.shape)}"
-        raise ValueError(f"do, o, lse must be {tuple(q.shape)} twice and {tuple(q.shape[:2])}, got {shapes}")
-    if use_triton(q, k, v, do, o, lse, cu_seqlens, cu_seqlens_k):
-        tensors = do, None, q, k, v, o, lse.t(), cu_seqlens, cu_seqlens_k
-        return _backward(*tensors, causal, window, softcap, options.scale)
-    return attention_torch.attention_backward(do, q, k, v, o, lse, cu_seqlens, cu_seqlens_k, options)
+    if do.shape != q.shape or o.shape != q.shape or lse.shape != q.shape[:2] or not do.dtype == o.dtype == q.dtype:
+        seen = ", ".join(f"{tuple(x.shape)} {x.dtype}" for x in (do, o, lse))
+        wanted = f"{tuple(q.shape)} {q.dtype} twice and {tuple(q.shape[:2])}"
+        raise ValueError(f"do, o, lse must be {wanted}, got {seen}")
+    with torch.no_grad():
+        if use_triton(q, k, v, do, o, lse, cu_seqlens, cu_seqlens_k):
+            tensors = do, None, q, k, v, o, lse.t().float(), cu_seqlens, cu_seqlens_k
+            return _backward(*tensors, causal, window, softcap, options.scale)
+        return attention_torch.attention_backward(do, q, k, v, o, lse, cu_seqlens, cu_seqlens_k, options)
 
 
 # Registry -------------------------------------------------------------------------------------------------------------
@@ -578,14 +562,12 @@ def _ends(shape: Shape) -> tuple[list[int], list[int]]:
 
 
 def _example(shape: Shape, dtype: torch.dtype, device: str) -> tuple[tuple, dict]:
-    ends, ends_k = (torch.tensor(ends, dtype=torch.int32, device=device) for ends in _ends(shape))
-    lengths = {"H": int(ends[-1]), "G": int(ends_k[-1])}
-    q, k, v = (
-        torch.randn(lengths[heads], shape[heads], shape["D"], dtype=dtype, device=device, requires_grad=True)
-        for heads in "HGG"
-    )
+    ends, ends_k = _ends(shape)
+    sizes = [(ends[-1], shape["H"]), (ends_k[-1], shape["G"]), (ends_k[-1], shape["G"])]
+    q, k, v = (torch.randn(*size, shape["D"], dtype=dtype, device=device, requires_grad=True) for size in sizes)
+    cu, cu_k = (torch.tensor(x, dtype=torch.int32, device=device) for x in (ends, ends_k))
     options = {"causal": bool(shape.get("causal", 1)), "window": shape.get("window"), "softcap": shape.get("softcap")}
-    return (q, k, v), {"cu_seqlens": ends, "cu_seqlens_k": ends_k if "M" in shape else None} | options
+    return (q, k, v), {"cu_seqlens": cu, "cu_seqlens_k": cu_k if "M" in shape else None} | options
 
 
 def _seen(shape: Shape, of_keys: bool = False) -> list[tuple[int, int]]:
@@ -632,39 +614,27 @@ def _traffic(shape: Shape, itemsize: int) -> tuple[int, int]:
     return forward, (T + Tk) * search + dq + dkv
 
 
-DECLARED = [(D, torch.bfloat16, False) for D in (64, 128, 256)] + [
-    (256, torch.bfloat16, True),
-    (128, torch.float32, False),
-]
+KERNELS = {"forward": _attention_forward, "dq": _attention_dq, "dkv": _attention_dkv}
+DECLARED = [(64, "bf16", False), (128, "bf16", False), (256, "bf16", False), (256, "bf16", True), (128, "fp32", False)]
+KINDS = {"p_keys": "*i32", "p_queries": "*i32"} | dict.fromkeys(("p_lse", "p_dlse", "p_delta"), "*fp32")
+KINDS |= dict.fromkeys(("scale", "softcap"), "fp32")
 
 
-def _launches(target: Target, cases=DECLARED) -> tuple[Launch, ...]:
-
-    def launch(kernel, name, D, dtype, softcap, dlse=False):
-        config = _config(name, D, dtype, target) | {"SOFTCAP": softcap} | ({"HAS_DLSE": dlse} if name == "dq" else {})
+def _launches(target: Target) -> tuple[Launch, ...]:
+    def launch(name: str, D: int, short: str, softcap: bool) -> Launch:
+        kernel, dtype = KERNELS[name], torch.bfloat16 if short == "bf16" else torch.float32
+        flags = {"SOFTCAP": softcap} | ({"HAS_DLSE": True} if name == "dq" else {})
+        config = _config(name, D, dtype, target) | flags
         options = {key: config.pop(key) for key in ("num_warps", "num_stages")}
-        short = "fp32" if dtype == torch.float32 else "bf16"
-        signature = {}
-        for argument in kernel.arg_names:
-            if argument in ("p_keys", "p_queries"):
-                signature[argument] = "*i32"
-            elif argument in ("p_lse", "p_dlse", "p_delta"):
-                signature[argument] = "*fp32"
-            elif argument.startswith("p_"):
-                signature[argument] = f"*{short}"
-            elif argument not in config:
-                signature[argument] = "fp32" if argument in ("scale", "softcap") else "i32"
-        aligned = tuple(x for x, kind in signature.items() if kind != "fp32" and x != "GROUP")
-        label = f"{name} D={D} {short}" + (" softcap" if softcap else "")
-        return Launch(kernel, label, signature, config, aligned, **options)
+        arguments = [x for x in kernel.arg_names if x not in config]
+        signature = {x: KINDS.get(x, f"*{short}" if x.startswith("p_") else "i32") for x in arguments}
+        aligned = tuple(x for x in arguments if x not in ("GROUP", "scale", "softcap"))
+        return Launch(kernel, f"{name} D={D} {short}{' softcap' * softcap}", signature, config, aligned, **options)
 
-    kernels = {"forward": _attention_forward, "dq": _attention_dq, "dkv": _attention_dkv}
-    cu = dict.fromkeys(("p_cu", "p_cu_k", "p_keys", "p_queries"), "*i32")
+    pointers = dict.fromkeys(("p_cu", "p_cu_k", "p_keys", "p_queries"), "*i32")
     sizes = dict.fromkeys(("T", "Tk", "S", "STEPS", "left", "right"), "i32")
-    return (
-        Launch(_attention_intervals, "intervals", cu | sizes, {"BLOCK": INTERVALS_BLOCK}, tuple(cu)),
-        *(launch(kernel, name, *case) for name, kernel in kernels.items() for case in cases),
-    )
+    intervals = Launch(_attention_intervals, "intervals", pointers | sizes, {"BLOCK": INTERVALS_BLOCK}, tuple(pointers))
+    return intervals, *(launch(name, *case) for name in KERNELS for case in DECLARED)
 
 
 register(
@@ -674,7 +644,7 @@ register(
         reference=attention_reference,
         example=_example,
         shapes=(
-            {"T": 1, "N": 1, "M": 2, "H": 1, "G": 1, "D": 8},
+            {"T": 1, "N": 1, "M": 17, "H": 4, "G": 2, "D": 8},
             {"T": 37, "N": 11, "H": 4, "G": 2, "D": 40},
             {"T": 300, "N": 140, "H": 3, "G": 1, "D": 16},
             {"T": 127, "N": 64, "M": 33, "H": 2, "G": 1, "D": 80, "softcap": 3},

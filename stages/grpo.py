@@ -91,7 +91,7 @@ def train(config: Config) -> Result:
         number = step // options.updates
         chosen = share(problems_of(number, problems, options.prompts, config.run.seed), mesh)
         seed = (config.run.seed, number)
-        with trainer.clock("sample"), trainer.whole(layers=True):
+        with trainer.phase("sample"), trainer.whole(layers=True):
             rollout = roll_out(policy, tokenizer, chosen, reward, config.sampling, n=options.group, seed=seed)
         batches = [batch.to(mesh.device) for batch in to_batches(rollout, options, config.data)]
         # ------------------------------------------------------------------------------------------------------

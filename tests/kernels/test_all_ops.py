@@ -101,8 +101,10 @@ def cases():
             continue
         spec = OPS[name]
         shapes = spec.shapes[:-1]  # the last is for benchmarks
-        rounds = max(len(shapes), len(spec.dtypes), len(LAYOUTS))
-        cover = {(i % len(shapes), i % len(spec.dtypes), (i + i // 3) % len(LAYOUTS)) for i in range(rounds)}
+        full = [i for i, shape in enumerate(shapes) if all(shape.values())]
+        rounds = range(max(len(full), len(spec.dtypes), len(LAYOUTS)))
+        cover = {(full[-1 - i % len(full)], i % len(spec.dtypes), (i + i // 3) % len(LAYOUTS)) for i in rounds}
+        cover |= {(i, 0, 0) for i in range(len(shapes)) if i not in full}  # empty ones
         for i, j, k in itertools.product(range(len(shapes)), range(len(spec.dtypes)), range(len(LAYOUTS))):
             marks = () if (i, j, k) in cover else (pytest.mark.long,)
             marks += needs_gpu if backend == "cuda" else ()
@@ -189,7 +191,7 @@ def test_exact_in_fp64_with_any_layout(name, monkeypatch):
 @pytest.mark.parametrize("backend", ["triton", pytest.param("cuda", marks=needs_gpu)])
 def test_the_same_bits_again_and_in_any_order_of_programs(name, backend):
     spec = OPS[name]
-    shape = spec.shapes[min(2, len(spec.shapes) - 2)]
+    shape = max(spec.shapes[:-1], key=spec.flops)
 
     def run(seed):
         with running_on(backend, seed) as (device, _):
@@ -263,6 +265,27 @@ def test_torch_compile_sees_one_graph(name):
         expected = results(spec.function, *arguments(spec, spec.shapes[1], torch.float32))
     for key, e in expected.items():
         torch.testing.assert_close(actual[key], e, msg=key)
+
+
+DYNAMIC = [name for name in KERNELS if "T" in OPS[name].shapes[0] and OPS[name].differentiable]
+
+
+@pytest.mark.parametrize("name", DYNAMIC)
+def test_a_new_number_of_tokens_is_no_new_graph(name):
+    spec, graphs = OPS[name], []
+    shape = max(spec.shapes[:-1], key=spec.flops)
+    torch._dynamo.reset()
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    with running_on("triton"):
+        compiled = torch.compile(spec.function, backend=backend, fullgraph=True)
+        for tokens in (40, 41, 50, 63, 72):
+            args, kwargs = arguments(spec, shape | {"T": tokens}, torch.float32)
+            compiled(*args, **kwargs)
+    assert len(graphs) <= 2  # one with the first number, one for any other
 
 
 @pytest.mark.parametrize("name", ["linear_logprob", "lora_linear", "rope", "swiglu"])  # what a training step calls

@@ -73,18 +73,16 @@ def check(inputs, **options):
         known = e.isfinite()
         assert a.dtype == p.dtype and torch.equal(a.isfinite(), known), name
         error, own, rms = (float(x[known].detach().double().square().mean().sqrt()) for x in (a - e, p - e, e))
+        rms = max(rms, 0.5) if name in ("dq", "dk") else rms  # where p = 1, do·v and delta cancel
         assert error <= 1.5 * own + 2 * ULP[a.dtype] * rms, f"{name}: {error:.2e}, torch {own:.2e}, of {rms:.2e}"
     return trace
-
-
-CASES = list(itertools.product(range(len(OPTIONS)), LENGTHS, ULP))
 
 
 @pytest.mark.parametrize(
     "option, lengths, dtype",
     [
-        pytest.param(*case, marks=() if case[2] == [*ULP][case[0] % 3] and i % 2 else pytest.mark.long)
-        for i, case in enumerate(CASES)
+        pytest.param(option, lengths, dtype, marks=() if dtype == [*ULP][option % 3] else pytest.mark.long)
+        for option, lengths, dtype in itertools.product(range(len(OPTIONS)), LENGTHS, ULP)
     ],
 )
 def test_every_mask_in_every_dtype(small_blocks, option, lengths, dtype):
@@ -100,7 +98,7 @@ def test_awkward_sizes(T, D):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("T, D", itertools.product((2, 17, 127, 129, 1000), (8, 40, 64, 80, 96, 128, 256)))
+@pytest.mark.parametrize("T, D", [*itertools.product((2, 17, 127, 129, 1000), (8, 40, 64, 80, 96, 128, 256))])
 def test_all_awkward_sizes(T, D):
     check(make(T, H=2, D=D, dtype=torch.bfloat16))
 
@@ -120,9 +118,8 @@ def test_any_strides_of_inputs_and_gradients(small_blocks):
 
     with interpreter.checked():
         actual = list(gradients(attention, inputs))
-        backward = attention_backward(
-            do, *inputs, *attention(*inputs, cu_seqlens=ends, return_lse=True), cu_seqlens=ends
-        )
+        o, lse = attention(*inputs, cu_seqlens=ends, return_lse=True)
+        backward = attention_backward(do, *inputs, o, lse, cu_seqlens=ends)
     wide = [x.detach().double().requires_grad_() for x in inputs]
     for a, e in zip(actual, gradients(reference, wide), strict=True):
         torch.testing.assert_close(a.double(), e, rtol=1e-5, atol=1e-5)
@@ -181,13 +178,12 @@ def test_large_scores_and_hidden_ones_that_overflow(small_blocks):
 
 
 def intervals(ends, ends_k, causal, window, T, Tk):
-    options = file.Options(causal, window, None, 1.0)
     q, k = torch.empty(T, 1, 8), torch.empty(Tk, 1, 8)
     with interpreter.checked():
-        return file._intervals(ends, ends_k, q, k, options, True)
+        return file._intervals(ends, ends_k, q, k, causal, window, True)
 
 
-@pytest.mark.parametrize("causal, window", itertools.product((True, False), (None, 1, 4, 2**40)))
+@pytest.mark.parametrize("causal, window", [*itertools.product((True, False), (None, 1, 4, 2**40))])
 @pytest.mark.parametrize("lengths", LENGTHS)
 def test_intervals_are_the_mask_from_both_sides(lengths, causal, window):
     n, m = LENGTHS[lengths]
@@ -223,7 +219,7 @@ def test_no_cu_seqlens_leads_out_of_the_tensors(ends, monkeypatch):
 def test_values_of_cu_seqlens_are_checked_on_the_cpu():
     with (
         interpreter.checked(),
-        pytest.raises(ValueError, match="cu_seqlens runs from 0 to 3, but must run from 0 to 4"),
+        pytest.raises(ValueError, match="from 0 to 3, but must run from 0 to 4"),
     ):
         attention(*make(4), cu_seqlens=cu(3))
 
