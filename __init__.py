@@ -15,16 +15,16 @@ __version__ = "0.1.0"
 __all__ = ["Tokenizer", "generate", "load"]
 
 _LAZY = {"Tokenizer": "tritium.core.tokenizer", "generate": "tritium.model.generate", "load": "tritium.model.hf"}
-_PACKAGES = ("bench", "core", "kernels", "model", "parallel", "stages")
+PACKAGES = ("bench", "core", "kernels", "model", "parallel", "stages")
 
 
 def __getattr__(name: str):
     if name in _LAZY:
         return getattr(import_module(_LAZY[name]), name)
-    if name in _PACKAGES:
+    if name in PACKAGES:
         return import_module(f"tritium.{name}")
     raise AttributeError(f"module 'tritium' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_LAZY, *_PACKAGES])
+    return sorted([*globals(), *_LAZY, *PACKAGES])

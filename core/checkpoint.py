@@ -1,10 +1,17 @@
 """Checkpoints: a folder that transformers can load, and beside it what training needs to go on.
 
     step-00000200/
-      config.json  model.safetensors  tokenizer…     the first network, as a Hugging Face folder
-      trainer/NETWORK.safetensors                    masters and AdamW moments, whole tensors: no mesh in them
+      config.json  model*.safetensors  tokenizer…    the first network, as a Hugging Face folder
+      trainer/NETWORK*.safetensors                   masters and AdamW moments, whole tensors: no mesh in them
       trainer/state.json                             step, seeds, the resolved config
       manifest.json                                  size and SHA-256 of every file above
+
+With several ranks each has its share of the tensors and writes files of its own (parallel/files.py). What is saved is
+copied to the host, and a thread writes it while training goes on:
+
+    save = Save(folder, mesh, shares, write_small)     # begins
+    save.written                                       # on this rank: asked between steps
+    save.seal()                                        # once it is so on all of them: manifest, rename
 
 A checkpoint is written under a temporary name, flushed to disk and renamed, so that a name without ".tmp" is whole;
 the manifest finds what broke later. No pickle is ever read.
@@ -15,16 +22,16 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+from safetensors import SafetensorError
 
 from tritium.core.config import UserError
+from tritium.parallel.files import Share
 from tritium.parallel.mesh import Mesh
 
 MANIFEST = "manifest.json"
@@ -34,69 +41,89 @@ class CheckpointError(UserError):
     """A checkpoint that can't be written, or does not belong to this run."""
 
 
-def save_checkpoint(
-    folder: Path,
-    mesh: Mesh,
-    export: Callable[[str], None],
-    tensors: dict[str, dict[str, Tensor]],
-    state: dict[str, Any],
-) -> None:
-    """Write a checkpoint at `folder`, whole or not at all. Every rank must call it; rank 0 writes.
+class Save:
+    """A checkpoint on its way to the disk. Every rank makes one at the same step, with its shares of all tensors.
 
-    `export(folder)` writes the Hugging Face folder, a collective; `tensors` go to trainer/NAME.safetensors.
-    Raises: CheckpointError on every rank when the disk is full or not writable; what was there before is untouched.
+    `write_small(folder)` writes what else belongs there, at once and on rank 0 only.
     """
-    temporary = folder.with_name(f"{folder.name}.tmp")
-    error = ""
-    try:
+
+    def __init__(self, folder: Path, mesh: Mesh, shares: Sequence[Share], write_small: Callable[[Path], None]):
+        self.folder, self.mesh, self.shares = folder, mesh, list(shares)
+        self.temporary = folder.with_name(f"{folder.name}.tmp")
+        self.failure: Exception | None = None
+        self.entries: dict[str, dict[str, Any]] = {}  # of this rank's files, for the manifest
+        small: list[Path] = []
         if mesh.main:
-            shutil.rmtree(temporary, ignore_errors=True)
-            (temporary / "trainer").mkdir(parents=True)
-    except OSError as problem:
-        error = str(problem)
-    error = mesh.broadcast_object(error)  # `export` is a collective: all ranks call it, or none
-    error = error or guarded(lambda: export(str(temporary)))
-    if mesh.main and not error:
-        error = guarded(lambda: write_trainer_state(temporary, tensors, state)) or guarded(
-            lambda: seal(temporary, folder)
-        )
-    error = mesh.broadcast_object(error)
-    if error:
-        if mesh.main:
-            shutil.rmtree(temporary, ignore_errors=True)
-        raise CheckpointError(
-            f"the checkpoint {folder} could not be written: {error}; free some space, or use --run.out"
-        )
+            self.guard(self.make_folder)
+            self.guard(lambda: write_small(self.temporary))
+            small = [path for path in self.temporary.rglob("*") if path.is_file()]
+        mesh.barrier()
+        self.thread = threading.Thread(target=self.guard, args=(lambda: self.work(small),), daemon=True)
+        self.thread.start()
 
+    def guard(self, action: Callable[[], None]) -> None:
+        """Do it and keep the error, unless there has been one."""
+        try:
+            if self.failure is None:
+                action()
+        except Exception as error:  # told by `seal`, on all ranks
+            self.failure = error
 
-def guarded(write: Callable[[], None]) -> str:
-    """Run `write`; the reason of its failure, or nothing."""
-    try:
-        write()
-    except Exception as problem:  # safetensors has exceptions of its own for a full disk
-        if isinstance(problem, OSError) or "SafetensorError" in type(problem).__name__:
-            return str(problem)
-        raise
-    return ""
+    def make_folder(self) -> None:
+        shutil.rmtree(self.temporary, ignore_errors=True)
+        (self.temporary / "trainer").mkdir(parents=True)
 
+    def work(self, small: list[Path]) -> None:
+        for path in small:
+            self.enter(path)
+        while self.shares:
+            share = self.shares.pop(0)  # its memory goes with it
+            share.write(self.temporary)
+            self.enter(self.temporary / share.file)
 
-def write_trainer_state(folder: Path, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> None:
-    for name, values in tensors.items():
-        save_file({k: v.detach().cpu() for k, v in values.items()}, folder / "trainer" / f"{name}.safetensors")
-    (folder / "trainer" / "state.json").write_text(json.dumps(state, indent=2) + "\n")
-
-
-def seal(temporary: Path, folder: Path) -> None:
-    """Write the manifest, flush everything to disk, and give the folder its name."""
-    files = sorted(p for p in temporary.rglob("*") if p.is_file())
-    manifest = {str(p.relative_to(temporary)): {"bytes": p.stat().st_size, "sha256": digest(p)} for p in files}
-    (temporary / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
-    for path in [*files, temporary / MANIFEST, temporary / "trainer", temporary]:
+    def enter(self, path: Path) -> None:
         flush(path)
-    if folder.exists():
-        shutil.rmtree(folder)
-    os.rename(temporary, folder)
-    flush(folder.parent)
+        entry = {"bytes": path.stat().st_size, "sha256": digest(path)}
+        self.entries[str(path.relative_to(self.temporary))] = entry
+
+    @property
+    def written(self) -> bool:
+        """Whether this rank's files are on the disk, or can't be."""
+        return not self.thread.is_alive()
+
+    def seal(self) -> None:
+        """Give the checkpoint its name, once all ranks have written their files. A collective, which waits for that.
+
+        Raises: CheckpointError on every rank where the disk of one is full or not writable; what was there before is
+        untouched. Whatever else went wrong while this rank wrote.
+        """
+        self.thread.join()
+        said = self.mesh.gather_objects(("" if self.failure is None else str(self.failure), self.entries))
+        errors = [f"{error} (rank {rank})" if rank else error for rank, (error, _) in enumerate(said) if error]
+        if self.mesh.main and not errors:
+            entries = dict(sorted(item for _, entries in said for item in entries.items()))
+            self.guard(lambda: self.rename(entries))
+            errors += [str(self.failure)] if self.failure else []
+        errors = self.mesh.broadcast_object(errors)
+        if not errors:
+            return
+        if self.mesh.main:
+            shutil.rmtree(self.temporary, ignore_errors=True)
+        if self.failure is not None and not isinstance(self.failure, (OSError, SafetensorError)):
+            raise self.failure  # a mistake in the code
+        text = f"the checkpoint {self.folder} could not be written: {errors[0]}; free some space, or use --run.out"
+        raise CheckpointError(text)
+
+    def rename(self, entries: dict[str, dict[str, Any]]) -> None:
+        """Write the manifest, flush what holds the names to disk, and give the folder its name."""
+        manifest = self.temporary / MANIFEST
+        manifest.write_text(json.dumps(entries, indent=2) + "\n")
+        for path in (manifest, self.temporary / "trainer", self.temporary):
+            flush(path)
+        if self.folder.exists():
+            shutil.rmtree(self.folder)
+        os.rename(self.temporary, self.folder)
+        flush(self.folder.parent)
 
 
 def flush(path: Path) -> None:
@@ -112,19 +139,18 @@ def digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def damage(folder: Path, without: str = "") -> str:
+def damage(folder: Path, without: str = "", part: int = 0, parts: int = 1) -> str:
     """What is wrong with a checkpoint: the first file that is missing or changed; empty if nothing is.
 
-    Files in its folder `without` are not looked at.
+    Files in its folder `without` are not looked at; of the others, only every `parts`-th from `part`.
     """
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
     except (OSError, ValueError) as error:
         return f"{MANIFEST} can't be read ({error})"
-    for name, wanted in manifest.items():
-        path = folder / name
-        if without and name.startswith(without + "/"):
-            continue
+    names = [name for name in manifest if not (without and name.startswith(without + "/"))]
+    for name in names[part::parts]:
+        path, wanted = folder / name, manifest[name]
         if not path.is_file():
             return f"{name} is missing"
         if path.stat().st_size != wanted["bytes"]:
@@ -140,16 +166,17 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def latest(folder: Path, mesh: Mesh, warn: Callable[[str], None]) -> Path | None:
-    """The newest undamaged checkpoint; damaged ones are told of and passed over. The same on every rank."""
-    found = None
-    if mesh.main:
-        for candidate in reversed(checkpoints(folder)):
-            problem = damage(candidate)
-            if not problem:
-                found = candidate
-                break
-            warn(f"checkpoint {candidate} is damaged: {problem}; trying the one before")
-    return mesh.broadcast_object(found)
+    """The newest undamaged checkpoint; damaged ones are told of and passed over. The same on every rank.
+
+    The ranks share the reading of its files.
+    """
+    for candidate in reversed(mesh.broadcast_object(checkpoints(folder))):
+        problems = mesh.gather_objects(damage(candidate, part=mesh.rank, parts=mesh.world_size))
+        problem = next(filter(None, problems), "")
+        if not problem:
+            return candidate
+        warn(f"checkpoint {candidate} is damaged: {problem}; trying the one before")
+    return None
 
 
 def prune(newest: Path, keep: int, mesh: Mesh) -> None:
@@ -187,7 +214,3 @@ def tell(message: str) -> None:
 
 def read_state(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "trainer" / "state.json").read_text())
-
-
-def read_tensors(folder: Path, name: str, device: torch.device) -> dict[str, Tensor]:
-    return load_file(folder / "trainer" / f"{name}.safetensors", device=str(device))

@@ -1,11 +1,13 @@
 """What every stage does before its first step: the mesh, the folder, the model, the tokenizer."""
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+import tritium
 from tritium.core.checkpoint import model_folder
 from tritium.core.config import ConfigError, UserError, opt, to_toml
 from tritium.core.data import parse_sources
@@ -26,20 +28,29 @@ class MeshConfig:
     tp: int = opt(1, "tensor-parallel ranks that hold one model together")
     cp: int = opt(1, "context-parallel ranks that share the tokens of one batch")
     zero: int = opt(0, "what data-parallel ranks share: 1 the optimizer's state, 2 also gradients, 3 also parameters")
-    timeout: float = opt(600.0, "seconds that a collective waits for the other ranks before it fails")
+    timeout: float = opt(600.0, "seconds after which a rank that is waited for is given up, and the run ends")
 
 
 def join(mesh: MeshConfig, device: str, settings: str) -> Mesh:
     """Join the mesh of the processes that run the same `settings`.
 
-    Raises: ConfigError for a mesh that can't be, and for ranks that were started with different settings.
+    Raises: ConfigError for a mesh that can't be, and for ranks that were started with different settings or code.
     """
     try:
         joined = init_mesh(mesh.tp, mesh.cp, mesh.zero, device, mesh.timeout)
         check_same(joined, settings, "configuration")
+        check_same(joined, code_version(), "code")
     except ValueError as error:
         raise ConfigError(f"mesh: {error}") from None
     return joined
+
+
+def code_version() -> str:
+    """The package's version and a hash of its sources."""
+    root, digest = Path(tritium.__file__).parent, hashlib.sha256()
+    for file in sorted(file for package in tritium.PACKAGES for file in (root / package).rglob("*.py")):
+        digest.update(f"{file.relative_to(root)}\n".encode() + file.read_bytes())
+    return f"{tritium.__version__} ({digest.hexdigest()[:16]})"
 
 
 def start(config: Any, stage: str) -> Mesh:

@@ -13,6 +13,7 @@ What a step does, for micro-batches b and data-parallel ranks r:
 so that the loss and its gradient do not depend on how the batch was cut up.
 """
 
+import json
 import signal
 import threading
 import time
@@ -27,15 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from tritium.core.batch import FILLER, PackedBatch, pack
-from tritium.core.checkpoint import (
-    CheckpointError,
-    checkpoints,
-    latest,
-    prune,
-    read_state,
-    read_tensors,
-    save_checkpoint,
-)
+from tritium.core.checkpoint import CheckpointError, Save, checkpoints, latest, prune, read_state
 from tritium.core.config import ConfigError, UserError, opt, to_toml
 from tritium.core.formats import Skipped
 from tritium.core.metrics import Clock, Metrics, gpu_stats, matmul_rate, peak_memory
@@ -43,9 +36,12 @@ from tritium.core.objectives import Objective
 from tritium.core.optim import OptimConfig, Optimizer
 from tritium.core.schedule import ScheduleConfig, learning_rate
 from tritium.core.tokenizer import Tokenizer
+from tritium.model.hf import export
 from tritium.model.transformer import Transformer
-from tritium.parallel.data import all_reduce_counts
+from tritium.parallel.data import all_reduce_counts, diverged, fingerprint
+from tritium.parallel.files import deal, open_tensors
 from tritium.parallel.mesh import Mesh
+from tritium.parallel.watch import Watch
 from tritium.parallel.zero import FlatModule
 
 
@@ -63,6 +59,7 @@ class LoopConfig:
     device: str = opt("auto", "where to run", choices=("auto", "cpu", "cuda"))
     save_every: int = opt(200, "steps between checkpoints")
     keep: int = opt(2, "checkpoints to keep")
+    check_every: int = opt(100, "steps between checks that all replicas hold the same parameters")
     max_bad_steps: int = opt(10, "stop after so many steps in a row whose gradient is not finite")
 
     def __post_init__(self):
@@ -70,7 +67,7 @@ class LoopConfig:
             raise ConfigError(f"run.seed={self.seed} must not be negative")
         if not self.epochs > 0:
             raise ConfigError(f"run.epochs={self.epochs} must be positive")
-        for name in ("steps", "save_every", "keep", "max_bad_steps"):
+        for name in ("steps", "save_every", "keep", "check_every", "max_bad_steps"):
             self.at_least_1(name)
 
     def at_least_1(self, name: str) -> None:
@@ -102,7 +99,7 @@ class Result:
 
 
 class TrainingError(RuntimeError):
-    """The run can't go on: gradients that stay non-finite."""
+    """The run can't go on: gradients that stay non-finite, replicas that are no longer the same."""
 
 
 class Trainer:
@@ -138,10 +135,12 @@ class Trainer:
         self.clock, self.metrics = Clock(), Metrics(self.run.out, main=mesh.main, total_steps=total_steps, name=name)
         self.index = self.bad_steps = 0  # steps done; steps skipped in a row
         self.saved = -1  # the step of the newest checkpoint
+        self.saving: tuple[int, Save] | None = None  # the step of the one that is being written
         self.pending: tuple[int, dict[str, Any]] | None = None  # the last step's metrics, not yet read
         self.before: dict[str, float] = {}  # the evaluation at step 0
         self.last: dict[str, float] = {}  # the newest value of everything logged
         self.stop_signal = 0
+        self.watch = Watch(mesh)
         self.totals = {"tokens": 0.0, "seconds": 0.0, "work": 0.0, "trained_seconds": 0.0}  # since this process began
         self.peaks = [self.measure_peak()]
         self.resume()
@@ -161,26 +160,40 @@ class Trainer:
 
     def steps(self) -> Iterator[int]:
         """The steps still to do. A driver may take several at a time (`step` counts them); what happens between
-        steps happens here: evaluation, checkpoints, and on SIGINT or SIGTERM a checkpoint before the signal acts.
+        steps happens here: evaluation, checkpoints, and on SIGINT, SIGTERM or SIGUSR1 a checkpoint before it acts.
         """
-        with self.signals():
+        with self.signals(), self.watch:
             if self.index == 0:
                 self.before = self.log(self.evaluate(self.evaluation))
             self.stepped_at = time.perf_counter()
             while self.index < self.total_steps and not self.told_to_stop():
                 first = self.index
                 yield first
-                if self.passed(first, self.eval_every) or self.index >= self.total_steps:
-                    self.peaks.append(self.measure_peak())  # a machine's speed drifts: MFU is relative to the mean
-                    self.log(self.evaluate(self.evaluation))
-                if self.passed(first, self.run.save_every) and self.index < self.total_steps:
-                    self.save()
+                self.after_steps(first)
+            self.finish_save()
             if self.saved != self.index:
-                self.save(last=True)
+                self.save()
+                self.finish_save(last=True)
             self.say(self.skipped.summary())
             self.metrics.close()
         if self.told_to_stop():
             self.obey()
+
+    def after_steps(self, first: int) -> None:
+        """What the steps since `first` make due."""
+        if self.passed(first, self.eval_every) or self.index >= self.total_steps:
+            self.peaks.append(self.measure_peak())  # a machine's speed drifts: MFU is relative to the mean
+            self.log(self.evaluate(self.evaluation))
+        if self.passed(first, self.run.check_every):
+            self.check_replicas()
+        if self.passed(first, self.run.save_every) and self.index < self.total_steps:
+            self.save()
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """A part of the work, for the step's breakdown and for the watch."""
+        with self.watch.phase(name), self.clock(name):
+            yield
 
     def passed(self, first: int, every: int) -> bool:
         """Whether the steps since `first` reached a multiple of `every`."""
@@ -188,20 +201,21 @@ class Trainer:
 
     def step(self, batches: Sequence[PackedBatch], extra: dict[str, float] | None = None) -> None:
         """One optimizer step on this rank's micro-batches. `extra` numbers go into the step's metrics."""
-        counts, batches = self.global_counts(batches), self.in_step(batches)
-        with self.clock("prepare"), self.whole():
-            self.objective.prepare(self.networks, batches)
+        self.watch.step = self.index + 1
+        with self.phase("count"):
+            counts, batches = self.global_counts(batches), self.in_step(batches)
+        self.prepare(batches)
         sums: dict[str, Tensor] = {}
         for i, batch in enumerate(batches or [None]):
             with self.whole():
-                with self.clock("forward"):
+                with self.phase("forward"):
                     loss = None if batch is None else self.micro_loss(batch, counts, sums)
-                with self.clock("backward"), self.reducing(last=i + 1 >= len(batches)):
+                with self.phase("backward"), self.reducing(last=i + 1 >= len(batches)):
                     if loss is not None:
                         loss.backward()
         rate = learning_rate(self.schedule, self.optim.lr, self.index, self.total_steps)
         values: dict[str, Any] = {"lr": rate}
-        with self.clock("optimizer"):
+        with self.phase("optimizer"):
             if counts.get("tokens"):  # with nothing supervised, not even momentum moves a parameter
                 values |= self.update(rate)
         values |= self.speed(counts) | (extra or {})
@@ -222,6 +236,11 @@ class Trainer:
         for key, (total, denominator) in metrics.items():
             sums[key] = sums.get(key, 0.0) + total / (counts[denominator] or 1.0)
         return loss
+
+    def prepare(self, batches: Sequence[PackedBatch]) -> None:
+        """Let the objective note what must be fixed before the parameters move; again, it finds it there."""
+        with self.phase("prepare"), self.whole():
+            self.objective.prepare(self.networks, self.in_step(batches))
 
     def idle_loss(self, batch: PackedBatch) -> Tensor:
         """Nothing, by way of every trained layer: other ranks wait for this one to gather and to reduce these."""
@@ -278,20 +297,21 @@ class Trainer:
         for batch in batches:
             for key, value in batch.counts.items():
                 local[key] = local.get(key, 0.0) + value
-        counts = all_reduce_counts(local, self.mesh)
-        if not counts:
-            return {}
-        batches = self.in_step(batches)
-        with self.whole():
+        with self.phase("evaluate"), self.whole():
+            counts = all_reduce_counts(local, self.mesh)
+            if not counts:
+                return {}
+            batches = self.in_step(batches)
             self.objective.prepare(self.networks, batches)
             for batch in batches:
                 self.micro_loss(batch, counts, sums)
-        return {f"eval_{k}": v for k, v in self.reduce(sums).items()}
+            return {f"eval_{k}": v for k, v in self.reduce(sums).items()}
 
     # ------------------------------------------------------------------------------------------ numbers
 
     def reduce(self, sums: dict[str, Tensor]) -> dict[str, float]:
-        return all_reduce_counts({k: float(v) for k, v in sums.items()}, self.mesh)
+        with self.phase("metrics"):
+            return all_reduce_counts({k: float(v) for k, v in sums.items()}, self.mesh)
 
     def flush_metrics(self) -> None:
         """Read and log the metrics of the step before: by now they are there without waiting for them."""
@@ -306,6 +326,7 @@ class Trainer:
         skipped = any(v for k, v in numbers.items() if k.startswith("skipped"))
         self.bad_steps = self.bad_steps + 1 if skipped else 0
         if self.bad_steps >= self.run.max_bad_steps:
+            self.finish_save()
             raise TrainingError(
                 f"the gradient was not finite in {self.bad_steps} steps in a row, up to step {step}: lower optim.lr, "
                 f"or look at the data of these steps; checkpoints are in {self.out}"
@@ -366,7 +387,7 @@ class Trainer:
 
     @contextmanager
     def signals(self) -> Iterator[None]:
-        """While training, SIGINT and SIGTERM ask for a stop after the step; a second one acts at once."""
+        """While training, these signals ask for a stop after the step; a second one acts at once."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -375,7 +396,7 @@ class Trainer:
             self.stop_signal = number
             signal.signal(number, previous[number])
 
-        numbers = (signal.SIGINT, signal.SIGTERM)
+        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
         previous = {number: signal.signal(number, remember) for number in numbers}
         try:
             yield
@@ -384,8 +405,12 @@ class Trainer:
                 signal.signal(number, previous[number])
 
     def told_to_stop(self) -> bool:
-        """Whether any rank was sent a signal; the same on every rank."""
-        return any(self.mesh.gather_objects(self.stop_signal))
+        """Whether any rank was sent a signal; the same on every rank. A checkpoint that all have written is sealed."""
+        with self.phase("between steps"):
+            said = self.mesh.gather_objects((self.stop_signal, self.saving is None or self.saving[1].written))
+        if all(written for _, written in said):
+            self.finish_save()
+        return any(stop for stop, _ in said)
 
     def obey(self) -> None:
         """Let the signal act as it would have without us; a rank that got none stops with the others."""
@@ -393,26 +418,56 @@ class Trainer:
             signal.raise_signal(self.stop_signal)  # its own handler is back since it came
         raise KeyboardInterrupt
 
-    def save(self, last: bool = False) -> None:
-        """Write a checkpoint. A failure stops the run only where it is the last one."""
+    def save(self) -> None:
+        """Begin a checkpoint: copy what is in it to the host, each rank its share, and let a thread write it."""
+        self.finish_save()
         self.flush_metrics()  # what is before a checkpoint must be on disk, too: a resumed run will not write it again
-        folder = self.out / f"step-{self.index:08d}"
-        tensors = {key: dict(optimizer.tensors()) for key, optimizer in self.optimizers.items()}
-        state = {"step": self.index, "before": self.before, "last": self.last, "config": self.config_toml}
+        (key, model), *_ = self.networks.items()
+        with self.phase("save"):
+            with self.flat[key].unit_by_unit() as make_whole:
+                exported, texts = export(model, make_whole)
+            shares = [deal(o.tensors(), f"trainer/{key}", self.mesh) for key, o in self.optimizers.items()]
+            state = {"step": self.index, "before": self.before, "last": self.last, "config": self.config_toml}
+            texts |= {"trainer/state.json": json.dumps(state, indent=2) + "\n"}
+
+            def write_small(folder: Path) -> None:
+                for name, text in texts.items():
+                    (folder / name).write_text(text)
+                if self.tokenizer is not None:
+                    self.tokenizer.save(folder)
+
+            folder = self.out / f"step-{self.index:08d}"
+            self.saving = self.index, Save(folder, self.mesh, [exported, *shares], write_small)
+
+    def finish_save(self, last: bool = False) -> None:
+        """Wait for the checkpoint that is being written, if there is one. A failure stops the run only at its end."""
+        if self.saving is None:
+            return
+        (step, save), self.saving = self.saving, None
         try:
-            save_checkpoint(folder, self.mesh, self.export, tensors, state)
-            prune(folder, self.run.keep, self.mesh)
-            self.saved = self.index
+            with self.phase("save"):
+                save.seal()
+            prune(save.folder, self.run.keep, self.mesh)
+            self.saved = step
         except CheckpointError as error:
             if last:
                 raise
             self.say(f"{error} (the run goes on; older checkpoints are untouched)")
 
-    def export(self, folder: str) -> None:
-        with self.whole(layers=True):
-            next(iter(self.networks.values())).save(folder)
-        if self.tokenizer is not None and self.mesh.main:
-            self.tokenizer.save(folder)
+    def check_replicas(self) -> None:
+        """Raises: TrainingError on every rank where parameters that are replicated are not the same any more."""
+        if self.mesh.data_group is None or self.mesh.zero == 3:
+            return
+        with self.phase("check"):
+            own = fingerprint(p for network in self.networks.values() for p in network.parameters())
+            wrong = diverged(self.mesh, own)
+        if wrong:
+            self.finish_save()
+            raise TrainingError(
+                f"after step {self.index} the parameters of rank {', '.join(map(str, wrong))} are not those of the "
+                f"other ranks: look at its machine; checkpoints in {self.out} of the last {self.run.check_every} steps "
+                "may have them, too"
+            )
 
     def resume(self) -> None:
         """Go on from the newest undamaged checkpoint of this run's folder, if there is one.
@@ -433,7 +488,8 @@ class Trainer:
             )
         try:
             for key, optimizer in self.optimizers.items():
-                optimizer.load(read_tensors(folder, key, torch.device("cpu")))
+                with open_tensors(folder, f"trainer/{key}") as tensors:
+                    optimizer.load(tensors)
         except ValueError as error:
             raise CheckpointError(f"{folder} does not fit this model: {error}") from None
         self.index = self.saved = state["step"]
@@ -458,7 +514,7 @@ class Trainer:
 
 def changed_lines(before: str, after: str) -> str:
     """The settings that differ between two configs in TOML, those aside that may change when a run is resumed."""
-    free = {f"run.{name}" for name in ("save_every", "keep", "device", "out", "steps", "epochs")}
+    free = {f"run.{name}" for name in ("save_every", "keep", "check_every", "device", "out", "steps", "epochs")}
     free |= {"mesh.tp", "mesh.cp", "mesh.zero", "mesh.timeout"}
     old, new = (flat(tomllib.loads(text)) for text in (before, after))
     keys = [k for k in {**old, **new} if old.get(k) != new.get(k) and k not in free]

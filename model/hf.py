@@ -5,21 +5,20 @@ rotary layout, so nothing is permuted. Safetensors only: no pickle is ever read.
 """
 
 import json
-from collections.abc import Iterator
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from tritium.model.config import ModelConfig
 from tritium.model.heads import ScalarModel
 from tritium.model.transformer import Transformer, full_shape
+from tritium.parallel.files import Share, TensorFileError, deal, open_tensors, tensor_files
 from tritium.parallel.mesh import Mesh
 from tritium.parallel.tensor import shard, unshard
 
+INDEX = "model.safetensors.index.json"
 FAMILIES = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3"}  # model_type → class prefix
 
 
@@ -41,21 +40,38 @@ def load(
     model = Transformer(config, mesh or Mesh.single(device), dtype)
     if any(name.endswith("ForSequenceClassification") for name in raw.get("architectures") or []):
         model = ScalarModel(model)
-    with ExitStack() as stack:
-        where = tensor_files(path, stack)
-        fill(model, where, path)
+    try:
+        with open_tensors(path, "model") as tensors:
+            fill(model, tensors, path)
+    except TensorFileError as error:
+        raise ModelFolderError(str(error)) from None
     return model
 
 
 def save(model: Transformer | ScalarModel, folder: str) -> None:
-    """Write `model` so that transformers can load it. Every rank must call it; rank 0 writes."""
-    tensors = {name: t.contiguous().cpu() for name, t in hf_tensors(model)}
-    if not model.mesh.main:
-        return
-    path = Path(folder)
-    path.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
-    (path / "config.json").write_text(json.dumps(to_hf_config(model), indent=2) + "\n")
+    """Write `model` so that transformers can load it. Every rank must call it, and writes its share of the tensors."""
+    path, share, texts = Path(folder), *export(model)
+    if model.mesh.main:
+        path.mkdir(parents=True, exist_ok=True)
+        for old in [*tensor_files(path, "model"), path / INDEX]:  # of another number of ranks, they would stay
+            old.unlink(missing_ok=True)
+        for name, text in texts.items():
+            (path / name).write_text(text)
+    model.mesh.barrier()
+    share.write(path)
+    model.mesh.barrier()
+
+
+def export(
+    model: Transformer | ScalarModel, make_whole: Callable[[torch.nn.Parameter], None] = lambda p: None
+) -> tuple[Share, dict[str, str]]:
+    """(this rank's share of the model's tensors, the folder's text files by name). A collective.
+
+    `make_whole` is called with each parameter before it is read, for where ZeRO has cut it.
+    """
+    texts = {"config.json": json.dumps(to_hf_config(model), indent=2) + "\n"}
+    share = deal(hf_tensors(model, make_whole), "model", model.mesh)
+    return share, texts | ({INDEX: share.index()} if model.mesh.world_size > 1 else {})
 
 
 def read_json(path: Path) -> dict:
@@ -170,48 +186,36 @@ def parts(model: Transformer | ScalarModel) -> Iterator[tuple[torch.nn.Parameter
         yield model.score, [("score.weight", 1)]
 
 
-def hf_tensors(model: Transformer | ScalarModel) -> Iterator[tuple[str, Tensor]]:
-    """The model's tensors whole, under their Hugging Face names. A collective on a tensor-parallel mesh."""
+def hf_tensors(
+    model: Transformer | ScalarModel, make_whole: Callable[[torch.nn.Parameter], None]
+) -> Iterator[tuple[str, Tensor]]:
+    """The model's tensors whole, one by one, under their Hugging Face names. A collective; see `export`."""
     for p, names in parts(model):
+        make_whole(p)
         full = unshard(p.detach(), p.sharding, model.mesh)
         for (name, _), piece in zip(names, full.split([n for _, n in names], 0), strict=True):
             yield name, piece
 
 
-def tensor_files(path: Path, stack: ExitStack) -> dict:
-    """Tensor name → the open, memory-mapped file that holds it."""
-    files = sorted(path.glob("model*.safetensors"))
-    if not files:
-        raise ModelFolderError(f"{path} has no model*.safetensors")
-    where = {}
-    for file in files:
-        try:
-            handle = stack.enter_context(safe_open(file, framework="pt"))
-        except (SafetensorError, OSError) as error:
-            raise ModelFolderError(f"{file} is damaged: {error}") from None
-        where |= dict.fromkeys(handle.keys(), handle)
-    return where
-
-
 @torch.no_grad()
-def fill(model: Transformer | ScalarModel, where: dict, path: Path) -> None:
+def fill(model: Transformer | ScalarModel, tensors: Mapping[str, Tensor], path: Path) -> None:
     """Copy every tensor into its parameter; complain about all that is wrong at once."""
     problems, used = [], set()
     for p, names in parts(model):
         pieces = []
         for name, rows in names:
             used.add(name)
-            if name not in where:
+            if name not in tensors:
                 problems.append(f"{name} is missing")
                 continue
-            piece, wanted = where[name].get_tensor(name), (rows, *full_shape(p, model.mesh.tp)[1:])
+            piece, wanted = tensors[name], (rows, *full_shape(p, model.mesh.tp)[1:])
             if tuple(piece.shape) != wanted:
                 problems.append(f"{name} is {list(piece.shape)}, config.json wants {list(wanted)}")
             pieces.append(piece)
         if not problems:
             p.copy_(shard(torch.cat(pieces) if len(pieces) > 1 else pieces[0], p.sharding, model.mesh))
     ignored = {"lm_head.weight"}  # a tied head written out, or the head of a backbone that becomes a reward model
-    extra = [name for name in where if name not in used | ignored and not name.endswith("rotary_emb.inv_freq")]
+    extra = [name for name in tensors if name not in used | ignored and not name.endswith("rotary_emb.inv_freq")]
     problems += [f"{name} is not part of this model" for name in extra]
     if problems:
         shown = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")

@@ -1,13 +1,17 @@
-"""What data-parallel ranks must agree on: the counts that losses are divided by, and the settings of the run.
+"""What data-parallel ranks must agree on: the counts that losses are divided by, the run's settings, the parameters.
 
 Losses are sums over the global batch divided by denominators known beforehand, so that two replicas give what one
 process gives on the same batch. (Gradients: parallel/zero.py.)
 """
 
 import math
+from collections import Counter
+from collections.abc import Iterable
 from itertools import zip_longest
 
+import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from tritium.parallel.mesh import Mesh
 
@@ -39,10 +43,23 @@ def check_same(mesh: Mesh, value: str, what: str) -> None:
     ranks = f"rank {others[0]} differs" if len(others) == 1 else f"ranks {', '.join(map(str, others))} differ"
     raise ValueError(
         f"all ranks must have the same {what}, but {ranks} from rank 0: "
-        f"{here!r} on rank 0, {there!r} on rank {others[0]}; start every process with the same command"
+        f"{here!r} on rank 0, {there!r} on rank {others[0]}; start all with the same command and code"
     )
 
 
 def _first_difference(a: str, b: str) -> tuple[str, str]:
     lines = zip_longest(a.splitlines(), b.splitlines(), fillvalue="")
     return next(((x, y) for x, y in lines if x != y), (a, b))
+
+
+def fingerprint(tensors: Iterable[Tensor]) -> int:
+    """The sum of the tensors' bit patterns: a flipped bit changes it, the order of adding does not. A host sync."""
+    kinds = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return sum(int(t.detach().view(kinds[t.element_size()]).sum(dtype=torch.int64)) for t in tensors)
+
+
+def diverged(mesh: Mesh, value: int) -> list[int]:
+    """The ranks whose `value` is not that of most ranks with the same shard (of two, the first is believed)."""
+    values = mesh.gather_objects(value)
+    usual = [Counter(values[shard :: mesh.tp]).most_common(1)[0][0] for shard in range(mesh.tp)]
+    return [rank for rank, other in enumerate(values) if other != usual[rank % mesh.tp]]

@@ -26,6 +26,8 @@ import torch.distributed as dist
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
+from tritium.parallel.restart import own_part
+
 AXES = ("dp", "cp", "tp")
 
 # torch 2.13 has renamed these, and warns of the old names, which older ones need.
@@ -50,6 +52,7 @@ class Mesh:
     tp_group: ProcessGroup | None = None
     data_group: ProcessGroup | None = None  # the dp × cp ranks that hold the same shard of the parameters
     zero: int = 0  # how much the data ranks share of a network: see parallel/zero.py
+    timeout: float = 600.0  # seconds that a collective waits for the other ranks
     device: torch.device = torch.device("cpu")
     device_mesh: DeviceMesh | None = None  # the same grid with named axes ("dp", "cp", "tp"), for torch's own tools
     owns_process_group: bool = False  # whether `init_mesh` started torch.distributed, so that `close` ends it
@@ -119,10 +122,14 @@ def init_mesh(tp: int = 1, cp: int = 1, zero: int = 0, device: str = "auto", tim
     limit = timedelta(seconds=timeout)
     if not running:
         # gloo stays beside NCCL: objects and counts are on the host already, and reading them back is no device sync.
-        dist.init_process_group("cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo", timeout=limit)
+        store, rank, _ = next(dist.rendezvous("env://", timeout=limit))
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            store = own_part(store, rank, world_size, timeout)
+        backend = "cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=limit)
     try:
         _check_agreement(f"cp={cp}, tp={tp}, zero={zero} on {place.type}")
-        return replace(_place(cp, tp, place, limit), zero=zero, owns_process_group=not running)
+        return replace(_place(cp, tp, place, limit), zero=zero, timeout=timeout, owns_process_group=not running)
     except Exception:
         if not running:
             dist.destroy_process_group()

@@ -19,7 +19,7 @@ has none. At level 3 a layer is gathered before its forward and again before its
 computes; its storage is emptied in between, so that what autograd saved finds its memory filled again.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -252,6 +252,25 @@ class FlatModule:
             self.kept -= layers
             if not self.kept:
                 self.release()
+
+    @contextmanager
+    def unit_by_unit(self) -> Iterator[Callable[[nn.Parameter], None]]:
+        """For a walk over the parameters: a function that makes one whole with its unit, and lets go of the last."""
+        unit_of = {p: i for i, unit in enumerate(self.units) for flat in unit for _, p in flat.members}
+        here = None
+
+        def make_whole(p: nn.Parameter) -> None:
+            nonlocal here
+            if (unit := unit_of.get(p, here)) != here:
+                self.release(here)
+                here = unit
+                for flat in self.units[unit]:
+                    flat.gather()
+
+        try:
+            yield make_whole
+        finally:
+            self.release()
 
     def release(self, unit: int | None = None) -> None:
         for flat in self.flats if unit is None else self.units[unit]:

@@ -1,7 +1,8 @@
 """The `tritium` command: find the stage, read its configuration, run it, turn errors into exit codes.
 
 Exit codes: 0 finished; 2 the user's mistake, told in one sentence; 1 a failure, with its traceback; 130 after
-Ctrl-C and 143 after SIGTERM, which a stage may catch as KeyboardInterrupt to save its state.
+Ctrl-C, 143 after SIGTERM and 138 after SIGUSR1 (Slurm's warning), which a stage may catch as KeyboardInterrupt to save
+its state.
 
 GOMP_SPINCOUNT is set here only, since importing a library should not change its program's environment. As
 `python -m tritium.stages.STAGE` a stage has loaded torch before it comes here: there, `export GOMP_SPINCOUNT=10000`
@@ -31,9 +32,11 @@ STAGES = {
     "sample": "draw several answers to each problem, verify and rank them",
     "evaluate": "measure perplexity and accuracy of a model",
     "chat": "talk to a model in the terminal",
+    "consolidate": "make one Hugging Face folder of a checkpoint",
     "run": "run several stages from one recipe file",
     "tokenizer": "train a tokenizer on raw text",
     "corpus": "write the ladder's data, which every machine can make",
+    "plan": "say what a run needs of memory, links and time, and which meshes suit it",
     "doctor": "say what this machine has, and compile every kernel for every target",
 }
 
@@ -43,7 +46,7 @@ RESULT_METRICS = ("loss", "eval_loss", "eval_accuracy", "right", "solved", "byte
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM: handled like Ctrl-C, but the exit code says which of the two it was."""
+    """SIGTERM or SIGUSR1, its argument: handled like Ctrl-C, but the exit code says which it was."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -81,7 +84,7 @@ def run_stage(stage: str | ModuleType, argv: list[str] | None = None) -> int:
     name = stage if isinstance(stage, str) else stage.__name__.rpartition(".")[2]
     prog = f"tritium {name}"
     try:
-        with _sigterm_interrupts():
+        with _signals_interrupt():
             module = import_module(f"tritium.stages.{stage}") if isinstance(stage, str) else stage
             if hasattr(module, "main"):
                 return module.main(argv)
@@ -97,9 +100,9 @@ def run_stage(stage: str | ModuleType, argv: list[str] | None = None) -> int:
     except UserError as error:
         print(f"{prog}: {error}", file=sys.stderr)
         return 2
-    except Terminated:
+    except Terminated as caught:
         print(f"{prog}: terminated", file=sys.stderr)
-        return 143
+        return 128 + caught.args[0]
     except KeyboardInterrupt:
         print(f"{prog}: interrupted", file=sys.stderr)
         return 130
@@ -134,20 +137,21 @@ def _rank() -> int:
 
 
 @contextmanager
-def _sigterm_interrupts() -> Iterator[None]:
-    """Raise Terminated where SIGTERM arrives, so that a run can save itself; only the main thread may ask for it."""
+def _signals_interrupt() -> Iterator[None]:
+    """Raise Terminated where SIGTERM or SIGUSR1 arrives, so that a run can save itself; only in the main thread."""
 
     def terminate(signum, frame):
-        raise Terminated
+        raise Terminated(signum)
 
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    previous = signal.signal(signal.SIGTERM, terminate)
+    previous = {number: signal.signal(number, terminate) for number in (signal.SIGTERM, signal.SIGUSR1)}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def _share_cores() -> None:

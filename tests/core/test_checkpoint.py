@@ -10,32 +10,44 @@ import torch
 
 from tritium.core.checkpoint import (
     CheckpointError,
+    Save,
     checkpoints,
     damage,
     latest,
     model_folder,
     prune,
     read_state,
-    read_tensors,
-    save_checkpoint,
 )
-from tritium.parallel.mesh import Mesh
+from tritium.parallel.files import deal, open_tensors
+from tritium.parallel.mesh import Mesh, init_mesh
 
 MESH = Mesh.single()
 
 
-def tensors(step: int) -> dict[str, dict[str, torch.Tensor]]:
-    return {"policy": {"master.w": torch.full((50, 50), float(step)), "step": torch.tensor(float(step))}}
+def tensors(step: int) -> dict[str, torch.Tensor]:
+    made = {f"master.{name}": torch.full((40, 50), float(step + i)) for i, name in enumerate("wv")}
+    return made | {"step": torch.tensor(float(step))}
 
 
-def export(folder: str) -> None:
-    (Path(folder) / "config.json").write_text("{}")
+def begin(run: Path, step: int, mesh: Mesh = MESH) -> Save:
+    def write_small(folder: Path) -> None:
+        (folder / "config.json").write_text("{}")
+        (folder / "trainer/state.json").write_text(json.dumps({"step": step}))
+
+    shares = [deal(tensors(step).items(), "trainer/policy", mesh)]
+    return Save(run / f"step-{step:08d}", mesh, shares, write_small)
 
 
-def save(run: Path, step: int) -> Path:
-    folder = run / f"step-{step:08d}"
-    save_checkpoint(folder, MESH, export, tensors(step), {"step": step})
-    return folder
+def save(run: Path, step: int, mesh: Mesh = MESH) -> Path:
+    begun = begin(run, step, mesh)
+    begun.seal()
+    return begun.folder
+
+
+def assert_holds(folder: Path, wanted: dict[str, torch.Tensor]) -> None:
+    with open_tensors(folder, "trainer/policy") as found:
+        assert found.keys() == wanted.keys()
+        assert all(torch.equal(found[k], v) for k, v in wanted.items())
 
 
 def newest(run: Path) -> tuple[Path | None, list[str]]:
@@ -67,9 +79,7 @@ def cut(file: Path) -> None:
 
 def test_what_is_saved_is_read_back(tmp_path):
     folder = save(tmp_path, 3)
-    found = read_tensors(folder, "policy", torch.device("cpu"))
-    assert found.keys() == tensors(3)["policy"].keys()
-    assert all(torch.equal(found[k], v) for k, v in tensors(3)["policy"].items())
+    assert_holds(folder, tensors(3))
     assert read_state(folder) == {"step": 3} and damage(folder) == ""
 
 
@@ -170,9 +180,71 @@ def test_a_runs_folder_stands_for_the_newest_model_that_is_whole(tmp_path, capsy
 
 
 def test_a_mistake_in_the_code_is_not_taken_for_a_full_disk(tmp_path):
-    def broken(folder: str) -> None:
+    def broken(folder: Path) -> None:
         raise KeyError("oops")
 
     with pytest.raises(KeyError):
-        save_checkpoint(tmp_path / "step-00000001", MESH, broken, {}, {})
-    assert not checkpoints(tmp_path)
+        Save(tmp_path / "step-00000001", MESH, [], broken).seal()
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_changes_after_a_save_has_begun_is_not_in_it(tmp_path):
+    live = tensors(1)
+    share = deal(live.items(), "trainer/policy", MESH)
+    for tensor in live.values():
+        tensor.zero_()
+    begun = Save(tmp_path / "step-00000001", MESH, [share], lambda folder: None)
+    begun.thread.join()
+    assert begun.written and not checkpoints(tmp_path)  # it has no name before it is sealed
+    begun.seal()
+    assert_holds(begun.folder, tensors(1))
+
+
+# ---------------------------------------------------------------------------------------------- several ranks
+
+
+def save_on_ranks(run: str, step: int, full_disk: int | None = None) -> str:
+    """Save on a mesh, where the disk of rank `full_disk` is full; the error."""
+    mesh = init_mesh()
+    with files_no_larger_than(1000 if mesh.rank == full_disk else resource.RLIM_INFINITY):
+        try:
+            save(Path(run), step, mesh)
+        except CheckpointError as error:
+            return str(error)
+    return ""
+
+
+def newest_on_ranks(run: str) -> tuple[str, list[str]]:
+    told: list[str] = []
+    return str(latest(Path(run), init_mesh(), told.append)), told
+
+
+def test_each_rank_writes_its_share_and_one_process_reads_all(pool2, tmp_path):
+    assert pool2.run(save_on_ranks, str(tmp_path), 3) == ["", ""]
+    (folder,) = checkpoints(tmp_path)
+    names = [f"policy-0000{i}-of-00002.safetensors" for i in (1, 2)]
+    assert sorted(p.name for p in folder.glob("trainer/*")) == [*names, "state.json"]
+    sizes = [(folder / "trainer" / name).stat().st_size for name in names]
+    assert max(sizes) < 1.1 * min(sizes)
+    assert damage(folder) == ""
+    assert set(json.loads((folder / "manifest.json").read_text())) >= {f"trainer/{name}" for name in names}
+    assert_holds(folder, tensors(3))
+
+
+@pytest.mark.parametrize("harm", [flip, cut, Path.unlink])
+@pytest.mark.parametrize("part", [1, 2])
+def test_damage_to_one_ranks_file_is_seen_by_all(pool2, tmp_path, harm, part):
+    before, damaged = save(tmp_path, 1), tmp_path / "step-00000002"
+    assert pool2.run(save_on_ranks, str(tmp_path), 2) == ["", ""]
+    name = f"trainer/policy-0000{part}-of-00002.safetensors"
+    harm(damaged / name)
+    for found, told in pool2.run(newest_on_ranks, str(tmp_path)):
+        assert found == str(before) and len(told) == 1 and f"step-00000002 is damaged: {name}" in told[0]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_one_ranks_full_disk_is_told_on_all_and_leaves_what_was_there(pool2, tmp_path, rank):
+    before = save(tmp_path, 1)
+    for error in pool2.run(save_on_ranks, str(tmp_path), 2, rank):
+        assert "step-00000002 could not be written" in error and ("(rank 1)" in error) == (rank == 1)
+    assert list(tmp_path.iterdir()) == [before] and damage(before) == ""

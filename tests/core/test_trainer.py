@@ -3,6 +3,7 @@
 import json
 import resource
 import signal
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from tritium.core.schedule import ScheduleConfig
 from tritium.core.trainer import LoopConfig, RunConfig, Trainer, TrainingError, changed_lines
 from tritium.model.config import ModelConfig
 from tritium.model.transformer import Transformer
+from tritium.parallel.files import Share, open_tensors
 from tritium.parallel.mesh import Mesh
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -66,6 +68,7 @@ def train(one: Trainer, until: int | None = None) -> Trainer:
     """Run to the end, or raise before step `until`, as a crash would."""
     for step in one.steps():
         if step == until:
+            one.finish_save()  # or it would depend on the disk's speed which checkpoint there is
             raise RuntimeError("crash")
         one.step(micro_batches(step))
     return one
@@ -177,6 +180,7 @@ def test_on_a_gpu_mfu_is_of_the_steps_time_and_not_of_the_time_to_queue_it(tmp_p
         ({"steps": 0}, "run.steps=0 must be at least 1"),
         ({"epochs": 0.0}, "run.epochs=0.0 must be positive"),
         ({"keep": 0}, "run.keep=0 must be at least 1"),
+        ({"check_every": 0}, "run.check_every=0 must be at least 1"),
     ],
 )
 def test_a_run_that_cannot_be(options, words):
@@ -333,6 +337,44 @@ def test_ctrl_c_saves_before_it_acts(tmp_path, at):
     assert [m["step"] for m in lines(tmp_path / "cut")] == [1, 2, 3, 4, 5, 6]
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_schedulers_signal_saves_before_it_acts(tmp_path, number):
+    def act(*_):
+        raise InterruptedError
+
+    before = signal.signal(number, act)
+    try:
+        one = trainer(tmp_path, save_every=100)
+        with pytest.raises(InterruptedError):
+            for step in one.steps():
+                if step == 2:
+                    signal.raise_signal(number)
+                one.step(micro_batches(step))
+        assert signal.getsignal(number) is act
+    finally:
+        signal.signal(number, before)
+    assert [p.name for p in checkpoints(tmp_path)] == ["step-00000003"]
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, monkeypatch):
+    """The disk takes three steps: the checkpoint of step 2 has its name after step 5, and holds step 2's weights."""
+    free, write = threading.Event(), Share.write
+    monkeypatch.setattr(Share, "write", lambda share, folder: (free.wait(30), write(share, folder)))
+    one, states, seen = trainer(tmp_path, steps=8, save_every=100), [], []
+    for step in one.steps():
+        one.step(micro_batches(step))
+        states.append(weights(one))
+        seen.append([p.name for p in checkpoints(tmp_path)])
+        if step == 1:
+            one.save()
+        if step == 4:
+            free.set()
+            one.saving[1].thread.join()
+    assert seen[:5] == [[]] * 5 and seen[5] == ["step-00000002"]
+    with open_tensors(tmp_path / "step-00000002", "trainer/policy") as found:
+        assert_equal(dict(found), states[1])
+
+
 def test_ctrl_c_before_the_first_step_can_be_resumed(tmp_path):
     options = {"evaluation": micro_batches(50)}
     one = trainer(tmp_path, **options)
@@ -372,6 +414,7 @@ def test_a_full_disk_in_the_middle_does_not_end_the_run(tmp_path, capsys):
             with FullDisk():
                 one.step(micro_batches(step))
                 one.save()
+                one.finish_save()
                 assert [p.name for p in (tmp_path / "full").glob("step-*")] == ["step-00000002"]
         else:
             one.step(micro_batches(step))

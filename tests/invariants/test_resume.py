@@ -57,6 +57,7 @@ def test_killed_and_resumed_equals_uninterrupted(tiny, tmp_path, monkeypatch, od
 
     def fatal(trainer, *args):
         if trainer.index == 3:  # one step after a checkpoint; in GRPO, between the two updates of a rollout
+            trainer.finish_save()
             raise Killed
         return step(trainer, *args)
 

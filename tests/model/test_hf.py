@@ -12,6 +12,7 @@ from tritium.model.config import ModelConfig
 from tritium.model.heads import ScalarModel
 from tritium.model.hf import ModelFolderError, load
 from tritium.model.transformer import Transformer
+from tritium.parallel.mesh import init_mesh
 
 pytestmark = pytest.mark.usefixtures("quick")
 SHAPE = {"vocab_size": 48, "hidden_size": 16, "intermediate_size": 24, "num_layers": 2, "max_positions": 40}
@@ -92,6 +93,23 @@ def test_weights_in_several_files_and_another_dtype_are_read(folder):
         part = {k: v.bfloat16() for j, (k, v) in enumerate(tensors.items()) if j % 2 == i}
         save_file(part, folder / f"model-0000{i + 1}-of-00002.safetensors")
     assert torch.equal(load(str(folder), torch.float32).embedding, build("untied").embedding.bfloat16().float())
+
+
+def save_sharded(folder: str) -> None:
+    model = Transformer(KINDS["untied"], init_mesh(tp=2)).initialize(3)
+    model.save(folder)
+
+
+def test_what_two_ranks_save_is_one_model_and_leaves_nothing_of_the_one_before(pool2, folder):
+    pool2.run(save_sharded, str(folder))
+    names = [f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    assert {p.name for p in folder.iterdir()} == {"config.json", "model.safetensors.index.json", *names}
+    assert all(set(load_file(folder / n)) == {k for k, v in index["weight_map"].items() if v == n} for n in names)
+    wanted = Transformer(KINDS["untied"]).initialize(3)
+    assert torch.equal(load(str(folder), torch.float32).logits(TOKENS), wanted.logits(TOKENS))
+    wanted.save(str(folder))
+    assert {p.name for p in folder.iterdir()} == {"config.json", "model.safetensors"}
 
 
 def test_all_that_does_not_fit_is_in_one_message(folder):

@@ -1,10 +1,11 @@
-"""Counts summed over the replicas, and what refuses to start."""
+"""Counts summed over the replicas, what refuses to start, and replicas that are no longer the same."""
 
 import os
 
 import pytest
+import torch
 
-from tritium.parallel.data import all_reduce_counts, check_same
+from tritium.parallel.data import all_reduce_counts, check_same, diverged, fingerprint
 from tritium.parallel.mesh import Mesh, init_mesh
 
 
@@ -69,3 +70,26 @@ def test_ranks_that_differ_are_refused_by_name_on_every_rank(pool4):
 def test_a_difference_in_length_or_line_ends_is_shown(pool2, other, shown):
     for sentence in pool2.run(compare, ["a = 1\nb = 2\n", other]):
         assert "rank 1 differs from rank 0" in sentence and shown in sentence
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_any_flipped_bit_changes_the_fingerprint_and_the_order_of_adding_does_not(dtype):
+    bits = {8: torch.int64, 4: torch.int32, 2: torch.int16}[dtype.itemsize]
+    x = torch.randn(64, 33, generator=torch.Generator().manual_seed(0)).to(dtype)
+    before = fingerprint([x])
+    assert fingerprint([x.t().contiguous()]) == fingerprint([x[:7], x[7:]]) == before
+    for bit in (0, 8 * dtype.itemsize - 1):
+        y = x.clone()
+        y.view(bits)[3, 3] ^= torch.tensor(1, dtype=bits) << bit
+        assert fingerprint([y]) != before
+
+
+def find_diverged(per_rank, tp):
+    return diverged(init_mesh(tp=tp), own(per_rank))
+
+
+def test_the_rank_that_differs_from_most_is_named(pool4):
+    assert pool4.run(find_diverged, [5, 5, 5, 5], 1) == [[]] * 4
+    assert pool4.run(find_diverged, [4, 5, 5, 5], 1) == [[0]] * 4
+    assert pool4.run(find_diverged, [5, 6, 5, 6], 2) == [[]] * 4  # of two shards, two replicas each
+    assert pool4.run(find_diverged, [5, 6, 5, 7], 2) == [[3]] * 4

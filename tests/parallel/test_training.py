@@ -98,8 +98,10 @@ def train(
 
 def left_behind(out: pathlib.Path) -> tuple[list[dict], list[dict[str, torch.Tensor]]]:
     metrics = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    folders = [folder / "trainer" for folder in sorted(out.glob("step-*"))]
-    states = [load_file(next(folder.glob("*.safetensors"))) for folder in folders]
+    states = []
+    for folder in sorted(out.glob("step-*")):
+        files = (folder / "trainer").glob("*.safetensors")  # one of each rank
+        states.append({name: tensor for file in files for name, tensor in load_file(file).items()})
     return [m for m in metrics if "loss" in m], states
 
 

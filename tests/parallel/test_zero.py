@@ -139,6 +139,25 @@ def test_many_decoding_steps_gather_once(pool2):
     assert pool2.run(decode, 3) == [(0, [True] * 4)] * 2
 
 
+def walk(zero: int) -> tuple[bool, int, int]:
+    """Whether a walk over all parameters finds them whole; elements held at its peak, and after it."""
+    mesh, net = init_mesh(zero=zero), Net()
+    flat, plain = FlatModule(net, mesh), Net()
+    held = lambda: sum(f.full.untyped_storage().nbytes() // 8 for f in flat.flats)  # noqa: E731
+    peak, same = 0, True
+    with flat.unit_by_unit() as make_whole:
+        for p, wanted in zip(net.parameters(), plain.parameters(), strict=True):
+            make_whole(p)
+            peak, same = max(peak, held()), same and torch.equal(p, wanted)
+    return same, peak, held()
+
+
+def test_what_is_saved_is_made_whole_unit_by_unit(pool2):
+    for same, peak, after in pool2.run(walk, 3):
+        assert same and peak <= ROOT + 1 and after == 0  # the largest unit, filled up to equal parts
+    assert all(same for same, _, _ in pool2.run(walk, 1))
+
+
 def norm(cut: list[torch.Tensor], whole: list[torch.Tensor], parts: bool, zero: int = 0) -> torch.Tensor:
     """The norm of a net with these gradients, of parameters cut over tp=2 or not; `parts`: a half on each rank."""
     mesh, net = init_mesh(tp=2, zero=zero), nn.Module()

@@ -75,18 +75,19 @@ def test_a_wrong_option_is_a_sentence(capsys):
     assert "--step: no such option; did you mean steps?" in shown and "Traceback" not in shown
 
 
-def test_sigterm_reaches_the_stage_as_ctrl_c_and_exits_143():
-    saved, before = [], signal.getsignal(signal.SIGTERM)
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGUSR1, 138)])
+def test_signals_reach_the_stage_as_ctrl_c_and_have_their_exit_codes(number, code):
+    saved, before = [], signal.getsignal(number)
 
     def train(config):
         try:
-            signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(number)
         except KeyboardInterrupt:
             saved.append("state")
             raise
 
-    assert run_stage(stage(train), []) == 143
-    assert saved == ["state"] and signal.getsignal(signal.SIGTERM) == before
+    assert run_stage(stage(train), []) == code
+    assert saved == ["state"] and signal.getsignal(number) == before
 
 
 def test_a_module_with_main_is_called_with_the_arguments():

@@ -1,0 +1,102 @@
+"""Tensors in safetensors files: dealt out to the ranks, written by each for itself, read one by one on any mesh.
+
+    share = deal(tensors, "model", mesh)      # a collective where making a tensor whole is one; copies what is ours
+    share.write(folder)                       # model-00002-of-00004.safetensors, on rank 1
+    with open_tensors(folder, "model") as tensors:
+        tensors["lm_head.weight"]             # read from whichever file has it, when it is asked for
+
+The files hold whole tensors and no mesh. No rank has more than its share of them on the host, and of what is dealt one
+tensor at a time on its device. All ranks must see the same folder.
+"""
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from tritium.parallel.mesh import Mesh
+
+
+class TensorFileError(ValueError):
+    """A file of tensors that is missing or damaged."""
+
+
+@dataclass
+class Share:
+    """What one rank writes of a stream of tensors, and where all of them will be."""
+
+    file: str
+    tensors: dict[str, Tensor]  # of this rank, copied to the host
+    places: dict[str, str]  # tensor → file, of all ranks
+    bytes: int  # of all ranks
+
+    def write(self, folder: Path) -> None:
+        """Raises: OSError or SafetensorError where there is no room."""
+        save_file(self.tensors, folder / self.file, metadata={"format": "pt"})
+
+    def index(self) -> str:
+        """The text of Hugging Face's model.safetensors.index.json."""
+        return json.dumps({"metadata": {"total_size": self.bytes}, "weight_map": self.places}, indent=2) + "\n"
+
+
+def deal(tensors: Iterable[tuple[str, Tensor]], stem: str, mesh: Mesh) -> Share:
+    """Each tensor to the rank that has the fewest bytes so far. Every rank must go through the same stream."""
+    files = [file_name(stem, rank, mesh.world_size) for rank in range(mesh.world_size)]
+    sizes, places, own = [0] * mesh.world_size, {}, {}
+    for name, tensor in tensors:
+        rank = min(range(mesh.world_size), key=sizes.__getitem__)
+        sizes[rank] += tensor.nbytes
+        places[name] = files[rank]
+        if rank == mesh.rank:
+            own[name] = tensor.detach().to("cpu", copy=True).contiguous()
+    return Share(files[mesh.rank], own, places, sum(sizes))
+
+
+def file_name(stem: str, part: int, parts: int) -> str:
+    return f"{stem}.safetensors" if parts == 1 else f"{stem}-{part + 1:05d}-of-{parts:05d}.safetensors"
+
+
+def tensor_files(folder: Path, stem: str) -> list[Path]:
+    """The files of a folder that hold what was dealt as `stem`."""
+    return sorted([*folder.glob(f"{stem}.safetensors"), *folder.glob(f"{stem}-?????-of-?????.safetensors")])
+
+
+class TensorFiles(Mapping[str, Tensor]):
+    """The tensors of open safetensors files by name, each read when it is asked for."""
+
+    def __init__(self, where: dict[str, Any]):
+        self.where = where  # name → the open, memory-mapped file that holds it
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.where[name].get_tensor(name)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.where
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.where)
+
+    def __len__(self) -> int:
+        return len(self.where)
+
+
+@contextmanager
+def open_tensors(folder: Path, stem: str) -> Iterator[TensorFiles]:
+    """What was dealt as `stem`. Raises: TensorFileError naming what is missing or damaged."""
+    files, where = tensor_files(folder, stem), {}
+    if not files:
+        raise TensorFileError(f"{folder} has no {stem}*.safetensors")
+    with ExitStack() as stack:
+        for file in files:
+            try:
+                handle = stack.enter_context(safe_open(file, framework="pt"))
+            except (SafetensorError, OSError) as error:
+                raise TensorFileError(f"{file} is damaged: {error}") from None
+            where |= dict.fromkeys(handle.keys(), handle)
+        yield TensorFiles(where)
