@@ -1,1 +1,1 @@
-"""Benchmarks: `python -m tritium.bench kernels`; and `… table`, which writes the README's table of them."""
+"""Benchmarks: `python -m tritium.bench kernels` and `… parallel`; `… table` writes the README's table of kernels."""

@@ -71,9 +71,9 @@ def main(argv: list[str]) -> int:
     device, cases = _plan(config)
     if config.threads:
         torch.set_num_threads(config.threads)
-    folder = make_folder(Path(config.out) / _folder_name(device), "--out")
+    folder = make_folder(Path(config.out) / folder_name(device), "--out")
     file = make_room_for(config.jsonl or str(folder / "kernels.jsonl"), "--jsonl")
-    facts = _facts(device)
+    facts = run_facts(device)
     print("  ".join(f"{name} {value}" for name, value in facts["machine"].items()), flush=True)
     rows: list[Row] = []
     with file.open("w", encoding="utf-8") as lines:
@@ -130,11 +130,11 @@ def _known(option: str, name: str, names: list[str]) -> str:
     raise UserError(f"{option}: no {name!r}{hint} There are: {', '.join(names)}")
 
 
-def _folder_name(device: str) -> str:
+def folder_name(device: str) -> str:
     return "cpu" if device == "cpu" else torch.cuda.get_device_name().lower().replace(" ", "-")
 
 
-def _facts(device: str) -> dict[str, Any]:
+def run_facts(device: str) -> dict[str, Any]:
     """What each row says of its run."""
     peers = {}
     for package in ("liger-kernel", "flash-attn"):

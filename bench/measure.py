@@ -139,11 +139,11 @@ def time_in_turn(
         for name, function in ceilings.functions.items():
             limits[name].append(stopwatch(function)[1])
         rounds += 1
-    timings = {name: {kind: _timing(times) for kind, times in kinds.items()} for name, kinds in found.items()}
-    return timings, {name: _timing(times) for name, times in limits.items()}
+    timings = {name: {kind: timing(times) for kind, times in kinds.items()} for name, kinds in found.items()}
+    return timings, {name: timing(times) for name, times in limits.items()}
 
 
-def _timing(times: list[float]) -> Timing:
+def timing(times: list[float]) -> Timing:
     low, *_, high = statistics.quantiles(times, n=5, method="inclusive")
     return Timing(statistics.median(times), low, high, len(times))
 

@@ -1,0 +1,255 @@
+"""Say what a run needs before it starts: memory, messages and time of a rank, and the meshes that suit it best.
+
+    tritium plan --preset=8b --gpus=64 --machine=h100                    # the best meshes for a step of 4 M tokens
+    tritium plan --preset=8b --gpus=8 --mesh.zero=3 --bin_tokens=16384   # one mesh, in detail
+    tritium plan --stage=sft --settings=my.toml --gpus=8                 # what a stage's settings say
+
+Formulas and what they leave out: core/plan.py. Rates are `reached` × the datasheet's, or measured with --machine=here.
+"""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from tritium.core.config import ConfigError, UserError, load, opt
+from tritium.core.plan import GIB, MACHINES, PRESETS, Machine, Plan, Work, best, plans
+from tritium.core.setup import MeshConfig
+from tritium.model.config import ModelConfig
+from tritium.parallel.mesh import Mesh
+from tritium.stages.pretrain import ShapeConfig
+
+STAGES = ("pretrain", "sft", "dpo", "grpo")
+TABLE_GPUS = (8, 64, 256, 1024)
+
+
+@dataclass
+class Config:
+    preset: str | None = opt(None, "a known model's shape (none: that of `folder` or `model`)", choices=tuple(PRESETS))
+    folder: str = opt("", "a Hugging Face folder, whose config.json says the shape")
+    model: ShapeConfig = opt(ShapeConfig, "the shape, where neither preset nor folder gives it")
+    vocab_size: int = opt(8192, "tokens of the vocabulary, with `model`")
+    stage: str = opt("pretrain", "what is trained: dpo and grpo have more passes and models", choices=STAGES)
+    settings: str = opt("", "a TOML file of that stage: its model, mesh, batches and dtype are planned")
+    machine: str = opt("h100", "what it runs on; here: this machine, measured", choices=(*MACHINES, "here"))
+    reached: float = opt(0.7, "share of the datasheet's rates that is counted on")
+    gpus: int = opt(8, "ranks")
+    context: int = opt(8192, "tokens of a document")
+    step_tokens: int = opt(1 << 22, "tokens of a step, over all ranks")
+    bin_tokens: int = opt(0, "tokens of a micro-batch, on `mesh` (0: find the best meshes and micro-batches)")
+    mesh: MeshConfig = opt(MeshConfig, "parallelism, where bin_tokens is given")
+    dtype: str = opt("bf16", "of the parameters", choices=("bf16", "fp32"))
+    sequences: int = opt(256, "sequences that grpo samples together, of `context` tokens")
+    table: bool = opt(False, "print the README's table of presets and meshes instead")
+
+    def __post_init__(self):
+        for name in ("gpus", "context", "step_tokens", "sequences", "reached"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"{name}={getattr(self, name)} must be positive")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print a plan. Returns 0, and 1 where nothing fits."""
+    config = load(Config, argv or [], "tritium plan", __doc__.partition("\n\n")[0])
+    if config.table:
+        print(scaling_table(), end="")
+        return 0
+    machine = this_machine() if config.machine == "here" else replace(MACHINES[config.machine], reached=config.reached)
+    config, model = from_settings(config)
+    work = Work(config.bin_tokens or config.context, config.context, dtype=config.dtype, **passes(config))
+    if config.bin_tokens:
+        found = [plan_of(model, config, work, machine)]
+    else:
+        found = best(plans(model, machine, config.gpus, work, config.step_tokens))
+    if not found:
+        raise ConfigError(
+            f"step_tokens={config.step_tokens} are no whole documents of context={config.context} for each of "
+            f"{config.gpus} GPUs, whatever the mesh"
+        )
+    print("\n".join([*overview(found), "", *details(found[0])]))
+    return 0 if found[0].fits else 1
+
+
+def plan_of(model: ModelConfig, config: Config, work: Work, machine: Machine) -> Plan:
+    """The one plan that the config names. Raises: ConfigError for a mesh that can't be."""
+    mesh, ranks = config.mesh, config.mesh.cp * config.mesh.tp
+    if min(mesh.cp, mesh.tp) < 1 or config.gpus % ranks or mesh.zero not in range(4):
+        raise ConfigError(f"mesh: cp={mesh.cp} × tp={mesh.tp} must divide gpus={config.gpus}, and zero be 0 to 3")
+    dp = config.gpus // ranks
+    work = replace(work, micro_batches=max(1, round(config.step_tokens / (dp * config.bin_tokens))))
+    last = {"dp_rank": dp - 1, "cp_rank": mesh.cp - 1}
+    try:
+        grid = Mesh(world_size=config.gpus, dp=dp, cp=mesh.cp, tp=mesh.tp, zero=mesh.zero, **last)
+        return Plan(model, grid, work, machine)
+    except ValueError as error:
+        raise ConfigError(f"mesh: {error}") from None
+
+
+def passes(config: Config) -> dict[str, int]:
+    """What a stage's step has besides one forward and backward pass of the policy."""
+    if config.stage == "dpo":
+        return {"frozen": 1}
+    if config.stage == "grpo":
+        return {"passes": 1, "sequences": config.sequences, "sampled_tokens": config.context}
+    return {}
+
+
+def from_settings(config: Config) -> tuple[Config, ModelConfig]:
+    """The config with what a stage's TOML file says, and the model's shape.
+
+    Raises: ConfigError as the stage would; UserError where there is no such model.
+    """
+    from tritium.model.hf import from_hf_config, read_json
+
+    folder, shape, vocab_size = config.folder, config.model, config.vocab_size
+    if config.settings:
+        settings = load(import_module(f"tritium.stages.{config.stage}").Config, ["--config", config.settings], "", "")
+        folder = settings.init if config.stage == "pretrain" else settings.model
+        shape, vocab_size = getattr(settings, "model", None), getattr(settings, "vocab_size", 0)
+        config = replace(config, **planned(settings))
+    if config.preset and not config.settings:
+        return config, replace(PRESETS[config.preset], max_positions=config.context)
+    if not folder:
+        context = config.context if not config.settings else shape.context
+        return replace(config, context=context), shape_of(shape, vocab_size, context)
+    path = Path(folder) / "config.json"
+    if not path.is_file():
+        raise UserError(f"{path} does not exist: a model's folder is wanted")
+    model = from_hf_config(read_json(path), path)
+    return replace(config, context=min(config.context, model.max_positions)), model
+
+
+def planned(settings: Any) -> dict[str, Any]:
+    """Of a stage's settings, what a plan depends on. GRPO's micro-batches depend on its answers: one is planned."""
+    bins = getattr(settings.data, "bins_per_step", 1)
+    dtype = "bf16" if settings.run.dtype == "auto" else settings.run.dtype
+    if dtype not in ("bf16", "fp32"):
+        raise ConfigError(f"run.dtype={dtype}: only bf16 and fp32 are planned")
+    found = {"mesh": settings.mesh, "dtype": dtype, "bin_tokens": settings.data.bin_tokens}
+    found["step_tokens"] = bins * settings.data.bin_tokens
+    if hasattr(settings, "sampling"):
+        found["sequences"] = settings.sampling.max_batch
+    return found
+
+
+def shape_of(shape: ShapeConfig, vocab_size: int, context: int) -> ModelConfig:
+    heads = shape.heads, shape.kv_heads, shape.head_dim
+    try:
+        return ModelConfig(
+            *(vocab_size, shape.hidden_size, shape.intermediate_size, shape.layers, *heads),
+            max_positions=context,
+            tie_embeddings=shape.tie_embeddings,
+            qkv_bias=shape.qkv_bias,
+            qk_norm=shape.qk_norm,
+        )
+    except ValueError as error:
+        raise ConfigError(f"model: {error}") from None
+
+
+def this_machine() -> Machine:
+    """Memory and measured rates of this machine: a GPU, or a core of its CPU.
+
+    Links are not measured. Of GPUs, the slowest of the known ones are assumed; the ranks of a CPU pass data on through
+    its memory, with sums and copies on the way: a tenth of a copy's rate.
+    """
+    import torch
+
+    from tritium.core.metrics import matmul_rate
+
+    cuda = torch.cuda.is_available()
+    device = "cuda" if cuda else "cpu"
+    flops, fp32 = (matmul_rate(dtype, [(2048, 2048, 2048)], device=device) for dtype in (torch.bfloat16, torch.float32))
+    bandwidth = copy_rate(device)
+    if cuda:
+        memory, count = torch.cuda.get_device_properties(0).total_memory, torch.cuda.device_count()
+        slowest = min(MACHINES.values(), key=lambda machine: machine.link)
+        return Machine("here", count, memory, flops, fp32, bandwidth, slowest.link, slowest.network, reached=1.0)
+    memory, cores = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), os.cpu_count() or 1
+    rates = flops / cores, fp32 / cores, bandwidth / cores, bandwidth / 10, bandwidth / 10
+    return Machine("here", cores, memory / cores, *rates, reached=1.0, device="cpu")
+
+
+def copy_rate(device: str, rounds: int = 5) -> float:
+    """Bytes/s read and written by a copy that no cache holds."""
+    import time
+
+    import torch
+
+    source = torch.ones((512 if device == "cuda" else 64) << 18, device=device)
+    target, times = torch.empty_like(source), []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        target.copy_(source)
+        if device == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return 2 * source.nbytes / min(times)
+
+
+# What is shown --------------------------------------------------------------------------------------------------------
+
+
+def overview(found: Sequence[Plan]) -> list[str]:
+    """A line for each plan: mesh, micro-batches, memory, and at most this speed."""
+    heads = ("dp", "cp", "tp", "zero", "bin_tokens", "micro-batches", "GiB", "s/step", "tokens/s", "MFU", "")
+    rows = [heads]
+    for plan in found:
+        mesh, work = plan.mesh, plan.work
+        numbers = (mesh.dp, mesh.cp, mesh.tp, mesh.zero, work.tokens, work.micro_batches)
+        speed = (f"{plan.peak / GIB:.1f}", f"{plan.seconds:.3g}", f"{plan.step_tokens / plan.seconds:,.0f}")
+        rows.append((*map(str, numbers), *speed, f"{plan.mfu:.0%}", plan.verdict))
+    machine = found[0].machine
+    title = f"{machine.name}: {machine.memory / GIB:.0f} GiB, {found[0].peak_flops / 1e12:.3g} TFLOP/s, "
+    title += f"{machine.bandwidth / 1e9:,.0f} GB/s, of which {machine.reached:.0%} are counted on (estimates)"
+    return [title, "", *aligned(rows, left=(len(heads) - 1,))]
+
+
+def details(plan: Plan) -> list[str]:
+    """The first plan's memory, messages and time."""
+    memory = [(name, f"{size / GIB:.3f}") for name, size in plan.memory.items() if size]
+    lines = ["GiB of a rank:", *aligned([*memory, ("peak", f"{plan.peak / GIB:.3f}")], left=(0,)), ""]
+    sent = [("collective", "axis", "count", "MiB each", "seconds", "hidden behind", "what")]
+    for c in plan.collectives:
+        if c.kind != "objects":
+            seconds = f"{plan.seconds_of(c):.4f}"
+            sent.append((c.kind, c.axis, str(c.count), f"{c.payload / 2**20:.3f}", seconds, c.behind or "–", c.what))
+    lines += ["of a step:", *aligned(sent, left=(0, 1, 5, 6))] if len(sent) > 1 else ["nothing is sent"]
+    return [*lines, "", "seconds: " + "  ".join(f"{name} {seconds:.4g}" for name, seconds in plan.times.items())]
+
+
+def aligned(rows: Sequence[Sequence[str]], left: Sequence[int]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(
+            cell.ljust(width) if i in left else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
+
+
+def scaling_table() -> str:
+    """Presets by numbers of H100s: the best mesh of each, in Markdown."""
+    rows = ["| model | " + " | ".join(f"{n} GPUs" for n in TABLE_GPUS) + " |", "|---" * (1 + len(TABLE_GPUS)) + "|"]
+    for name, model in PRESETS.items():
+        cells = [scaling_cell(replace(model, max_positions=8192), gpus) for gpus in TABLE_GPUS]
+        rows.append(f"| {name.upper()} | " + " | ".join(cells) + " |")
+    return "\n".join(rows) + "\n"
+
+
+def scaling_cell(model: ModelConfig, gpus: int) -> str:
+    defaults = Config()
+    work = Work(defaults.context, defaults.context)
+    plan = best(plans(model, MACHINES["h100"], gpus, work, defaults.step_tokens), 1)[0]
+    if not plan.fits:
+        return f"does not fit: {plan.peak / GIB:.0f} GiB"
+    cut = [f"{axis} {getattr(plan.mesh, axis)}" for axis in ("tp", "cp") if getattr(plan.mesh, axis) > 1]
+    return f"{', '.join([*cut, f'zero {plan.mesh.zero}'])}: {plan.peak / GIB:.0f} GiB, {plan.mfu:.0%}"
+
+
+if __name__ == "__main__":
+    from tritium.stages.cli import run_stage
+
+    raise SystemExit(run_stage("plan"))
