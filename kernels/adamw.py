@@ -20,8 +20,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from tritium.kernels.backend import Target, target_of, tl, triton, use_triton
-from tritium.kernels.multi_tensor import find_block, groups, in_memory_order, load_pointer, widest
+from tritium.kernels.backend import Target, operator, require_one_device, target_of, tl, triton, use_triton
+from tritium.kernels.blocks import require_float
+from tritium.kernels.multi_tensor import find_block, groups, in_memory_order, load_pointer
 from tritium.kernels.registry import Launch, OpSpec, Shape, register
 
 
@@ -134,7 +135,7 @@ def _config(target: Target) -> dict:
     return {"BLOCK": 2048, "num_warps": 512 // target.warp_size}
 
 
-@torch.library.custom_op("tritium::adamw_", mutates_args=("params", "exp_avgs", "exp_avg_sqs", "masters"))
+@operator("adamw_", ("params", "exp_avgs", "exp_avg_sqs", "masters"))
 def _launch(
     params: list[Tensor], grads: list[Tensor], exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor],
     masters: list[Tensor], lr_tensor: Tensor | None, step: Tensor, grad_scale: Tensor | None,
@@ -236,6 +237,14 @@ def _update_torch(p, g, m, v, master=None, *, step, grad_scale, found_inf, noise
 # Public ---------------------------------------------------------------------------------------------------------------
 
 
+def _check_distinct(updated: dict[str, Sequence[Tensor]]) -> None:
+    places = {}
+    for name, i, x in ((name, i, x) for name, tensors in updated.items() for i, x in enumerate(tensors) if x.numel()):
+        place, address = f"{name}[{i}]", (x.device, x.data_ptr())
+        if places.setdefault(address, place) != place and not x.is_meta:
+            raise ValueError(f"adamw_: {places[address]} and {place} are the same tensor: each can be updated once")
+
+
 def _check(params, grads, exp_avgs, exp_avg_sqs, masters, scalars) -> None:
     lists = {"params": params, "grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs, "masters": masters}
     for name, tensors in lists.items():
@@ -246,8 +255,9 @@ def _check(params, grads, exp_avgs, exp_avg_sqs, masters, scalars) -> None:
         for i, (p, x) in enumerate(zip(params, tensors, strict=True)):
             if p.shape != x.shape:
                 raise ValueError(f"params[{i}] is {tuple(p.shape)} but {name}[{i}] is {tuple(x.shape)}")
-            if not x.is_floating_point():
-                raise ValueError(f"{name}[{i}] is {x.dtype}, wanted a floating-point dtype")
+            require_float("adamw_", **{f"{name}[{i}]": x})
+    if not torch.compiler.is_compiling():
+        _check_distinct({name: tensors for name, tensors in lists.items() if name != "grads" and tensors is not None})
     is_random = scalars["seed"] is not None
     if is_random and masters is not None:
         raise ValueError("a seed is for params without masters: cast copies of fp32 masters are rounded to nearest")
@@ -288,8 +298,9 @@ def adamw_(
     masters: fp32 tensors that are updated instead of params, which become cast copies of them. step: a scalar tensor,
     1 at the first step. grad_scale: a scalar tensor that multiplies the gradients. found_inf: a scalar tensor; where
     it is not 0, nothing changes. seed: a scalar int64 tensor; with it bf16 params without masters are rounded
-    stochastically, and may have fp32 averages; the same seed, step and list give the same bits.
-    Raises ValueError on lists that don't fit each other.
+    stochastically, and may have fp32 averages; the same seed, step and list give the same bits. Under torch.compile the
+    kernel is one operator of the graph, the torch path a break in it.
+    Raises ValueError on lists that don't fit each other, and on a tensor that is listed twice.
     """
     lr_tensor = lr if isinstance(lr, Tensor) else None
     scalars = {"step": step, "grad_scale": grad_scale, "found_inf": found_inf, "seed": seed, "lr": lr_tensor}
@@ -298,7 +309,8 @@ def adamw_(
         return
     lists = [list(tensors) for tensors in (params, grads, exp_avgs, exp_avg_sqs, masters or [])]
     tensors = [x for kind in lists for x in kind]
-    if use_triton(widest(tensors), *tensors, *scalars.values()):
+    require_one_device(params[0], *scalars.values())
+    if use_triton(*tensors):
         value = 0.0 if lr_tensor is not None else lr
         _launch(*lists, lr_tensor, step, grad_scale, found_inf, seed, value, beta1, beta2, eps, weight_decay)
     else:

@@ -13,28 +13,33 @@ Documents, causality, windows and keys of another length are one thing here: the
 [start, end), and so are the queries that see a key. `_attention_intervals` finds both on the device.
 
     forward, dq    a program has BLOCK_M queries of a head, and walks over keys in blocks of BLOCK_N
-    dk, dv         a program has BLOCK_N keys of a group, and walks over queries, head by head: it sums in registers
+    dk, dv         a program has BLOCK_N keys of a group, and walks over queries, head by head: it sums in registers;
+                   where there are too few such programs, a group's heads are divided, and torch adds up the parts
 
     It walks from the first start to the last end of its rows; a block that all rows see whole needs no mask.
 
-Blocks lie along the stream, whatever documents they hold. There are no atomics. (As p = 0 hides no NaN from a matmul,
-a document with one may reach those that share a block with it.)
+Blocks lie along the stream, whatever documents they hold. What lies between the keys of a block's documents is walked
+too: for many documents of one token and long keys there is decode_attention. There are no atomics. (As p = 0 hides no
+NaN from a matmul, a document with one may reach those that share a block with it.)
 
 Must spend 4·D·H FLOPs per visible pair forward and 10·D·H backward; the kernels spend 14·D·H backward, as both make p
 and dp, which is what two kernels without atomics cost. Must move q, k, v, o, lse, and backward the gradients too. The
 kernels move once what a program holds, and what it walks over once per program: k and v per head and block of queries,
-and for dk and dv q, do, lse and delta per block of keys, which the L2 serves (`_traffic`).
+and for dk and dv q, do, lse and delta per block of keys, which the L2 serves (attention_traffic.py). An odd number of
+heads of 8, 24, 40 … puts tokens no multiple of 16 elements apart, the alignment that Triton knows: such tensors are
+loaded 2 bytes at a time.
 """
 
+import math
 import os
 
 import torch
 from torch import Tensor
 
-from tritium.kernels import attention_torch
+from tritium.kernels import attention_torch, attention_traffic
 from tritium.kernels.attention_torch import Options, visible
 from tritium.kernels.backend import TARGETS, Target, device_assert, operator, target_of, tl, triton, use_triton
-from tritium.kernels.blocks import tanh, unit_stride
+from tritium.kernels.blocks import require_float, require_integer, tanh, unit_stride
 from tritium.kernels.registry import Launch, OpSpec, Shape, register
 
 
@@ -134,6 +139,17 @@ def _bounds(b_start, b_end):
     return tl.minimum(tl.min(b_start, 0), hi), hi, tl.max(b_start, 0), tl.min(b_end, 0)
 
 
+@triton.jit
+def _last_first(T, H, BLOCK_M: tl.constexpr):
+    """(block of queries, head) of a program, in the order in which they start.
+
+    The last blocks of a causal document have the most to do: they come first, for all heads, and those heads that
+    share keys are neighbours, which find them in the L2.
+    """
+    i = tl.program_id(0)
+    return tl.cdiv(T, BLOCK_M) - 1 - i // H, (i % H).to(tl.int64)
+
+
 # Triton: forward ------------------------------------------------------------------------------------------------------
 #
 # Scores stay as they leave the matmul until exp2, whose argument s · factor - max is one FMA: factor is scale ·
@@ -179,12 +195,11 @@ def _factors(scale, softcap, SOFTCAP: tl.constexpr):
 @triton.jit
 def _attention_forward(
     p_q, p_k, p_v, p_keys, p_o, p_lse,
-    stride_q, stride_qh, stride_k, stride_kh, stride_v, stride_vh, T, GROUP, scale, softcap,
+    stride_q, stride_qh, stride_k, stride_kh, stride_v, stride_vh, T, H, GROUP, scale, softcap,
     SOFTCAP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """o [T, H, D] and lse [H, T]. Grid: (cdiv(T, BLOCK_M), H); stride_x is between tokens, stride_xh between heads."""
-    i_block = tl.num_programs(0) - 1 - tl.program_id(0)  # the last blocks of a causal document have the most to do
-    i_h = tl.program_id(1).to(tl.int64)
+    """o [T, H, D], lse [H, T]. Grid: (cdiv(T, BLOCK_M) · H,). stride_x is between tokens, stride_xh between heads."""
+    i_block, i_h = _last_first(T, H, BLOCK_M)
     i_q = i_block * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
     p_k += i_h // GROUP * stride_kh
     p_v += i_h // GROUP * stride_vh
@@ -214,7 +229,7 @@ def _attention_forward(
     b_sum = tl.where(m_none, 1.0, b_sum)
     b_lse = tl.where(m_none, float("-inf"), (b_max + tl.log2(b_sum)) * 0.6931471805599453)
     tl.store(p_lse + i_h * T + i_q, b_lse, mask=i_q < T)
-    _store_tile(p_o + i_h * D, b_acc / b_sum[:, None], i_q, tl.num_programs(1) * D, T, D, BLOCK_D)
+    _store_tile(p_o + i_h * D, b_acc / b_sum[:, None], i_q, H * D, T, D, BLOCK_D)
 
 
 # Triton: backward -----------------------------------------------------------------------------------------------------
@@ -224,12 +239,12 @@ def _attention_forward(
 def _attention_dq(
     p_do, p_dlse, p_q, p_k, p_v, p_keys, p_o, p_lse, p_dq, p_delta,
     stride_do, stride_doh, stride_dlse, stride_dlseh, stride_q, stride_qh, stride_k, stride_kh, stride_v, stride_vh,
-    stride_o, stride_oh, stride_lse, stride_lseh, T, GROUP, scale, softcap, HAS_DLSE: tl.constexpr,
+    stride_o, stride_oh, stride_lse, stride_lseh, T, H, GROUP, scale, softcap,
+    HAS_DLSE: tl.constexpr, NEEDS_DQ: tl.constexpr,
     SOFTCAP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """dq [T, H, D] and delta [H, T], which the other kernel reads. Grid: (cdiv(T, BLOCK_M), H)."""
-    i_block = tl.num_programs(0) - 1 - tl.program_id(0)  # heavy blocks first, as forward
-    i_h = tl.program_id(1).to(tl.int64)
+    """dq [T, H, D], if needed, and delta [H, T], which the other kernel reads. Grid: (cdiv(T, BLOCK_M) · H,)."""
+    i_block, i_h = _last_first(T, H, BLOCK_M)
     i_q = i_block * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
     i_row = i_q.to(tl.int64)
     p_k += i_h // GROUP * stride_kh
@@ -245,6 +260,8 @@ def _attention_dq(
         b_dlse = tl.load(p_dlse + i_h * stride_dlseh + i_row * stride_dlse, mask=i_q < T, other=0.0)
         b_delta -= tl.where(b_start < b_end, b_dlse, 0.0)  # a gradient of lse = -inf may be nan
     tl.store(p_delta + i_h * T + i_row, b_delta, mask=i_q < T)
+    if not NEEDS_DQ:
+        return
     b_lse = tl.load(p_lse + i_h * stride_lseh + i_row * stride_lse, mask=i_q < T, other=0.0) * 1.4426950408889634
 
     b_q = _load_tile(p_q + i_h * stride_qh, i_q, stride_q, T, D, BLOCK_D)
@@ -261,19 +278,24 @@ def _attention_dq(
         if start < full_lo or start + BLOCK_N > full_hi:  # p of a key that is not seen may be inf
             b_ds = tl.where((b_start[:, None] <= i_k[None, :]) & (i_k[None, :] < b_end[:, None]), b_ds, 0.0)
         b_dq = tl.dot(b_ds.to(b_k.dtype), b_k, b_dq, input_precision="ieee")
-    _store_tile(p_dq + i_h * D, b_dq * tl.cast(scale, tl.float32), i_q, tl.num_programs(1) * D, T, D, BLOCK_D)
+    _store_tile(p_dq + i_h * D, b_dq * tl.cast(scale, tl.float32), i_q, H * D, T, D, BLOCK_D)
 
 
 @triton.jit
 def _attention_dkv(
     p_do, p_q, p_k, p_v, p_queries, p_lse, p_delta, p_dk, p_dv,
     stride_do, stride_doh, stride_q, stride_qh, stride_k, stride_kh, stride_v, stride_vh, stride_lse, stride_lseh,
-    T, Tk, GROUP, scale, softcap,
+    T, Tk, H, GROUP, HEADS, scale, softcap,
     SOFTCAP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """dk, dv [Tk, G, D], summed over the GROUP query heads of a key head. Grid: (cdiv(Tk, BLOCK_N), G)."""
-    i_g = tl.program_id(1).to(tl.int64)
-    i_k = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
+    """dk, dv [Tk, H / HEADS, D], each summed over HEADS query heads: those of a key head, GROUP, or a divisor.
+
+    Grid: (cdiv(Tk, BLOCK_N) · H / HEADS,), in the order of the blocks: a causal document's first have the most to do.
+    """
+    parts = H // HEADS
+    i_part = (tl.program_id(0) % parts).to(tl.int64)
+    i_g = i_part * HEADS // GROUP
+    i_k = tl.program_id(0) // parts * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
     factor, inner = _factors(scale, softcap, SOFTCAP)
     b_start, b_end = _interval(p_queries, i_k, Tk)
     lo, hi, full_lo, full_hi = _bounds(b_start, b_end)
@@ -283,8 +305,8 @@ def _attention_dkv(
     b_dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     b_dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     n = tl.maximum(tl.cdiv(hi - lo, BLOCK_M), 1)  # a divisor
-    for i in range(n * GROUP):  # every head's blocks in one loop, so that loads run ahead across heads
-        i_h = i_g * GROUP + i // n
+    for i in range(n * HEADS):  # every head's blocks in one loop, so that loads run ahead across heads
+        i_h = i_part * HEADS + i // n
         start = lo + i % n * BLOCK_M
         i_q = start + tl.arange(0, BLOCK_M)  # [BLOCK_M]
         b_q = _load_tile(p_q + i_h * stride_qh, i_q, stride_q, hi, D, BLOCK_D)  # [BLOCK_M, BLOCK_D]
@@ -302,9 +324,8 @@ def _attention_dkv(
         if SOFTCAP:
             b_ds *= 1.0 - b_s * b_s
         b_dk = tl.dot(b_ds.to(b_q.dtype), b_q, b_dk, input_precision="ieee")
-    stride = tl.num_programs(1) * D
-    _store_tile(p_dk + i_g * D, b_dk * tl.cast(scale, tl.float32), i_k, stride, Tk, D, BLOCK_D)
-    _store_tile(p_dv + i_g * D, b_dv, i_k, stride, Tk, D, BLOCK_D)
+    _store_tile(p_dk + i_part * D, b_dk * tl.cast(scale, tl.float32), i_k, parts * D, Tk, D, BLOCK_D)
+    _store_tile(p_dv + i_part * D, b_dv, i_k, parts * D, Tk, D, BLOCK_D)
 
 
 # Launcher and autograd ------------------------------------------------------------------------------------------------
@@ -344,6 +365,18 @@ def _config(kernel: str, D: int, dtype: torch.dtype, target: Target) -> dict:
     return {"D": D, "BLOCK_D": width, "BLOCK_M": M, "BLOCK_N": N, "num_warps": warps, "num_stages": stages}
 
 
+# Programs of dk and dv that fill a GPU, two for each multiprocessor of an H100: over fewer a key head's query heads are
+# divided, as far as it takes.
+PROGRAMS = 2 * 132
+
+
+def _heads(Tk: int, H: int, G: int, block: int) -> int:
+    """How many of a key head's query heads a program of dk and dv sums up."""
+    group, programs = H // G, triton.cdiv(Tk, block) * G
+    parts = (n for n in range(1, group + 1) if group % n == 0)
+    return group // next((n for n in parts if programs * n >= PROGRAMS), group)
+
+
 def _intervals(
     cu_seqlens: Tensor | None, cu_seqlens_k: Tensor | None, q: Tensor, k: Tensor,
     causal: bool, window: int | None, both: bool,
@@ -357,10 +390,12 @@ def _intervals(
             if cu is not None:
                 holds = (cu[0] == 0) & (cu[-1] == tokens) & (cu.diff() >= 0).all()
                 device_assert(holds, f"cu_seqlens must rise from 0 to the {tokens} tokens")
-    cu, cu_k = (
-        torch.arange(2, dtype=torch.int32, device=q.device) * n if cu is None else cu.contiguous()  # no copy to the GPU
-        for cu, n in ((cu_seqlens, T), (cu_seqlens_k, Tk))
-    )
+
+    def made(cu: Tensor | None, n: int) -> Tensor:  # on the GPU, without a copy to it
+        return torch.arange(2, dtype=torch.int32, device=q.device) * n if cu is None else cu.contiguous()
+
+    cu = made(cu_seqlens, T)
+    cu_k = cu if cu_seqlens is cu_seqlens_k and Tk == T else made(cu_seqlens_k, Tk)
     keys, queries = (torch.empty(2, n, dtype=torch.int32, device=q.device) for n in (T, Tk if both else 0))
     reach = NO_LIMIT if window is None else min(window - 1, NO_LIMIT)
     longest = max(T, Tk) if both else T
@@ -384,9 +419,9 @@ def _forward(
     keys, _ = _intervals(cu_seqlens, cu_seqlens_k, q, k, causal, window, False)
     if T:
         config = _config("forward", D, q.dtype, target_of(q.device))
-        _attention_forward[(triton.cdiv(T, config["BLOCK_M"]), H)](
+        _attention_forward[(triton.cdiv(T, config["BLOCK_M"]) * H,)](
             q, k, v, keys, o, lse, *q.stride()[:2], *k.stride()[:2], *v.stride()[:2],
-            T, H // k.shape[1], scale, softcap or 1.0, SOFTCAP=softcap is not None, **config,
+            T, H, H // k.shape[1], scale, softcap or 1.0, SOFTCAP=softcap is not None, **config,
         )  # fmt: skip
     return o, lse
 
@@ -401,36 +436,49 @@ def _forward_outputs(q, k, v, cu_seqlens, cu_seqlens_k, causal, window, softcap,
 def _backward(
     do: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor,
     cu_seqlens: Tensor | None, cu_seqlens_k: Tensor | None,
-    causal: bool, window: int | None, softcap: float | None, scale: float,
+    causal: bool, window: int | None, softcap: float | None, scale: float, needs_dq: bool, needs_dkv: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """dq [T, H, D] and dk, dv [Tk, G, D] from do and o [T, H, D] and dlse and lse [H, T]."""
+    """dq [T, H, D] and dk, dv [Tk, G, D], [0] where not needed, from do and o [T, H, D] and dlse and lse [H, T]."""
     do, q, k, v, o = (unit_stride(x) for x in (do, q, k, v, o))
-    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    dq, dk, dv = _gradients(q, k, needs_dq, needs_dkv)
     (T, H, D), (Tk, G, _), group = q.shape, k.shape, q.shape[1] // k.shape[1]
-    keys, queries = _intervals(cu_seqlens, cu_seqlens_k, q, k, causal, window, True)
+    keys, queries = _intervals(cu_seqlens, cu_seqlens_k, q, k, causal, window, needs_dkv)
     delta = torch.empty(H, T, dtype=torch.float32, device=q.device)
     factors = scale, softcap or 1.0
     shared = [stride for x in (q, k, v) for stride in x.stride()[:2]]
     some_dlse = lse if dlse is None else dlse
     if T:
         config = _config("dq", D, q.dtype, target_of(q.device))
-        _attention_dq[(triton.cdiv(T, config["BLOCK_M"]), H)](
+        _attention_dq[(triton.cdiv(T, config["BLOCK_M"]) * H,)](
             do, some_dlse, q, k, v, keys, o, lse, dq, delta, *do.stride()[:2], *some_dlse.stride()[::-1], *shared,
-            *o.stride()[:2], *lse.stride()[::-1], T, group, *factors,
-            HAS_DLSE=dlse is not None, SOFTCAP=softcap is not None, **config,
+            *o.stride()[:2], *lse.stride()[::-1], T, H, group, *factors,
+            HAS_DLSE=dlse is not None, NEEDS_DQ=needs_dq, SOFTCAP=softcap is not None, **config,
         )  # fmt: skip
-    if Tk:
+    if Tk and needs_dkv:
         config = _config("dkv", D, q.dtype, target_of(q.device))
-        _attention_dkv[(triton.cdiv(Tk, config["BLOCK_N"]), G)](
+        heads = _heads(Tk, H, G, config["BLOCK_N"])
+        if heads < group:  # partial sums of each key head
+            dk, dv = (torch.empty(Tk, H // heads, D, dtype=torch.float32, device=q.device) for _ in range(2))
+        _attention_dkv[(triton.cdiv(Tk, config["BLOCK_N"]) * (H // heads),)](
             do, q, k, v, queries, lse, delta, dk, dv, *do.stride()[:2], *shared, *lse.stride()[::-1],
-            T, Tk, group, *factors, SOFTCAP=softcap is not None, **config,
+            T, Tk, H, group, heads, *factors, SOFTCAP=softcap is not None, **config,
         )  # fmt: skip
+        if heads < group:
+            dk, dv = (x.view(Tk, G, group // heads, D).sum(2).to(k.dtype) for x in (dk, dv))
     return dq, dk, dv
 
 
+def _gradients(q: Tensor, k: Tensor, needs_dq: bool, needs_dkv: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Where dq, dk and dv go."""
+    shapes = q.shape if needs_dq else (0,), *(k.shape if needs_dkv else (0,),) * 2
+    return tuple(torch.empty(shape, dtype=q.dtype, device=q.device) for shape in shapes)
+
+
 @_backward.register_fake
-def _backward_outputs(do, dlse, q, k, v, o, lse, cu_seqlens, cu_seqlens_k, causal, window, softcap, scale):
-    return tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+def _backward_outputs(
+    do, dlse, q, k, v, o, lse, cu_seqlens, cu_seqlens_k, causal, window, softcap, scale, needs_dq, needs_dkv
+):  # fmt: skip
+    return _gradients(q, k, needs_dq, needs_dkv)
 
 
 def _save(ctx, inputs, output):
@@ -442,7 +490,9 @@ def _save(ctx, inputs, output):
 def _triton_gradients(ctx, do, dlse):
     q, k, v, o, lse, cu_seqlens, cu_seqlens_k = ctx.saved_tensors
     do = torch.zeros_like(o) if do is None else do
-    grads = _backward(do, dlse, q, k, v, o, lse, cu_seqlens, cu_seqlens_k, *ctx.options)
+    needs = ctx.needs_input_grad[0], any(ctx.needs_input_grad[1:3])
+    grads = _backward(do, dlse, q, k, v, o, lse, cu_seqlens, cu_seqlens_k, *ctx.options, *needs)
+    grads = (x if needed else None for x, needed in zip(grads, ctx.needs_input_grad, strict=False))
     return *grads, None, None, None, None, None, None
 
 
@@ -457,29 +507,30 @@ def _check(
     causal: bool, window: int | None, softcap: float | None, scale: float | None,
 ) -> tuple[Tensor | None, Options]:  # fmt: skip
     """cu_seqlens of the keys, and the options. Raises: ValueError for what does not fit, by shapes alone."""
+    require_float("attention", q=q, k=k, v=v)
     if q.dim() != 3 or k.dim() != 3 or k.shape != v.shape or q.shape[2] != k.shape[2]:
         shapes = ", ".join(str(tuple(x.shape)) for x in (q, k, v))
         raise ValueError(f"q, k, v must be [T, H, D], [Tk, G, D], [Tk, G, D], got {shapes}")
-    if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
+    if k.shape[1] == 0 or q.shape[1] == 0 or q.shape[1] % k.shape[1]:
         raise ValueError(f"{q.shape[1]} query heads do not divide into {k.shape[1]} key heads: q {tuple(q.shape)}")
     if q.shape[2] % 8 or not 8 <= q.shape[2] <= 256:
         raise ValueError(f"the head dim must be a multiple of 8 from 8 to 256, got {q.shape[2]}: q {tuple(q.shape)}")
     if len({q.dtype, k.dtype, v.dtype}) > 1:
         raise ValueError(f"q, k, v must have one dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
-    if window is not None and window < 1:
-        raise ValueError(f"window must be at least 1 (the query's own key), got {window}")
-    if softcap is not None and softcap <= 0:
-        raise ValueError(f"softcap must be positive or None, got {softcap}")
-    if scale is not None and scale <= 0:
-        raise ValueError(f"scale must be positive or None, got {scale}")
+    if window is not None and (not isinstance(window, int) or window < 1):
+        raise ValueError(f"window must be an integer of at least 1 (the query's own key) or None, got {window}")
+    for name, value in (("softcap", softcap), ("scale", scale)):
+        if value is not None and not 0 < value < math.inf:
+            raise ValueError(f"{name} must be positive and finite or None, got {value}")
+    require_integer("attention", cu_seqlens=cu_seqlens, cu_seqlens_k=cu_seqlens_k)
     if cu_seqlens is not None and cu_seqlens_k is None:
         if len(q) != len(k):
             raise ValueError(f"cu_seqlens alone is for as many keys as queries, got {len(q)} and {len(k)} tokens")
         cu_seqlens_k = cu_seqlens
     counts = []
     for name, cu in (("cu_seqlens", cu_seqlens), ("cu_seqlens_k", cu_seqlens_k)):
-        if cu is not None and (cu.dim() != 1 or cu.is_floating_point() or not len(cu)):
-            raise ValueError(f"{name} must be a vector of integers, got {tuple(cu.shape)} {cu.dtype}")
+        if cu is not None and (cu.dim() != 1 or not len(cu)):
+            raise ValueError(f"{name} must be a vector of S + 1 integers, got {tuple(cu.shape)}")
         counts.append(1 if cu is None else len(cu) - 1)
     if counts[0] != counts[1]:
         raise ValueError(f"{counts[0]} documents of queries but {counts[1]} of keys")
@@ -546,72 +597,20 @@ def attention_backward(
     with torch.no_grad():
         if use_triton(q, k, v, do, o, lse, cu_seqlens, cu_seqlens_k):
             tensors = do, None, q, k, v, o, lse.t().float(), cu_seqlens, cu_seqlens_k
-            return _backward(*tensors, causal, window, softcap, options.scale)
+            return _backward(*tensors, causal, window, softcap, options.scale, True, True)
         return attention_torch.attention_backward(do, q, k, v, o, lse, cu_seqlens, cu_seqlens_k, options)
 
 
 # Registry -------------------------------------------------------------------------------------------------------------
-#
-# Shapes: documents of N queries (the last may be shorter), and of M keys where that is another number; options as ints.
-
-
-def _ends(shape: Shape) -> tuple[list[int], list[int]]:
-    documents = range(max(1, -(-shape["T"] // shape["N"])) + 1)
-    ends = [min(i * shape["N"], shape["T"]) for i in documents]
-    return ends, [i * shape["M"] for i in documents] if "M" in shape else ends
 
 
 def _example(shape: Shape, dtype: torch.dtype, device: str) -> tuple[tuple, dict]:
-    ends, ends_k = _ends(shape)
+    ends, ends_k = attention_traffic.ends_of(shape)
     sizes = [(ends[-1], shape["H"]), (ends_k[-1], shape["G"]), (ends_k[-1], shape["G"])]
     q, k, v = (torch.randn(*size, shape["D"], dtype=dtype, device=device, requires_grad=True) for size in sizes)
     cu, cu_k = (torch.tensor(x, dtype=torch.int32, device=device) for x in (ends, ends_k))
     options = {"causal": bool(shape.get("causal", 1)), "window": shape.get("window"), "softcap": shape.get("softcap")}
     return (q, k, v), {"cu_seqlens": cu, "cu_seqlens_k": cu_k if "M" in shape else None} | options
-
-
-def _seen(shape: Shape, of_keys: bool = False) -> list[tuple[int, int]]:
-    """What `_attention_intervals` finds: for each query its interval of keys, or for each key its queries."""
-    reach = shape.get("window", NO_LIMIT + 1) - 1
-    left, right = reach, 0 if shape.get("causal", 1) else reach
-    ends, ends_k = _ends(shape)
-    if of_keys:
-        ends, ends_k, left, right = ends_k, ends, right, left
-    seen = []
-    for first, last, start, end in zip(ends, ends[1:], ends_k, ends_k[1:], strict=False):
-        for same in range(first + end - last, end):
-            low = max(start, same - left)
-            seen.append((low, max(low, min(end, same + right + 1))))
-    return seen
-
-
-def _pairs(shape: Shape) -> int:
-    """Pairs of a query and a key that it sees, times heads."""
-    return shape["H"] * sum(end - start for start, end in _seen(shape))
-
-
-def _moved(shape: Shape, itemsize: int, queries: int, keys: int) -> int:
-    """Bytes of `queries` tensors like q, `keys` tensors like k, and lse."""
-    T, Tk = (ends[-1] for ends in _ends(shape))
-    return (queries * T * shape["H"] + keys * Tk * shape["G"]) * shape["D"] * itemsize + 4 * T * shape["H"]
-
-
-def _traffic(shape: Shape, itemsize: int) -> tuple[int, int]:
-    """Bytes as the docstring says, where each token sees something: blocks read [first start, last end)."""
-    dtype = torch.float32 if itemsize == 4 else torch.bfloat16
-    (ends, ends_k), H, row = _ends(shape), shape["H"], shape["D"] * itemsize
-    T, Tk = ends[-1], ends_k[-1]
-
-    def walked(kernel: str, block: str) -> int:
-        rows, seen = _config(kernel, shape["D"], dtype, TARGETS["sm_80"])[block], _seen(shape, block == "BLOCK_N")
-        blocks = (list(zip(*seen[i : i + rows], strict=True)) for i in range(0, len(seen), rows))
-        return H * sum(max(end) - min(start) for start, end in blocks)
-
-    search = 4 * ((len(ends) - 1).bit_length() + 4 + 2)  # bytes for a token's interval; each program reads 8 again
-    forward = T * search + 8 * T * H + _moved(shape, itemsize, 2, 0) + walked("forward", "BLOCK_M") * 2 * row
-    dq = 8 * T * H + _moved(shape, itemsize, 4, 0) + 4 * T * H + walked("dq", "BLOCK_M") * 2 * row
-    dkv = 8 * Tk * shape["G"] + 4 * Tk * shape["G"] * row + walked("dkv", "BLOCK_N") * (2 * row + 8)
-    return forward, (T + Tk) * search + dq + dkv
 
 
 KERNELS = {"forward": _attention_forward, "dq": _attention_dq, "dkv": _attention_dkv}
@@ -620,21 +619,32 @@ KINDS = {"p_keys": "*i32", "p_queries": "*i32"} | dict.fromkeys(("p_lse", "p_dls
 KINDS |= dict.fromkeys(("scale", "softcap"), "fp32")
 
 
+def _traffic(shape: Shape, itemsize: int) -> tuple[int, int]:
+    dtype, target = torch.float32 if itemsize == 4 else torch.bfloat16, TARGETS["sm_80"]  # as under the interpreter
+    configs = {name: _config(name, shape["D"], dtype, target) for name in KERNELS}
+    blocks = {name: configs[name]["BLOCK_N" if name == "dkv" else "BLOCK_M"] for name in KERNELS}
+    heads = _heads(attention_traffic.ends_of(shape)[1][-1], shape["H"], shape["G"], blocks["dkv"])
+    return attention_traffic.traffic(shape, itemsize, blocks, heads)
+
+
 def _launches(target: Target) -> tuple[Launch, ...]:
-    def launch(name: str, D: int, short: str, softcap: bool) -> Launch:
+    def launch(name: str, D: int, short: str, softcap: bool, variant: str = "") -> Launch:
         kernel, dtype = KERNELS[name], torch.bfloat16 if short == "bf16" else torch.float32
-        flags = {"SOFTCAP": softcap} | ({"HAS_DLSE": True} if name == "dq" else {})
+        flags = {"SOFTCAP": softcap} | ({"HAS_DLSE": True, "NEEDS_DQ": variant != "only delta"} if name == "dq" else {})
         config = _config(name, D, dtype, target) | flags
         options = {key: config.pop(key) for key in ("num_warps", "num_stages")}
         arguments = [x for x in kernel.arg_names if x not in config]
-        signature = {x: KINDS.get(x, f"*{short}" if x.startswith("p_") else "i32") for x in arguments}
-        aligned = tuple(x for x in arguments if x not in ("GROUP", "scale", "softcap"))
-        return Launch(kernel, f"{name} D={D} {short}{' softcap' * softcap}", signature, config, aligned, **options)
+        kinds = KINDS | dict.fromkeys(("p_dk", "p_dv"), "*fp32" if variant == "partial" else f"*{short}")
+        signature = {x: kinds.get(x, f"*{short}" if x.startswith("p_") else "i32") for x in arguments}
+        aligned = tuple(x for x in arguments if x not in ("H", "GROUP", "HEADS", "scale", "softcap"))
+        title = " ".join(filter(None, (f"{name} D={D} {short}", "softcap" * softcap, variant)))
+        return Launch(kernel, title, signature, config, aligned, **options)
 
     pointers = dict.fromkeys(("p_cu", "p_cu_k", "p_keys", "p_queries"), "*i32")
     sizes = dict.fromkeys(("T", "Tk", "S", "STEPS", "left", "right"), "i32")
     intervals = Launch(_attention_intervals, "intervals", pointers | sizes, {"BLOCK": INTERVALS_BLOCK}, tuple(pointers))
-    return intervals, *(launch(name, *case) for name in KERNELS for case in DECLARED)
+    variants = launch("dq", 128, "bf16", False, "only delta"), launch("dkv", 128, "bf16", False, "partial")
+    return intervals, *(launch(name, *case) for name in KERNELS for case in DECLARED), *variants
 
 
 register(
@@ -652,10 +662,10 @@ register(
             {"T": 0, "N": 1, "H": 2, "G": 1, "D": 8},
             {"T": 4096, "N": 2048, "H": 32, "G": 8, "D": 128},
         ),
-        flops=lambda shape: 4 * shape["D"] * _pairs(shape),
-        bytes=lambda shape, itemsize: _moved(shape, itemsize, 2, 2),
-        backward_flops=lambda shape: 10 * shape["D"] * _pairs(shape),
-        backward_bytes=lambda shape, itemsize: _moved(shape, itemsize, 4, 4),
+        flops=lambda shape: 4 * shape["D"] * attention_traffic.pairs(shape),
+        bytes=lambda shape, itemsize: attention_traffic.moved(shape, itemsize, 2, 2),
+        backward_flops=lambda shape: 10 * shape["D"] * attention_traffic.pairs(shape),
+        backward_bytes=lambda shape, itemsize: attention_traffic.moved(shape, itemsize, 4, 4),
         launches=_launches,
         lean_shape={"T": 512, "N": 256, "H": 2, "G": 1, "D": 64},
         traffic=_traffic,

@@ -9,8 +9,9 @@ sees. On a CPU in bf16 this takes about half the time of scaled_dot_product_atte
                              for rows of a bucket:  s = q kᵀ → p = softmax(s) → o = p v
 
 Precision: a matmul returns bf16, which is too coarse for scores (an error of 2⁻⁹·|s| in the exponent), so a second
-matmul computes what the rounding lost, s_low = q kᵀ - s_high, exact to fp32 since accumulators are fp32. Two bf16
-matmuls are still faster than one in fp32.
+matmul computes what the rounding lost, s_low = q kᵀ - s_high in fp32 accumulators, rounded to bf16 in turn: together
+they are right to 2⁻¹⁸·|s|. Two bf16 matmuls are still faster than one in fp32. fp16 scores are made in fp32: they may
+pass 65504, where s_high would be inf and s_low would be inf - inf.
 """
 
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from tritium.kernels.backend import without_autocast
 
 SCORE_BYTES = 2 << 20  # fp32 scores held at a time: they should stay in the cache
 KEPT_BYTES = 32 << 20  # probabilities that a call may keep for its backward; over this they are made again
@@ -180,10 +183,12 @@ def _scaled_bmm(a: Tensor, b: Tensor, scale: float) -> Tensor:
 
 
 def _scores(q: Tensor, k: Tensor, options: Options) -> Tensor:
-    """softcap(scale · q kᵀ) in fp32 at least, [B, rows, keys]. With low-precision inputs by two matmuls; see above."""
+    """softcap(scale · q kᵀ) in fp32 at least, [B, rows, keys]; in bf16 by two matmuls, see above."""
+    if q.dtype == torch.float16:
+        q, k = q.float(), k.float()
     kt = k.transpose(1, 2)
     s = _scaled_bmm(q, kt, options.scale)
-    if q.dtype in (torch.bfloat16, torch.float16):
+    if q.dtype == torch.bfloat16:
         low = torch.baddbmm(s, q, kt, beta=-1, alpha=options.scale)
         s = s.float().add_(low)
     return s if options.softcap is None else s.div_(options.softcap).tanh_().mul_(options.softcap)
@@ -258,7 +263,7 @@ def _block_forward(q: Tensor, k: Tensor, v: Tensor, block: _Block, options: Opti
 
 
 def _extended(do: Tensor, delta: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """do and v with further columns, so that their product is do·v - delta, exact to fp32 before it is rounded.
+    """do and v with further columns, so that their product is do·v - delta, with delta right to 2⁻¹⁸.
 
     (Where a query sees one key in effect, the two cancel: delta must not be rounded to bf16 by itself.)
     """
@@ -283,6 +288,7 @@ def _block_backward(q, k, v, do, lse, p: Tensor | None, block: _Block, options: 
     return dq, dk, p.transpose(1, 2) @ do[..., :D]
 
 
+@without_autocast
 def _forward(q, k, v, plan, options: Options, keep: bool):
     """o [T, H, D], lse [T, H] fp32, and the probabilities of every block (or None, if too large or not wanted)."""
     buckets, queries, keys = plan
@@ -306,6 +312,7 @@ def _forward(q, k, v, plan, options: Options, keep: bool):
     return queries.unpad(o), queries.unpad(lse), kept
 
 
+@without_autocast
 def _backward(do, q, k, v, o, lse, dlse, plan, options: Options, kept: list[Tensor] | None):
     """dq, dk, dv.  ds = p (dp - Σ_j p dp), and Σ_j p dp = do·o; a gradient of lse adds p · dlse."""
     buckets, queries, keys = plan

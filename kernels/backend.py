@@ -2,7 +2,7 @@
 
 `TRITIUM_BACKEND=auto|triton|torch`: auto is Triton for tensors on a GPU and torch for tensors on a CPU. `triton` on
 CPU tensors needs Triton's interpreter (`TRITON_INTERPRET=1`, set before triton is imported). Kernels compute in fp32:
-fp64 tensors take the torch path under every setting. `tritium doctor` says which op uses what, and why.
+a call with an fp64 tensor takes the torch path under every setting. `tritium doctor` says which op uses what, and why.
 
 `TRITIUM_DEBUG=1` checks on the GPU what can't be checked there without waiting for it: see `device_assert`.
 
@@ -12,6 +12,7 @@ Linux only) the two names are stand-ins, with which kernels can be defined but n
 
 import functools
 import os
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 
@@ -27,7 +28,7 @@ if HAS_TRITON:
 else:
 
     class triton:
-        jit = staticmethod(lambda fn: fn)
+        jit = staticmethod(lambda fn=None, **_: fn or (lambda fn: fn))
 
     class tl:
         constexpr = staticmethod(lambda value: value)
@@ -69,19 +70,26 @@ def target_of(device: torch.device) -> Target:
     return Target(f"sm_{arch}", "cuda", arch, 32, properties.shared_memory_per_block_optin)
 
 
+def require_one_device(x: Tensor, *others: Tensor | None) -> None:
+    """Raise ValueError for tensors on several devices."""
+    for other in others:
+        if other is not None and other.device != x.device:
+            raise ValueError(f"tensors on {x.device} and on {other.device}: move them to one device")
+
+
 def use_triton(x: Tensor, *others: Tensor | None) -> bool:
     """Whether an op with a Triton kernel should launch it for these tensors. Called outside the registered op.
 
     Raises: ValueError for tensors on several devices and for an unknown TRITIUM_BACKEND; RuntimeError if Triton is
     asked for and can't run.
     """
-    for other in others:
-        if other is not None and other.device != x.device:
-            raise ValueError(f"tensors on {x.device} and on {other.device}: move them to one device")
+    require_one_device(x, *others)
     choice = os.environ.get("TRITIUM_BACKEND", "auto")
     if choice not in CHOICES:
         raise ValueError(f"TRITIUM_BACKEND={choice!r}: expected one of {', '.join(CHOICES)}")
-    if choice == "torch" or x.dtype == torch.float64 or (choice == "auto" and not (HAS_TRITON and x.is_cuda)):
+    if choice == "torch" or (choice == "auto" and not (HAS_TRITON and x.is_cuda)):
+        return False
+    if any(each is not None and each.dtype == torch.float64 for each in (x, *others)):
         return False
     if not HAS_TRITON:
         raise RuntimeError("TRITIUM_BACKEND=triton, but triton is not installed: pip install triton, or unset it")
@@ -90,6 +98,43 @@ def use_triton(x: Tensor, *others: Tensor | None) -> bool:
 
         interpreter.require()
     return True
+
+
+def _first_tensor(arguments: tuple) -> Tensor | None:
+    listed = (value if isinstance(value, list | tuple) else (value,) for value in arguments)
+    return next((x for values in listed for x in values if isinstance(x, Tensor)), None)
+
+
+def without_autocast(function: Callable) -> Callable:
+    """`function`, not changed by autocast: the dtypes of an op are those of its arguments, and are chosen inside."""
+
+    @functools.wraps(function)
+    def run(*arguments, **options):
+        first = _first_tensor(arguments)
+        device = "cpu" if first is None else first.device.type  # None: the gradients of outputs that nobody used
+        if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+            return function(*arguments, **options)
+        with torch.autocast(device, enabled=False):
+            return function(*arguments, **options)
+
+    return run
+
+
+def operator(name: str, mutates_args: Sequence[str] = ()) -> Callable:
+    """Register a function with launches as the operator tritium::name.
+
+    Its body runs without autocast, on the device of its first tensor: Triton launches on the current one.
+    """
+
+    def define(function: Callable) -> torch.library.CustomOpDef:
+        @functools.wraps(function)
+        def run(*arguments):
+            with torch.cuda.device_of(_first_tensor(arguments)):
+                return function(*arguments)
+
+        return torch.library.custom_op(f"tritium::{name}", without_autocast(run), mutates_args=mutates_args)
+
+    return define
 
 
 def device_assert(holds: Tensor, message: str) -> None:

@@ -14,24 +14,23 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from tritium.kernels.backend import Target, tl, triton, use_triton
-from tritium.kernels.head import check_targets
-from tritium.kernels.head_triton import LOG2_E, TILE_BYTES, _tanh, _unit_stride
+from tritium.kernels.backend import Target, operator, require_one_device, tl, triton, use_triton, without_autocast
+from tritium.kernels.blocks import require_float, tanh, unit_stride
+from tritium.kernels.head import HeadOptions, check_targets
+from tritium.kernels.head_triton import LOG2_E, PROGRAMS, launch_of, tile_bytes
 from tritium.kernels.registry import Launch, OpSpec, Shape, register
 
 
 def check_loss_options(
-    tokens: int, weights: Tensor | None, label_smoothing: float, softcap: float | None, reduction: str
+    op: str, shape: tuple[int, ...], weights: Tensor | None, label_smoothing: float, reduction: str
 ) -> None:
-    """Raise ValueError for options that the two cross-entropies refuse."""
+    """Raise ValueError for options that the two cross-entropies refuse; weights must be of that shape."""
     if reduction not in ("sum", "none"):
-        raise ValueError(f"reduction must be 'sum' or 'none', got {reduction!r}: divide by a known count instead")
+        raise ValueError(f"{op}: reduction must be 'sum' or 'none', got {reduction!r}: divide by a known count instead")
     if not 0 <= label_smoothing <= 1:
-        raise ValueError(f"label_smoothing must be in [0, 1], got {label_smoothing}")
-    if softcap is not None and softcap <= 0:
-        raise ValueError(f"softcap must be positive or None, got {softcap}")
-    if weights is not None and weights.shape != (tokens,):
-        raise ValueError(f"weights must be [{tokens}], one per token, got {tuple(weights.shape)}")
+        raise ValueError(f"{op}: label_smoothing must be in [0, 1], got {label_smoothing}")
+    if weights is not None and tuple(weights.shape) != tuple(shape):
+        raise ValueError(f"{op}: weights must be {list(shape)}, one per token, got {list(weights.shape)}")
 
 
 def token_loss(
@@ -86,17 +85,16 @@ def cross_entropy_reference(
 # each is split among programs, whose partial results are merged. The backward is one program per tile.
 
 TILE = 2048  # elements: 8 for each thread of 8 warps
-PROGRAMS = 1024  # fill 132 multiprocessors, 8 on each
 
 
 @triton.jit
 def _load_logits(p, m, softcap, HAS_CAP: tl.constexpr):
     """z in fp32, 0 where masked."""
     b_z = tl.load(p, mask=m, other=0.0).to(tl.float32)
-    return softcap * _tanh(b_z / softcap) if HAS_CAP else b_z
+    return softcap * tanh(b_z / softcap) if HAS_CAP else b_z
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _cross_entropy_forward(
     p_logits, p_targets, p_top, p_sum, p_total, p_picked, stride_logits, T, V, columns, softcap,
     HAS_CAP: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
@@ -138,7 +136,7 @@ def _cross_entropy_forward(
         tl.store(p_picked + i_row, tl.where(m_kept, b_picked, 0.0), mask=m_row)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _cross_entropy_backward(
     p_logits, p_targets, p_top, p_log_sum, p_g_lse, p_g_picked, p_g_total, p_dlogits, stride_logits, T, V, softcap,
     HAS_CAP: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
@@ -173,7 +171,7 @@ def _config(V: int) -> dict:
     return {"ROWS": TILE // block, "BLOCK": block, "num_warps": 8}
 
 
-@torch.library.custom_op("tritium::cross_entropy_statistics", mutates_args=())
+@operator("cross_entropy_statistics")
 def _statistics(
     logits: Tensor, targets: Tensor, softcap: float | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -181,7 +179,7 @@ def _statistics(
 
     All 0 for targets outside the vocabulary.
     """
-    (T, V), rows, config = logits.shape, _unit_stride(logits), _config(logits.shape[1])
+    (T, V), rows, config = logits.shape, unit_stride(logits), _config(logits.shape[1])
     programs, blocks = triton.cdiv(T, config["ROWS"]), triton.cdiv(V, config["BLOCK"])
     columns = triton.cdiv(blocks, min(blocks, triton.cdiv(PROGRAMS, max(1, programs)))) * config["BLOCK"]
     splits = triton.cdiv(V, columns)
@@ -199,10 +197,10 @@ def _statistics(
 
 @_statistics.register_fake
 def _(logits, targets, softcap):
-    return tuple(logits.new_empty(len(logits), dtype=torch.float32) for _ in range(5))
+    return tuple(logits.new_empty(logits.shape[0], dtype=torch.float32) for _ in range(5))
 
 
-@torch.library.custom_op("tritium::cross_entropy_backward", mutates_args=())
+@operator("cross_entropy_backward")
 def _backward(
     logits: Tensor,
     targets: Tensor,
@@ -214,7 +212,7 @@ def _backward(
     softcap: float | None,
 ) -> Tensor:
     """dlogits [T, V] in the dtype of the logits."""
-    (T, V), rows, config = logits.shape, _unit_stride(logits), _config(logits.shape[1])
+    (T, V), rows, config = logits.shape, unit_stride(logits), _config(logits.shape[1])
     dlogits = logits.new_empty(T, V)
     if T:
         _cross_entropy_backward[(triton.cdiv(T, config["ROWS"]), triton.cdiv(V, config["BLOCK"]))](
@@ -248,44 +246,47 @@ _statistics.register_autograd(_triton_gradients, setup_context=_save)
 
 def _row_blocks(logits: Tensor) -> list[slice]:
     """Blocks of rows whose fp32 copy stays in the cache."""
-    rows = max(1, TILE_BYTES.get(logits.device.type, TILE_BYTES["cuda"]) // (4 * max(1, logits.shape[1])))
+    rows = max(1, tile_bytes(logits.device) // (4 * logits.shape[1]))
     return [slice(row, row + rows) for row in range(0, logits.shape[0], rows)]
 
 
-def _capped(logits: Tensor, softcap: float | None) -> Tensor:
-    z = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return z if softcap is None else torch.tanh(z / softcap) * softcap
+def _capped(logits: Tensor, options: HeadOptions) -> Tensor:
+    copy = options.softcap is not None  # which is made in place
+    return options.from_raw(logits.to(torch.promote_types(logits.dtype, torch.float32), copy=copy))
 
 
 class _LogitStatistics(torch.autograd.Function):
-    """lse, the target's logit and the sum of the logits, [T] in fp32 at least; the softmax is made again backward."""
+    """lse, the target's logit and the sum of the logits, [T] in fp32 at least; the softmax is made again backward.
+
+    Where targets [T] are -1, nobody reads the three, and dlogits is 0.
+    """
 
     @staticmethod
-    def forward(ctx, logits, targets, softcap):
+    @without_autocast
+    def forward(ctx, logits, targets, options):
         T = logits.shape[0]
         dtype = torch.promote_types(logits.dtype, torch.float32)
         lse, z_target, total = (logits.new_empty(T, dtype=dtype) for _ in range(3))
         for rows in _row_blocks(logits):
-            z = _capped(logits[rows], softcap)  # [rows, V]
+            z = _capped(logits[rows], options)  # [rows, V]
             lse[rows] = z.amax(-1) - z.softmax(-1).amax(-1).log()  # 3 × faster than torch.logsumexp
-            z_target[rows] = z.gather(1, targets[rows, None])[:, 0]
+            z_target[rows] = z.gather(1, targets[rows, None].clamp_min(0))[:, 0]
             total[rows] = z.sum(-1)
         ctx.save_for_backward(logits, targets)
-        ctx.softcap = softcap
+        ctx.options = options
         return lse, z_target, total
 
     @staticmethod
     @once_differentiable
+    @without_autocast
     def backward(ctx, g_lse, g_target, g_total):
         logits, targets = ctx.saved_tensors
         dlogits = torch.empty_like(logits, memory_format=torch.contiguous_format)
         for rows in _row_blocks(logits):
-            z = _capped(logits[rows], ctx.softcap)
+            z, y = _capped(logits[rows], ctx.options), targets[rows, None]
             dz = z.softmax(-1).mul_(g_lse[rows, None]).add_(g_total[rows, None])
-            dz.scatter_add_(1, targets[rows, None], g_target[rows, None])  # p - 1, in fp32
-            if ctx.softcap is not None:
-                dz *= 1 - (z / ctx.softcap).square_()
-            dlogits[rows] = dz
+            dz.scatter_add_(1, y.clamp_min(0), g_target[rows, None])  # p - 1, in fp32
+            dlogits[rows] = ctx.options.to_raw(dz, z).masked_fill_(y < 0, 0.0)  # not 0 · NaN
         return dlogits, None, None
 
 
@@ -305,22 +306,30 @@ def cross_entropy(
 ) -> Tensor:
     """Weighted cross-entropy of logits [T, V] and targets [T]; a scalar ("sum") or [T] ("none"), fp32 (fp64 for fp64).
 
-    weights [T] multiply each token's loss; ignored targets give 0, loss and gradient.
-    Raises ValueError on shapes that don't fit, unknown reductions and (on a CPU) targets outside the vocabulary.
+    logits of any float dtype and any strides, V ≥ 1; targets int32 or int64; weights [T], of any dtype, multiply each
+    token's loss; all on one device. Differentiable in logits and weights. Ignored targets give 0, loss and gradient,
+    whatever their logits and weights hold. Targets outside the vocabulary raise on a CPU; on a GPU, where looking
+    would make the host wait, they are ignored and counted (`head.invalid_targets`), or stop the program with
+    TRITIUM_DEBUG=1.
+    Raises: ValueError for shapes, dtypes or devices that don't fit, an unknown reduction, label_smoothing outside
+    [0, 1], a softcap ≤ 0. Source: label smoothing, arXiv 1512.00567, 7; z-loss, arXiv 2204.02311, 5.
     """
-    if logits.dim() != 2:
-        raise ValueError(f"logits must be [T, V], got {tuple(logits.shape)}")
-    kept = check_targets(targets, logits.shape[0], logits.shape[1], ignore_index)
-    check_loss_options(logits.shape[0], weights, label_smoothing, softcap, reduction)
-    if use_triton(logits, targets, weights):
-        lse, z_target, total, *_ = _statistics(logits, torch.where(kept, targets, -1).long(), softcap)
+    options = HeadOptions(softcap=softcap)
+    require_float("cross_entropy", logits=logits)
+    if logits.dim() != 2 or not logits.shape[1]:
+        raise ValueError(f"cross_entropy: logits must be [T, V] with V ≥ 1, got {list(logits.shape)}")
+    require_one_device(logits, targets, weights)
+    check_loss_options("cross_entropy", logits.shape[:1], weights, label_smoothing, reduction)
+    ids = check_targets("cross_entropy", targets, logits.shape[:1], logits.shape[1], ignore_index)
+    if use_triton(logits):
+        lse, z_target, total, *_ = _statistics(logits, ids, softcap)
     else:
-        lse, z_target, total = _LogitStatistics.apply(logits, torch.where(kept, targets, 0).long(), softcap)
+        lse, z_target, total = _LogitStatistics.apply(logits, ids, options)
     return token_loss(
         lse,
         z_target,
         total,
-        kept,
+        ids >= 0,
         vocab=logits.shape[1],
         weights=weights,
         label_smoothing=label_smoothing,
@@ -332,45 +341,37 @@ def cross_entropy(
 def _example(shape: Shape, dtype: torch.dtype, device: str) -> tuple[tuple, dict]:
     logits = (3 * torch.randn(shape["T"], shape["V"], device=device)).to(dtype).requires_grad_()
     targets = torch.randint(0, shape["V"], (shape["T"],), device=device)
-    targets[::5] = -100
+    targets[1::5] = -100
     weights = torch.rand(shape["T"], device=device)
     softcap = float(shape["softcap"]) if "softcap" in shape else None
     return (logits, targets), dict(weights=weights, label_smoothing=0.1, z_loss=1e-3, softcap=softcap)
 
 
-def _bytes(shape: Shape, itemsize: int, moved: int) -> int:
-    """Of the example, a fifth of whose targets are ignored: `moved` × the logits that count."""
-    return moved * itemsize * shape["V"] * (shape["T"] - -(-shape["T"] // 5))
+def _logit_bytes(shape: Shape, itemsize: int) -> int:
+    """Of the logits that count: a fifth of the example's targets are ignored."""
+    return itemsize * shape["V"] * (shape["T"] - (shape["T"] + 3) // 5)
 
 
 def _forward_bytes(shape: Shape, itemsize: int) -> int:
-    return _bytes(shape, itemsize, 1) + (8 + 4 * 4) * shape["T"]  # targets, four statistics
+    return _logit_bytes(shape, itemsize) + (8 + 4 * 4) * shape["T"]  # targets, four statistics
 
 
 def _backward_bytes(shape: Shape, itemsize: int) -> int:
-    return _bytes(shape, itemsize, 1) + itemsize * shape["V"] * shape["T"] + (8 + 5 * 4) * shape["T"]
+    return _logit_bytes(shape, itemsize) + itemsize * shape["V"] * shape["T"] + (8 + 5 * 4) * shape["T"]
 
 
 def _launches(target: Target) -> tuple[Launch, ...]:
-    def launch(kernel, name, V, dtype, pointers, integers, cap):
-        constexprs = _config(V) | {"HAS_CAP": cap}
-        warps = constexprs.pop("num_warps")
-        signature = {p: f"*{dtype}" if p in ("p_logits", "p_dlogits") else "*fp32" for p in pointers}
-        signature |= {"p_targets": "*i64", "softcap": "fp32"} | dict.fromkeys(integers, "i32")
-        name = f"{name} V={V} {dtype}" + cap * " softcap"
-        return Launch(kernel, name, signature, constexprs, (*pointers, *integers), num_warps=warps)
+    def launch(kernel, V, dtype, cap):
+        config = _config(V) | {"HAS_CAP": cap}
+        types = dict.fromkeys(("p_logits", "p_dlogits"), f"*{dtype}")
+        odd = ("V", "stride_logits") if V % 16 else ()
+        name = f"{kernel.__name__.split('_')[-1]} V={V} {dtype}" + cap * " softcap"
+        return launch_of(kernel, name, config, types, odd)
 
-    forward = ("p_logits", "p_targets", "p_top", "p_sum", "p_total", "p_picked"), ("stride_logits", "T", "V", "columns")
-    pointers = "p_logits", "p_targets", "p_top", "p_log_sum", "p_g_lse", "p_g_picked", "p_g_total", "p_dlogits"
-    backward = pointers, ("stride_logits", "T", "V")
     cases = (131072, "bf16", False), (131072, "bf16", True), (131072, "fp32", False), (64, "bf16", False)
+    cases += (50257, "bf16", True), (50257, "fp32", False)  # rows that begin anywhere
     return tuple(
-        launch(kernel, name, V, dtype, *arguments, cap)
-        for kernel, name, arguments in (
-            (_cross_entropy_forward, "forward", forward),
-            (_cross_entropy_backward, "backward", backward),
-        )
-        for V, dtype, cap in cases
+        launch(kernel, *case) for kernel in (_cross_entropy_forward, _cross_entropy_backward) for case in cases
     )
 
 

@@ -18,7 +18,8 @@ two rows are slow on strided or bf16 operands (measured on a CPU: 0.45 ms agains
 import torch
 from torch import Tensor
 
-from tritium.kernels.backend import Target, tl, triton, use_triton
+from tritium.kernels.backend import Target, operator, target_of, tl, triton, use_triton, without_autocast
+from tritium.kernels.blocks import require_float, require_integer, tanh, unit_stride
 from tritium.kernels.registry import Launch, OpSpec, Shape, register
 
 
@@ -50,10 +51,11 @@ def decode_attention_reference(
 
 # Triton ---------------------------------------------------------------------------------------------------------------
 #
-# R = H / G query heads of a group, in BLOCK_R >= 16 rows as tl.dot wants them.
+# R = H / G query heads of a group, in tiles of BLOCK_R >= 16 rows as tl.dot wants them: one, but for very large groups.
 
 PROGRAMS = 264  # two for each multiprocessor of an H100
 MIN_SHARE, MAX_SHARES = 128, 128  # keys that are worth a program; parts that one program merges
+QUERY_BYTES = 32 << 10  # of a tile of queries: with three stages of keys and values it fits every GPU
 MERGE_TILE = 4096  # elements of partial outputs that a program of 4 warps merges at a time
 
 
@@ -64,9 +66,11 @@ def _decode(
     G: tl.constexpr, R: tl.constexpr, D: tl.constexpr, SOFTCAP: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """o [B, H, S, D] and lse [B, H, S] of one share of the keys. Grid: (B · G, S)."""
-    i_b, i_g = (tl.program_id(0) // G).to(tl.int64), tl.program_id(0) % G
-    i_r, i_d = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_D)
+    """o [B, H, S, D] and lse [B, H, S] of one share of the keys. Grid: (B · G · cdiv(R, BLOCK_R), S)."""
+    TILES: tl.constexpr = (R + BLOCK_R - 1) // BLOCK_R
+    i_group = tl.program_id(0) // TILES
+    i_b, i_g = (i_group // G).to(tl.int64), i_group % G
+    i_r, i_d = tl.program_id(0) % TILES * BLOCK_R + tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_D)
     i_h = i_g * R + i_r  # [BLOCK_R]
     m_o = (i_r < R)[:, None] & (i_d < D)[None, :]  # [BLOCK_R, BLOCK_D]
     i_q = i_b * stride_qb + i_h.to(tl.int64) * stride_qh
@@ -92,8 +96,8 @@ def _decode(
         b_k = tl.load(p_k + i_k[:, None] + i_d[None, :], mask=m_kv, other=0.0)  # [BLOCK_N, BLOCK_D]
         b_v = tl.load(p_v + i_v[:, None] + i_d[None, :], mask=m_kv, other=0.0)
         b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee") * scale  # [BLOCK_R, BLOCK_N]
-        if SOFTCAP:  # tanh x = 2 / (1 + exp(-2x)) - 1; exp may be inf: then it is -1
-            b_s = softcap * (2.0 / (1.0 + tl.exp(b_s * (-2.0 / softcap))) - 1.0)
+        if SOFTCAP:
+            b_s = softcap * tanh(b_s / softcap)
         b_s = tl.where(m_n[None, :], b_s, float("-inf"))
         b_new = tl.maximum(b_max, tl.max(b_s, 1))  # finite: the block has a key
         b_p = tl.exp(b_s - b_new[:, None])  # log2(e) times the small difference: exp2 of scaled logits rounds more
@@ -124,13 +128,16 @@ def _merge(p_parts, p_lse, p_o, S, D: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK
     tl.store(p_o + i_row * D + i_d, b_o.to(p_o.dtype.element_ty), mask=i_d < D)
 
 
-def _config(R: int, D: int, itemsize: int) -> dict:
-    """Launch parameters for R query heads in a group: 16 KB of keys at a time, and as much of values."""
-    block_r, block_d = max(16, triton.next_power_of_2(R)), max(16, triton.next_power_of_2(D))
-    block_n = min(128, max(16, (16 << 10) // (block_d * itemsize)))
-    warps = 8 if itemsize == 4 or block_r * block_d >= 64 * 128 else 4  # 4 would spill
+def _config(R: int, D: int, itemsize: int, has_cap: bool, target: Target) -> dict:
+    """Launch parameters for R query heads in a group: 16 KB of keys at a time (with a cap 8), and as much of values."""
+    block_d = max(16, triton.next_power_of_2(D))
+    block_r = max(16, min(64, QUERY_BYTES // (block_d * itemsize), triton.next_power_of_2(R)))
+    key_bytes = (8 if has_cap else 16) << 10
+    block_n = max(16, min(128, 4096 // block_r, key_bytes // (block_d * itemsize)))
+    warps = 8 if itemsize == 4 or block_r * max(block_d, 128) >= 64 * 128 else 4  # 4 would spill
+    stages = 2 if target.backend == "hip" else 3
     blocks = {"BLOCK_R": block_r, "BLOCK_N": block_n, "BLOCK_D": block_d}
-    return {"R": R, "D": D, "num_warps": warps, "num_stages": 3} | blocks
+    return {"R": R, "D": D, "num_warps": warps, "num_stages": stages} | blocks
 
 
 def _merge_config(S: int, D: int) -> dict:
@@ -144,11 +151,7 @@ def _shares(programs: int, keys: int) -> int:
     return max(1, min(-(-PROGRAMS // programs), -(-keys // MIN_SHARE), MAX_SHARES))
 
 
-def _unit(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
-@torch.library.custom_op("tritium::decode_attention", mutates_args=())
+@operator("decode_attention")
 def _attend_triton(
     q: Tensor,
     k_pages: Tensor,
@@ -159,22 +162,23 @@ def _attend_triton(
     softcap: float | None,
     scale: float,
 ) -> Tensor:
-    """o [B, H, D]."""
+    """o [B, H, D]; the window is no larger than what the page table can hold."""
     o = _attend_output(q, k_pages, v_pages, page_table, lengths, window, softcap, scale)
     (B, H, D), (_, page, G, _) = q.shape, k_pages.shape
     capacity = page_table.shape[1] * page
     if not o.numel():
         return o
-    window = capacity if window is None else min(window, capacity)
-    q, k_pages, v_pages, page_table = (_unit(x) for x in (q, k_pages, v_pages, page_table))
-    S = _shares(B * G, window)
+    window = capacity if window is None else window
+    q, k_pages, v_pages, page_table = (unit_stride(x) for x in (q, k_pages, v_pages, page_table))
+    config = _config(H // G, D, q.element_size(), softcap is not None, target_of(q.device))
+    programs = B * G * triton.cdiv(H // G, config["BLOCK_R"])
+    S = _shares(programs, window)
     parts = o if S == 1 else torch.empty(B, H, S, D, dtype=torch.float32, device=q.device)
     lse = torch.empty(B, H, S, dtype=torch.float32, device=q.device)
-    _decode[(B * G, S)](
+    _decode[(programs, S)](
         q, k_pages, v_pages, page_table, lengths.contiguous(), parts, lse,
         *q.stride()[:2], *k_pages.stride()[:3], *v_pages.stride()[:3], page_table.stride(0),
-        page, capacity, window, scale, softcap or 0.0, G=G, SOFTCAP=softcap is not None,
-        **_config(H // G, D, q.element_size()),
+        page, capacity, window, scale, softcap or 0.0, G=G, SOFTCAP=softcap is not None, **config,
     )  # fmt: skip
     if S > 1:
         config = _merge_config(S, D)
@@ -219,7 +223,47 @@ def _attend(q: Tensor, keys: Tensor, values: Tensor, unseen: Tensor, softcap: fl
     return torch.bmm(s.softmax(-1), _by_head(values)).view(q.shape)
 
 
+@without_autocast
+def _attend_torch(
+    q: Tensor, k_pages: Tensor, v_pages: Tensor, page_table: Tensor, lengths: Tensor,
+    longest: int, window: int | None, softcap: float | None, scale: float,
+) -> Tensor:  # fmt: skip
+    (B, H, D), G = q.shape, k_pages.shape[2]
+    if not longest:
+        return torch.zeros_like(q)
+    at, n = torch.arange(longest, device=q.device), lengths[:, None]
+    unseen = (at >= n) if window is None else (at >= n) | (at < n - window)  # [B, longest]
+    o = torch.empty(B, H, D, dtype=q.dtype, device=q.device)
+    step = max(1, COPY_BYTES // (longest * G * D * 4))
+    for rows in (slice(start, min(B, start + step)) for start in range(0, B, step)):
+        keys, values = (_gather(x, page_table[rows], longest) for x in (k_pages, v_pages))
+        o[rows] = _attend(q[rows], keys, values, unseen[rows], softcap, scale)
+    return torch.where(lengths[:, None, None] > 0, o, 0.0)
+
+
 # Public ---------------------------------------------------------------------------------------------------------------
+
+
+def _check(q, k_pages, v_pages, page_table, lengths, window, softcap) -> None:
+    if q.dim() != 3 or k_pages.dim() != 4 or k_pages.shape != v_pages.shape or q.shape[2] != k_pages.shape[3]:
+        shapes = f"{tuple(q.shape)}, {tuple(k_pages.shape)}, {tuple(v_pages.shape)}"
+        raise ValueError(f"q and pages must be [B, H, D] and twice [P, page, G, D], got {shapes}")
+    require_float("decode_attention", q=q)
+    require_integer("decode_attention", page_table=page_table, lengths=lengths)
+    if not q.dtype == k_pages.dtype == v_pages.dtype:
+        raise ValueError(f"q and pages must have one dtype, got {q.dtype}, {k_pages.dtype}, {v_pages.dtype}")
+    (B, H, D), G = q.shape, k_pages.shape[2]
+    if not 8 <= D <= 256 or D % 8:
+        raise ValueError(f"q has shape {tuple(q.shape)}: a head dim of {D}, wanted 8 to 256 by 8")
+    if not G or H % G:
+        raise ValueError(f"{H} query heads do not divide into {G} key heads")
+    if page_table.dim() != 2 or page_table.shape[0] != B or lengths.shape != (B,):
+        shapes = f"{tuple(page_table.shape)}, {tuple(lengths.shape)}"
+        raise ValueError(f"page_table and lengths must be [{B}, N] and [{B}], got {shapes}")
+    if window is not None and window < 1:
+        raise ValueError(f"a window of {window} keys does not hold the query's own: at least 1 is wanted")
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap is {softcap}, wanted a positive number, or None for no cap")
 
 
 @torch.no_grad()
@@ -237,41 +281,23 @@ def decode_attention(
     """o [B, H, D] of q [B, H, D] on cached pages [P, page, G, D]; see the module's docstring for the layout.
 
     page_table [B, N] int32 (entries past a sequence's pages are not used, but must be valid pages), lengths [B] int32
-    with the query's own token counted; length 0 gives 0. window w: the last w keys. Not differentiable.
-    Raises ValueError on shapes and dtypes that don't fit and (on a CPU) lengths that the page table cannot hold; on a
-    GPU these are taken for what it can hold.
+    with the query's own token counted; length 0 gives 0. window w: the last w keys. D is 8 to 256, by 8. Not
+    differentiable. Raises ValueError on shapes and dtypes that don't fit and (on a CPU) lengths that the page table
+    cannot hold; on a GPU these are taken for what it can hold.
     """
-    if q.dim() != 3 or k_pages.dim() != 4 or k_pages.shape != v_pages.shape or q.shape[2] != k_pages.shape[3]:
-        shapes = f"{tuple(q.shape)}, {tuple(k_pages.shape)}, {tuple(v_pages.shape)}"
-        raise ValueError(f"q and pages must be [B, H, D] and twice [P, page, G, D], got {shapes}")
-    if not q.dtype == k_pages.dtype == v_pages.dtype:
-        raise ValueError(f"q and pages must have one dtype, got {q.dtype}, {k_pages.dtype}, {v_pages.dtype}")
-    (B, H, D), (_, page, G, _) = q.shape, k_pages.shape
-    if H % G:
-        raise ValueError(f"{H} query heads do not divide into {G} key heads")
-    if page_table.dim() != 2 or page_table.shape[0] != B or lengths.shape != (B,):
-        shapes = f"{tuple(page_table.shape)}, {tuple(lengths.shape)}"
-        raise ValueError(f"page_table and lengths must be [{B}, N] and [{B}], got {shapes}")
-    if window is not None and window < 1:
-        raise ValueError(f"a window of {window} keys does not hold the query's own: at least 1 is wanted")
-    capacity = page_table.shape[1] * page
-    scale = D**-0.5 if scale is None else scale
-    unread = lengths.is_cuda or torch.compiler.is_compiling() or not B
+    _check(q, k_pages, v_pages, page_table, lengths, window, softcap)
+    on_triton = use_triton(q, k_pages, v_pages, page_table, lengths)
+    capacity = page_table.shape[1] * k_pages.shape[1]
+    unread = lengths.device.type != "cpu" or torch.compiler.is_compiling() or not len(lengths)
     longest = capacity if unread else int(lengths.max())
     if longest > capacity:
         raise ValueError(f"a length of {longest} is over the {capacity} tokens of {page_table.shape[1]} pages")
-    if use_triton(q, k_pages, v_pages, page_table, lengths):
-        return _attend_triton(q, k_pages, v_pages, page_table, lengths, window, softcap, scale)
-    if not longest:
-        return torch.zeros_like(q)
-    at, n = torch.arange(longest, device=q.device), lengths[:, None]
-    unseen = (at >= n) if window is None else (at >= n) | (at < n - window)  # [B, longest]
-    o = torch.empty(B, H, D, dtype=q.dtype, device=q.device)
-    step = max(1, COPY_BYTES // (longest * G * D * 4))
-    for rows in (slice(start, min(B, start + step)) for start in range(0, B, step)):
-        keys, values = (_gather(x, page_table[rows], longest) for x in (k_pages, v_pages))
-        o[rows] = _attend(q[rows], keys, values, unseen[rows], softcap, scale)
-    return torch.where(lengths[:, None, None] > 0, o, 0.0)
+    window = None if window is None else min(window, capacity)  # in the range of an int32
+    scale = q.shape[2] ** -0.5 if scale is None else scale
+    tensors = q, k_pages, v_pages, page_table, lengths
+    if on_triton:
+        return _attend_triton(*tensors, window, softcap, scale)
+    return _attend_torch(*tensors, longest, window, softcap, scale)
 
 
 # The registry's entry -------------------------------------------------------------------------------------------------
@@ -313,15 +339,17 @@ def _launches(target: Target) -> tuple[Launch, ...]:
         return Launch(kernel, f"{name} {dtype}", signature, constexprs, divisible, **options)
 
     def decode(R, D, softcap=False, dtype=torch.bfloat16):
-        constexprs = _config(R, D, dtype.itemsize) | {"G": 8, "SOFTCAP": softcap}
+        constexprs = _config(R, D, dtype.itemsize, softcap, target) | {"G": 8, "SOFTCAP": softcap}
         name = f"R={R} D={D}{' softcap' * softcap}"
         return launch(_decode, name, "fp32" if dtype == torch.float32 else "bf16", constexprs)
 
     return (
         *(decode(4, D) for D in (64, 80, 128, 256)),
+        decode(32, 256),
         decode(2, 256, softcap=True),
-        decode(64, 128),
-        decode(4, 128, dtype=torch.float32),
+        *(decode(128, D, softcap=True) for D in (64, 128, 256)),  # two tiles of queries
+        *(decode(64, D) for D in (64, 128, 256)),
+        *(decode(R, D, dtype=torch.float32) for R, D in ((4, 128), (32, 256), (64, 128))),
         *(launch(_merge, f"S={S} D={D}", "bf16", _merge_config(S, D)) for S, D in ((4, 128), (128, 256))),
     )
 

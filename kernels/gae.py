@@ -4,7 +4,7 @@
 
 A linear recurrence, hence a scan, without looking at lengths on the host: a Triton program walks a segment from its
 end, a block at a time; in torch, after step d = 1, 2, 4, … each A_t holds the sum over the next 2d tokens of its
-segment, in log₂ T steps over the whole stream.
+segment, in log₂ T steps over the whole stream (so that torch.compile makes a graph for each power of two).
 
 Must move rewards and values in and two fp32 results out. The kernel reads V_t and V_{t+1}: of 5 loads and stores the
 fifth is in the cache. About 8 FLOPs a token.
@@ -13,7 +13,8 @@ fifth is in the cache. About 8 FLOPs a token.
 import torch
 from torch import Tensor
 
-from tritium.kernels.backend import Target, tl, triton, use_triton
+from tritium.kernels.backend import Target, operator, tl, triton, use_triton
+from tritium.kernels.blocks import require_float
 from tritium.kernels.registry import Launch, OpSpec, Shape, register
 from tritium.kernels.segment_sum import check_segments, example_segments, load_span, segment_of
 
@@ -69,7 +70,7 @@ def _gae(
         tl.store(p_returns + i, b_a + b_v, mask=i >= start)
 
 
-@torch.library.custom_op("tritium::gae", mutates_args=())
+@operator("gae")
 def _launch(rewards: Tensor, values: Tensor, cu_seqlens: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
     advantages, returns = _outputs(rewards, values, cu_seqlens, gamma, lam)
     S, strides = len(cu_seqlens) - 1, (rewards.stride(0), values.stride(0))
@@ -117,10 +118,11 @@ def gae(rewards: Tensor, values: Tensor, cu_seqlens: Tensor, gamma: float, lam: 
     differentiable. Raises ValueError on shapes that don't fit and (on a CPU) segments outside the stream.
     """
     check_segments(rewards, cu_seqlens)
+    require_float("gae", values=values)
     if values.shape != rewards.shape:
         raise ValueError(f"rewards and values must have one shape, got {tuple(rewards.shape)}, {tuple(values.shape)}")
-    on_triton = use_triton(rewards, values, cu_seqlens) and values.dtype != torch.float64
-    return (_launch if on_triton else _torch_gae)(rewards, values, cu_seqlens, gamma, lam)
+    run = _launch if use_triton(rewards, values, cu_seqlens) else _torch_gae
+    return run(rewards, values, cu_seqlens, gamma, lam)
 
 
 def _example(shape: Shape, dtype: torch.dtype, device: str) -> tuple[tuple, dict]:

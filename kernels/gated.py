@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from tritium.kernels.backend import tl, triton, use_triton
+from tritium.kernels.backend import operator, tl, triton, use_triton
+from tritium.kernels.blocks import as_rows, require_float
 from tritium.kernels.registry import Launch, Shape
-from tritium.kernels.rms_norm import as_rows
 
 # Triton ---------------------------------------------------------------------------------------------------------------
 #
@@ -96,7 +96,7 @@ def _halves(gate: Tensor, up: Tensor | None) -> tuple[Tensor, Tensor]:
     return as_rows(gate).chunk(2, -1) if up is None else (as_rows(gate), as_rows(up))
 
 
-@torch.library.custom_op("tritium::gated", mutates_args=())
+@operator("gated")
 def _forward(gate: Tensor, up: Tensor | None, gelu: bool) -> Tensor:
     """y [..., F]; without `up`, gate is gate_up [..., 2F]."""
     y = _forward_outputs(gate, up, gelu)
@@ -115,7 +115,7 @@ def _forward_outputs(gate, up, gelu):
     return torch.empty((*gate.shape[:-1], width), dtype=gate.dtype, device=gate.device)
 
 
-@torch.library.custom_op("tritium::gated_backward", mutates_args=())
+@operator("gated_backward")
 def _backward(dy: Tensor, gate: Tensor, up: Tensor | None, gelu: bool) -> tuple[Tensor, Tensor]:
     """dgate and dup [..., F]; without `up`, dgate_up [..., 2F] and an empty tensor."""
     gradients = _backward_outputs(dy, gate, up, gelu)
@@ -176,7 +176,8 @@ class _TorchGated(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dy):
         gate, up = ctx.saved_tensors
-        return ctx.activation.backward(dy * up, gate), ctx.activation(gate).mul_(dy), None
+        dgate = ctx.activation.backward(dy * up, gate) if ctx.needs_input_grad[0] else None
+        return dgate, ctx.activation(gate).mul_(dy) if ctx.needs_input_grad[1] else None, None
 
 
 class _TorchGatedFused(torch.autograd.Function):
@@ -209,6 +210,7 @@ def gated(gate: Tensor, up: Tensor | None, activation: Activation) -> Tensor:
 
     Raises ValueError on shapes or dtypes that differ, and on an odd width of the fused form.
     """
+    require_float("gated", gate=gate)
     if up is None and (gate.dim() == 0 or gate.shape[-1] % 2):
         raise ValueError(f"gate_up holds two halves of one width, got shape {tuple(gate.shape)}")
     if up is not None and (gate.shape != up.shape or gate.dtype != up.dtype or gate.dim() == 0):

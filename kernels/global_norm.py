@@ -1,7 +1,8 @@
 """The Euclidean norm of many tensors together: √ Σ x², accumulated in fp32 (fp64 for fp64).
 
 Two launches: the first writes a partial sum for each 65,536 elements of a tensor, the second adds them up in one
-program. Both sum in an order that follows from the list alone. Must move every element once; 2 FLOPs an element.
+program. Both sum in an order that follows from the list (sizes, dtypes, and whether addresses are multiples of 16, as
+new tensors' are): the same tensors give the same bits. Must move every element once; 2 FLOPs an element.
 A scalar tensor: reading it is the caller's choice (no host sync).
 """
 
@@ -10,8 +11,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from tritium.kernels.backend import Target, tl, triton, use_triton
-from tritium.kernels.multi_tensor import find_block, groups, in_memory_order, load_pointer, widest
+from tritium.kernels.backend import Target, operator, tl, triton, use_triton
+from tritium.kernels.blocks import require_float
+from tritium.kernels.multi_tensor import find_block, groups, in_memory_order, load_pointer
 from tritium.kernels.registry import Launch, OpSpec, Shape, register
 
 
@@ -55,7 +57,7 @@ def _norm(p_partial, p_norm, P, BLOCK: tl.constexpr):
     tl.store(p_norm, tl.sqrt(tl.sum(b_sum, 0)))
 
 
-@torch.library.custom_op("tritium::global_norm", mutates_args=())
+@operator("global_norm")
 def _launch(tensors: list[Tensor]) -> Tensor:
     """norm [] fp32 of one tensor or more."""
     launches = groups({"tensors": [in_memory_order([x])[0].contiguous() for x in tensors]}, SPAN)
@@ -98,12 +100,10 @@ def global_norm(tensors: Sequence[Tensor]) -> Tensor:
     Raises: ValueError for a tensor that is not of a floating-point dtype, or on another device.
     """
     tensors = [x.detach() for x in tensors]
-    for i, x in enumerate(tensors):
-        if not x.is_floating_point():
-            raise ValueError(f"tensors[{i}] is {x.dtype}, wanted a floating-point dtype")
+    require_float("global_norm", **{f"tensors[{i}]": x for i, x in enumerate(tensors)})
     if not tensors:
         return torch.zeros(())
-    if use_triton(widest(tensors), *tensors):
+    if use_triton(*tensors):
         return _launch(tensors)
     sums = [_square_sum(x) for x in tensors if x.numel()]
     return torch.stack(sums).sum().sqrt() if sums else torch.zeros((), device=tensors[0].device)

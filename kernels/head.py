@@ -23,30 +23,42 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from tritium.kernels.backend import device_assert, use_triton
-from tritium.kernels.head_triton import EXCLUDED, TILE_BYTES, head_forward, matmul_fp32
+from tritium.kernels.backend import device_assert, use_triton, without_autocast
+from tritium.kernels.blocks import require_float, require_integer
+from tritium.kernels.head_triton import EXCLUDED, head_forward, matmul_fp32, tile_bytes
 
 TILE_ROWS = 1024
 _INVALID: dict[torch.device, Tensor] = {}
 
 
 class HeadStatistics(NamedTuple):
-    """Per-token statistics of the logits, fp32 (fp64 for fp64 inputs). Differentiable but for `top`."""
+    """Per-token statistics of the logits, fp32 (fp64 for fp64 inputs). Differentiable but for `top` and `mass`."""
 
     lse: Tensor  # [T] log Σ_v exp z_v
     picked: Tensor  # [T, K] the logits of the targets; 0 where a target is outside the vocabulary
     expected: Tensor | None  # [T] Σ_v p_v z_v, so that entropy = lse - expected
     total: Tensor | None  # [T] Σ_v z_v
     top: Tensor  # [T] max_v z_v
+    mass: Tensor  # [T] Σ_v exp(z_v - top): lse, rounded to its own size, has not all of it
 
 
 @dataclass(frozen=True)
 class HeadOptions:
+    """What is made of hidden @ weight.T, and which statistics of it. Raises: ValueError for what makes no logits."""
+
     temperature: float = 1.0
     softcap: float | None = None
     expected: bool = False  # whether to compute Σ p z
     total: bool = False  # whether to compute Σ z
     exclude: bool = False  # leave the targets out of every statistic but `picked`
+
+    def __post_init__(self):
+        if not self.temperature > 0:
+            raise ValueError(f"temperature must be positive, got {self.temperature}")
+        if self.softcap is not None and not self.softcap > 0:
+            raise ValueError(f"softcap must be positive or None, got {self.softcap}")
+        if self.exclude and (self.softcap is not None or self.total):
+            raise ValueError("exclude goes with neither softcap nor total: what is left out is no number to cap or add")
 
     def from_raw(self, z: Tensor) -> Tensor:
         """softcap and temperature of fp32 logits, in place."""
@@ -54,35 +66,54 @@ class HeadOptions:
             z = z.div_(self.softcap).tanh_().mul_(self.softcap)
         return z if self.temperature == 1.0 else z.div_(self.temperature)
 
+    def to_raw(self, dz: Tensor, z: Tensor) -> Tensor:
+        """The gradient of the logits before softcap and temperature, from that of z, in place."""
+        if self.softcap is not None:  # d tanh(x) = 1 - tanh(x)²
+            dz *= 1 - (z * (self.temperature / self.softcap)).square_()
+        return dz if self.temperature == 1.0 else dz.div_(self.temperature)
 
-def check_head(hidden: Tensor, weight: Tensor, names: tuple[str, str] = ("hidden", "weight")) -> None:
-    """Raise ValueError unless hidden is [T, E] and weight is [V, E], of one dtype."""
-    if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
+
+def check_head(op: str, **operands: Tensor) -> None:
+    """Raise ValueError unless the two operands are hidden [T, E] and weight [V, E], of one float dtype, with V ≥ 1."""
+    require_float(op, **operands)
+    names, (hidden, weight) = " and ".join(operands), operands.values()
+    if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1] or not weight.shape[0]:
         shapes = f"{tuple(hidden.shape)} and {tuple(weight.shape)}"
-        raise ValueError(f"{names[0]} and {names[1]} must be [T, E] and [V, E], got {shapes}")
+        raise ValueError(f"{op}: {names} must be [T, E] and [V, E] with V ≥ 1, got {shapes}")
     if hidden.dtype != weight.dtype:
-        raise ValueError(f"{names[0]} is {hidden.dtype} but {names[1]} is {weight.dtype}: cast one of them")
+        raise ValueError(f"{op}: {names} are {hidden.dtype} and {weight.dtype}: cast one of them")
 
 
-def check_targets(targets: Tensor, tokens: int, vocab: int, ignore_index: int | None) -> Tensor:
-    """Which targets count, [tokens] bool: those that are not ignore_index.
+def check_targets(
+    op: str, targets: Tensor, shape: tuple[int, ...], vocab: int, ignore_index: int, name: str = "targets"
+) -> Tensor:
+    """The targets that count, int64, and -1 in the place of the others, which are ignore_index.
 
-    Raises: ValueError unless targets is [tokens] and, on a CPU, in range. Where looking at the values would make the
-    host wait, those out of range are left out like ignored ones, and counted: see `invalid_targets`.
+    Raises: ValueError unless targets has that shape, an integer dtype and, on a CPU, ids in range. Where looking at
+    the values would make the host wait, those out of range are left out like ignored ones, and counted: see
+    `invalid_targets`.
     """
-    if targets.shape != (tokens,):
-        raise ValueError(f"targets must have one id for each of {tokens} tokens, got shape {tuple(targets.shape)}")
-    kept = torch.ones_like(targets, dtype=torch.bool) if ignore_index is None else targets != ignore_index
-    valid = (targets >= 0) & (targets < vocab)
-    if targets.device.type != "cpu" or torch.compiler.is_compiling():
-        invalid = (kept & ~valid).sum()
-        device_assert(invalid == 0, f"targets hold ids outside [0, {vocab}) other than {ignore_index}")
-        invalid_targets(targets.device).add_(invalid)
-        return kept & valid
-    if not torch.all(valid | ~kept):
-        seen = int(targets[kept & ~valid][0])
-        raise ValueError(f"targets hold {seen}: ids must be in [0, {vocab}) or {ignore_index}")
-    return kept
+    require_integer(op, **{name: targets})
+    if tuple(targets.shape) != shape:
+        raise ValueError(f"{op}: {name} must be {list(shape)}, one id for each token, got {list(targets.shape)}")
+    ids = targets.long()
+    kept, valid = ids != ignore_index, (ids >= 0) & (ids < vocab)
+    refuse(ids, kept & ~valid, f"{op}: {name} hold {{}}: ids must be in [0, {vocab}) or {ignore_index}")
+    return torch.where(kept & valid, ids, -1)
+
+
+def refuse(ids: Tensor, bad: Tensor, message: str) -> None:
+    """Raise ValueError with the first of the bad ids in the message; count them where the host would have to wait."""
+    real = type(ids) is Tensor  # not a stand-in of one, of whatever traces this: a counter must not become one
+    if real and ids.device.type == "cpu" and not torch.compiler.is_compiling():
+        if bad.any():
+            raise ValueError(message.format(int(ids[bad][0])))
+        return
+    count = bad.sum()
+    device_assert(count == 0, message.format("others"))
+    # The memory made in the capture of a CUDA graph is the graph's: there only a counter that was made before counts.
+    if real and (ids.device in _INVALID or not (ids.is_cuda and torch.cuda.is_current_stream_capturing())):
+        invalid_targets(ids.device).add_(count)
 
 
 def invalid_targets(device: torch.device | str) -> Tensor:
@@ -93,14 +124,15 @@ def invalid_targets(device: torch.device | str) -> Tensor:
     """
     device = torch.empty(0, device=device).device  # "cuda" with its index
     if device not in _INVALID:
-        _INVALID[device] = torch.zeros((), dtype=torch.int64, device=device)
+        with torch.inference_mode(False):  # it outlives that mode
+            _INVALID[device] = torch.zeros((), dtype=torch.int64, device=device)
     return _INVALID[device]
 
 
 def _tile_shape(tokens: int, vocab: int, device: torch.device) -> tuple[int, int]:
     """(rows, columns) of a tile."""
     rows = max(1, min(tokens, TILE_ROWS))
-    return rows, min(vocab, max(1, TILE_BYTES.get(device.type, TILE_BYTES["cuda"]) // (4 * rows)))
+    return rows, min(vocab, max(1, tile_bytes(device) // (4 * rows)))
 
 
 def tiles(tokens: int, vocab: int, device: torch.device) -> Iterator[tuple[int, slice, slice]]:
@@ -174,15 +206,14 @@ def raw_gradient(
         dz += g_total[:, None]
     if g_picked is not None:
         dz.scatter_add_(1, column, torch.where(here, g_picked, 0.0))  # p - 1, in fp32
-    if options.softcap is not None:  # d tanh(x) = 1 - tanh(x)²
-        dz *= 1 - (z * (options.temperature / options.softcap)).square_()
-    return dz if options.temperature == 1.0 else dz.div_(options.temperature)
+    return options.to_raw(dz, z)
 
 
 class _Head(torch.autograd.Function):
     """HeadStatistics of a whole vocabulary or of one shard of it; targets outside [0, V) pick 0."""
 
     @staticmethod
+    @without_autocast
     def forward(ctx, hidden, weight, targets, options):
         (T, _), V = hidden.shape, weight.shape[0]
         dtype = torch.promote_types(hidden.dtype, torch.float32)
@@ -199,19 +230,20 @@ class _Head(torch.autograd.Function):
             if options.total:
                 totals[chunk, rows] = z.sum(-1)
         top = tops.amax(0)
-        mass = (tops - top).exp_().mul_(sums)
-        total_mass = mass.sum(0)
-        share = mass.div_(total_mass)  # of each chunk in the whole softmax
+        masses = (tops - top).exp_().mul_(sums)
+        mass = masses.sum(0)
+        share = masses.div_(mass)  # of each chunk in the whole softmax
         expected = share.mul(means).sum(0) if options.expected else None
         ctx.save_for_backward(hidden, weight, targets, share, expected)
         ctx.options = options
-        ctx.mark_non_differentiable(top)
+        ctx.mark_non_differentiable(top, mass)
         ctx.set_materialize_grads(False)
-        return top + total_mass.log_(), picked, expected, totals.sum(0) if options.total else None, top
+        return top + mass.log(), picked, expected, totals.sum(0) if options.total else None, top, mass
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, g_lse, g_picked, g_expected, g_total, _):
+    @without_autocast
+    def backward(ctx, g_lse, g_picked, g_expected, g_total, *_):
         hidden, weight, targets, share, expected = ctx.saved_tensors
         options, (T, E), V, dtype = ctx.options, hidden.shape, weight.shape[0], share.dtype
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
@@ -261,15 +293,16 @@ def _merge_shards(s: HeadStatistics, group: dist.ProcessGroup) -> HeadStatistics
     dist.all_reduce(bounds, op=dist.ReduceOp.MAX, group=group)
     high, top = bounds
     share = (s.lse - high).exp()
-    parts = [share[:, None], s.picked]
-    parts += [] if s.expected is None else [(share * s.expected)[:, None]]
-    parts += [] if s.total is None else [s.total[:, None]]
-    widths = [part.shape[1] for part in parts]
-    merged = list(_AllReduceSum.apply(torch.cat(parts, 1), group).split(widths, 1))
-    share, picked = merged.pop(0)[:, 0], merged.pop(0)
-    expected = None if s.expected is None else merged.pop(0)[:, 0] / share
-    total = None if s.total is None else merged.pop(0)[:, 0]
-    return HeadStatistics(high + share.log(), picked, expected, total, top)
+    own = dict(share=share, mass=s.mass * (s.top - top).exp(), total=s.total)
+    own["expected"] = None if s.expected is None else share * s.expected
+    own = {name: x for name, x in own.items() if x is not None}
+    merged = _AllReduceSum.apply(torch.cat([s.picked, *(x[:, None] for x in own.values())], 1), group)
+    K = s.picked.shape[1]
+    sums = dict(zip(own, merged[:, K:].unbind(1), strict=True))
+    expected = None if s.expected is None else sums["expected"] / sums["share"]
+    return HeadStatistics(
+        high + sums["share"].log(), merged[:, :K], expected, sums.get("total"), top, sums["mass"].detach()
+    )
 
 
 def head_statistics(
@@ -291,10 +324,10 @@ def _own_statistics(hidden: Tensor, weight: Tensor, targets: Tensor, options: He
     if not use_triton(hidden, weight, targets):
         return HeadStatistics(*_Head.apply(hidden, weight, targets, options))
     flags = options.expected, options.total, options.exclude
-    lse, picked, expected, total, top, _ = head_forward(
+    lse, picked, expected, total, *rest = head_forward(
         hidden, weight, targets, options.temperature, options.softcap, *flags
     )
-    return HeadStatistics(lse, picked, expected if options.expected else None, total if options.total else None, top)
+    return HeadStatistics(lse, picked, expected if options.expected else None, total if options.total else None, *rest)
 
 
 def vocab_size(weight: Tensor, group: dist.ProcessGroup | None) -> int:

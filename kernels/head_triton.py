@@ -13,12 +13,19 @@ FLOPs 2·T·V·E forward, 6·T·V·E backward. What the kernels read, with eleme
 BLOCK_T × BLOCK_V logits reads its operands once, so T·V·E·itemsize (1 / BLOCK_T + 1 / BLOCK_V), nearly all of it from
 the L2: programs that run together share BLOCK_T·GROUP tokens and a few blocks of the vocabulary. To this come a few
 numbers of each token for each tile or share, and in the backward dz, T·V·itemsize.
+
+Rows are padded to multiples of 16 elements, in a copy where they are not (`aligned`): else each element is one load.
+Sizes that differ from batch to batch are not specialised on: one compilation serves them all.
 """
 
+from collections.abc import Callable
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from tritium.kernels.backend import TARGETS, Target, target_of, tl, triton
+from tritium.kernels.backend import TARGETS, Target, operator, target_of, tl, triton
+from tritium.kernels.blocks import tanh
 from tritium.kernels.registry import Launch, Shape
 
 # A tile of logits in the torch path, in fp32: on a CPU it should stay in the cache (allocations over 32 MB also go back
@@ -34,7 +41,7 @@ LOG2_E = tl.constexpr(1.4426950408889634)  # exp2 is an instruction, exp is two
 
 
 @triton.jit
-def _tile_of(i_program, blocks, shares):
+def tile_of(i_program, blocks, shares):
     """(block of tokens, share of the vocabulary): GROUP blocks walk the vocabulary together, and share it in the L2."""
     i_group = i_program // (GROUP * shares)
     size = tl.minimum(blocks - i_group * GROUP, GROUP)
@@ -43,7 +50,7 @@ def _tile_of(i_program, blocks, shares):
 
 
 @triton.jit
-def _logits(
+def logits_block(
     p_hidden, p_weight, i_row, i_col, stride_hidden, stride_weight, T, V, softcap, temperature,
     E: tl.constexpr, HAS_CAP: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
@@ -65,39 +72,41 @@ def _logits(
         p_h += BLOCK_E
         p_w += BLOCK_E
     if HAS_CAP:
-        b_z = softcap * _tanh(b_z * (1.0 / softcap))
+        b_z = softcap * tanh(b_z * (1.0 / softcap))
     return b_z * (1.0 / temperature)
 
 
 @triton.jit
-def _tanh(b_x):
-    """By an exponential that is at most 1; near 0, where 1 - e would cancel, by its series (x¹¹ is below rounding)."""
-    b_e = tl.exp2(tl.abs(b_x) * (-2.0 * LOG2_E))
-    b_far = tl.where(b_x < 0, -1.0, 1.0) * ((1.0 - b_e) / (1.0 + b_e))
-    b_s = b_x * b_x
-    b_near = b_x * (1.0 - b_s * (1 / 3 - b_s * (2 / 15 - b_s * (17 / 315 - b_s * (62 / 2835)))))
-    return tl.where(b_s < 0.09, b_near, b_far)
+def _columns_of(p_targets, i_row, m_row, i_k, i_first, width, K: tl.constexpr, BLOCK_K: tl.constexpr):
+    """The columns [BLOCK_T, BLOCK_K] of targets i_k, i_k + 1, … in a block of `width` words from i_first on, else -1.
+
+    And a number with a bit for each of these targets that some row has there: few blocks hold one.
+    """
+    i_j = tl.arange(0, BLOCK_K)
+    m = m_row[:, None] & (i_k + i_j < K)[None, :]
+    b_column = tl.load(p_targets + i_row[:, None] * K + (i_k + i_j)[None, :], mask=m, other=-1) - i_first
+    b_column = tl.where((b_column >= 0) & (b_column < width), b_column, -1).to(tl.int32)
+    return b_column, tl.sum((tl.max(b_column, 0) >= 0).to(tl.int32) << i_j, 0)
 
 
 @triton.jit
-def _column_of(p_target, m_row, i_first, width):
-    """The column of each row's target in a block of `width` words that begins at word i_first, or -1: [BLOCK_T]."""
-    b_column = tl.load(p_target, mask=m_row, other=-1) - i_first
-    return tl.where((b_column >= 0) & (b_column < width), b_column, -1).to(tl.int32)
+def _column(b_columns, i_j, BLOCK_K: tl.constexpr):
+    """Column i_j of [BLOCK_T, BLOCK_K]: [BLOCK_T]."""
+    return tl.max(tl.where((tl.arange(0, BLOCK_K) == i_j)[None, :], b_columns, -1), 1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "V", "shares", "blocks_per_share"])
 def _head_forward(
     p_hidden, p_weight, p_targets, p_picked, p_parts,
-    stride_hidden, stride_weight, T, V, K, shares, blocks_per_share, softcap, temperature,
-    E: tl.constexpr, EXPECTED: tl.constexpr, TOTAL: tl.constexpr, EXCLUDE: tl.constexpr, HAS_CAP: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_E: tl.constexpr,
+    stride_hidden, stride_weight, T, V, shares, blocks_per_share, softcap, temperature,
+    E: tl.constexpr, K: tl.constexpr, EXPECTED: tl.constexpr, TOTAL: tl.constexpr, EXCLUDE: tl.constexpr,
+    HAS_CAP: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """parts [shares, 4, T]: of each share max z, Σ e^(z - max), Σ e^(z - max) z, Σ z; picked [T, K], where it is found.
 
     hidden [T, E], weight [V, E], targets [T, K] int64. Grid: (cdiv(T, BLOCK_T) · shares,).
     """
-    i_tile, i_share = _tile_of(tl.program_id(0), tl.cdiv(T, BLOCK_T), shares)
+    i_tile, i_share = tile_of(tl.program_id(0), tl.cdiv(T, BLOCK_T), shares)
     i_row = i_tile.to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)  # [BLOCK_T]
     m_row = i_row < T
     b_max = tl.full([BLOCK_T], _EXCLUDED, tl.float32)
@@ -107,19 +116,22 @@ def _head_forward(
     first = i_share * blocks_per_share * BLOCK_V
     for i_start in range(first, tl.minimum(V, first + blocks_per_share * BLOCK_V), BLOCK_V):
         i_block = tl.arange(0, BLOCK_V)  # [BLOCK_V]
-        b_z = _logits(
+        b_z = logits_block(
             p_hidden, p_weight, i_row, (i_start + i_block).to(tl.int64), stride_hidden, stride_weight, T, V,
             softcap, temperature, E, HAS_CAP, BLOCK_T, BLOCK_V, BLOCK_E,
         )  # fmt: skip
         b_z = tl.where((i_start + i_block < V)[None, :], b_z, _EXCLUDED)  # [BLOCK_T, BLOCK_V]
-        for i_k in range(K):
-            b_column = _column_of(p_targets + i_row * K + i_k, m_row, i_start, tl.minimum(BLOCK_V, V - i_start))
-            if tl.max(b_column, 0) >= 0:  # few blocks hold a target
-                b_here = i_block[None, :] == b_column[:, None]
-                b_picked = tl.sum(tl.where(b_here, b_z, 0.0), 1)
-                tl.store(p_picked + i_row * K + i_k, b_picked, mask=b_column >= 0)
-                if EXCLUDE:
-                    b_z = tl.where(b_here, _EXCLUDED, b_z)
+        for i_k in range(0, K, BLOCK_K):
+            width = tl.minimum(BLOCK_V, V - i_start)
+            b_columns, found = _columns_of(p_targets, i_row, m_row, i_k, i_start, width, K, BLOCK_K)
+            for i_j in range(BLOCK_K):
+                if (found >> i_j) & 1:
+                    b_column = _column(b_columns, i_j, BLOCK_K)
+                    b_here = i_block[None, :] == b_column[:, None]
+                    b_picked = tl.sum(tl.where(b_here, b_z, 0.0), 1)
+                    tl.store(p_picked + i_row * K + i_k + i_j, b_picked, mask=b_column >= 0)
+                    if EXCLUDE:
+                        b_z = tl.where(b_here, _EXCLUDED, b_z)
         b_top = tl.maximum(b_max, tl.max(b_z, 1))  # [BLOCK_T]
         b_kept = tl.exp2((b_max - b_top) * LOG2_E)
         b_p = tl.exp2((b_z - b_top[:, None]) * LOG2_E)  # [BLOCK_T, BLOCK_V]
@@ -138,24 +150,26 @@ def _head_forward(
         tl.store(p_parts + i_part + 3 * tl.cast(T, tl.int64), b_total, mask=m_row)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "V", "i_chunk"])
 def _head_dz(
     p_hidden, p_weight, p_targets, p_top, p_g_lse, p_g_expected, p_g_total, p_g_picked, p_dz,
-    stride_hidden, stride_weight, stride_dz, T, V, K, i_chunk, softcap, temperature,
-    E: tl.constexpr, EXPECTED: tl.constexpr, TOTAL: tl.constexpr, EXCLUDE: tl.constexpr, HAS_CAP: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_E: tl.constexpr,
+    stride_hidden, stride_weight, stride_dz, T, V, i_chunk, softcap, temperature,
+    E: tl.constexpr, K: tl.constexpr, EXPECTED: tl.constexpr, TOTAL: tl.constexpr, EXCLUDE: tl.constexpr,
+    HAS_CAP: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """dz [T, V] for the chunk weight [V, E], whose first word is i_chunk; the g are [T], g_picked [T, K], fp32.
+    """dz for the chunk weight [V, E], whose first word is i_chunk; the g are [T], g_picked [T, K], fp32.
+
+    dz [T, cdiv(V, BLOCK_V) · BLOCK_V]: whole blocks, stored without a mask, which would cut the stores to pieces.
 
     g_lse has g_expected · (1 - expected) in it; both have 1 / Σ e^(z - top), since the log-sum-exp itself is rounded to
     more than the 1 - p of a confident target; all have 1 / temperature. Grid: one program for each tile of dz.
     """
-    i_tile, i_share = _tile_of(tl.program_id(0), tl.cdiv(T, BLOCK_T), tl.cdiv(V, BLOCK_V))
+    i_tile, i_share = tile_of(tl.program_id(0), tl.cdiv(T, BLOCK_T), tl.cdiv(V, BLOCK_V))
     i_row = i_tile.to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)  # [BLOCK_T]
     i_block = tl.arange(0, BLOCK_V)
     i_col = (i_share * BLOCK_V + i_block).to(tl.int64)  # [BLOCK_V]
     m_row = i_row < T
-    b_z = _logits(
+    b_z = logits_block(
         p_hidden, p_weight, i_row, i_col, stride_hidden, stride_weight, T, V,
         softcap, temperature, E, HAS_CAP, BLOCK_T, BLOCK_V, BLOCK_E,
     )  # fmt: skip
@@ -166,38 +180,53 @@ def _head_dz(
     b_dz = tl.exp2((b_z - b_top) * LOG2_E) * b_g  # [BLOCK_T, BLOCK_V]
     if TOTAL:
         b_dz += tl.load(p_g_total + i_row, mask=m_row, other=0.0)[:, None]
-    for i_k in range(K):
-        b_column = _column_of(p_targets + i_row * K + i_k, m_row, i_chunk + i_share * BLOCK_V, BLOCK_V)
-        if tl.max(b_column, 0) >= 0:
-            b_here = i_block[None, :] == b_column[:, None]
-            b_g_picked = tl.load(p_g_picked + i_row * K + i_k, mask=m_row, other=0.0)[:, None]
-            # p - 1, in fp32: bf16(p) is 1 from p = 0.998 on
-            b_dz = tl.where(b_here, b_g_picked if EXCLUDE else b_dz + b_g_picked, b_dz)
+    for i_k in range(0, K, BLOCK_K):
+        b_columns, found = _columns_of(p_targets, i_row, m_row, i_k, i_chunk + i_share * BLOCK_V, BLOCK_V, K, BLOCK_K)
+        for i_j in range(BLOCK_K):
+            if (found >> i_j) & 1:
+                b_here = i_block[None, :] == _column(b_columns, i_j, BLOCK_K)[:, None]
+                b_g_picked = tl.load(p_g_picked + i_row * K + i_k + i_j, mask=m_row, other=0.0)[:, None]
+                # p - 1, in fp32: bf16(p) is 1 from p = 0.998 on
+                b_dz = tl.where(b_here, b_g_picked if EXCLUDE else b_dz + b_g_picked, b_dz)
     if HAS_CAP:  # d tanh(x) = 1 - tanh(x)²
         b_tanh = b_z * (temperature / softcap)
         b_dz *= 1.0 - b_tanh * b_tanh
     p_out = p_dz + (i_row * stride_dz)[:, None] + i_col[None, :]
-    tl.store(p_out, b_dz.to(p_dz.dtype.element_ty), mask=m_row[:, None] & (i_col < V)[None, :])
+    tl.store(p_out, b_dz.to(p_dz.dtype.element_ty), mask=m_row[:, None])
 
 
 # Launchers ------------------------------------------------------------------------------------------------------------
 
 
-def _config(E: int, dtype: torch.dtype, has_cap: bool, target: Target) -> dict:
+def _config(E: int, K: int, dtype: torch.dtype, has_cap: bool, target: Target) -> dict:
     """Launch parameters: the largest tile whose logits stay in registers beside what is made of them."""
     if dtype == torch.float32:  # "ieee" products are made outside the tensor cores
-        return {"E": E, "BLOCK_T": 128, "BLOCK_V": 64, "BLOCK_E": 16, "num_warps": 8, "num_stages": 2}
-    block_v = 256 if target.arch == 90 and not has_cap else 128
-    stages = 4 if target.backend == "cuda" else 2
-    return {"E": E, "BLOCK_T": 128, "BLOCK_V": block_v, "BLOCK_E": 64, "num_warps": 8, "num_stages": stages}
+        block_v, block_e, stages = 64, 16, 2
+    else:
+        block_v = 256 if target.arch == 90 and not has_cap and K <= 1 else 128
+        # Hopper and Blackwell read a product's operands from shared memory; elsewhere they take registers too.
+        block_e = 64 if target.shared_bytes >= 200 << 10 and not has_cap else 32
+        stages = 4 if target.backend == "cuda" else 2
+    blocks = {"BLOCK_T": 128, "BLOCK_V": block_v, "BLOCK_E": block_e, "BLOCK_K": 1 if K <= 1 else 8}
+    return {"E": E, "K": K, **blocks, "num_warps": 8, "num_stages": stages}
 
 
-def _blocks_per_share(tiles: int, blocks: int) -> int:
-    return max(1, min(SHARE, tiles * blocks // PROGRAMS))
+def tile_bytes(device: torch.device) -> int:
+    return TILE_BYTES.get(device.type, TILE_BYTES["cuda"])
 
 
-def _unit_stride(x: Tensor) -> Tensor:
-    return x if x.stride(1) == 1 else x.contiguous()
+def shares_of(T: int, V: int, config: dict, most: int = SHARE) -> tuple[int, int]:
+    """(shares of the vocabulary, blocks in each: at most that many) for a kernel that sums over it."""
+    tiles, blocks = triton.cdiv(T, config["BLOCK_T"]), triton.cdiv(V, config["BLOCK_V"])
+    blocks_per_share = max(1, min(most, tiles * blocks // PROGRAMS))
+    return triton.cdiv(blocks, blocks_per_share), blocks_per_share
+
+
+def aligned(x: Tensor) -> Tensor:
+    """x [M, E] with rows of unit stride, at multiples of 16 bytes and of 16 elements, and zeros up to such a width."""
+    if x.stride(1) == 1 and not (x.shape[1] % 16 or x.stride(0) % 16 or x.data_ptr() % 16):
+        return x
+    return F.pad(x, (0, -x.shape[1] % 16)).contiguous()
 
 
 def matmul_fp32(a: Tensor, b: Tensor) -> Tensor:
@@ -209,7 +238,7 @@ def matmul_fp32(a: Tensor, b: Tensor) -> Tensor:
     return (a @ b).float()
 
 
-@torch.library.custom_op("tritium::head_forward", mutates_args=())
+@operator("head_forward")
 def head_forward(
     hidden: Tensor,
     weight: Tensor,
@@ -221,18 +250,16 @@ def head_forward(
     exclude: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """lse [T], picked [T, K], expected and total ([T], [0] if not asked for), top and Σ e^(z - top) [T]; all fp32."""
-    (T, E), V, K = hidden.shape, len(weight), targets.shape[1]
-    config = _config(E, hidden.dtype, softcap is not None, target_of(hidden.device))
-    tiles, blocks = triton.cdiv(T, config["BLOCK_T"]), triton.cdiv(V, config["BLOCK_V"])
-    blocks_per_share = _blocks_per_share(tiles, blocks)
-    shares = triton.cdiv(blocks, blocks_per_share)
-    hidden, weight = _unit_stride(hidden), _unit_stride(weight)
+    (T, K), V = targets.shape, weight.shape[0]
+    hidden, weight = aligned(hidden), aligned(weight)
+    config = _config(hidden.shape[1], K, hidden.dtype, softcap is not None, target_of(hidden.device))
+    shares, blocks_per_share = shares_of(T, V, config)
     parts = hidden.new_empty(shares, 4, T, dtype=torch.float32)
     picked = hidden.new_zeros(T, K, dtype=torch.float32)
     if T:
-        _head_forward[(tiles * shares,)](
+        _head_forward[(triton.cdiv(T, config["BLOCK_T"]) * shares,)](
             hidden, weight, targets.contiguous(), picked, parts,
-            hidden.stride(0), weight.stride(0), T, V, K, shares, blocks_per_share, softcap or 0.0, temperature,
+            hidden.stride(0), weight.stride(0), T, V, shares, blocks_per_share, softcap or 0.0, temperature,
             EXPECTED=expected, TOTAL=total, EXCLUDE=exclude, HAS_CAP=softcap is not None, **config,
         )  # fmt: skip
     part_top, part_sum, part_expected, part_total = parts.unbind(1)  # [shares, T] each
@@ -251,7 +278,35 @@ def _(hidden, weight, targets, temperature, softcap, expected, total, exclude):
     return tuple(hidden.new_empty(shape, dtype=torch.float32) for shape in shapes)
 
 
-@torch.library.custom_op("tritium::head_backward", mutates_args=())
+def gradients_by_chunks(
+    make_dz: Callable[[slice, Tensor], None],
+    hidden: Tensor,
+    weight: Tensor,
+    block: int,
+    needs_hidden: bool,
+    needs_weight: bool,
+) -> tuple[Tensor, Tensor]:
+    """dhidden and dweight in the dtype of hidden and weight, [0] where not needed, from dz, a chunk of words at a time.
+
+    `make_dz(words, dz)` fills dz [T, whole blocks of `block` words]; its size comes from the byte budget.
+    """
+    T, V = hidden.shape[0], weight.shape[0]
+    blocks = min(triton.cdiv(V, block), max(1, tile_bytes(hidden.device) // (hidden.itemsize * max(T, 1) * block)))
+    dz = hidden.new_empty(T, blocks * block)
+    dhidden = hidden.new_zeros(hidden.shape if needs_hidden else 0, dtype=torch.float32)
+    dweight = weight.new_zeros(weight.shape if needs_weight else 0)
+    for start in range(0, V if T else 0, blocks * block):
+        words = slice(start, min(V, start + blocks * block))
+        make_dz(words, dz)
+        part = dz[:, : words.stop - start]
+        if needs_hidden:
+            dhidden += matmul_fp32(part, weight[words])
+        if needs_weight:  # from the accumulator to its place: one rounding
+            torch.mm(part.t(), hidden, out=dweight[words])
+    return dhidden.to(hidden.dtype), dweight
+
+
+@operator("head_backward")
 def head_backward(
     g_lse: Tensor | None,
     g_picked: Tensor | None,
@@ -270,9 +325,8 @@ def head_backward(
     needs_weight: bool,
 ) -> tuple[Tensor, Tensor]:
     """dhidden and dweight in the dtype of hidden and weight; [0] where not needed."""
-    (T, E), V, K = hidden.shape, len(weight), targets.shape[1]
-    config = _config(E, hidden.dtype, softcap is not None, target_of(hidden.device))
-    hidden, weight, targets = _unit_stride(hidden), _unit_stride(weight), targets.contiguous()
+    (T, K), rows, table = targets.shape, aligned(hidden), aligned(weight)
+    config = _config(rows.shape[1], K, hidden.dtype, softcap is not None, target_of(hidden.device))
     g_lse = torch.zeros_like(top) if g_lse is None else g_lse
     if g_expected is not None:
         g_lse, g_expected = g_lse + g_expected * (1 - expected), g_expected / total_sum
@@ -280,27 +334,19 @@ def head_backward(
     g_picked = top.new_zeros(T, K) if g_picked is None else g_picked
     # Where there is none, g_lse is passed, and not read.
     gradients = [(g_lse if g is None else g) / temperature for g in (g_lse, g_expected, g_total, g_picked)]
-    vectors = [x.contiguous() for x in (top, *gradients)]
+    vectors = [x.contiguous() for x in (targets, top, *gradients)]
+    flags = {"EXPECTED": g_expected is not None, "TOTAL": g_total is not None, "EXCLUDE": exclude}
 
-    budget = TILE_BYTES.get(hidden.device.type, TILE_BYTES["cuda"]) // (hidden.itemsize * max(T, 1))
-    columns = min(triton.cdiv(V, config["BLOCK_V"]), max(1, budget // config["BLOCK_V"])) * config["BLOCK_V"]
-    dz = hidden.new_empty(T, columns)
-    dhidden = hidden.new_zeros(T, E, dtype=top.dtype) if needs_hidden else hidden.new_empty(0)
-    dweight = weight.new_zeros(V, E) if needs_weight else weight.new_empty(0)
-    for i_chunk in range(0, V if T else 0, columns):
-        chunk = weight[i_chunk : i_chunk + columns]
-        width = len(chunk)
-        _head_dz[(triton.cdiv(T, config["BLOCK_T"]) * triton.cdiv(width, config["BLOCK_V"]),)](
-            hidden, chunk, targets, *vectors, dz,
-            hidden.stride(0), weight.stride(0), columns, T, width, K, i_chunk, softcap or 0.0, temperature,
-            EXPECTED=g_expected is not None, TOTAL=g_total is not None, EXCLUDE=exclude,
-            HAS_CAP=softcap is not None, **config,
+    def make_dz(words: slice, dz: Tensor) -> None:
+        chunk = table[words]
+        V = chunk.shape[0]
+        _head_dz[(triton.cdiv(T, config["BLOCK_T"]) * triton.cdiv(V, config["BLOCK_V"]),)](
+            rows, chunk, *vectors, dz,
+            rows.stride(0), chunk.stride(0), dz.stride(0), T, V, words.start, softcap or 0.0, temperature,
+            **flags, HAS_CAP=softcap is not None, **config,
         )  # fmt: skip
-        if needs_hidden:
-            dhidden += matmul_fp32(dz[:, :width], chunk)
-        if needs_weight:  # from the accumulator to its place: one rounding
-            torch.mm(dz[:, :width].t(), hidden, out=dweight[i_chunk : i_chunk + columns])
-    return dhidden.to(hidden.dtype), dweight
+
+    return gradients_by_chunks(make_dz, hidden, weight, config["BLOCK_V"], needs_hidden, needs_weight)
 
 
 @head_backward.register_fake
@@ -328,30 +374,33 @@ def _gradients(ctx, g_lse, g_picked, g_expected, g_total, *_):
 head_forward.register_autograd(_gradients, setup_context=_save)
 
 
-def head_launches(target: Target, dtype: str, *flags: str) -> tuple[Launch, Launch]:
-    """Forward and dz of a head with E = 4096 and one target per token, for the doctor."""
-    config = _config(4096, {"bf16": torch.bfloat16, "fp32": torch.float32}[dtype], "HAS_CAP" in flags, target)
-    warps, stages = config.pop("num_warps"), config.pop("num_stages")
-    config |= {flag: flag in flags for flag in ("EXPECTED", "TOTAL", "EXCLUDE", "HAS_CAP")} | {"K": 1}
-    types = {"p_hidden": f"*{dtype}", "p_weight": f"*{dtype}", "p_dz": f"*{dtype}", "p_targets": "*i64"}
-    types |= {"softcap": "fp32", "temperature": "fp32"}
+def launch_of(kernel, name: str, config: dict, types: dict[str, str], odd: tuple[str, ...] = ()) -> Launch:
+    """For the doctor: pointers are to fp32 and numbers are integers but for `types`; `odd` are not multiples of 16."""
+    config = dict(config)
+    warps, stages = config.pop("num_warps"), config.pop("num_stages", 2)
+    names = [n for n in kernel.arg_names if n not in config]
+    types = {"softcap": "fp32", "temperature": "fp32", "p_targets": "*i64"} | types
+    signature = {n: types.get(n, "*fp32" if n.startswith("p_") else "i32") for n in names}
+    odd = {*odd, *getattr(kernel, "do_not_specialize", ())}
+    divisible = tuple(n for n in names if signature[n] != "fp32" and n not in odd)
+    return Launch(kernel, name, signature, config, divisible, warps, stages)
 
-    def launch(kernel, name):
-        names = [n for n in kernel.arg_names if n not in config]
-        signature = {n: types.get(n, "*fp32" if n.startswith("p_") else "i32") for n in names}
-        odd = ("shares", "blocks_per_share", "softcap", "temperature")
-        divisible = tuple(n for n in names if n not in odd)
-        name = " ".join((name, dtype, *flags)).lower()
-        return Launch(kernel, name, signature, config, divisible, warps, stages)
 
-    return launch(_head_forward, "forward"), launch(_head_dz, "backward")
+def head_launches(target: Target, dtype: str, *flags: str, E: int = 4096, K: int = 1) -> tuple[Launch, Launch]:
+    """Forward and dz of a head with K targets per token, for the doctor."""
+    config = _config(E, K, {"bf16": torch.bfloat16, "fp32": torch.float32}[dtype], "HAS_CAP" in flags, target)
+    config |= {flag: flag in flags for flag in ("EXPECTED", "TOTAL", "EXCLUDE", "HAS_CAP")}
+    types = dict.fromkeys(("p_hidden", "p_weight", "p_dz"), f"*{dtype}")
+    name = " ".join((f"E={E}", dtype, *flags)).lower()
+    return launch_of(_head_forward, f"forward {name}", config, types), launch_of(_head_dz, f"dz {name}", config, types)
 
 
 def head_traffic(shape: Shape, itemsize: int) -> tuple[int, int]:
     """Bytes of the two kernels by the model above, with three [T] from each share of the forward, four to each tile."""
     T, V, E = shape["T"], shape["V"], shape["E"]
-    config = _config(E, torch.float32 if itemsize == 4 else torch.bfloat16, False, TARGETS["sm_80"])
-    tiles, blocks = triton.cdiv(T, config["BLOCK_T"]), triton.cdiv(V, config["BLOCK_V"])
-    shares = triton.cdiv(blocks, _blocks_per_share(tiles, blocks))
-    operands = tiles * blocks * (config["BLOCK_T"] + config["BLOCK_V"]) * E * itemsize + 8 * T * blocks  # and targets
-    return operands + 4 * T * (3 * shares + 1), operands + T * V * itemsize + 4 * 4 * T * blocks
+    config = _config(E, 1, torch.float32 if itemsize == 4 else torch.bfloat16, False, TARGETS["sm_80"])
+    block_t, block_v = config["BLOCK_T"], config["BLOCK_V"]
+    tiles, blocks = triton.cdiv(T, block_t), triton.cdiv(V, block_v)
+    operands = tiles * blocks * (block_t + block_v) * E * itemsize + 8 * T * blocks  # and targets
+    forward = operands + 4 * T * (3 * shares_of(T, V, config)[0] + 1)
+    return forward, operands + T * blocks * block_v * itemsize + 4 * 4 * T * blocks

@@ -11,16 +11,17 @@ every load and store is translated back. That one mechanism gives
 - an address sanitizer: a lane that is not an element of the very tensor its pointer came from (a gap between strided
   rows is none) raises OutOfBounds, whatever lies there in memory;
 - shuffled programs: the interpreter is sequential and so hides order dependence; here the order is random, and an
-  address that one program writes and another one writes or reads raises DataRace;
+  address that one program writes and another one writes or reads, or that one store writes twice, raises DataRace;
 - index range: a tensor on the `meta` device has addresses but no memory, so that strides near 2^31 show int32
-  arithmetic as OutOfBounds (its loads give `other`, or 0).
+  arithmetic as OutOfBounds (its loads give `other`).
 
 A table of addresses (a launch for a list of tensors, `multi_tensor.py`) has an attribute `pointees`, name → tensors:
 its last rows hold their addresses, a row for each name. Such tensors are checked like arguments and counted by that
 name: the kernel gets a copy of the table with addresses as above. An address that a kernel has from elsewhere is
 out of bounds.
 
-`torch.empty` is filled with NaN meanwhile, so that what no program writes shows.
+`torch.empty` is filled with NaN meanwhile, so that what no program writes shows, and so are masked lanes of a load
+without `other` (integers with the largest one).
 
 The interpreter of triton 3.6.0 and 3.7.1 computes arithmetic and `tl.dot` on the raw bits of bf16, truncates where the
 hardware rounds fp32 to bf16, and hides that `tl.dot` on fp32 is TF32 by default. `correct_numerics()` mends all three;
@@ -53,7 +54,7 @@ class OutOfBounds(CheckFailed):
 
 
 class DataRace(CheckFailed):
-    """What a program writes, another program of the same launch writes or reads."""
+    """What a program writes, another program of the same launch writes or reads, or the same store once more."""
 
 
 # Access to Triton's internals, in one place ---------------------------------------------------------------------------
@@ -341,9 +342,13 @@ class _AddressSpace:
             lanes = f"{int(bad.sum())} of {bad.size} lanes"
             raise OutOfBounds(f"{self.launch.kernel}, program {self.program}: {kind} outside {where} ({lanes})")
         (self.launch.loaded if kind == "read" else self.launch.stored)[region.name] += active.size * itemsize
+        once = np.unique(offsets)
+        if kind == "write" and once.size < offsets.size:
+            where = f"{offsets.size - once.size} addresses of {region.name} more than once"
+            raise DataRace(f"{self.launch.kernel}, program {self.program}: a store writes {where}")
         real = 0 if region.tensor.is_meta else region.tensor.data_ptr()
         # Races are looked for at real addresses, because two arguments may be the same memory.
-        self.touched[kind].append((self.program, (real or region.base) + np.unique(offsets), index))
+        self.touched[kind].append((self.program, (real or region.base) + once, index))
         if not real:
             return None
         translated = np.zeros_like(pointers)
@@ -458,6 +463,16 @@ def _checked_launch(trace: Trace, rng: random.Random) -> Callable:
     return launch
 
 
+def _poison(pointers: Any) -> Any:
+    """What no lane should use, in the shape and dtype of what the pointers point to."""
+    t = _internals()
+    kind = pointers.get_element_ty()
+    dtype = np.dtype(t.interpreter._get_np_dtype(kind))
+    value = 0x7FC0 if kind == t.tl.bfloat16 else np.nan if dtype.kind == "f" else 1 if dtype.kind == "b" else None
+    value = np.iinfo(dtype).max if value is None else value
+    return t.Handle(np.full(pointers.data.shape, value, dtype), kind)
+
+
 def _checked_builder(space: _AddressSpace, rng: random.Random) -> dict[str, Callable]:
     """Replacements for the interpreter's memory operations and its program counter, for one launch."""
     t = _internals()
@@ -471,6 +486,9 @@ def _checked_builder(space: _AddressSpace, rng: random.Random) -> dict[str, Call
 
     def create_masked_load(self, pointers, mask, other, *modifiers):
         real = at(pointers, mask.data, "read")
+        # A scalar `other` that is 0 is lost on the way here: only of a block is None really none.
+        if other is None and pointers.data.size > 1 and not np.all(mask.data):
+            other = _poison(pointers)
         if real is None:  # nothing may be touched: every lane takes `other`
             real, mask = pointers, t.Handle(np.zeros_like(pointers.data, dtype=bool), t.tl.int1)
         return original.create_masked_load(self, real, mask, other, *modifiers)

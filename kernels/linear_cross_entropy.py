@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from tritium.kernels.backend import Target, use_triton
+from tritium.kernels.backend import Target, require_one_device, use_triton, without_autocast
 from tritium.kernels.cross_entropy import check_loss_options, cross_entropy_reference, token_loss
 from tritium.kernels.head import (
     HeadOptions,
@@ -28,7 +28,7 @@ from tritium.kernels.head import (
     raw_gradient,
     vocab_size,
 )
-from tritium.kernels.head_triton import TILE_BYTES, head_launches, head_traffic, matmul_fp32
+from tritium.kernels.head_triton import head_launches, head_traffic, matmul_fp32, tile_bytes
 from tritium.kernels.linear_logprob import example
 from tritium.kernels.registry import Launch, OpSpec, Shape, register
 
@@ -45,6 +45,7 @@ class _SummedLoss(torch.autograd.Function):
     """The sum of the losses, with its gradients made in the forward. targets [T] are -1 where they are ignored."""
 
     @staticmethod
+    @without_autocast
     def forward(ctx, hidden, weight, targets, weights, options, label_smoothing, z_loss):
         (T, E), V = hidden.shape, weight.shape[0]
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
@@ -57,7 +58,7 @@ class _SummedLoss(torch.autograd.Function):
         length = E if needs_weight else TOKENS
         memory = weight.new_empty(length, V)
         summed = weight.new_zeros(V, E, dtype=dtype) if needs_weight else None
-        height = max(1, TILE_BYTES["cpu"] // (8 * V))
+        height = max(1, tile_bytes(hidden.device) // (8 * V))
         work = Workspace(hidden, height * V)
         for start in range(0, T, length):
             block = slice(start, min(T, start + length))
@@ -115,24 +116,27 @@ def linear_cross_entropy(
 ) -> Tensor:
     """Weighted cross-entropy of hidden [T, E] @ weight [V, E].T and targets [T]; fp32 (fp64 for fp64 inputs).
 
-    A scalar with reduction="sum", [T] with "none"; weights [T] multiply each token's loss; ignored targets give 0,
-    loss and gradient. `group` as in `linear_logprob`: the weight is a shard of the vocabulary.
-    Raises ValueError on shapes that don't fit, unknown reductions and (on a CPU) targets outside the vocabulary.
+    A scalar with reduction="sum", [T] with "none"; weights [T], of any dtype, multiply each token's loss.
+    Differentiable in hidden, weight and weights; ignored targets give 0, loss and gradient, whatever their weights
+    hold. Dtypes, devices, `group` and what happens to targets outside the vocabulary: as in `linear_logprob`; there
+    too ignored tokens' hidden states must be finite.
+    Raises: ValueError for shapes, dtypes or devices that don't fit, an unknown reduction, label_smoothing outside
+    [0, 1], a softcap ≤ 0. Source: arXiv 2411.09009; z-loss: arXiv 2204.02311, 5.
     """
-    vocab = vocab_size(weight, group)
-    check_head(hidden, weight)
-    kept = check_targets(targets, hidden.shape[0], vocab, ignore_index)
-    check_loss_options(hidden.shape[0], weights, label_smoothing, softcap, reduction)
-    ids = torch.where(kept, targets, -1).long()  # -1 is on no shard
     options = HeadOptions(softcap=softcap, total=label_smoothing > 0)
+    check_head("linear_cross_entropy", hidden=hidden, weight=weight)
+    require_one_device(hidden, weight, targets, weights)
+    vocab, shape = vocab_size(weight, group), hidden.shape[:1]
+    check_loss_options("linear_cross_entropy", shape, weights, label_smoothing, reduction)
+    ids = check_targets("linear_cross_entropy", targets, shape, vocab, ignore_index)
     if reduction == "sum" and group is None and _in_forward(hidden, weight, weights):
         return _SummedLoss.apply(hidden, weight, ids, weights, options, label_smoothing, z_loss)
-    lse, picked, _, total, _ = head_statistics(hidden, weight, ids[:, None], options, group)
+    lse, picked, _, total, *_ = head_statistics(hidden, weight, ids[:, None], options, group)  # -1 is on no shard
     return token_loss(
         lse,
         picked[:, 0],
         total,
-        kept,
+        ids >= 0,
         vocab=vocab,
         weights=weights,
         label_smoothing=label_smoothing,
@@ -151,6 +155,7 @@ def _launches(target: Target) -> tuple[Launch, ...]:
     return (
         *head_launches(target, "bf16"),
         *head_launches(target, "bf16", "TOTAL"),
+        *head_launches(target, "bf16", "TOTAL", "HAS_CAP"),
         *head_launches(target, "fp32", "TOTAL", "HAS_CAP"),
     )
 

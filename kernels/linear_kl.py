@@ -23,23 +23,46 @@ The torch path walks the tiles of head.py twice, first for the two log-sum-exps,
 backward. A top-k teacher's divergence is one over k + 1 buckets, and needs only the student's statistics.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from tritium.kernels.backend import TARGETS, Target, target_of, tl, triton, use_triton
-from tritium.kernels.head import HeadOptions, check_head, head_statistics, logits_tile, tiles, vocab_size
+from tritium.kernels.backend import (
+    TARGETS,
+    Target,
+    operator,
+    require_one_device,
+    target_of,
+    tl,
+    triton,
+    use_triton,
+    without_autocast,
+)
+from tritium.kernels.blocks import require_float
+from tritium.kernels.head import (
+    HeadOptions,
+    check_head,
+    check_targets,
+    head_statistics,
+    logits_tile,
+    refuse,
+    tiles,
+    vocab_size,
+)
 from tritium.kernels.head_triton import (
     EXCLUDED,
-    PROGRAMS,
-    TILE_BYTES,
-    _logits,
-    _tile_of,
-    _unit_stride,
-    matmul_fp32,
+    aligned,
+    gradients_by_chunks,
+    head_launches,
+    launch_of,
+    logits_block,
+    shares_of,
+    tile_of,
 )
 from tritium.kernels.registry import Launch, OpSpec, Shape, register
 
@@ -50,8 +73,8 @@ LOG_2 = 0.6931471805599453
 class TopK(NamedTuple):
     """A teacher's k most likely tokens; what is left of its probability is one further bucket."""
 
-    ids: Tensor  # [T, k] int64, distinct in a row
-    logp: Tensor  # [T, k] log-probabilities under the whole softmax
+    ids: Tensor  # [T, k] int32 or int64, distinct in a row; -1 is none
+    logp: Tensor  # [T, k] log-probabilities under the whole softmax, of any float dtype
 
 
 def divergence(log_p: Tensor, log_q: Tensor, kind: str) -> Tensor:
@@ -62,6 +85,12 @@ def divergence(log_p: Tensor, log_q: Tensor, kind: str) -> Tensor:
         return (log_q.exp() * (log_q - log_p)).sum(-1)
     log_m = torch.logaddexp(log_p, log_q) - LOG_2
     return ((log_p.exp() * (log_p - log_m)).sum(-1) + (log_q.exp() * (log_q - log_m)).sum(-1)) / 2
+
+
+def _log_rest(logp: Tensor) -> Tensor:
+    """log(1 - Σ e^logp) [T, 1]. What is left below the resolution of fp32 is taken to be just that."""
+    logp = logp.to(torch.promote_types(logp.dtype, torch.float32))
+    return (-logp.exp().sum(-1, True)).clamp_min(torch.finfo(logp.dtype).eps - 1).log1p()
 
 
 def linear_kl_reference(
@@ -80,8 +109,8 @@ def linear_kl_reference(
     log_p = teacher.logp.to(dtype)
     rest = torch.ones_like(log_q, dtype=torch.bool).scatter_(1, teacher.ids, False)
     log_q_rest = log_q.masked_fill(~rest, -torch.inf).logsumexp(-1, True)
-    log_p_rest = (-log_p.exp().sum(-1, True)).log1p()
-    return divergence(torch.cat([log_p, log_p_rest], 1), torch.cat([log_q.gather(1, teacher.ids), log_q_rest], 1), kind)
+    log_p = torch.cat([log_p, _log_rest(teacher.logp)], 1)
+    return divergence(log_p, torch.cat([log_q.gather(1, teacher.ids), log_q_rest], 1), kind)
 
 
 # Triton ---------------------------------------------------------------------------------------------------------------
@@ -96,11 +125,27 @@ def _masked_logits(
     E: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     """z [BLOCK_T, BLOCK_V] of tokens i_t and words i_v; _OUTSIDE beyond the vocabulary."""
-    b_z = _logits(p_h, p_w, i_t, i_v, stride_h, stride_w, T, V, 0.0, temperature, E, False, BLOCK_T, BLOCK_V, BLOCK_E)
+    b_z = logits_block(
+        p_h, p_w, i_t, i_v, stride_h, stride_w, T, V, 0.0, temperature, E, False, BLOCK_T, BLOCK_V, BLOCK_E
+    )
     return tl.where((i_v < V)[None, :], b_z, _OUTSIDE)
 
 
 @triton.jit
+def _log_probabilities(
+    p_h, p_w, p_norm, i_t, i_v, stride_h, stride_w, T, V, temperature,
+    E: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    """z - max - log Σ e^(z - max)  [BLOCK_T, BLOCK_V], the latter two from norm [2, T].
+
+    One after the other: their sum, the log-sum-exp, would be rounded to its own size.
+    """
+    b_z = _masked_logits(p_h, p_w, i_t, i_v, stride_h, stride_w, T, V, temperature, E, BLOCK_T, BLOCK_V, BLOCK_E)
+    b_top = tl.load(p_norm + i_t, mask=i_t < T, other=0.0)[:, None]
+    return b_z - b_top - tl.load(p_norm + T + i_t, mask=i_t < T, other=0.0)[:, None]
+
+
+@triton.jit(do_not_specialize=["T", "V", "shares", "blocks_per_share"])
 def _linear_kl_online(
     p_a, p_a_weight, p_b, p_b_weight, p_parts,
     stride_a, stride_a_weight, stride_b, stride_b_weight, T, V, shares, blocks_per_share, temperature,
@@ -110,7 +155,7 @@ def _linear_kl_online(
 
     a [T, E_A], its weight [V, E_A]; b likewise. Grid: (cdiv(T, BLOCK_T) · shares,).
     """
-    i_tile, i_share = _tile_of(tl.program_id(0), tl.cdiv(T, BLOCK_T), shares)
+    i_tile, i_share = tile_of(tl.program_id(0), tl.cdiv(T, BLOCK_T), shares)
     i_t = i_tile.to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)  # [BLOCK_T]
     b_max_a = tl.full([BLOCK_T], _OUTSIDE, tl.float32)
     b_max_b = tl.full([BLOCK_T], _OUTSIDE, tl.float32)
@@ -152,58 +197,57 @@ def _log_over_mean(b_x):
     return -tl.log(0.5 + 0.5 * tl.exp(tl.minimum(-b_x, 80.0)))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "V", "shares", "blocks_per_share"])
 def _linear_kl_jsd(
-    p_s, p_s_weight, p_t, p_t_weight, p_lse_q, p_lse_p, p_parts,
+    p_s, p_s_weight, p_t, p_t_weight, p_norm_q, p_norm_p, p_parts,
     stride_s, stride_s_weight, stride_t, stride_t_weight, T, V, shares, blocks_per_share, temperature,
     E_S: tl.constexpr, E_T: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     """parts [2, shares, T]: Σ ½ q log(q / m) and Σ ½ p log(p / m). Grid: (cdiv(T, BLOCK_T) · shares,)."""
-    i_tile, i_share = _tile_of(tl.program_id(0), tl.cdiv(T, BLOCK_T), shares)
+    i_tile, i_share = tile_of(tl.program_id(0), tl.cdiv(T, BLOCK_T), shares)
     i_t = i_tile.to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)  # [BLOCK_T]
-    m_t = i_t < T
-    b_lse_q = tl.load(p_lse_q + i_t, mask=m_t, other=0.0)[:, None]
-    b_lse_p = tl.load(p_lse_p + i_t, mask=m_t, other=0.0)[:, None]
     b_of_q = tl.zeros([BLOCK_T], tl.float32)
     b_of_p = tl.zeros([BLOCK_T], tl.float32)
     first = i_share * blocks_per_share * BLOCK_V
     for i_start in range(first, tl.minimum(V, first + blocks_per_share * BLOCK_V), BLOCK_V):
         i_v = (i_start + tl.arange(0, BLOCK_V)).to(tl.int64)  # [BLOCK_V]
-        b_q = _masked_logits(
-            p_s, p_s_weight, i_t, i_v, stride_s, stride_s_weight, T, V, temperature, E_S, BLOCK_T, BLOCK_V, BLOCK_E
-        ) - b_lse_q  # [BLOCK_T, BLOCK_V]  # fmt: skip
-        b_p = _masked_logits(
-            p_t, p_t_weight, i_t, i_v, stride_t, stride_t_weight, T, V, temperature, E_T, BLOCK_T, BLOCK_V, BLOCK_E
-        ) - b_lse_p  # fmt: skip
+        b_q = _log_probabilities(
+            p_s, p_s_weight, p_norm_q, i_t, i_v, stride_s, stride_s_weight, T, V, temperature,
+            E_S, BLOCK_T, BLOCK_V, BLOCK_E,
+        )  # [BLOCK_T, BLOCK_V]  # fmt: skip
+        b_p = _log_probabilities(
+            p_t, p_t_weight, p_norm_p, i_t, i_v, stride_t, stride_t_weight, T, V, temperature,
+            E_T, BLOCK_T, BLOCK_V, BLOCK_E,
+        )  # fmt: skip
         b_of_q += tl.sum(tl.exp(b_q) * _log_over_mean(b_q - b_p), 1)
         b_of_p += tl.sum(tl.exp(b_p) * _log_over_mean(b_p - b_q), 1)
-    i_part = i_share.to(tl.int64) * T + i_t
+    m_t, i_part = i_t < T, i_share.to(tl.int64) * T + i_t
     tl.store(p_parts + i_part, b_of_q / 2, mask=m_t)
     tl.store(p_parts + i_part + shares * tl.cast(T, tl.int64), b_of_p / 2, mask=m_t)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "V"])
 def _linear_kl_dz(
-    p_s, p_s_weight, p_t, p_t_weight, p_lse_q, p_lse_p, p_mean_r, p_grad, p_dz,
+    p_s, p_s_weight, p_t, p_t_weight, p_norm_q, p_norm_p, p_mean_r, p_grad, p_dz,
     stride_s, stride_s_weight, stride_t, stride_t_weight, stride_dz, T, V, temperature, KIND: tl.constexpr,
     E_S: tl.constexpr, E_T: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    """dz [T, V], the gradient of the student's logits, of the V words that the weights hold.
+    """dz [T, whole blocks of V], the gradient of the student's logits, of the V words that the weights hold.
 
     Grid: (cdiv(T, BLOCK_T) · cdiv(V, BLOCK_V),).
     """
-    i_tile, i_block = _tile_of(tl.program_id(0), tl.cdiv(T, BLOCK_T), tl.cdiv(V, BLOCK_V))
+    i_tile, i_block = tile_of(tl.program_id(0), tl.cdiv(T, BLOCK_T), tl.cdiv(V, BLOCK_V))
     i_t = i_tile.to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)  # [BLOCK_T]
     i_v = i_block.to(tl.int64) * BLOCK_V + tl.arange(0, BLOCK_V)  # [BLOCK_V]
     m_t = i_t < T
-    b_lse_q = tl.load(p_lse_q + i_t, mask=m_t, other=0.0)[:, None]
-    b_lse_p = tl.load(p_lse_p + i_t, mask=m_t, other=0.0)[:, None]
-    b_q = _masked_logits(
-        p_s, p_s_weight, i_t, i_v, stride_s, stride_s_weight, T, V, temperature, E_S, BLOCK_T, BLOCK_V, BLOCK_E
-    ) - b_lse_q  # [BLOCK_T, BLOCK_V]  # fmt: skip
-    b_p = _masked_logits(
-        p_t, p_t_weight, i_t, i_v, stride_t, stride_t_weight, T, V, temperature, E_T, BLOCK_T, BLOCK_V, BLOCK_E
-    ) - b_lse_p  # fmt: skip
+    b_q = _log_probabilities(
+        p_s, p_s_weight, p_norm_q, i_t, i_v, stride_s, stride_s_weight, T, V, temperature,
+        E_S, BLOCK_T, BLOCK_V, BLOCK_E,
+    )  # [BLOCK_T, BLOCK_V]  # fmt: skip
+    b_p = _log_probabilities(
+        p_t, p_t_weight, p_norm_p, i_t, i_v, stride_t, stride_t_weight, T, V, temperature,
+        E_T, BLOCK_T, BLOCK_V, BLOCK_E,
+    )  # fmt: skip
     if KIND == "forward":
         b_dz = tl.exp(b_q) - tl.exp(b_p)
     else:
@@ -212,53 +256,46 @@ def _linear_kl_dz(
         b_dz = tl.exp(b_q) * (b_r - b_mean_r)
     b_dz *= tl.load(p_grad + i_t, mask=m_t, other=0.0)[:, None]
     p_out = p_dz + (i_t * stride_dz)[:, None] + i_v[None, :]
-    tl.store(p_out, b_dz.to(p_dz.dtype.element_ty), mask=m_t[:, None] & (i_v < V)[None, :])
+    tl.store(p_out, b_dz.to(p_dz.dtype.element_ty), mask=m_t[:, None])
 
 
 def _config(itemsize: int, target: Target) -> dict:
     """Launch parameters: the largest tiles of which two, and what is made of them, fit into the registers."""
     if itemsize == 4:  # "ieee" products are made outside the tensor cores
         return {"BLOCK_T": 64, "BLOCK_V": 32, "BLOCK_E": 32, "num_warps": 4, "num_stages": 2}
-    large = target.shared_bytes >= 200 << 10  # Hopper's and Blackwell's read operands from there, not from registers
-    small = target.shared_bytes < 100 << 10
-    block_v, block_e = 64 if small else 128, 64 if large else 32
+    # Hopper and Blackwell read a product's operands from shared memory; elsewhere they take registers too.
+    block_v, block_e = (128, 64) if target.shared_bytes >= 200 << 10 else (64, 32)
     stages = 4 if target.backend == "cuda" else 2
     return {"BLOCK_T": 128, "BLOCK_V": block_v, "BLOCK_E": block_e, "num_warps": 8, "num_stages": stages}
 
 
-def _shares(T: int, V: int, config: dict) -> tuple[int, int]:
-    """(shares of the vocabulary, blocks in each) for the kernels that sum over it."""
-    tiles, blocks = triton.cdiv(T, config["BLOCK_T"]), triton.cdiv(V, config["BLOCK_V"])
-    blocks_per_share = max(1, min(SHARE, tiles * blocks // PROGRAMS))
-    return triton.cdiv(blocks, blocks_per_share), blocks_per_share
-
-
 def _operands(*tensors: Tensor) -> tuple[list[Tensor], list[int], dict]:
-    """The tensors with unit column stride, their row strides, and the launch parameters."""
-    rows = [_unit_stride(x) for x in tensors]
+    """The tensors with aligned rows, their row strides, and the launch parameters."""
+    rows = [aligned(x) for x in tensors]
     config = _config(max(x.itemsize for x in tensors), target_of(tensors[0].device))
     return rows, [x.stride(0) for x in rows], config
 
 
-@torch.library.custom_op("tritium::linear_kl_statistics", mutates_args=())
+@operator("linear_kl_statistics")
 def _statistics(a: Tensor, a_weight: Tensor, b: Tensor, b_weight: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """Maxima [2, T] of the logits of a and b, and the sums [3, T] relative to them: Σ e^a, Σ e^b and D."""
-    (T, E_A), (V, E_B) = a.shape, b_weight.shape
+    T, V = a.shape[0], b_weight.shape[0]
     if not T:
         return _statistics_outputs(a, a_weight, b, b_weight, temperature)
     rows, strides, config = _operands(a, a_weight, b, b_weight)
-    shares, blocks_per_share = _shares(T, V, config)
+    shares, blocks_per_share = shares_of(T, V, config, SHARE)
     parts = a.new_empty(5, shares, T, dtype=torch.float32)
     _linear_kl_online[(shares * triton.cdiv(T, config["BLOCK_T"]),)](
-        *rows, parts, *strides, T, V, shares, blocks_per_share, temperature, E_A=E_A, E_B=E_B, **config
-    )
+        *rows, parts, *strides, T, V, shares, blocks_per_share, temperature,
+        E_A=rows[0].shape[1], E_B=rows[2].shape[1], **config,
+    )  # fmt: skip
     maxima = parts[:2].amax(1)
     return maxima, _relative_to(maxima[:, None], parts[:2], parts[2:]).sum(1)
 
 
 @_statistics.register_fake
 def _statistics_outputs(a, a_weight, b, b_weight, temperature):
-    return tuple(a.new_empty(n, len(a), dtype=torch.float32) for n in (2, 3))
+    return tuple(a.new_empty(n, a.shape[0], dtype=torch.float32) for n in (2, 3))
 
 
 def _relative_to(new: Tensor, maxima: Tensor, sums: Tensor) -> Tensor:
@@ -269,43 +306,43 @@ def _relative_to(new: Tensor, maxima: Tensor, sums: Tensor) -> Tensor:
     return torch.stack([share_a * sum_a, share_b * sum_b, share_a * (d + sum_a * (shift[0] - shift[1]))])
 
 
-@torch.library.custom_op("tritium::linear_kl_jsd", mutates_args=())
+@operator("linear_kl_jsd")
 def _jsd(
     student: Tensor,
     student_weight: Tensor,
     teacher: Tensor,
     teacher_weight: Tensor,
-    lse_q: Tensor,
-    lse_p: Tensor,
+    norm_q: Tensor,
+    norm_p: Tensor,
     temperature: float,
 ) -> Tensor:
     """Σ ½ q log(q / m) and Σ ½ p log(p / m)  [2, T], over the words that the weights hold."""
-    (T, E_S), (V, E_T) = student.shape, teacher_weight.shape
+    T, V = student.shape[0], teacher_weight.shape[0]
     if not T:
         return _jsd_output(student)
     rows, strides, config = _operands(student, student_weight, teacher, teacher_weight)
-    shares, blocks_per_share = _shares(T, V, config)
+    shares, blocks_per_share = shares_of(T, V, config, SHARE)
     parts = student.new_empty(2, shares, T, dtype=torch.float32)
     _linear_kl_jsd[(shares * triton.cdiv(T, config["BLOCK_T"]),)](
-        *rows, lse_q.contiguous(), lse_p.contiguous(), parts, *strides, T, V, shares, blocks_per_share, temperature,
-        E_S=E_S, E_T=E_T, **config,
+        *rows, norm_q.contiguous(), norm_p.contiguous(), parts, *strides, T, V, shares, blocks_per_share, temperature,
+        E_S=rows[0].shape[1], E_T=rows[2].shape[1], **config,
     )  # fmt: skip
     return parts.sum(1)
 
 
 @_jsd.register_fake
 def _jsd_output(student, *_):
-    return student.new_empty(2, len(student), dtype=torch.float32)
+    return student.new_empty(2, student.shape[0], dtype=torch.float32)
 
 
-@torch.library.custom_op("tritium::linear_kl_backward", mutates_args=())
+@operator("linear_kl_backward")
 def _backward(
     student: Tensor,
     student_weight: Tensor,
     teacher: Tensor,
     teacher_weight: Tensor,
-    lse_q: Tensor,
-    lse_p: Tensor,
+    norm_q: Tensor,
+    norm_p: Tensor,
     mean_r: Tensor,
     grad: Tensor,
     temperature: float,
@@ -313,25 +350,18 @@ def _backward(
     needs: list[bool],
 ) -> tuple[Tensor, Tensor]:
     """dhidden [T, E_s] and dweight [V, E_s] of the student; [0] where not needed."""
-    (T, E_S), (V, E_T) = student.shape, teacher_weight.shape
+    T = student.shape[0]
     (h, weight, h_t, weight_t), strides, config = _operands(student, student_weight, teacher, teacher_weight)
-    statistics = [x.contiguous() for x in (lse_q, lse_p, mean_r, grad / temperature)]
-    dhidden = h.new_zeros(T, E_S, dtype=torch.float32) if needs[0] else h.new_empty(0)
-    dweight = weight.new_zeros(V, E_S) if needs[1] else weight.new_empty(0)
-    columns = TILE_BYTES["cuda"] // (h.itemsize * max(T, 1)) // config["BLOCK_V"] * config["BLOCK_V"]
-    columns = min(V, max(columns, config["BLOCK_V"]))
-    dz = h.new_empty(T, columns)
-    for start in range(0, V if T else 0, columns):
-        w, w_t = weight[start : start + columns], weight_t[start : start + columns]
-        _linear_kl_dz[(triton.cdiv(T, config["BLOCK_T"]) * triton.cdiv(len(w), config["BLOCK_V"]),)](
-            h, w, h_t, w_t, *statistics, dz, *strides, columns, T, len(w), temperature,
-            KIND=kind, E_S=E_S, E_T=E_T, **config,
+    vectors = [x.contiguous() for x in (norm_q, norm_p, mean_r, grad / temperature)]
+
+    def make_dz(words: slice, dz: Tensor) -> None:
+        V = words.stop - words.start
+        _linear_kl_dz[(triton.cdiv(T, config["BLOCK_T"]) * triton.cdiv(V, config["BLOCK_V"]),)](
+            h, weight[words], h_t, weight_t[words], *vectors, dz, *strides, dz.stride(0), T, V, temperature,
+            KIND=kind, E_S=h.shape[1], E_T=h_t.shape[1], **config,
         )  # fmt: skip
-        if needs[0]:
-            dhidden += matmul_fp32(dz[:, : len(w)], w)
-        if needs[1]:  # from the accumulator to its place: one rounding
-            torch.mm(dz[:, : len(w)].t(), h, out=dweight[start : start + columns])
-    return dhidden.to(h.dtype), dweight
+
+    return gradients_by_chunks(make_dz, student, student_weight, config["BLOCK_V"], *needs)
 
 
 @_backward.register_fake
@@ -341,7 +371,7 @@ def _backward_outputs(student, student_weight, *rest):
 
 
 def _triton_values(student, student_weight, teacher, teacher_weight, temperature, kind, group):
-    """(divergence, lse_q, lse_p, Σ q r), each [T]; the last is not for forward."""
+    """The divergence [T], (max, log Σ) of q and p [2, T] each, and Σ q r [T], which the forward kind has no use for."""
     heads = (student, student_weight), (teacher, teacher_weight)
     first, second = reversed(heads) if kind == "forward" else heads
     maxima, sums = _statistics(*first, *second, temperature)
@@ -350,16 +380,15 @@ def _triton_values(student, student_weight, teacher, teacher_weight, temperature
         dist.all_reduce(high, op=dist.ReduceOp.MAX, group=group)
         sums, maxima = _relative_to(high, maxima, sums), high
         dist.all_reduce(sums, group=group)
-    lse = maxima + sums[:2].log()
-    lse_q, lse_p = lse.flip(0) if kind == "forward" else lse
+    norms = torch.stack([maxima, sums[:2].log()], 1)
+    norm_q, norm_p = norms.flip(0) if kind == "forward" else norms
     if kind != "jsd":
-        d = sums[2] / sums[0]
-        gap = maxima - lse  # with the rounding of lse, which is in the backward's log q and log p too
-        return d + (sums[1] / sums[0]).log(), lse_q, lse_p, d + gap[0] - gap[1]
-    parts = _jsd(student, student_weight, teacher, teacher_weight, lse_q, lse_p, temperature)
+        value = sums[2] / sums[0] + (sums[1] / sums[0]).log()
+        return value, norm_q, norm_p, value
+    parts = _jsd(student, student_weight, teacher, teacher_weight, norm_q, norm_p, temperature)
     if group is not None:
         dist.all_reduce(parts, group=group)
-    return parts.sum(0), lse_q, lse_p, parts[0]
+    return parts.sum(0), norm_q, norm_p, parts[0]
 
 
 # Torch ----------------------------------------------------------------------------------------------------------------
@@ -368,27 +397,27 @@ def _triton_values(student, student_weight, teacher, teacher_weight, temperature
 def _torch_values(student, student_weight, teacher, teacher_weight, temperature, kind, group):
     """The same by the tiles of head.py."""
     heads = student, student_weight, teacher, teacher_weight
-    lse_q, lse_p = (_lse(hidden, weight, temperature, group) for hidden, weight in (heads[:2], heads[2:]))
-    value, mean_r = torch.zeros_like(lse_q), torch.zeros_like(lse_q)
-    for rows, _, log_p, log_q in _log_probabilities(*heads, lse_q, lse_p, temperature):
+    norm_q, norm_p = (_norm(hidden, weight, temperature, group) for hidden, weight in (heads[:2], heads[2:]))
+    value, mean_r = torch.zeros_like(norm_q)
+    for rows, _, log_p, log_q in _tiles_of_both(*heads, norm_q, norm_p, temperature):
         value[rows] += divergence(log_p, log_q, kind)
-        if kind != "forward":
+        if kind == "jsd":
             mean_r[rows] += (log_q.exp() * _ratio(log_p, log_q, kind)).sum(-1)
     if group is not None:
         both = torch.stack([value, mean_r])
         dist.all_reduce(both, group=group)
-        value, mean_r = both.unbind()
-    return value, lse_q, lse_p, mean_r
+        value, mean_r = both
+    return value, norm_q, norm_p, mean_r if kind == "jsd" else value  # Σ q r of the reverse kind is its value
 
 
 def _torch_gradients(
-    student, student_weight, teacher, teacher_weight, lse_q, lse_p, mean_r, grad, temperature, kind, needs
+    student, student_weight, teacher, teacher_weight, norm_q, norm_p, mean_r, grad, temperature, kind, needs
 ):
     heads = student, student_weight, teacher, teacher_weight
     wanted = zip((student, student_weight), needs, strict=True)
-    dhidden, dweight = (x.new_zeros(x.shape if needed else 0, dtype=lse_q.dtype) for x, needed in wanted)
+    dhidden, dweight = (x.new_zeros(x.shape if needed else 0, dtype=norm_q.dtype) for x, needed in wanted)
     grad = grad / temperature
-    for rows, columns, log_p, log_q in _log_probabilities(*heads, lse_q, lse_p, temperature):
+    for rows, columns, log_p, log_q in _tiles_of_both(*heads, norm_q, norm_p, temperature):
         if kind == "forward":
             dz = log_q.exp_().sub_(log_p.exp_())
         else:
@@ -401,13 +430,16 @@ def _torch_gradients(
     return dhidden.to(student.dtype), dweight.to(student_weight.dtype)
 
 
-def _log_probabilities(student, student_weight, teacher, teacher_weight, lse_q, lse_p, temperature):
+def _tiles_of_both(student, student_weight, teacher, teacher_weight, norm_q, norm_p, temperature):
     """(rows, columns, log p, log q) of every tile."""
     options = HeadOptions(temperature)
+
+    def tile(hidden, weight, norm):
+        top, log_sum = norm[:, rows, None]
+        return logits_tile(hidden[rows], weight[columns], options).sub_(top).sub_(log_sum)
+
     for _, columns, rows in tiles(student.shape[0], student_weight.shape[0], student.device):
-        log_q = logits_tile(student[rows], student_weight[columns], options).sub_(lse_q[rows, None])
-        log_p = logits_tile(teacher[rows], teacher_weight[columns], options).sub_(lse_p[rows, None])
-        yield rows, columns, log_p, log_q
+        yield rows, columns, tile(teacher, teacher_weight, norm_p), tile(student, student_weight, norm_q)
 
 
 def _ratio(log_p: Tensor, log_q: Tensor, kind: str) -> Tensor:
@@ -417,9 +449,11 @@ def _ratio(log_p: Tensor, log_q: Tensor, kind: str) -> Tensor:
     return (log_q - torch.logaddexp(log_p, log_q)).add_(LOG_2).div_(2)
 
 
-def _lse(hidden: Tensor, weight: Tensor, temperature: float, group: dist.ProcessGroup | None) -> Tensor:
+def _norm(hidden: Tensor, weight: Tensor, temperature: float, group: dist.ProcessGroup | None) -> Tensor:
+    """The maximum and log Σ e^(z - max) of each token's logits, [2, T]."""
     no_targets = torch.empty(hidden.shape[0], 0, dtype=torch.int64, device=hidden.device)
-    return head_statistics(hidden, weight, no_targets, HeadOptions(temperature), group).lse
+    s = head_statistics(hidden, weight, no_targets, HeadOptions(temperature), group)
+    return torch.stack([s.top, s.mass.log()])
 
 
 # Public ---------------------------------------------------------------------------------------------------------------
@@ -429,6 +463,7 @@ class _LinearKL(torch.autograd.Function):
     """The divergence of two whole heads, by the Triton kernels or by tiles in torch."""
 
     @staticmethod
+    @without_autocast
     def forward(ctx, student, student_weight, teacher, teacher_weight, temperature, kind, group, kernels):
         heads = student, student_weight, teacher, teacher_weight
         value, *statistics = (_triton_values if kernels else _torch_values)(*heads, temperature, kind, group)
@@ -438,21 +473,37 @@ class _LinearKL(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @without_autocast
     def backward(ctx, grad):
         needs = ctx.needs_input_grad[:2]
         gradients = ctx.gradients(*ctx.saved_tensors, grad, *ctx.options, needs)
         return *(x if needed else None for x, needed in zip(gradients, needs, strict=True)), *[None] * 6
 
 
-def _top_k_kl(student, student_weight, teacher: TopK, temperature: float, kind: str, group) -> Tensor:
+def _check_top_k(teacher: TopK, tokens: int, vocab: int) -> Tensor:
+    """The ids that count, and -1 for the others; raises and counts as `check_targets`, repeated ones too."""
+    require_float("linear_kl", **{"TopK.logp": teacher.logp})
+    shape = tuple(teacher.logp.shape)
+    if len(shape) != 2 or shape[0] != tokens or shape[1] >= vocab or tuple(teacher.ids.shape) != shape:
+        shapes = f"{list(teacher.ids.shape)} and {list(shape)}"
+        raise ValueError(f"linear_kl: TopK must hold ids and logp [{tokens}, k] with k < {vocab}, got {shapes}")
+    ids = check_targets("linear_kl", teacher.ids, shape, vocab, -1, "TopK.ids")
+    ordered, order = ids.sort(-1)
+    again = (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)
+    repeated = torch.zeros_like(ids, dtype=torch.bool).scatter_(1, order[:, 1:], again)
+    refuse(ids, repeated, "linear_kl: TopK.ids hold {} twice for one token")
+    return ids.masked_fill(repeated, -1)
+
+
+def _top_k_kl(student, student_weight, ids, logp, options: HeadOptions, kind: str, group) -> Tensor:
     """Buckets: the k tokens, and the rest, whose log-sum-exp is computed by itself (1 - Σ q would cancel)."""
-    options = HeadOptions(temperature, exclude=True)
-    rest, picked, *_ = head_statistics(student, student_weight, teacher.ids.long(), options, group)
-    z = torch.cat([picked, rest[:, None]], 1)  # [T, k + 1]
-    log_q = z - z.logsumexp(-1, True)
-    log_p = teacher.logp.to(z.dtype)
-    log_p_rest = (-log_p.exp().sum(-1, True)).clamp(min=-1).log1p().clamp_min(torch.finfo(z.dtype).min / 2)
-    return divergence(torch.cat([log_p, log_p_rest], 1), log_q, kind)
+    rest, picked, *_ = head_statistics(student, student_weight, ids, options, group)
+    here = F.pad(ids >= 0, (0, 1), value=True)  # [T, k + 1]; what is not here has p = q
+    low = math.log(torch.finfo(rest.dtype).tiny)  # what is less likely than that, has p = 0
+    logp = logp.masked_fill(~here[:, :-1], -torch.inf)
+    log_p = torch.cat([logp.to(rest.dtype).clamp_min(low), _log_rest(logp).to(rest.dtype)], 1)
+    z = torch.cat([picked, rest[:, None]], 1).masked_fill(~here, -torch.inf)
+    return divergence(log_p, torch.where(here, z.log_softmax(-1), low), kind)
 
 
 def linear_kl(
@@ -467,30 +518,34 @@ def linear_kl(
 ) -> Tensor:
     """Per-token divergence [T], fp32 (fp64 for fp64); see the module's docstring. Gradients to the student only.
 
-    student [T, E_s], student_weight [V, E_s], teacher [T, E_t], teacher_weight [V, E_t], or a TopK (then the weight is
-    None, and its logp are at `temperature` already). With `group` both weights are shards of the vocabulary, as in
-    `linear_logprob`. Raises ValueError on shapes that don't fit and unknown kinds.
+    student [T, E_s] and student_weight [V, E_s] of one float dtype, teacher [T, E_t] and teacher_weight [V, E_t] of
+    one, perhaps another; all on one device, any strides. Or the teacher is a TopK (then the weight is None, and its
+    logp are at `temperature` already): ids out of range or repeated raise on a CPU; on a GPU, where looking would make
+    the host wait, they are left to the rest, and counted (`head.invalid_targets`). What is left for the rest is at
+    least the resolution of fp32, and -inf among logp is the log of the smallest number.
+    With `group` both weights are shards of the vocabulary, as in `linear_logprob`.
+    Raises: ValueError for shapes, dtypes or devices that don't fit, unknown kinds, a temperature ≤ 0.
+    Source: reverse and Jensen-Shannon divergence in distillation, arXiv 2306.13649.
     """
     if kind not in KINDS:
         raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
-    if temperature <= 0:
-        raise ValueError(f"temperature must be positive, got {temperature}")
-    check_head(student, student_weight, ("student", "student_weight"))
+    options = HeadOptions(temperature, exclude=True)
+    check_head("linear_kl", student=student, student_weight=student_weight)
+    T, V = student.shape[0], student_weight.shape[0]
     if isinstance(teacher, TopK):
         if teacher_weight is not None:
             raise ValueError("a TopK teacher has no weight: pass teacher_weight=None")
-        T, V = student.shape[0], vocab_size(student_weight, group)
-        if teacher.ids.shape != teacher.logp.shape or teacher.ids.shape[:1] != (T,) or teacher.ids.shape[1] >= V:
-            shapes = f"{tuple(teacher.ids.shape)} and {tuple(teacher.logp.shape)}"
-            raise ValueError(f"TopK must hold ids and logp [{T}, k] with k < {V}, got {shapes}")
-        return _top_k_kl(student, student_weight, teacher, temperature, kind, group)
-    check_head(teacher, teacher_weight, ("teacher", "teacher_weight"))
-    if teacher.shape[0] != student.shape[0] or teacher_weight.shape[0] != student_weight.shape[0]:
-        wanted = f"{student.shape[0]} tokens and {student_weight.shape[0]} words, as the student"
-        raise ValueError(f"the teacher must have {wanted}: {tuple(teacher.shape)}, {tuple(teacher_weight.shape)}")
-    kernels = teacher.dtype != torch.float64 and use_triton(student, student_weight, teacher, teacher_weight)
+        require_one_device(student, student_weight, *teacher)
+        ids = _check_top_k(teacher, T, vocab_size(student_weight, group))
+        return _top_k_kl(student, student_weight, ids, teacher.logp.detach(), options, kind, group)
+    if teacher_weight is None:
+        raise ValueError(f"teacher_weight is None, wanted [V, E_t]: only a TopK goes without, not a {type(teacher)}")
+    check_head("linear_kl", teacher=teacher, teacher_weight=teacher_weight)
+    if teacher.shape[0] != T or teacher_weight.shape[0] != V:
+        seen = f"{list(teacher.shape)}, {list(teacher_weight.shape)}"
+        raise ValueError(f"the teacher must have {T} tokens and {V} words, as the student: {seen}")
     heads = student, student_weight, teacher.detach(), teacher_weight.detach()
-    return _LinearKL.apply(*heads, temperature, kind, group, kernels)
+    return _LinearKL.apply(*heads, temperature, kind, group, use_triton(*heads))
 
 
 def _example(shape: Shape, dtype: torch.dtype, device: str) -> tuple[tuple, dict]:
@@ -508,28 +563,26 @@ def _traffic(shape: Shape, itemsize: int) -> tuple[int, int]:
     T, V, config = shape["T"], shape["V"], _config(itemsize, TARGETS["sm_80"])
     tiles, blocks = triton.cdiv(T, config["BLOCK_T"]), triton.cdiv(V, config["BLOCK_V"])
     walk = itemsize * 3 * shape["E"] * tiles * blocks * (config["BLOCK_T"] + config["BLOCK_V"])
-    parts = 4 * T * _shares(T, V, config)[0]
-    return walk + 5 * parts, walk + itemsize * T * V + 3 * 4 * T * blocks
+    parts = 4 * T * shares_of(T, V, config, SHARE)[0]
+    return walk + 5 * parts, walk + itemsize * T * blocks * config["BLOCK_V"] + 5 * 4 * T * blocks
 
 
 def _launches(target: Target) -> tuple[Launch, ...]:
-    def launch(kernel, dtype, **constexprs):
-        config = _config(4 if dtype == "fp32" else 2, target)
-        warps, stages = config.pop("num_warps"), config.pop("num_stages")
-        widths = dict(zip(("E_A", "E_B") if "E_A" in kernel.arg_names else ("E_S", "E_T"), (2048, 4096), strict=True))
-        constexprs |= config | widths
-        names = [name for name in kernel.arg_names if name not in constexprs]
-        types = {name: f"*{dtype}" for name in ("p_a", "p_b", "p_s", "p_t", "p_dz")} | {"temperature": "fp32"}
-        types |= {f"{name}_weight": f"*{dtype}" for name in ("p_a", "p_b", "p_s", "p_t")}
-        signature = {name: types.get(name, "*fp32" if name.startswith("p_") else "i32") for name in names}
-        divisible = tuple(name for name in names if name not in ("shares", "blocks_per_share", "temperature"))
-        name = f"{constexprs.get('KIND', '')} {dtype}".strip()
-        return Launch(kernel, name, signature, constexprs, divisible, warps, stages)
+    def launch(kernel, dtype, widths=(2048, 4096), **constexprs):
+        names = ("E_A", "E_B") if "E_A" in kernel.arg_names else ("E_S", "E_T")
+        config = constexprs | _config(4 if dtype == "fp32" else 2, target) | dict(zip(names, widths, strict=True))
+        types = dict.fromkeys(("p_a", "p_b", "p_s", "p_t"), f"*{dtype}")
+        types |= {f"{name}_weight": kind for name, kind in types.items()} | {"p_dz": f"*{dtype}"}
+        name = " ".join(map(str, (*constexprs.values(), *widths, dtype)))
+        return launch_of(kernel, name, config, types)
 
     return (
+        *head_launches(target, "bf16", "EXCLUDE", K=64),  # a top-k teacher
         *(launch(kernel, dtype) for kernel in (_linear_kl_online, _linear_kl_jsd) for dtype in ("bf16", "fp32")),
         *(launch(_linear_kl_dz, "bf16", KIND=kind) for kind in KINDS),
         launch(_linear_kl_dz, "fp32", KIND="jsd"),
+        launch(_linear_kl_online, "bf16", (2064, 4112)),  # the last tiles of a row are cut off
+        launch(_linear_kl_dz, "bf16", (2064, 4112), KIND="jsd"),
     )
 
 
@@ -553,7 +606,7 @@ register(
         backward_bytes=lambda s, size: 4 * size * s["E"] * (s["T"] + s["V"]) + 4 * s["T"],
         tolerance=1e-4,  # a difference of log-probabilities
         launches=_launches,
-        lean_shape={"T": 130, "E": 24, "V": 300},
+        lean_shape={"T": 130, "E": 32, "V": 300},
         traffic=_traffic,
     )
 )

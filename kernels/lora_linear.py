@@ -8,7 +8,7 @@ Backward, with v = scale · dy b [T, r] and keep the mask of the dropout p:
 
 y and dx are one kernel: a tile starts as the adapter's product plus the bias, and the base's product is added in its
 registers, so that nothing of size [T, out] or [T, in] is made twice. NF4 weights are dequantised tile by tile in its
-loop (before it, for fp32 and where a row is not whole blocks: in % 64); they get no gradient. The mask is never stored:
+loop (before it, for fp32 and where sizes are odd: in % 64, out % 16); they get no gradient. The mask is never stored:
 the kernels that need it draw it again from one seed. Products with a side of r and no mask, and dW, are torch's.
 
 2·T·(in·out + r·(in + out)) FLOPs forward, twice that backward. A tile [BM, BN] of the matmul reads BM rows of x and u
@@ -17,12 +17,14 @@ order of the tiles lets the L2 serve most of them, so that DRAM sees each about 
 """
 
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from tritium.kernels.backend import TARGETS, Target, target_of, tl, triton, use_triton
+from tritium.kernels.backend import TARGETS, Target, operator, target_of, tl, triton, use_triton, without_autocast
+from tritium.kernels.blocks import require_float, unit_stride
 from tritium.kernels.nf4 import (
     BLOCK,
     CODES,
@@ -174,22 +176,25 @@ def _lora_dropped(
     tl.store(p_out + i_out, b_out.to(p_out.dtype.element_ty), mask=(i_row < rows)[:, None] & m_r)
 
 
-def _config(T: int, R: int, dtype: torch.dtype, nf4: bool, dropout: bool, target: Target) -> dict:
-    """Tiles of the matmul: as large as registers and shared memory allow, for a few rows as narrow as they are."""
+def _config(T: int, R: int, dtype: torch.dtype, nf4: bool, dropout: bool, odd: bool, target: Target) -> dict:
+    """Tiles of the matmul: as large as registers and shared memory allow, for a few rows as narrow as they are.
+
+    odd: rows of x and W are not multiples of 16 bytes, and are loaded, with an address each, element by element.
+    """
     large = target.shared_bytes > 200 * 1024  # the GPUs whose tensor cores read it directly
     large &= not (dropout and (nf4 or R > 64))  # the mask takes registers
-    if dtype == torch.float32:  # no tensor cores
+    if dtype == torch.float32 or odd:  # without tensor cores, or waiting for addresses
         BM, BN, BK = 64, 64, 32
     elif T <= 64:
         BM, BN, BK = max(16, triton.next_power_of_2(T)), 64, 128
     elif nf4:  # the taller a tile, the fewer times a weight is dequantised
-        BM, BN, BK = 256 if large else 128, 128, 64
+        BM, BN, BK = 256 if large else 128, 64 if dropout and R > 128 else 128, 64
     else:
         BM, BN, BK = (128, 256, 64) if large else (128, 128, 32)
     BR = min(BK, max(16, triton.next_power_of_2(R)))
     line = (BM if nf4 else BM + BN) * dtype.itemsize  # bytes of shared memory for one k; a stage has BK of them
     stages = 2 if target.backend == "hip" else min(4, (target.shared_bytes - line * BR) // (line * BK))
-    warps = 8 if BM * BN >= 128 * 128 else 4
+    warps = 8 if BM >= 128 else 4
     sizes = {"R": R, "BM": BM, "BN": BN, "BK": BK, "BR": BR, "GROUP": 8}
     return sizes | {"CODES": CODES, "num_warps": warps, "num_stages": stages}
 
@@ -205,11 +210,7 @@ def _dropped_config(R: int, dtype: torch.dtype) -> dict:
     }
 
 
-def _rows(x: Tensor) -> Tensor:
-    return x if x.stride(1) == 1 else x.contiguous()
-
-
-@torch.library.custom_op("tritium::lora_matmul", mutates_args=())
+@operator("lora_matmul")
 def _matmul(
     x: Tensor,
     weight: list[Tensor],
@@ -227,7 +228,9 @@ def _matmul(
     if not y.numel():
         return y
     shape = (K, N) if transposed else (N, K)
-    if len(weight) > 1 and (shape[1] % BLOCK or x.dtype == torch.float32):  # fp32 tiles are too small for blocks
+    x, inner, bias = unit_stride(x), unit_stride(inner), None if bias is None else bias.contiguous()
+    odd = any(n % 16 for n in (K, N, x.stride(0), x.data_ptr()))
+    if len(weight) > 1 and (shape[1] % BLOCK or odd or x.dtype == torch.float32):  # tiles too small for blocks
         weight = [dequantize_parts(weight, shape, x.dtype)]
     nf4 = len(weight) > 1
     if nf4:
@@ -236,8 +239,8 @@ def _matmul(
     else:
         p_w = absmax = absmax_scale = absmax_mean = weight[0]
         strides = p_w.stride()[::-1] if transposed else p_w.stride()
-    config = _config(T, R, x.dtype, nf4, seed is not None, target_of(x.device))
-    x, inner, bias = _rows(x), _rows(inner), None if bias is None else bias.contiguous()
+    odd = odd or min(strides) > 1 or any(n % 16 for n in (max(strides), p_w.data_ptr()))
+    config = _config(T, R, x.dtype, nf4, seed is not None, odd, target_of(x.device))
     _lora_matmul[(triton.cdiv(T, config["BM"]) * triton.cdiv(N, config["BN"]),)](
         x, p_w, absmax, absmax_scale, absmax_mean, inner, b, bias, seed, y,
         x.stride(0), *strides, inner.stride(0), *b.stride(), T, N, K, scale, dropout,
@@ -252,7 +255,7 @@ def _matmul_output(x, weight, inner, b, bias, seed, scale, dropout, transposed):
     return x.new_empty(x.shape[0], b.shape[0])
 
 
-@torch.library.custom_op("tritium::lora_dropped", mutates_args=())
+@operator("lora_dropped")
 def _dropped(x: Tensor, f: Tensor, seed: Tensor, dropout: float, transposed: bool) -> Tensor:
     """dropout(x) f [T, R] of x [T, K], f [K, R]; transposed: fᵀ dropout(x) [R, K], f [T, R]."""
     (T, K), R = x.shape, f.shape[1]
@@ -265,7 +268,7 @@ def _dropped(x: Tensor, f: Tensor, seed: Tensor, dropout: float, transposed: boo
     shape = (splits, R, K) if transposed else (splits, T, R)
     out = x.new_empty(shape, dtype=x.dtype if splits == 1 else torch.float32)
     if out.numel():
-        x = _rows(x)
+        x = unit_stride(x)
         strides = out.stride()[:0:-1] if transposed else out.stride()[1:]
         _lora_dropped[(tiles, splits)](
             x, f, seed, out, x.stride(0), *f.stride(), out.stride(0), *strides, T, K, length, dropout,
@@ -291,6 +294,7 @@ class _LoraLinear(torch.autograd.Function):
     """`weight` is (W,) or the parts of an NF4Tensor. With dropout, `keep` is the mask, or the seed it is drawn from."""
 
     @staticmethod
+    @without_autocast
     def forward(ctx, x, a, b, bias, scale, dropout, kernels, *weight):
         keep = None
         if kernels:
@@ -309,6 +313,7 @@ class _LoraLinear(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @without_autocast
     def backward(ctx, dy):
         x, a, b, inner, keep, *weight = ctx.saved_tensors  # once: activation checkpointing allows no more
         needs_x, needs_a, needs_b, needs_bias, *_, needs_weight = ctx.needs_input_grad[:8]
@@ -345,19 +350,20 @@ def _torch_da(x, dinner, keep, dropout):
 def _check(x, weight, a, b, bias, dropout) -> None:
     given = {"x": x, "weight": weight, "a": a, "b": b, "bias": bias}
     given = {name: tensor for name, tensor in given.items() if tensor is not None}
-    fits = len(weight.shape) == a.ndim == 2
+    fits = len(weight.shape) == a.ndim == 2 and a.shape[1] > 0
     if fits:
         (F, E), R = weight.shape, len(a)
         wanted = {"x": (*x.shape[:-1], E), "weight": (F, E), "a": (R, E), "b": (F, R), "bias": (F,)}
         fits = all(tensor.shape == wanted[name] for name, tensor in given.items())
     if not fits:
         seen = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in given.items())
-        wanted = "x [..., in], weight [out, in], a [r, in], b [out, r], bias [out]"
+        wanted = "x [..., in], weight [out, in], a [r, in], b [out, r], bias [out], in ≥ 1"
         raise ValueError(f"lora_linear: {seen}; wanted {wanted}")
     if not 1 <= R <= MAX_RANK:
         raise ValueError(f"lora_linear: a has shape {tuple(a.shape)}, wanted a rank of 1 to {MAX_RANK}")
+    require_float("lora_linear", x=x)
     dtypes = {name: tensor.dtype for name, tensor in given.items() if not isinstance(tensor, NF4Tensor)}
-    if not x.is_floating_point() or len(set(dtypes.values())) > 1:
+    if len(set(dtypes.values())) > 1:
         seen = ", ".join(f"{name} {dtype}" for name, dtype in dtypes.items())
         raise ValueError(f"lora_linear: {seen}; wanted one floating dtype: cast them to that of x")
     if not 0 <= dropout < 1:
@@ -410,7 +416,7 @@ def _backward_bytes(s: Shape, itemsize: int) -> int:
 
 def _traffic(s: Shape, itemsize: int) -> tuple[int, int]:
     """Of the matmul, forward and for dx, with a dense base and the tiles of sm_80."""
-    config = _config(s["T"], s["R"], torch.bfloat16, False, False, TARGETS["sm_80"])
+    config = _config(s["T"], s["R"], torch.bfloat16, False, False, False, TARGETS["sm_80"])
 
     def matmul(T: int, K: int, N: int) -> int:
         tiles_t, tiles_n = triton.cdiv(T, config["BM"]), triton.cdiv(N, config["BN"])
@@ -419,62 +425,55 @@ def _traffic(s: Shape, itemsize: int) -> tuple[int, int]:
     return matmul(s["T"], s["E"], s["F"]), matmul(s["T"], s["F"], s["E"])
 
 
+def _launch(kernel, name, kinds, config, odd=(), **constexprs) -> Launch:
+    """kinds: Triton types of the pointers; odd: integers that are no multiples of 16; a stride of 1 is a constant."""
+    warps, stages = config.pop("num_warps"), config.pop("num_stages")
+    constexprs |= config
+    kinds = {p: f"*{kind}" for p, kind in kinds.items()} | {"scale": "fp32", "dropout": "fp32"}
+    signature = {n: kinds.get(n, "i32") for n in kernel.arg_names if n not in constexprs}
+    divisible = tuple(n for n, kind in signature.items() if kind != "fp32" and n not in odd)
+    return Launch(kernel, name, signature, constexprs, divisible, num_warps=warps, num_stages=stages)
+
+
+def _matmul_launch(target, name, dtype, T, R, nf4=False, backward=False, dropout=False, odd=()) -> Launch:
+    kinds = {p: "fp32" if dtype == torch.float32 else "bf16" for p in _lora_matmul.arg_names if p.startswith("p_")}
+    kinds |= {"p_seed": "i64"}
+    if nf4:
+        kinds |= {"p_w": "u8", "p_absmax": "i8", "p_absmax_scale": "fp32", "p_absmax_mean": "fp32"}
+    flags = {"NF4": ("columns" if backward else "rows") if nf4 else None, "HAS_BIAS": not backward, "DROPOUT": dropout}
+    flags |= ({"p_bias": None} if backward else {}) | ({} if dropout else {"p_seed": None})
+    flags |= dict.fromkeys(("stride_wn", "stride_bn") if backward else ("stride_wk", "stride_br"), 1)
+    config = _config(T, R, dtype, nf4, dropout, bool(odd), target)
+    return _launch(_lora_matmul, name, kinds, config, odd, **flags)
+
+
+def _dropped_launch(name, dtype, R, transposed) -> Launch:
+    kind = "fp32" if dtype == torch.float32 else "bf16"
+    flags = dict.fromkeys(("stride_out", "stride_fr") if transposed else ("stride_or", "stride_f"), 1)
+    kinds = {"p_x": kind, "p_f": kind, "p_seed": "i64", "p_out": "fp32"}
+    return _launch(_lora_dropped, name, kinds, _dropped_config(R, dtype), R=R, TRANSPOSED=transposed, **flags)
+
+
 def _launches(target: Target) -> tuple[Launch, ...]:
-    def launch(kernel, name, types, integers, config, **constexprs):
-        """`types`: of the pointers; a stride that is 1 is given as a constant, as a launch would."""
-        floats = {"scale", "dropout"} & set(kernel.arg_names)
-        constexprs |= {key: value for key, value in config.items() if key not in ("num_warps", "num_stages")}
-        signature = {p: f"*{kind}" for p, kind in types.items()}
-        signature |= {n: "i32" for n in integers if n not in constexprs} | dict.fromkeys(floats, "fp32")
-        divisible = tuple(n for n, kind in signature.items() if kind != "fp32")
-        return Launch(
-            kernel, name, signature, constexprs, divisible,
-            num_warps=config["num_warps"], num_stages=config["num_stages"],
-        )  # fmt: skip
-
-    def matmul(name, dtype, T, R, nf4=False, backward=False, dropout=False):
-        kind = "fp32" if dtype == torch.float32 else "bf16"
-        types = {p: kind for p in _lora_matmul.arg_names if p.startswith("p_")}
-        if nf4:
-            types |= {"p_w": "u8", "p_absmax": "i8", "p_absmax_scale": "fp32", "p_absmax_mean": "fp32"}
-        types["p_seed"] = "i64"
-        absent = {"p_bias": None} if backward else {}
-        absent |= {} if dropout else {"p_seed": None}
-        strides = ("stride_x", "stride_wn", "stride_wk", "stride_inner", "stride_bn", "stride_br", "T", "N", "K")
-        unit = dict.fromkeys(("stride_wn", "stride_bn") if backward else ("stride_wk", "stride_br"), 1)
-        layout = ("columns" if backward else "rows") if nf4 else None
-        return launch(
-            _lora_matmul, name, {p: t for p, t in types.items() if p not in absent}, strides,
-            _config(T, R, dtype, nf4, dropout, target),
-            **absent, **unit, NF4=layout, HAS_BIAS=not backward, DROPOUT=dropout,
-        )  # fmt: skip
-
-    def dropped(name, dtype, R, transposed):
-        kind = "fp32" if dtype == torch.float32 else "bf16"
-        types = {"p_x": kind, "p_f": kind, "p_seed": "i64", "p_out": "fp32"}
-        integers = ("stride_x", "stride_f", "stride_fr", "stride_split", "stride_out", "stride_or", "T", "K", "length")
-        unit = ("stride_out", "stride_fr") if transposed else ("stride_or", "stride_f")
-        config = _dropped_config(R, dtype)
-        return launch(
-            _lora_dropped, name, types, integers, config, **dict.fromkeys(unit, 1), R=R, TRANSPOSED=transposed
-        )
-
-    bf16, fp32 = torch.bfloat16, torch.float32
+    bf16, fp32, matmul = torch.bfloat16, torch.float32, partial(_matmul_launch, target)
     return (
         matmul("forward R=16 bf16", bf16, 8192, 16),
         matmul("forward R=256 bf16", bf16, 8192, 256),
+        matmul("forward odd R=16 bf16", bf16, 8192, 16, odd=("T", "N", "K", "stride_x", "stride_wn")),
         matmul("forward T=16 nf4 R=16 bf16", bf16, 16, 16, nf4=True),
         matmul("forward nf4 R=16 bf16", bf16, 8192, 16, nf4=True),
         matmul("dx R=16 bf16", bf16, 8192, 16, backward=True),
+        matmul("dx odd R=16 bf16", bf16, 8192, 16, backward=True, odd=("T", "N", "K", "stride_x", "stride_wk")),
         matmul("dx nf4 R=16 bf16", bf16, 8192, 16, nf4=True, backward=True),
         matmul("dx dropout R=16 bf16", bf16, 8192, 16, backward=True, dropout=True),
         matmul("dx dropout R=256 bf16", bf16, 8192, 256, backward=True, dropout=True),
         matmul("dx nf4 dropout R=16 bf16", bf16, 8192, 16, nf4=True, backward=True, dropout=True),
+        matmul("dx nf4 dropout R=256 bf16", bf16, 8192, 256, nf4=True, backward=True, dropout=True),
         matmul("dx dropout R=256 fp32", fp32, 8192, 256, backward=True, dropout=True),
-        dropped("forward R=16 bf16", bf16, 16, False),
-        dropped("forward R=256 fp32", fp32, 256, False),
-        dropped("da R=16 bf16", bf16, 16, True),
-        dropped("da R=256 bf16", bf16, 256, True),
+        _dropped_launch("forward R=16 bf16", bf16, 16, False),
+        _dropped_launch("forward R=256 fp32", fp32, 256, False),
+        _dropped_launch("da R=16 bf16", bf16, 16, True),
+        _dropped_launch("da R=256 bf16", bf16, 256, True),
     )
 
 
@@ -487,7 +486,7 @@ register(
         shapes=(
             {"T": 1, "E": 1, "F": 1, "R": 1},
             {"T": 5, "E": 48, "F": 31, "R": 4},
-            {"T": 17, "E": 64, "F": 129, "R": 16, "nf4": 1},
+            {"T": 17, "E": 64, "F": 144, "R": 16, "nf4": 1},
             {"T": 0, "E": 8, "F": 8, "R": 2},
             {"T": 127, "E": 130, "F": 127, "R": 100},
             {"T": 70, "E": 127, "F": 3, "R": 1, "nf4": 1},

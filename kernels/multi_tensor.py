@@ -7,11 +7,10 @@
       row 3 + k  the address of tensor i of kind k
 
 A table is made once for the same addresses and kept, so that a training step with fixed buffers makes none; a new one
-is copied from pinned memory, and the host does not wait. A CUDA graph keeps the address of its table, but not the
-table: of the 64 tables used last none is freed. Warm up before capturing, as always: making one can't be captured.
+is copied from pinned memory, and the host does not wait. Kept are the 64 used last and, for ever, those that a CUDA
+graph was captured with: it knows their addresses. Warm up before capturing, as always: making one can't be captured.
 """
 
-import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -75,25 +74,58 @@ def _group(kinds, block, aligned, dtypes, chosen: list[int]) -> Group:
     return Group(table, programs, {kind: getattr(tl, name) for kind, name in zip(kinds, names, strict=True)}, aligned)
 
 
-@functools.lru_cache(maxsize=64)
+@dataclass
+class _Table:
+    data: Tensor
+    programs: int
+    stream: Any = None  # where it was copied, and when; None on a CPU
+    copied: Any = None
+    captured: bool = False
+
+
+KEPT = 64
+_TABLES: dict[tuple, _Table] = {}  # the one used last is the last
+
+
 def _table(sizes: Key, places: Key, addresses: tuple[Key, ...], block: int, device: torch.device) -> tuple[Tensor, int]:
+    key = sizes, places, addresses, block, device
+    captures = _captures(device)
+    if key not in _TABLES and captures:
+        raise RuntimeError("a CUDA graph is captured over tensors that no call had before: run one with them first")
+    table = _TABLES.pop(key, None) or _new_table(*key)
+    table.captured |= captures
+    _TABLES[key] = table
+    if device.type == "cuda" and not captures:  # a capture begins with a wait for the whole device
+        _wait_for(table, torch.cuda.current_stream(device))
+    for old in [key for key, each in _TABLES.items() if not each.captured][:-KEPT]:
+        del _TABLES[old]
+    return table.data, table.programs
+
+
+def _wait_for(table: _Table, stream: Any) -> None:
+    """Let `stream` use a table that another one has copied, perhaps not yet."""
+    if stream != table.stream:
+        stream.wait_event(table.copied)
+        table.data.record_stream(stream)
+
+
+def _captures(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def _new_table(sizes: Key, places: Key, addresses: tuple[Key, ...], block: int, device: torch.device) -> _Table:
     starts = [0]
     for size in sizes:
         starts.append(starts[-1] + triton.cdiv(size, block))
-    table = torch.tensor((starts[:-1], sizes, places, *addresses))
-    if device.type == "cuda":
-        if torch.cuda.is_current_stream_capturing():
-            raise RuntimeError("a CUDA graph is captured over tensors that no call had before: run one with them first")
-        table = table.pin_memory().to(device, non_blocking=True)
-    return table, starts[-1]
+    data = torch.tensor((starts[:-1], sizes, places, *addresses))
+    if device.type != "cuda":
+        return _Table(data, starts[-1])
+    stream = torch.cuda.current_stream(device)
+    data = data.pin_memory().to(device, non_blocking=True)
+    return _Table(data, starts[-1], stream, stream.record_event())
 
 
 def in_memory_order(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Views of tensors of one shape with their dims in the order of the first one's strides: contiguous if dense."""
     order = sorted(range(tensors[0].ndim), key=tensors[0].stride, reverse=True)
     return [x.permute(order) for x in tensors]
-
-
-def widest(tensors: Sequence[Tensor]) -> Tensor:
-    """One in fp64 if there is one, since such a list takes the torch path; else the first."""
-    return next((x for x in tensors if x.dtype == torch.float64), tensors[0])

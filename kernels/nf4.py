@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tritium.kernels.backend import Target, tl, triton, use_triton
+from tritium.kernels.backend import Target, operator, tl, triton, use_triton
 from tritium.kernels.registry import Launch, OpSpec, register
 
 BLOCK = 64  # weights that share an absmax
@@ -150,7 +150,7 @@ def _dequantize_nf4(
 CONFIG = {"CODES": CODES, "ROWS": 64, "num_warps": 4}  # 4096 weights: 16 bytes of codes a thread
 
 
-@torch.library.custom_op("tritium::dequantize_nf4", mutates_args=())
+@operator("dequantize_nf4")
 def _dequantize(parts: list[Tensor], shape: list[int], dtype: torch.dtype) -> Tensor:
     """The dense tensor of (codes, absmax, absmax_scale, absmax_mean)."""
     out = parts[0].new_empty(shape, dtype=dtype)

@@ -9,15 +9,19 @@ Backward, with g = dy · (weight + offset) and n = s · rstd, row by row, where 
 
 x, residual, y, s [M, E]; weight [E]; rstd [M] fp32. What it must move: forward reads x (and residual), writes y (and
 s); backward reads dy and s (and ds), writes dx. The weight and the partial sums of dweight add less than 5 % from 2048
-rows on. Wider rows than a block are read twice, the second time from the L2. About 4 FLOPs an element forward, 8
-backward. Everything between a load and a store is fp32.
+rows on; torch adds up the partial sums, which reads them again (3 % there), from the L2. Wider rows than a block are
+read twice, the second time from the L2. About 4 FLOPs an element forward, 8 backward. Everything between a load and a
+store is fp32.
 """
+
+import math
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from tritium.kernels.backend import Target, tl, triton, use_triton
+from tritium.kernels.backend import Target, operator, tl, triton, use_triton, without_autocast
+from tritium.kernels.blocks import as_rows, require_float
 from tritium.kernels.registry import Launch, OpSpec, Shape, register
 
 
@@ -119,7 +123,7 @@ def _rms_norm_mean(
 def _rms_norm_backward(
     p_dy, p_ds, p_s, p_weight, p_rstd, p_mean, p_dx, p_partial,
     stride_dy, stride_ds, stride_s, stride_dx, stride_partial, M, offset,
-    E: tl.constexpr, HAS_DS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    E: tl.constexpr, HAS_DS: tl.constexpr, HAS_DWEIGHT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """dx [M, E] from dy, ds, s [M, E], and dweight over this program's rows as its row of partial [programs, E].
 
@@ -145,8 +149,9 @@ def _rms_norm_backward(
             b_dx += _load(p_ds + i_row * stride_ds + i_col, m)
         tl.store(p_dx + i_row * stride_dx + i_col, b_dx.to(p_dx.dtype.element_ty), mask=m)
         b_dweight += b_dy * b_n
-    i_partial = tl.program_id(0).to(tl.int64) * stride_partial + i_col
-    tl.store(p_partial + i_partial, tl.sum(b_dweight, 0)[None, :], mask=i_col < E)
+    if HAS_DWEIGHT:  # otherwise nobody reads the sum, and the compiler drops it
+        i_partial = tl.program_id(0).to(tl.int64) * stride_partial + i_col
+        tl.store(p_partial + i_partial, tl.sum(b_dweight, 0)[None, :], mask=i_col < E)
 
 
 def _config(E: int, block: int) -> dict:
@@ -164,13 +169,7 @@ def _backward_config(E: int) -> dict:
     return _config(E, BACKWARD_BLOCK if E <= BACKWARD_BLOCK else BACKWARD_WIDE)
 
 
-def as_rows(x: Tensor) -> Tensor:
-    """x [..., E] as [M, E] with unit column stride: a view where the strides allow it."""
-    rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
-    return rows if rows.stride(1) == 1 else rows.contiguous()
-
-
-@torch.library.custom_op("tritium::rms_norm", mutates_args=())
+@operator("rms_norm")
 def _forward(
     x: Tensor, weight: Tensor, residual: Tensor | None, eps: float, offset: float
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -194,15 +193,15 @@ def _forward(
 def _forward_outputs(x, weight, residual, eps, offset):
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     summed = torch.empty(x.shape if residual is not None else (0,), dtype=x.dtype, device=x.device)
-    return y, summed, torch.empty(x.shape[:-1].numel(), dtype=torch.float32, device=x.device)
+    return y, summed, torch.empty(math.prod(x.shape[:-1]), dtype=torch.float32, device=x.device)
 
 
-@torch.library.custom_op("tritium::rms_norm_backward", mutates_args=())
+@operator("rms_norm_backward")
 def _backward(
-    dy: Tensor, ds: Tensor | None, s: Tensor, weight: Tensor, rstd: Tensor, offset: float
+    dy: Tensor, ds: Tensor | None, s: Tensor, weight: Tensor, rstd: Tensor, offset: float, needs_weight: bool
 ) -> tuple[Tensor, Tensor]:
-    """dx [..., E] in s's dtype and dweight [E] in weight's."""
-    dx, _ = _backward_outputs(dy, ds, s, weight, rstd, offset)
+    """dx [..., E] in s's dtype and dweight [E] in weight's; [0] where not needed."""
+    dx, dweight = _backward_outputs(dy, ds, s, weight, rstd, offset, needs_weight)
     rows_dy, rows_s, weight = as_rows(dy), as_rows(s), weight.contiguous()
     rows_ds = rows_dy if ds is None else as_rows(ds)
     M, E = rows_s.shape
@@ -217,18 +216,19 @@ def _backward(
         )  # fmt: skip
     wanted = min(max(M // BACKWARD_ROWS, BACKWARD_LEAST), BACKWARD_WARPS // config["num_warps"])
     programs = min(triton.cdiv(M, config["ROWS"]), wanted)
-    partial = torch.empty(programs, E, dtype=torch.float32, device=s.device)
+    partial = torch.empty(programs if needs_weight else 0, E, dtype=torch.float32, device=s.device)
     if M:
         _rms_norm_backward[(programs, triton.cdiv(E, config["BLOCK"]))](
             rows_dy, rows_ds, rows_s, weight, rstd, mean, dx, partial, *strides, M, offset,
-            HAS_DS=ds is not None, **config,
+            HAS_DS=ds is not None, HAS_DWEIGHT=needs_weight, **config,
         )  # fmt: skip
-    return dx, partial.sum(0).to(weight.dtype)
+    return dx, partial.sum(0).to(weight.dtype) if needs_weight else dweight
 
 
 @_backward.register_fake
-def _backward_outputs(dy, ds, s, weight, rstd, offset):
-    return torch.empty(s.shape, dtype=s.dtype, device=s.device), weight.new_empty(weight.shape)
+def _backward_outputs(dy, ds, s, weight, rstd, offset, needs_weight):
+    dx = torch.empty(s.shape, dtype=s.dtype, device=s.device)
+    return dx, weight.new_empty(weight.shape if needs_weight else 0)
 
 
 def _save(ctx, inputs, output):
@@ -244,8 +244,9 @@ def _triton_gradients(ctx, dy, ds, _):
     s, weight, rstd = ctx.saved_tensors
     if dy is None:  # only the sum was used
         return ds, None, ds, None, None
-    dx, dweight = _backward(dy, ds if ctx.has_residual else None, s, weight, rstd, ctx.offset)
-    return dx, dweight, dx if ctx.has_residual else None, None, None
+    needs_weight = ctx.needs_input_grad[1]
+    dx, dweight = _backward(dy, ds if ctx.has_residual else None, s, weight, rstd, ctx.offset, needs_weight)
+    return dx, dweight if needs_weight else None, dx if ctx.has_residual else None, None, None
 
 
 _forward.register_autograd(_triton_gradients, setup_context=_save)
@@ -258,6 +259,7 @@ class _TorchRMSNorm(torch.autograd.Function):
     """The same in as few passes over memory as torch's ops allow: F.rms_norm takes twice as long, its backward six."""
 
     @staticmethod
+    @without_autocast
     def forward(ctx, x, weight, residual, eps, offset):
         s = x if residual is None else x + residual
         compute = _compute_dtype(x)
@@ -273,6 +275,7 @@ class _TorchRMSNorm(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @without_autocast
     def backward(ctx, dy, ds):
         s, weight, rstd = ctx.saved_tensors
         if dy is None:  # only the sum was used
@@ -281,13 +284,13 @@ class _TorchRMSNorm(torch.autograd.Function):
         wide_weight = weight.to(compute) + ctx.offset
         wide_dy, wide_s, rstd = dy.to(compute).reshape(-1, E), s.to(compute).reshape(-1, E), rstd.reshape(-1)
         product = wide_dy * wide_s  # [M, E]; both reductions are matrix-vector products with it
-        dweight = rstd @ product
-        mean = (product @ wide_weight) * rstd.pow(3) / E  # [M]: rstd² · mean(g · n)
-        dx = (wide_dy * wide_weight).mul_(rstd[:, None]).addcmul_(wide_s, mean[:, None], value=-1)
+        dweight = (rstd @ product).to(weight.dtype) if ctx.needs_input_grad[1] else None
+        mean = (product @ wide_weight) * rstd * rstd / E  # [M]: rstd · mean(g · n); rstd³ may overflow
+        dx = (wide_dy * wide_weight).addcmul_(wide_s, mean[:, None], value=-1).mul_(rstd[:, None])
         if ds is not None:
             dx.add_(ds.reshape(-1, E))
         dx = dx.to(s.dtype).view(s.shape)
-        return dx, dweight.to(weight.dtype), dx if ctx.has_residual else None, None, None
+        return dx, dweight, dx if ctx.has_residual else None, None, None
 
 
 # Public ---------------------------------------------------------------------------------------------------------------
@@ -302,6 +305,7 @@ def rms_norm(
     (y, x + residual). Differentiable in x, weight, residual and in both outputs; any strides.
     Raises: ValueError for shapes or dtypes that don't fit. Source: arXiv 1910.07467.
     """
+    require_float("rms_norm", x=x, weight=weight)
     if x.ndim == 0 or weight.shape != x.shape[-1:] or not x.shape[-1]:
         seen, wanted = tuple(weight.shape), f"(E,) for x {tuple(x.shape)} = (…, E), E ≥ 1"
         raise ValueError(f"rms_norm: weight has shape {seen}, wanted {wanted}")
@@ -329,14 +333,17 @@ def _launches(target: Target) -> tuple[Launch, ...]:
         signature = {name: kinds.get(name, f"*{dtype}" if name.startswith("p_") else "i32") for name in names}
         divisible = tuple(name for name in names if signature[name] != "fp32")
         constexprs = {name: value for name, value in config.items() if name in kernel.arg_names}
-        name = f"{kernel.__name__.split('_')[-1]} E={E} {dtype}"
+        frozen = " frozen weight" * (not flags.get("HAS_DWEIGHT", True))
+        name = f"{kernel.__name__.split('_')[-1]} E={E} {dtype}{frozen}"
         return Launch(kernel, name, signature, constexprs | flags, divisible, num_warps=warps)
 
+    trained = {"HAS_DS": True, "HAS_DWEIGHT": True}
     return (
         *(launch(_rms_norm_forward, E, _forward_config(E), HAS_RESIDUAL=True) for E in (128, 4096, 16384, 65536)),
-        *(launch(_rms_norm_backward, E, _backward_config(E), HAS_DS=True) for E in (128, 4096, 8192, 65536)),
+        *(launch(_rms_norm_backward, E, _backward_config(E), **trained) for E in (128, 4096, 8192, 65536)),
         launch(_rms_norm_forward, 65536, _forward_config(65536), "fp32", HAS_RESIDUAL=True),
-        launch(_rms_norm_backward, 8192, _backward_config(8192), "fp32", HAS_DS=True),
+        launch(_rms_norm_backward, 8192, _backward_config(8192), "fp32", **trained),
+        launch(_rms_norm_backward, 4096, _backward_config(4096), **trained | {"HAS_DWEIGHT": False}),
         launch(_rms_norm_mean, 65536, _config(65536, BACKWARD_BLOCK)),
     )
 

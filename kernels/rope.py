@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from tritium.kernels.backend import Target, tl, triton, use_triton
+from tritium.kernels.backend import Target, operator, tl, triton, use_triton
+from tritium.kernels.blocks import require_float
 from tritium.kernels.registry import Launch, OpSpec, Shape, register
 
 
@@ -81,7 +82,7 @@ def _config(H: int, G: int, D: int) -> dict:
     return {"H": H, "G": G, "HALF": D // 2, "num_warps": 4} | blocks
 
 
-@torch.library.custom_op("tritium::rope", mutates_args=())
+@operator("rope")
 def _rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
     """q and k rotated by the angles of cos and sin [T, D/2], or by their negatives."""
     q_out, k_out = _rotate_outputs(q, k, cos, sin, inverse)
@@ -105,7 +106,10 @@ def _save(ctx, inputs, output):
 
 
 def _triton_gradients(ctx, dq, dk):
-    return *_rotate(dq, dk, *ctx.saved_tensors, not ctx.inverse), None, None, None
+    needs = ctx.needs_input_grad
+    given = (d if need else d[:, :0] for d, need in zip((dq, dk), needs, strict=False))  # no heads: nothing to do
+    gradients = _rotate(*given, *ctx.saved_tensors, not ctx.inverse)
+    return *(d if need else None for d, need in zip(gradients, needs, strict=False)), None, None, None
 
 
 _rotate.register_autograd(_triton_gradients, setup_context=_save)
@@ -133,8 +137,9 @@ class _TorchRope(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dq, dk):
-        cos, sin = ctx.saved_tensors
-        return _torch_rotate(dq, cos, -sin), _torch_rotate(dk, cos, -sin), None, None
+        (cos, sin), needs = ctx.saved_tensors, ctx.needs_input_grad
+        gradients = (_torch_rotate(d, cos, -sin) if need else None for d, need in zip((dq, dk), needs, strict=False))
+        return *gradients, None, None
 
 
 # Public ---------------------------------------------------------------------------------------------------------------
@@ -144,8 +149,9 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor
     """Rotated q [T, H, D] and k [T, G, D] by the angles whose cos and sin [T, D/2] are given (fp32, not learned).
 
     Any strides: q and k may be slices of one projection, and nothing is copied. Raises ValueError on shapes that don't
-    fit and on two dtypes.
+    fit, on two dtypes, and on cos or sin that require a gradient.
     """
+    require_float("rope", q=q, cos=cos, sin=sin)
     if q.dim() != 3 or k.dim() != 3 or q.shape[::2] != k.shape[::2] or q.shape[2] % 2 or q.dtype != k.dtype:
         seen = f"{tuple(q.shape)} {q.dtype}, {tuple(k.shape)} {k.dtype}"
         raise ValueError(f"q and k must be [T, H, D] and [T, G, D] of one dtype with D even, got {seen}")
@@ -153,6 +159,8 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor
     if cos.shape != wanted or sin.shape != wanted:
         shapes = f"{tuple(cos.shape)}, {tuple(sin.shape)}"
         raise ValueError(f"cos and sin must be {wanted} for q {tuple(q.shape)}, got {shapes}")
+    if cos.requires_grad or sin.requires_grad:
+        raise ValueError("rope: cos or sin requires a gradient, and gets none: detach them")
     dtype = torch.promote_types(q.dtype, torch.float32)
     cos, sin = cos.to(dtype), sin.to(dtype)
     if use_triton(q, k, cos, sin):

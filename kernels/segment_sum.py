@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from tritium.kernels.backend import Target, device_assert, tl, triton, use_triton
+from tritium.kernels.backend import Target, device_assert, operator, require_one_device, tl, triton, use_triton
+from tritium.kernels.blocks import require_float
 from tritium.kernels.registry import Launch, OpSpec, Shape, register
 
 
@@ -63,7 +64,7 @@ def _segment_fill(p_dsum, p_cu, p_dvalues, stride_dsum, S, T, BLOCK: tl.constexp
         tl.store(p_dvalues + i, b_fill.to(p_dvalues.dtype.element_ty), mask=i < end)
 
 
-@torch.library.custom_op("tritium::segment_sum", mutates_args=())
+@operator("segment_sum")
 def _forward(values: Tensor, cu_seqlens: Tensor) -> Tensor:
     sums = _forward_outputs(values, cu_seqlens)
     S = len(sums)
@@ -77,7 +78,7 @@ def _forward_outputs(values, cu_seqlens):
     return values.new_empty(cu_seqlens.shape[0] - 1, dtype=torch.float32)
 
 
-@torch.library.custom_op("tritium::segment_sum_backward", mutates_args=())
+@operator("segment_sum_backward")
 def _backward(dsums: Tensor, cu_seqlens: Tensor, T: int, dtype: torch.dtype) -> Tensor:
     """dvalues [T]."""
     dvalues = _backward_outputs(dsums, cu_seqlens, T, dtype)
@@ -115,13 +116,19 @@ def segment_of(cu_seqlens: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
     return segment.clamp(0, max(0, len(cu_seqlens) - 2)), inside
 
 
+def _sum_dtype(values: Tensor) -> torch.dtype:
+    return torch.promote_types(values.dtype, torch.float32)
+
+
 class _TorchSegmentSum(torch.autograd.Function):
     @staticmethod
     def forward(ctx, values, cu_seqlens):
         ctx.save_for_backward(cu_seqlens)
         ctx.shape, ctx.dtype = values.shape, values.dtype
-        values = values.to(torch.promote_types(values.dtype, torch.float32)).contiguous()
-        return torch.segment_reduce(values, "sum", offsets=cu_seqlens.long(), axis=0, initial=0, unsafe=True)
+        # On a CPU the terms are added one after another: in fp32 thousands of them lose two digits.
+        wide = values.to(torch.float64 if values.device.type == "cpu" else _sum_dtype(values)).contiguous()
+        sums = torch.segment_reduce(wide, "sum", offsets=cu_seqlens.long(), axis=0, initial=0, unsafe=True)
+        return sums.to(_sum_dtype(values))
 
     @staticmethod
     @once_differentiable
@@ -135,14 +142,16 @@ class _TorchSegmentSum(torch.autograd.Function):
 
 
 def check_segments(values: Tensor, cu_seqlens: Tensor) -> None:
-    """Raise ValueError unless values is [T] and cu_seqlens an integer vector within it.
+    """Raise ValueError unless values is [T], of floats, and cu_seqlens an integer vector within it.
 
     The offsets are read on a CPU only; on a GPU a device assertion checks them, with TRITIUM_DEBUG=1.
     """
+    require_float("a packed stream", values=values)
     is_integer = cu_seqlens.dtype in (torch.int32, torch.int64)
     if values.dim() != 1 or cu_seqlens.dim() != 1 or not len(cu_seqlens) or not is_integer:
         shapes = f"{tuple(values.shape)} and {tuple(cu_seqlens.shape)} {cu_seqlens.dtype}"
         raise ValueError(f"values must be [T] and cu_seqlens [S+1] int32 or int64, got {shapes}")
+    require_one_device(values, cu_seqlens)
     if torch.compiler.is_compiling():
         return
     if not cu_seqlens.is_cuda:
@@ -164,7 +173,7 @@ def segment_sum(values: Tensor, cu_seqlens: Tensor) -> Tensor:
     if use_triton(values, cu_seqlens):
         return _forward(values, cu_seqlens)
     if len(cu_seqlens) == 1:  # no segments
-        return values.new_zeros(0, dtype=torch.promote_types(values.dtype, torch.float32))
+        return values.new_zeros(0, dtype=_sum_dtype(values))
     return _TorchSegmentSum.apply(values, cu_seqlens)
 
 

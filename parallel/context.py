@@ -53,8 +53,8 @@ class Split:
         return self.chunk * len(self.chunks)
 
     def fill(self, cu_seqlens: Tensor | None, device: torch.device) -> Tensor | None:
-        """The documents' bounds [S+1] of the filled stream, [S+2]: the filler is the last one."""
-        if cu_seqlens is None and self.size == self.tokens:
+        """The documents' bounds [S+1] of the filled stream, [S+2]: the filler is the last one. None: one document."""
+        if cu_seqlens is None and self.size == self.tokens and self.group is None:
             return None
         if cu_seqlens is None:
             cu_seqlens = torch.tensor([0, self.tokens], dtype=torch.int32, device=device)

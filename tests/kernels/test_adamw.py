@@ -228,11 +228,65 @@ def test_a_skipped_step_touches_no_tensor():
 def test_one_launch_for_each_combination_of_dtypes_and_one_table_for_all_steps():
     lists = [[*a, *b] for a, b in zip(example(9, torch.float32), example(9, torch.float32), strict=True)]
     lists[1][1] = lists[1][1].bfloat16()
-    multi_tensor._table.cache_clear()
+    multi_tensor._TABLES.clear()
     with interpreter.checked() as trace:
         for step in (1, 2, 3):
             adamw_(*lists, step=torch.tensor(step), **OPTIONS)
-    assert len(trace.launches) == 6 and multi_tensor._table.cache_info().misses == 2
+    assert len(trace.launches) == 6 and len(multi_tensor._TABLES) == 2
+
+
+@needs_triton
+def test_a_table_that_a_cuda_graph_was_captured_with_is_never_freed(monkeypatch):
+    """And none is made meanwhile; of the others the ones used last stay."""
+    monkeypatch.setattr(multi_tensor, "_TABLES", {})
+    monkeypatch.setattr(multi_tensor, "KEPT", 3)
+    lists = [{"x": [torch.ones(n)]} for n in range(1, 10)]
+
+    def table(i):
+        return multi_tensor.groups(lists[i], 16)[0].table
+
+    tables = [table(i) for i in range(3)]
+    with monkeypatch.context() as capture:
+        capture.setattr(multi_tensor, "_captures", lambda device: True)
+        assert table(1) is tables[1]
+        with pytest.raises(RuntimeError, match="run one with them first"):
+            table(8)
+    for i in range(3, 7):
+        table(i)
+    assert table(1) is tables[1] and table(5) is table(5)
+    assert table(0) is not tables[0] and len(multi_tensor._TABLES) == 4
+
+
+@needs_triton
+def test_a_table_is_used_on_another_stream_after_its_copy(monkeypatch):
+    class Stream:
+        waits = []
+
+        def wait_event(self, event):
+            self.waits.append(event)
+
+    first, second, data = Stream(), Stream(), torch.zeros(1)
+    data.record_stream = lambda stream: second.waits.append("kept")  # until that stream is done with it
+    table = multi_tensor._Table(data, 1, first, "copied")
+    multi_tensor._wait_for(table, first)
+    assert not Stream.waits
+    multi_tensor._wait_for(table, second)
+    assert Stream.waits == ["copied", "kept"]
+
+
+@needs_triton
+def test_a_learning_rate_in_fp64_is_no_fp64_tensor_to_update():
+    with interpreter.checked() as trace:
+        options = OPTIONS | {"lr": torch.tensor(0.1, dtype=torch.float64)}
+        adamw_(*example(9, torch.float32), step=torch.tensor(1.0), **options)
+    assert trace.launches
+
+
+def test_a_tensor_that_is_listed_twice_is_named():
+    params, *others = example(9, torch.float32)
+    twice = [params[0], params[0].view(-1)], *([x[0], x[0].clone()] for x in others)
+    with pytest.raises(ValueError, match=r"params\[0\] and params\[1\] are the same tensor"):
+        adamw_(*twice, step=torch.tensor(1.0), **OPTIONS)
 
 
 @needs_triton

@@ -1,5 +1,7 @@
 """Packed attention: every option, block and bucket against the reference; edges; precision in bf16."""
 
+import math
+
 import pytest
 import torch
 
@@ -116,6 +118,20 @@ def test_large_scores(kept_bytes, monkeypatch):
         assert (a.double() - e).norm() <= 1e-3 * e.norm()
 
 
+@pytest.mark.parametrize("kept_bytes", [0, 1 << 20])
+def test_fp16_scores_beyond_fp16(kept_bytes, monkeypatch):
+    """The largest fp16 number is 65504; here scores are twice that."""
+    monkeypatch.setattr(attention_torch, "KEPT_BYTES", kept_bytes)
+    q, k, v = inputs = make(20, dtype=torch.float16)
+    with torch.no_grad():
+        q.fill_(128).add_(torch.randn(q.shape))
+        k.fill_(128).add_(torch.randn(k.shape))
+    ours = results(attention, inputs, cu_seqlens=cu(9, 11), scale=1.0)
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    for a, e in zip(ours, results(reference, exact, cu_seqlens=cu(9, 11), scale=1.0), strict=True):
+        assert (a.double() - e).norm() <= 3e-3 * e.norm()
+
+
 def test_a_document_with_nan_leaves_the_others_alone():
     lengths = (6, 7, 5)
     inputs = make(sum(lengths))
@@ -195,10 +211,17 @@ def test_bf16_is_as_precise_as_sdpa(sharpness):
         ({"cu_seqlens": cu(3)}, "must run from 0 to 4"),
         ({"cu_seqlens": torch.tensor([1, 4])}, "runs from 1"),
         ({"cu_seqlens": torch.tensor([0, 3, 2, 4])}, "must not decrease"),
-        ({"cu_seqlens": torch.tensor([0.0, 4.0])}, "vector of integers"),
+        ({"cu_seqlens": torch.tensor([0.0, 4.0])}, "cu_seqlens is torch.float32, wanted torch.int32 or torch.int64"),
+        ({"cu_seqlens": torch.tensor([False, True])}, "cu_seqlens is torch.bool, wanted torch.int32 or torch.int64"),
+        ({"cu_seqlens": cu(4)[None]}, r"vector of S \+ 1 integers, got \(1, 2\)"),
         ({"cu_seqlens": cu(2, 2), "cu_seqlens_k": cu(4)}, "2 documents of queries but 1 of keys"),
-        ({"window": 0}, "window must be at least 1"),
+        ({"window": 0}, "window must be an integer of at least 1"),
+        ({"window": 2.0}, "window must be an integer of at least 1"),
         ({"softcap": 0.0}, "softcap must be positive"),
+        ({"softcap": math.inf}, "softcap must be positive and finite or None, got inf"),
+        ({"scale": math.nan}, "scale must be positive and finite or None, got nan"),
+        ({"q": torch.zeros(4, 4, 8, dtype=torch.int32)}, "q is torch.int32, wanted a floating-point"),
+        ({"q": torch.zeros(4, 0, 8)}, "0 query heads do not divide into 2"),
         ({"k": torch.randn(4, 3, 8), "v": torch.randn(4, 3, 8)}, "4 query heads do not divide into 3"),
         ({"k": torch.randn(4, 2, 16)}, "must be"),
         ({"v": torch.randn(4, 2, 8).bfloat16()}, "one dtype"),

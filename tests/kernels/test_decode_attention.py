@@ -70,6 +70,17 @@ def test_the_cache_is_left_alone():
     assert all(torch.equal(a, b) for a, b in zip(inputs, before, strict=True))
 
 
+def sized(D):
+    return {"q": torch.randn(5, 4, D)} | {x: torch.randn(15, 4, 2, D) for x in ("k_pages", "v_pages")}
+
+
+@pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=needs_triton)])
+@pytest.mark.parametrize("window", [12, 2**31 - 1, 2**31 + 5, 10**12])
+def test_a_window_over_everything_hides_nothing(window, backend):
+    inputs = (*make(dtype=torch.float32), torch.tensor([0, 1, 4, 7, 12], dtype=torch.int32))
+    assert torch.equal(ran(backend, *inputs, window=window), ran(backend, *inputs))
+
+
 @pytest.mark.parametrize(
     "change,message",
     [
@@ -79,6 +90,15 @@ def test_the_cache_is_left_alone():
         ({"q": torch.randn(5, 4, 16)}, "must be"),
         ({"q": torch.randn(5, 4, 8).bfloat16()}, "one dtype, got torch.bfloat16, torch.float32"),
         ({"window": 0}, "a window of 0 keys"),
+        ({"softcap": 0.0}, "softcap is 0.0, wanted a positive number"),
+        ({"softcap": -2.0}, "softcap is -2.0, wanted a positive number"),
+        ({"page_table": torch.zeros(5, 3)}, "page_table is torch.float32, wanted torch.int32 or torch.int64"),
+        ({"lengths": torch.ones(5)}, "lengths is torch.float32, wanted torch.int32 or torch.int64"),
+        ({x: torch.ones(5, 4, 2, 8).int() for x in ("k_pages", "v_pages")} | {"q": torch.ones(5, 4, 8).int()}, "q is"),
+        ({x: torch.randn(15, 4, 0, 8) for x in ("k_pages", "v_pages")}, "4 query heads do not divide into 0"),
+        (sized(12), r"q has shape \(5, 4, 12\): a head dim of 12, wanted 8 to 256 by 8"),
+        (sized(264), "a head dim of 264, wanted 8 to 256 by 8"),
+        ({"v_pages": torch.randn(15, 4, 2, 8, device="meta")}, "tensors on cpu and on meta"),
     ],
 )
 def test_bad_input_is_named(change, message):
@@ -109,6 +129,8 @@ CASES = [  # (N, page, R, D), options
     ((9, 33, 17, 96), {"window": 170}),
     ((3, 127, 4, 128), {"window": 10_000, "softcap": 20.0}),
     ((2, 129, 1, 256), {"scale": -0.2}),
+    ((1, 20, 65, 64), {}),  # more query heads than a tile has rows
+    ((2, 40, 2, 64), {"softcap": 1e3}),  # 1 - exp would cancel
 ]
 
 

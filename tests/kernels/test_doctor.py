@@ -53,9 +53,9 @@ MATMULS += ("_linear_kl_online", "_linear_kl_jsd", "_linear_kl_dz")
 
 
 def test_what_matmuls_bound_uses_hoppers_warp_group_instructions(rows):
-    bound = [
-        row for row in rows if row["kernel"] in MATMULS and "bf16" in row["config"] and "T=16" not in row["config"]
-    ]
+    few = ("T=16", "only delta")  # or none: no matmul to speak of
+    bound = [row for row in rows if row["kernel"] in MATMULS and "bf16" in row["config"]]
+    bound = [row for row in bound if not any(word in row["config"] for word in few)]
     assert {row["kernel"] for row in bound} == set(MATMULS)
     for row in bound:
         assert any(name.startswith("HGMMA") for name in row["instructions"]), row["config"]

@@ -78,6 +78,20 @@ def test_rope_bad_shapes_are_named(q, k, T):
         rope(q, k, *angles(T, 8))
 
 
+def test_rope_says_that_its_angles_are_not_learned():
+    cos, sin = angles(4, 8)
+    with pytest.raises(ValueError, match="cos or sin requires a gradient"):
+        rope(torch.ones(4, 2, 8), torch.ones(4, 1, 8), cos.requires_grad_(), sin)
+
+
+@pytest.mark.parametrize("trained", [0, 1])
+@pytest.mark.parametrize("function,activation", ACTIVATIONS, ids=["swiglu", "geglu"])
+def test_gated_with_one_frozen_half(function, activation, trained):
+    gate, up = inputs = [torch.randn(5, 3).requires_grad_(i == trained) for i in range(2)]
+    results = function(gate, up), activation(gate) * up
+    torch.testing.assert_close(*(torch.autograd.grad(y.sum(), inputs[trained]) for y in results))
+
+
 # Triton only ----------------------------------------------------------------------------------------------------------
 
 
@@ -205,6 +219,19 @@ def test_rope_kernel_where_one_output_goes_unused_or_all_is_one_column_apart():
     wide = q.detach().double().requires_grad_()
     expected = torch.autograd.grad(rope_reference(wide, k.double(), *angles(9, 8))[0].sum(), wide)
     torch.testing.assert_close(actual[0].double(), expected[0], rtol=1e-6, atol=1e-6)
+
+
+@needs_triton
+@pytest.mark.parametrize("which", [0, 1])
+def test_rope_kernel_rotates_only_the_gradients_that_are_needed(which):
+    inputs = [torch.randn(9, 4, 8), torch.randn(9, 2, 8)]
+    inputs[which].requires_grad_()
+    with interpreter.checked() as trace:
+        q, k = rope(*inputs, *angles(9, 8))
+        (gradient,) = torch.autograd.grad((q, k)[which].sum(), inputs[which])
+    cos, sin = angles(9, 8)
+    torch.testing.assert_close(gradient, rope_reference(*(2 * [torch.ones_like(gradient)]), cos, -sin)[0])
+    assert list(trace.launches[1].stored) == [("p_q_out", "p_k_out")[which]]
 
 
 @needs_triton

@@ -28,6 +28,17 @@ def store_at(p_y, shift, FROM_ZERO: tl.constexpr):
 
 
 @triton.jit
+def load_tail(p_x, p_y, n, BLOCK: tl.constexpr):
+    i = tl.arange(0, BLOCK)
+    tl.store(p_y + i, tl.load(p_x + i, mask=i < n))
+
+
+@triton.jit
+def store_folded(p_y, BLOCK: tl.constexpr, FOLD: tl.constexpr):
+    tl.store(p_y + tl.arange(0, BLOCK) % FOLD, 1.0)
+
+
+@triton.jit
 def running_sum(p_x):
     i = tl.program_id(0)
     tl.store(p_x + i + 1, tl.load(p_x + i) + tl.load(p_x + i + 1))
@@ -169,6 +180,14 @@ def test_what_no_program_writes_is_nan():
     assert y[:3].eq(1).all() and y[3].isnan()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.int32, torch.uint8])
+def test_masked_lanes_without_a_value_are_poisoned(dtype):
+    y = torch.zeros(8, dtype=dtype)
+    with interpreter.checked():
+        load_tail[(1,)](torch.ones(5, dtype=dtype), y, 5, BLOCK=8)
+    assert y[:5].eq(1).all() and (y[5:].isnan().all() if dtype.is_floating_point else y[5:].gt(200).all())
+
+
 # Addresses ------------------------------------------------------------------------------------------------------------
 
 
@@ -237,6 +256,11 @@ def test_an_address_that_no_table_gave_is_out_of_bounds():
 def test_two_programs_that_write_one_address_race():
     with interpreter.checked(), pytest.raises(interpreter.DataRace, match=r"store_at.*both write p_y"):
         store_at[(2,)](torch.empty(1), 0, FROM_ZERO=True)
+
+
+def test_a_store_that_writes_one_address_twice_races():
+    with interpreter.checked(), pytest.raises(interpreter.DataRace, match="4 addresses of p_y more than once"):
+        store_folded[(1,)](torch.empty(4), BLOCK=8, FOLD=4)
 
 
 def test_a_program_that_reads_what_another_writes_races():

@@ -114,6 +114,23 @@ def test_one_of_two_outputs_may_go_unused(backend, used):
     assert max(errors(*zip(*pairs, strict=True))) < 1e-6
 
 
+def test_a_frozen_weight_gets_no_gradient_and_costs_none(backend):
+    x, weight, residual = make(5, 8)
+    gradients = outputs_and_gradients(rms_norm, [x, weight, residual])[2:]
+    generator, (y, summed) = torch.Generator().manual_seed(1), rms_norm(x, weight.detach(), residual=residual)
+    seeds = [torch.randint(-32, 33, z.shape, generator=generator).to(z.dtype) / 16 for z in (y, summed)]
+    frozen = torch.autograd.grad((y, summed), (x, residual), seeds)
+    assert torch.equal(frozen[0], gradients[0]) and torch.equal(frozen[1], gradients[2])
+
+
+@pytest.mark.filterwarnings("ignore:divide by zero", "ignore:invalid value")  # in rows that are masked
+def test_rows_whose_rstd_cubed_overflows(backend):
+    x, weight = (t.detach() for t in make(4, 32, residual=False))
+    inputs = [(1e-15 * x).requires_grad_(), weight.requires_grad_()]
+    expected = outputs_and_gradients(reference, in_fp64(inputs), eps=0.0)
+    assert max(errors(outputs_and_gradients(rms_norm, inputs, eps=0.0), expected)) < 2e-6
+
+
 def test_no_rows_give_no_rows_and_zero_gradients(backend):
     x, weight, residual = make(0, 8)
     y, summed = rms_norm(x, weight, residual=residual)
@@ -162,7 +179,8 @@ def test_registered_ops_pass_opcheck():
         for arguments in [(x, weight, None), (*wanting[:2], None), tuple(wanting)]:
             torch.library.opcheck(_forward, (*arguments, 1e-6, 0.0))
         for ds in (None, x):
-            torch.library.opcheck(_backward, (x, ds, x, weight, torch.rand(5), 1.0))
+            for needs_weight in (True, False):
+                torch.library.opcheck(_backward, (x, ds, x, weight, torch.rand(5), 1.0, needs_weight))
 
 
 @needs_triton
@@ -181,6 +199,25 @@ def test_moves_each_byte_once(shape, programs, monkeypatch):
     once = {name: x.nbytes for name in ("p_dy", "p_ds", "p_s")}
     assert backward.loaded == once | {"p_weight": weight.nbytes * backward.grid[0], "p_rstd": 4 * len(x)}
     assert backward.stored == {"p_dx": x.nbytes, "p_partial": 2 * weight.nbytes * backward.grid[0]}
+
+
+@needs_triton
+def test_a_frozen_weight_has_no_partial_sums():
+    x, weight = make(5, 48, residual=False)
+    with interpreter.checked() as trace:
+        rms_norm(x, weight.detach()).sum().backward()
+    assert set(trace.launches[1].stored) == {"p_dx"}
+
+
+@needs_triton
+def test_partial_sums_are_little_even_with_torch_s_second_look():
+    x, weight = make(2048, 64, dtype=torch.bfloat16, residual=False)
+    with interpreter.checked() as trace:
+        outputs_and_gradients(rms_norm, [x, weight])
+    backward = trace.launches[1]
+    moved = backward.bytes_loaded + backward.bytes_stored
+    assert moved <= 1.055 * 3 * x.nbytes  # rstd counts twice as much as with E = 128
+    assert moved + backward.stored["p_partial"] <= 1.085 * 3 * x.nbytes
 
 
 @needs_triton
@@ -210,8 +247,9 @@ def test_offsets_are_64_bits_wide(E, block):
             far(), far(), weight, far(), far(), row, *(4 * [stride]), 5, 1e-6, 0.0, HAS_RESIDUAL=True, **sizes
         )
         _rms_norm_backward[(3, -(-E // block))](
-            far(), far(), far(), weight, row, row, far(), far()[:3], *(5 * [stride]), 5, 0.0, HAS_DS=True, **sizes
-        )
+            far(), far(), far(), weight, row, row, far(), far()[:3], *(5 * [stride]), 5, 0.0,
+            HAS_DS=True, HAS_DWEIGHT=True, **sizes,
+        )  # fmt: skip
         _rms_norm_mean[(5,)](far(), far(), weight, row, row, stride, stride, 0.0, E=E, BLOCK=block)
     forward, backward, mean = trace.launches
     assert forward.stored["p_y"] == forward.stored["p_sum"] == backward.stored["p_dx"] == 5 * E * 4

@@ -114,6 +114,18 @@ def test_every_rank_has_as_many_pairs_of_a_causal_document(cp):
     assert len({int((q + 1).sum()) for q in queries}) == 1
 
 
+def logits_of_one_document(tp: int, cp: int) -> torch.Tensor:
+    model = Transformer(CONFIG, init_mesh(tp, cp) if tp * cp > 1 else None, torch.float64).initialize(0)
+    with torch.no_grad():
+        return model.logits(stream([8])[0])
+
+
+def test_one_document_that_fills_the_chunks_needs_no_cu_seqlens(pool2):
+    expected = logits_of_one_document(1, 1)
+    for actual in pool2.run(logits_of_one_document, 1, 2):
+        torch.testing.assert_close(actual, expected, rtol=0, atol=1e-9)
+
+
 # ---------------------------------------------------------------------------------------------- what is sent
 
 

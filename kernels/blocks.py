@@ -1,0 +1,42 @@
+"""Small parts that several ops share: checks and layouts of a launcher's tensors, and what Triton lacks."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from tritium.kernels.backend import tl, triton
+
+
+def require_float(op: str, **tensors: Tensor | None) -> None:
+    """Raise ValueError, with the name, for a tensor that is not of a floating-point dtype."""
+    for name, x in tensors.items():
+        if x is not None and not x.is_floating_point():
+            raise ValueError(f"{op}: {name} is {x.dtype}, wanted a floating-point dtype")
+
+
+def require_integer(op: str, **tensors: Tensor | None) -> None:
+    """Raise ValueError, with the name, for a tensor that is neither int32 nor int64."""
+    for name, x in tensors.items():
+        if x is not None and x.dtype not in (torch.int32, torch.int64):
+            raise ValueError(f"{op}: {name} is {x.dtype}, wanted torch.int32 or torch.int64")
+
+
+def unit_stride(x: Tensor) -> Tensor:
+    """x with unit stride in its last dimension: itself, or a copy."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def as_rows(x: Tensor) -> Tensor:
+    """x [..., E] as [M, E] with unit column stride: a view where the strides allow it."""
+    return unit_stride(x.reshape(math.prod(x.shape[:-1]), x.shape[-1]))  # numel() would fix a dynamic M
+
+
+@triton.jit
+def tanh(b_x):
+    """To fp32's precision: (1 - e) / (1 + e) cancels near 0, where the odd series (to x⁹) is exact."""
+    b_e = tl.exp2(-2.8853900817779268 * tl.abs(b_x))  # at most 1: nothing overflows
+    b_far = (1.0 - b_e) / (1.0 + b_e)
+    b_s = b_x * b_x
+    b_near = b_x + b_x * b_s * (-1 / 3 + b_s * (2 / 15 + b_s * (-17 / 315 + b_s * (62 / 2835))))
+    return tl.where(b_s < 0.0625, b_near, tl.where(b_x < 0, -b_far, b_far))
