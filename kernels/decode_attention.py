@@ -129,13 +129,13 @@ def _merge(p_parts, p_lse, p_o, S, D: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK
 
 
 def _config(R: int, D: int, itemsize: int, has_cap: bool, target: Target) -> dict:
-    """Launch parameters for R query heads in a group: 16 KB of keys at a time (with a cap 8), and as much of values."""
+    """Launch parameters for R query heads in a group: 8 or 16 KB of keys at a time, and as much of values."""
     block_d = max(16, triton.next_power_of_2(D))
     block_r = max(16, min(64, QUERY_BYTES // (block_d * itemsize), triton.next_power_of_2(R)))
-    key_bytes = (8 if has_cap else 16) << 10
-    block_n = max(16, min(128, 4096 // block_r, key_bytes // (block_d * itemsize)))
-    warps = 8 if itemsize == 4 or block_r * max(block_d, 128) >= 64 * 128 else 4  # 4 would spill
-    stages = 2 if target.backend == "hip" else 3
+    key_bytes = (8 if has_cap and itemsize == 2 else 16) << 10  # a tanh takes registers
+    block_n = max(16, min(128 if block_r == 16 else 64, key_bytes // (block_d * itemsize)))
+    large = itemsize == 4 or block_r * max(block_d, 128) >= 64 * 128
+    warps, stages = (8 if large else 4, 3) if target.backend == "cuda" else (4, 2)  # as registers allow
     blocks = {"BLOCK_R": block_r, "BLOCK_N": block_n, "BLOCK_D": block_d}
     return {"R": R, "D": D, "num_warps": warps, "num_stages": stages} | blocks
 

@@ -105,14 +105,16 @@ def check_targets(
 def refuse(ids: Tensor, bad: Tensor, message: str) -> None:
     """Raise ValueError with the first of the bad ids in the message; count them where the host would have to wait."""
     real = type(ids) is Tensor  # not a stand-in of one, of whatever traces this: a counter must not become one
-    if real and ids.device.type == "cpu" and not torch.compiler.is_compiling():
+    compiling = torch.compiler.is_compiling()
+    if real and ids.device.type == "cpu" and not compiling:
         if bad.any():
             raise ValueError(message.format(int(ids[bad][0])))
         return
     count = bad.sum()
     device_assert(count == 0, message.format("others"))
     # The memory made in the capture of a CUDA graph is the graph's: there only a counter that was made before counts.
-    if real and (ids.device in _INVALID or not (ids.is_cuda and torch.cuda.is_current_stream_capturing())):
+    capturing = ids.is_cuda and not compiling and torch.cuda.is_current_stream_capturing()
+    if real and (ids.device in _INVALID or not capturing):
         invalid_targets(ids.device).add_(count)
 
 

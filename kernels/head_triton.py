@@ -14,7 +14,7 @@ BLOCK_T × BLOCK_V logits reads its operands once, so T·V·E·itemsize (1 / BLO
 the L2: programs that run together share BLOCK_T·GROUP tokens and a few blocks of the vocabulary. To this come a few
 numbers of each token for each tile or share, and in the backward dz, T·V·itemsize.
 
-Rows are padded to multiples of 16 elements, in a copy where they are not (`aligned`): else each element is one load.
+Rows that are no multiples of 64 elements are padded with zeros, in a copy (`aligned`): else each element is one load.
 Sizes that differ from batch to batch are not specialised on: one compilation serves them all.
 """
 
@@ -62,13 +62,8 @@ def logits_block(
     p_h = p_hidden + (tl.minimum(i_row, T - 1) * stride_hidden)[:, None] + i_e[None, :]  # [BLOCK_T, BLOCK_E]
     p_w = p_weight + (tl.minimum(i_col, V - 1) * stride_weight)[None, :] + i_e[:, None]  # [BLOCK_E, BLOCK_V]
     b_z = tl.zeros([BLOCK_T, BLOCK_V], tl.float32)
-    for i_start in range(0, E, BLOCK_E):
-        if E % BLOCK_E == 0:
-            b_h, b_w = tl.load(p_h), tl.load(p_w)
-        else:
-            b_h = tl.load(p_h, mask=(i_e < E - i_start)[None, :], other=0.0)
-            b_w = tl.load(p_w, mask=(i_e < E - i_start)[:, None], other=0.0)
-        b_z = tl.dot(b_h, b_w, b_z, input_precision="ieee")
+    for _ in range(0, E, BLOCK_E):
+        b_z = tl.dot(tl.load(p_h), tl.load(p_w), b_z, input_precision="ieee")
         p_h += BLOCK_E
         p_w += BLOCK_E
     if HAS_CAP:
@@ -223,10 +218,10 @@ def shares_of(T: int, V: int, config: dict, most: int = SHARE) -> tuple[int, int
 
 
 def aligned(x: Tensor) -> Tensor:
-    """x [M, E] with rows of unit stride, at multiples of 16 bytes and of 16 elements, and zeros up to such a width."""
-    if x.stride(1) == 1 and not (x.shape[1] % 16 or x.stride(0) % 16 or x.data_ptr() % 16):
+    """x [M, E] with rows of unit stride at multiples of 16 elements and bytes, and zeros up to a multiple of 64."""
+    if x.stride(1) == 1 and not (x.shape[1] % 64 or x.stride(0) % 16 or x.data_ptr() % 16):
         return x
-    return F.pad(x, (0, -x.shape[1] % 16)).contiguous()
+    return F.pad(x, (0, -x.shape[1] % 64)).contiguous()
 
 
 def matmul_fp32(a: Tensor, b: Tensor) -> Tensor:
@@ -386,12 +381,12 @@ def launch_of(kernel, name: str, config: dict, types: dict[str, str], odd: tuple
     return Launch(kernel, name, signature, config, divisible, warps, stages)
 
 
-def head_launches(target: Target, dtype: str, *flags: str, E: int = 4096, K: int = 1) -> tuple[Launch, Launch]:
-    """Forward and dz of a head with K targets per token, for the doctor."""
-    config = _config(E, K, {"bf16": torch.bfloat16, "fp32": torch.float32}[dtype], "HAS_CAP" in flags, target)
+def head_launches(target: Target, dtype: str, *flags: str, K: int = 1) -> tuple[Launch, Launch]:
+    """Forward and dz of a head with E = 4096 and K targets per token, for the doctor."""
+    config = _config(4096, K, {"bf16": torch.bfloat16, "fp32": torch.float32}[dtype], "HAS_CAP" in flags, target)
     config |= {flag: flag in flags for flag in ("EXPECTED", "TOTAL", "EXCLUDE", "HAS_CAP")}
     types = dict.fromkeys(("p_hidden", "p_weight", "p_dz"), f"*{dtype}")
-    name = " ".join((f"E={E}", dtype, *flags)).lower()
+    name = " ".join((dtype, *flags)).lower()
     return launch_of(_head_forward, f"forward {name}", config, types), launch_of(_head_dz, f"dz {name}", config, types)
 
 

@@ -37,7 +37,9 @@ def _table(rows: list[dict[str, Any]], machine: dict[str, Any]) -> str:
     table = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
     facts = [f"{key}: {value}" for key, value in machine.items() if key != "backends"]
     backends = [f"{op}: {why}" for op, why in machine["backends"].items()]
-    verdict = doctor.problems(rows) or ["every kernel compiles and fits"]
+    spilling = [f"{row['kernel']} {row['config']} on {row['target']}" for row in rows if row.get("spill_bytes")]
+    spills = f"; these spill registers, within what is allowed: {', '.join(spilling)}" if spilling else ""
+    verdict = doctor.problems(rows) or [f"every kernel compiles and fits{spills}"]
     return "\n".join([*table, "", *facts, "", *backends, "", *verdict])
 
 
