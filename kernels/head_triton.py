@@ -56,7 +56,8 @@ def logits_block(
 ):  # fmt: skip
     """z [BLOCK_T, BLOCK_V] of tokens i_row and words i_col, int64. Beyond T and V it is that of the last one.
 
-    So rows need no mask: a repeated row costs no traffic beyond the cache, and what it yields is dropped later.
+    So rows need no mask: a repeated row costs no traffic beyond the cache, and what it yields is dropped later. Nor do
+    columns: E is a multiple of BLOCK_E (`aligned`).
     """
     i_e = tl.arange(0, BLOCK_E)
     p_h = p_hidden + (tl.minimum(i_row, T - 1) * stride_hidden)[:, None] + i_e[None, :]  # [BLOCK_T, BLOCK_E]
@@ -78,8 +79,8 @@ def _columns_of(p_targets, i_row, m_row, i_k, i_first, width, K: tl.constexpr, B
     And a number with a bit for each of these targets that some row has there: few blocks hold one.
     """
     i_j = tl.arange(0, BLOCK_K)
-    m = m_row[:, None] & (i_k + i_j < K)[None, :]
-    b_column = tl.load(p_targets + i_row[:, None] * K + (i_k + i_j)[None, :], mask=m, other=-1) - i_first
+    p_target = p_targets + i_row[:, None] * K + (i_k + i_j)[None, :]  # K is a multiple of BLOCK_K
+    b_column = tl.load(p_target, mask=m_row[:, None], other=-1) - i_first
     b_column = tl.where((b_column >= 0) & (b_column < width), b_column, -1).to(tl.int32)
     return b_column, tl.sum((tl.max(b_column, 0) >= 0).to(tl.int32) << i_j, 0)
 
@@ -194,7 +195,10 @@ def _head_dz(
 
 
 def _config(E: int, K: int, dtype: torch.dtype, has_cap: bool, target: Target) -> dict:
-    """Launch parameters: the largest tile whose logits stay in registers beside what is made of them."""
+    """Launch parameters: the largest tile whose logits stay in registers beside what is made of them.
+
+    Several targets are padded to 8, 16, …, so that few K are compiled, and looked for in groups of BLOCK_K.
+    """
     if dtype == torch.float32:  # "ieee" products are made outside the tensor cores
         block_v, block_e, stages = 64, 16, 2
     else:
@@ -202,7 +206,8 @@ def _config(E: int, K: int, dtype: torch.dtype, has_cap: bool, target: Target) -
         # Hopper and Blackwell read a product's operands from shared memory; elsewhere they take registers too.
         block_e = 64 if target.shared_bytes >= 200 << 10 and not has_cap else 32
         stages = 4 if target.backend == "cuda" else 2
-    blocks = {"BLOCK_T": 128, "BLOCK_V": block_v, "BLOCK_E": block_e, "BLOCK_K": 1 if K <= 1 else 8}
+    K, block_k = (K, 1) if K <= 1 else (max(8, triton.next_power_of_2(K)), 8)
+    blocks = {"BLOCK_T": 128, "BLOCK_V": block_v, "BLOCK_E": block_e, "BLOCK_K": block_k}
     return {"E": E, "K": K, **blocks, "num_warps": 8, "num_stages": stages}
 
 
@@ -250,10 +255,11 @@ def head_forward(
     config = _config(hidden.shape[1], K, hidden.dtype, softcap is not None, target_of(hidden.device))
     shares, blocks_per_share = shares_of(T, V, config)
     parts = hidden.new_empty(shares, 4, T, dtype=torch.float32)
-    picked = hidden.new_zeros(T, K, dtype=torch.float32)
+    targets = F.pad(targets, (0, config["K"] - K), value=-1).contiguous()
+    picked = hidden.new_zeros(T, config["K"], dtype=torch.float32)
     if T:
         _head_forward[(triton.cdiv(T, config["BLOCK_T"]) * shares,)](
-            hidden, weight, targets.contiguous(), picked, parts,
+            hidden, weight, targets, picked, parts,
             hidden.stride(0), weight.stride(0), T, V, shares, blocks_per_share, softcap or 0.0, temperature,
             EXPECTED=expected, TOTAL=total, EXCLUDE=exclude, HAS_CAP=softcap is not None, **config,
         )  # fmt: skip
@@ -263,7 +269,7 @@ def head_forward(
     total_sum = (scale * part_sum).sum(0)
     mean = (scale * part_expected).sum(0) / total_sum if expected else top.new_empty(0)
     total_z = part_total.sum(0) if total else top.new_empty(0)
-    return top + total_sum.log(), picked, mean, total_z, top, total_sum
+    return top + total_sum.log(), picked[:, :K].contiguous(), mean, total_z, top, total_sum
 
 
 @head_forward.register_fake
@@ -327,6 +333,7 @@ def head_backward(
         g_lse, g_expected = g_lse + g_expected * (1 - expected), g_expected / total_sum
     g_lse = g_lse / total_sum
     g_picked = top.new_zeros(T, K) if g_picked is None else g_picked
+    targets, g_picked = (F.pad(x, (0, config["K"] - K), value=-1) for x in (targets, g_picked))
     # Where there is none, g_lse is passed, and not read.
     gradients = [(g_lse if g is None else g) / temperature for g in (g_lse, g_expected, g_total, g_picked)]
     vectors = [x.contiguous() for x in (targets, top, *gradients)]
@@ -386,7 +393,7 @@ def head_launches(target: Target, dtype: str, *flags: str, K: int = 1) -> tuple[
     config = _config(4096, K, {"bf16": torch.bfloat16, "fp32": torch.float32}[dtype], "HAS_CAP" in flags, target)
     config |= {flag: flag in flags for flag in ("EXPECTED", "TOTAL", "EXCLUDE", "HAS_CAP")}
     types = dict.fromkeys(("p_hidden", "p_weight", "p_dz"), f"*{dtype}")
-    name = " ".join((dtype, *flags)).lower()
+    name = " ".join((dtype, *flags)).lower() + f" K={K}" * (K > 1)
     return launch_of(_head_forward, f"forward {name}", config, types), launch_of(_head_dz, f"dz {name}", config, types)
 
 

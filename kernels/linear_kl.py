@@ -576,7 +576,7 @@ def _launches(target: Target) -> tuple[Launch, ...]:
         return launch_of(kernel, " ".join((*constexprs.values(), dtype)), config, types)
 
     return (
-        *head_launches(target, "bf16", "EXCLUDE", K=64),  # a top-k teacher
+        *(launch for K in (8, 64) for launch in head_launches(target, "bf16", "EXCLUDE", K=K)),  # a top-k teacher
         *(launch(kernel, dtype) for kernel in (_linear_kl_online, _linear_kl_jsd) for dtype in ("bf16", "fp32")),
         *(launch(_linear_kl_dz, "bf16", KIND=kind) for kind in KINDS),
         launch(_linear_kl_dz, "fp32", KIND="jsd"),
