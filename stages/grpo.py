@@ -30,7 +30,7 @@ from tritium.parallel.mesh import Mesh
 
 @dataclass
 class GRPOConfig:
-    """The objective; see core/objectives.py."""
+    """The objective; see core/objectives/policy.py."""
 
     prompts: int = opt(32, "problems of a rollout, over all ranks")
     group: int = opt(8, "answers to each")

@@ -1,0 +1,35 @@
+"""What is minimised, by kind: likelihood, reward, preference, policy. The protocol is in base.py."""
+
+from tritium.core.objectives.base import (
+    Loss,
+    Metric,
+    Networks,
+    Objective,
+    Term,
+    sequence_sum,
+    supervised,
+    supervised_logprob,
+)
+from tritium.core.objectives.likelihood import CrossEntropy
+from tritium.core.objectives.policy import GRPO, group_advantages
+from tritium.core.objectives.preference import DPO
+from tritium.core.objectives.reward import Listwise, Pairwise, RewardObjective, plackett_luce
+
+__all__ = [
+    "DPO",
+    "GRPO",
+    "CrossEntropy",
+    "Listwise",
+    "Loss",
+    "Metric",
+    "Networks",
+    "Objective",
+    "Pairwise",
+    "RewardObjective",
+    "Term",
+    "group_advantages",
+    "plackett_luce",
+    "sequence_sum",
+    "supervised",
+    "supervised_logprob",
+]
