@@ -1,10 +1,14 @@
-"""AdamW over the flat buffers of a network, sharded as ZeRO wants it.
+"""AdamW, or Muon and AdamW, over the flat buffers of a network, sharded as ZeRO wants it.
 
     master    fp32  the weights that the optimizer moves (the parameters themselves where they are fp32)
     exp_avg, exp_avg_sq  fp32
 
-(fp64 throughout for an fp64 model.) Each is as long as this rank's part of a flat buffer: see parallel/zero.py.
-Nothing here reads a tensor's value on the host: skipping a step is arithmetic with `found_inf`.
+(fp64 throughout for an fp64 model.) Each is as long as this rank's part of a flat buffer: see parallel/zero.py. Muon
+moves the matrices of the layers (core/muon.py), which need no exp_avg_sq; AdamW all the rest.
+
+With `offload`, all three lie in the host's memory (pinned, where there is a GPU), and the step is made there; the
+parameters of a buffer go back while the next one's step is made (ZeRO-Offload, arXiv 2101.06840). Else nothing here
+reads a tensor's value on the host: skipping a step is arithmetic with `found_inf`.
 """
 
 from collections.abc import Iterator, Mapping
@@ -12,8 +16,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from tritium.core.config import ConfigError, opt
+from tritium.core.muon import directions
 from tritium.kernels import adamw_
 from tritium.model.transformer import full_shape
 from tritium.parallel.tensor import shard, unshard
@@ -24,8 +30,11 @@ KINDS = ("master", "exp_avg", "exp_avg_sq")
 
 @dataclass
 class OptimConfig:
-    """AdamW (Loshchilov & Hutter, arXiv 1711.05101)."""
+    """AdamW (Loshchilov & Hutter, arXiv 1711.05101), or Muon for the layers' matrices and AdamW for the rest."""
 
+    kind: str = opt("adamw", "what moves the layers' matrices; all else is AdamW's", choices=("adamw", "muon"))
+    momentum: float = opt(0.95, "Muon's decay of the gradient's running mean")
+    offload: bool = opt(False, "keep the optimizer's state in the host's memory, and step there")
     lr: float = opt(3e-4, "peak learning rate")
     beta1: float = opt(0.9, "decay of the gradient's running mean")
     beta2: float = opt(0.95, "decay of the squared gradient's running mean")
@@ -37,20 +46,44 @@ class OptimConfig:
         for name in ("lr", "clip", "eps"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"optim.{name}={getattr(self, name)} must be positive")
-        for name in ("beta1", "beta2"):
+        for name in ("beta1", "beta2", "momentum"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"optim.{name}={getattr(self, name)} must be in [0, 1)")
 
 
 class State:
-    """What AdamW keeps for this rank's part of a flat buffer."""
+    """What the optimizer keeps for this rank's part of a flat buffer, on `device`."""
 
-    def __init__(self, flat: Flat):
+    def __init__(self, flat: Flat, config: OptimConfig):
         wide = flat.gradient.dtype
-        self.flat, self.own_master = flat, flat.part.dtype == wide
-        self.master = flat.part if self.own_master else flat.part.to(wide)
-        self.exp_avg, self.exp_avg_sq = torch.zeros_like(self.master), torch.zeros_like(self.master)
+        self.device = torch.device("cpu") if config.offload else flat.part.device
+        self.pinned = config.offload and flat.part.is_cuda
+        self.flat, self.own_master = flat, flat.part.dtype == wide and not config.offload
+        self.master = flat.part if self.own_master else self.like(flat.part)
         self.slices = {decay: merged(flat, decay) for decay in (True, False)}
+        self.orthogonal = config.kind == "muon" and flat.layer and any(p.dim() >= 2 for _, p in flat.members)
+        # Muon's elements; matrices lie first. A part may have none, but takes part in the exchange.
+        self.muon = self.slices[True][-1].stop if self.orthogonal and self.slices[True] else 0
+        self.exp_avg, self.exp_avg_sq = torch.zeros_like(self.master), torch.zeros_like(self.master[self.muon :])
+        self.gradient = self.like(flat.own_gradient) if self.pinned else None
+
+    def like(self, x: Tensor) -> Tensor:
+        """A wide copy of a part on `device`."""
+        return torch.empty_like(x, dtype=self.flat.gradient.dtype, device=self.device, pin_memory=self.pinned).copy_(x)
+
+    def fetch(self) -> Tensor:
+        """This part's gradient on `device`; to a pinned copy, the copying only begins."""
+        own = self.flat.own_gradient
+        return own if self.gradient is None else self.gradient.copy_(own, non_blocking=True)
+
+    def runs(self, decay: bool) -> list[slice]:
+        """What AdamW moves."""
+        return [] if decay and self.orthogonal else self.slices[decay]
+
+    def whole(self, kind: str) -> Tensor:
+        """One of KINDS as long as the part: Muon's has no second moments."""
+        found = getattr(self, kind)
+        return F.pad(found, (len(self.master) - len(found), 0)).to(self.flat.part.device)
 
 
 def merged(flat: Flat, decay: bool) -> list[slice]:
@@ -67,41 +100,48 @@ def merged(flat: Flat, decay: bool) -> list[slice]:
 
 
 class Optimizer:
-    """AdamW over the trained parameters of a network: sum, clip, update."""
+    """The trained parameters of a network: sum, clip, update."""
 
     def __init__(self, network: FlatModule, config: OptimConfig):
         self.network, self.config, self.mesh = network, config, network.mesh
-        self.states = [State(flat) for flat in network.trained]
+        self.states = [State(flat, config) for flat in network.trained]
         # of updates really made; fp32, as AdamW's kernel reads it
-        self.step_count = torch.zeros((), device=self.mesh.device)
+        self.step_count = torch.zeros((), device="cpu" if config.offload else self.mesh.device)
 
+    @torch.no_grad()
     def step(self, lr: float) -> tuple[Tensor, Tensor]:
         """Clip and update, once every gradient has been reduced. Returns (gradient norm, 1.0 if skipped).
 
         A gradient that is not finite changes nothing but the count of skipped steps.
         """
         sum_over_tp(self.network.trained, self.mesh)
-        norm = grad_norm(self.network.trained, self.mesh)
+        gradients = [state.fetch() for state in self.states]
+        norm = grad_norm(self.network.trained, self.mesh).to(self.step_count.device)  # with offload, waits for all
         found_inf = (~norm.isfinite()).float()
         scale = (self.config.clip / (norm + 1e-6)).clamp_max(1.0)
         self.step_count += 1.0 - found_inf
-        for decay in (True, False):
-            for own_master in (True, False):
-                self.update(decay, own_master, lr, scale, found_inf)
+        chosen = list(zip(self.states, gradients, strict=True))
+        self.move_matrices([pair for pair in chosen if pair[0].orthogonal], lr, scale, found_inf)
+        for part in [[pair] for pair in chosen] if self.config.offload else [chosen]:
+            for decay in (True, False):
+                for own_master in (True, False):
+                    here = [(s, g, run) for s, g in part if s.own_master == own_master for run in s.runs(decay)]
+                    self.update(here, decay, own_master, lr, scale, found_inf)
+            for state, _ in part if self.config.offload else ():
+                state.flat.part.copy_(state.master, non_blocking=True)
         self.network.spread()
         return norm, found_inf
 
-    def update(self, decay: bool, own_master: bool, lr: float, scale: Tensor, found_inf: Tensor) -> None:
-        """One fused update of all that is treated alike."""
-        chosen = [(s, run) for s in self.states if s.own_master == own_master for run in s.slices[decay]]
+    def update(self, chosen: list, decay: bool, own_master: bool, lr: float, scale: Tensor, found_inf: Tensor) -> None:
+        """One fused update of all that is treated alike: states, their gradients, runs of both."""
         if not chosen:
             return
         adamw_(
-            [s.flat.part[run] for s, run in chosen],
-            [s.flat.own_gradient[run] for s, run in chosen],
-            [s.exp_avg[run] for s, run in chosen],
-            [s.exp_avg_sq[run] for s, run in chosen],
-            masters=None if own_master else [s.master[run] for s, run in chosen],
+            [(s.master if self.config.offload else s.flat.part)[run] for s, _, run in chosen],
+            [g[run] for _, g, run in chosen],
+            [s.exp_avg[run] for s, _, run in chosen],
+            [s.exp_avg_sq[run.start - s.muon : run.stop - s.muon] for s, _, run in chosen],
+            masters=None if own_master or self.config.offload else [s.master[run] for s, _, run in chosen],
             lr=lr,
             beta1=self.config.beta1,
             beta2=self.config.beta2,
@@ -111,6 +151,22 @@ class Optimizer:
             grad_scale=scale,
             found_inf=found_inf,
         )
+
+    def move_matrices(self, chosen: list, lr: float, scale: Tensor, found_inf: Tensor) -> None:
+        """Muon, on as many layers at a time as there are parts: `chosen` are states and their gradients."""
+        beta, taken = self.config.momentum, 1.0 - found_inf
+        for start in range(0, len(chosen), chosen[0][0].flat.parts) if chosen else ():
+            window, looks = chosen[start : start + chosen[0][0].flat.parts], []
+            for s, g in window:
+                g = torch.where(found_inf > 0, 0.0, g[: s.muon] * scale)
+                momentum = s.exp_avg[: s.muon]
+                momentum.copy_(torch.where(found_inf > 0, momentum, momentum.lerp(g, 1 - beta)))
+                looks.append(g.lerp(momentum, beta).to(s.flat.part.device))
+            moves = directions([s.flat for s, _ in window], looks, self.mesh)
+            for (s, _), move in zip(window, moves, strict=True):
+                master = s.master[: s.muon]
+                master.sub_(taken * (move.to(s.device) + self.config.weight_decay * master), alpha=lr)
+                s.flat.part[: s.muon].copy_(master, non_blocking=True)
 
     # ------------------------------------------------------------------------------------------ checkpoints
 
@@ -122,9 +178,14 @@ class Optimizer:
         yield "step", self.step_count.clone()
         for state in self.states:
             for kind in KINDS:
-                whole = state.flat.join(getattr(state, kind))
+                whole = state.flat.join(state.whole(kind))
                 for (name, p), view in zip(state.flat.members, state.flat.views(whole), strict=True):
-                    yield f"{kind}.{name}", unshard(view, p.sharding, self.mesh)
+                    if self.keeps(state, kind, p):
+                        yield f"{kind}.{name}", unshard(view, p.sharding, self.mesh)
+
+    def keeps(self, state: State, kind: str, p: nn.Parameter) -> bool:
+        """Whether there is such a state of a parameter."""
+        return kind != "exp_avg_sq" or not state.orthogonal or p.dim() < 2
 
     @torch.no_grad()
     def load(self, saved: Mapping[str, Tensor]) -> None:
@@ -132,7 +193,8 @@ class Optimizer:
 
         Raises: ValueError naming a missing, odd or mis-shaped tensor.
         """
-        known = {f"{kind}.{name}" for state in self.states for name, _ in state.flat.members for kind in KINDS}
+        every = ((state, kind, *member) for state in self.states for kind in KINDS for member in state.flat.members)
+        known = {f"{kind}.{name}" for state, kind, name, p in every if self.keeps(state, kind, p)}
         if odd := sorted(set(saved) - known - {"step"}):
             raise ValueError(f"optimizer state {odd[0]}: the model has no such parameter")
         self.step_count.copy_(saved["step"])
@@ -140,8 +202,10 @@ class Optimizer:
             for kind in KINDS:
                 whole = torch.zeros_like(state.flat.full, dtype=state.master.dtype, device="cpu")
                 for (name, p), view in zip(state.flat.members, state.flat.views(whole), strict=True):
-                    view.copy_(shard(self.checked(saved, f"{kind}.{name}", p), p.sharding, self.mesh))
-                getattr(state, kind).copy_(state.flat.own(whole))
+                    if self.keeps(state, kind, p):
+                        view.copy_(shard(self.checked(saved, f"{kind}.{name}", p), p.sharding, self.mesh))
+                kept = getattr(state, kind)
+                kept.copy_(state.flat.own(whole)[state.flat.size - len(kept) :])
             state.flat.part.copy_(state.master)
         self.network.spread()
 

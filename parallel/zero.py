@@ -47,8 +47,8 @@ class Span:
 class Flat:
     """Parameters of one dtype, all trained or all frozen, as views into one flat tensor."""
 
-    def __init__(self, members: Sequence[tuple[str, nn.Parameter]], mesh: Mesh):
-        level = mesh.zero
+    def __init__(self, members: Sequence[tuple[str, nn.Parameter]], mesh: Mesh, layer: bool):
+        level, self.layer = mesh.zero, layer  # whether it is of a layer, and not of the root
         first = members[0][1]
         self.members, self.level, self.trained = list(members), level, first.requires_grad
         self.group = mesh.data_group
@@ -201,7 +201,7 @@ class FlatModule:
         root = [(name, p) for name, p in module.named_parameters() if p not in inside]
         names = {p: name for name, p in module.named_parameters()}
         members = [root, *([(names[p], p) for p in layer.parameters()] for layer in layers)]
-        self.units = [self.flats_of(unit) for unit in members]
+        self.units = [self.flats_of(unit, layer=i > 0) for i, unit in enumerate(members)]
         self.flats = [flat for unit in self.units for flat in unit]
         self.trained = [flat for flat in self.flats if flat.trained]
         for flat in self.trained:
@@ -211,12 +211,12 @@ class FlatModule:
                 self.hook(layer, i)
             self.release()
 
-    def flats_of(self, members: list[tuple[str, nn.Parameter]]) -> list[Flat]:
+    def flats_of(self, members: list[tuple[str, nn.Parameter]], layer: bool) -> list[Flat]:
         kinds: dict[tuple, list[tuple[str, nn.Parameter]]] = {}
         for name, p in sorted(members, key=lambda member: (member[1].dim() < 2, member[1].sharding is None)):
             if p.requires_grad or self.level == 3:  # alike ones lie together, in few long spans
                 kinds.setdefault((p.dtype, p.requires_grad), []).append((name, p))
-        return [Flat(alike, self.mesh) for alike in kinds.values()]
+        return [Flat(alike, self.mesh, layer) for alike in kinds.values()]
 
     # ------------------------------------------------------------------------------------------ parameters
 

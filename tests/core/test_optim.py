@@ -5,9 +5,11 @@ import torch
 from torch import nn
 
 from tritium.core.config import ConfigError
+from tritium.core.muon import orthogonalize
 from tritium.core.optim import OptimConfig, Optimizer
 from tritium.model.transformer import parameter
 from tritium.parallel.mesh import Mesh
+from tritium.parallel.tensor import Sharding
 from tritium.parallel.zero import FlatModule
 
 CONFIG = OptimConfig(lr=1e-2, beta1=0.8, beta2=0.9, eps=1e-6, weight_decay=0.2, clip=0.7)
@@ -168,3 +170,92 @@ def test_settings_that_cannot_be_are_errors():
         OptimConfig(lr=0)
     with pytest.raises(ConfigError, match="optim.beta2=1.0 must be in"):
         OptimConfig(beta2=1.0)
+
+
+# ---------------------------------------------------------------------------------------------- Muon
+
+
+class Layered(nn.Module):
+    """A root, and a layer with a fused matrix, a tall one, a wide one and a bias."""
+
+    def __init__(self, dtype: torch.dtype = torch.float64):
+        super().__init__()
+        self.embedding, layer = parameter(7, 4), nn.Module()
+        layer.fused, layer.wide, layer.bias = (
+            parameter(7, 4, sharding=Sharding(0, (3, 4))),
+            parameter(2, 9),
+            parameter(5),
+        )
+        self.layers = nn.ModuleList([layer])
+        generator = torch.Generator().manual_seed(0)
+        for p in self.parameters():
+            p.data = torch.randn(p.shape, generator=generator, dtype=torch.float64).to(dtype)
+
+
+def jordans(g, steps=5, eps=1e-7):
+    """zeropower_via_newtonschulz5 of github.com/KellerJordan/Muon, in g's dtype."""
+    a, b, c = (3.4445, -4.7750, 2.0315)
+    X = g.mT if g.size(-2) > g.size(-1) else g
+    X = X / (X.norm(dim=(-2, -1), keepdim=True) + eps)
+    for _ in range(steps):
+        A = X @ X.mT
+        B = b * A + c * A @ A
+        X = a * X + B @ X
+    return X.mT if g.size(-2) > g.size(-1) else X
+
+
+@pytest.mark.parametrize("offload", [False, True])
+def test_muon_is_jordans_with_moonlights_scale_on_each_matrix_of_the_layers(offload):
+    config = OptimConfig(kind="muon", momentum=0.9, weight_decay=0.2, clip=1e9, offload=offload)
+    net = Layered()
+    mine = optimizer(net, config)
+    plain = OptimConfig(weight_decay=0.2, clip=1e9)
+    others = Layered()
+    theirs = optimizer(others, plain)
+    fused, wide = (net.layers[0].get_parameter(n).detach().clone() for n in ("fused", "wide"))
+    pieces = [fused[:3], fused[3:], wide]
+    buffers = [torch.zeros_like(piece) for piece in pieces]
+    for step in range(4):
+        generator = torch.Generator().manual_seed(step)
+        for p, other in zip(net.parameters(), others.parameters(), strict=True):
+            p.main_grad.copy_(torch.randn(p.shape, generator=generator, dtype=torch.float64))
+            other.main_grad.copy_(p.main_grad)
+        first, second = net.layers[0].fused.main_grad.split([3, 4])
+        for w, m, g in zip(pieces, buffers, (first, second, net.layers[0].wide.main_grad), strict=True):
+            m.lerp_(g, 1 - 0.9)
+            update = jordans(g.lerp(m, 0.9)) * 0.2 * max(w.shape) ** 0.5
+            w.mul_(1 - 1e-2 * 0.2).add_(update, alpha=-1e-2)
+        mine.step(1e-2)
+        theirs.step(1e-2)
+    torch.testing.assert_close(net.layers[0].fused, fused, rtol=0, atol=1e-12)
+    torch.testing.assert_close(net.layers[0].wide, wide, rtol=0, atol=1e-12)
+    assert torch.equal(net.embedding, others.embedding) and torch.equal(net.layers[0].bias, others.layers[0].bias)
+    assert "exp_avg_sq.layers.0.wide" not in state_of(mine) and "exp_avg_sq.layers.0.bias" in state_of(mine)
+
+
+def test_muons_update_has_singular_values_near_one():
+    x = torch.randn(6, 20, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    for values in (torch.linalg.svdvals(orthogonalize(y)) for y in (x, x.t(), 1e4 * x)):
+        assert values.min() > 0.6 and values.max() < 1.3
+    assert torch.equal(orthogonalize(torch.zeros(3, 2)), torch.zeros(3, 2))
+
+
+@pytest.mark.parametrize("config", [OptimConfig(kind="muon"), OptimConfig(kind="muon", offload=True)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_muon_skips_a_gradient_that_is_not_finite_and_its_state_goes_over(config, dtype):
+    nets = [Layered(dtype), Layered(dtype)]
+    first, second = (optimizer(net, config) for net in nets)
+    for poison in (1.0, float("nan"), 1.0):
+        before = state_of(first)
+        for p in nets[0].parameters():
+            p.main_grad.fill_(poison)
+        _, skipped = first.step(1e-2)
+        assert skipped == (poison != 1.0)
+        assert all(torch.equal(before[k], v) == bool(skipped) for k, v in state_of(first).items())
+    second.load(state_of(first))
+    for net, mine in zip(nets, (first, second), strict=True):
+        for p in net.parameters():
+            p.main_grad.fill_(0.5)
+        mine.step(1e-2)
+    assert all(torch.equal(a, b) for a, b in zip(nets[0].parameters(), nets[1].parameters(), strict=True))
+    assert all(torch.equal(v, state_of(second)[k]) for k, v in state_of(first).items())

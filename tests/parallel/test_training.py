@@ -38,6 +38,11 @@ MODELS = {
     "one shared head": ModelConfig(**SHAPE, **HEADS | {"num_kv_heads": 1}, tie_embeddings=True, qk_norm=True),
 }
 TIED, OWN, SHARED = MODELS
+OPTIMIZERS = {
+    "muon": {"kind": "muon"},
+    "offload": {"offload": True},
+    "muon, offload": {"kind": "muon", "offload": True},
+}
 METRICS = ("loss", "accuracy", "entropy", "margin", "grad_norm", "tokens")
 
 
@@ -85,7 +90,7 @@ def train(
     """The steps that were done."""
     mesh = init_mesh(tp, cp, zero, device="cpu")
     run = RunConfig(out=out, steps=STEPS, dtype=dtype, save_every=1, keep=STEPS)
-    settings = Settings(run, OptimConfig(lr=1e-2, clip=0.5), ScheduleConfig(warmup=0.0))
+    settings = Settings(run, OptimConfig(lr=1e-2, clip=0.5, **OPTIMIZERS.get(stage, {})), ScheduleConfig(warmup=0.0))
     networks, objective = networks_of(stage, config, mesh, DTYPES[dtype])
     trainer = QuickTrainer(networks, objective, settings, mesh, name=stage, total_steps=STEPS)
     done = []
@@ -147,6 +152,9 @@ RUNS_OF_TWO = [  # stage, model, tp, cp, zero; the rest is dp
     ("dpo", OWN, 1, 1, 3),
     ("reward", TIED, 2, 1, 0),
     ("reward", OWN, 1, 1, 3),
+    ("muon", OWN, 2, 1, 0),
+    ("muon", TIED, 1, 1, 1),
+    ("muon", TIED, 1, 1, 3),
 ]
 RUNS_OF_FOUR = [
     ("pretrain", OWN, 2, 1, 2),
@@ -159,6 +167,9 @@ RUNS_OF_FOUR = [
     ("dpo", SHARED, 2, 1, 3),
     ("reward", OWN, 2, 2, 2),
     ("reward", TIED, 1, 2, 0),
+    ("muon", TIED, 1, 1, 2),
+    ("muon", SHARED, 4, 1, 0),
+    ("muon", SHARED, 2, 1, 3),
 ]
 
 
@@ -190,6 +201,22 @@ def test_first_gradients_are_those_of_fp64_to_rounding(pool4, tmp_path, alone, d
         if key.startswith("exp_avg."):
             actual, gradient = 10 * states[0][key], 10 * tensor.float()  # by 1 - beta1
             torch.testing.assert_close(actual, gradient, rtol=0, atol=tolerance, msg=lambda m, k=key: f"{k}: {m}")
+
+
+@pytest.mark.parametrize("stage,like", [("offload", "pretrain"), ("muon, offload", "muon")])
+@pytest.mark.parametrize("zero", [0, 3])
+def test_an_optimizer_on_the_host_gives_the_same_numbers(pool2, tmp_path, alone, stage, like, zero):
+    pool2.run(train, str(tmp_path), stage, MODELS[TIED], 1, 1, zero)
+    assert_same_run(tmp_path, alone(like, TIED))
+
+
+def test_a_run_of_muon_goes_on_on_another_mesh(pool4, tmp_path, alone):
+    expected = alone("muon", SHARED)
+    shutil.copytree(expected, tmp_path, dirs_exist_ok=True)
+    for step in (4, 5):
+        shutil.rmtree(tmp_path / f"step-{step:08d}")
+    assert pool4.run(train, str(tmp_path), "muon", MODELS[SHARED], 2, 1, 3) == [[3, 4]] * 4
+    assert_same_run(tmp_path, expected)
 
 
 def test_a_run_goes_on_on_another_mesh(pool4, tmp_path, alone):
