@@ -11,7 +11,7 @@ from tritium.core.chat import render, stop_ids
 from tritium.core.config import ConfigError, UserError, opt
 from tritium.core.data import parse_sources
 from tritium.core.formats import DataError, Message, RecordError, Skipped, problem, read_records
-from tritium.core.rewards import Answer, Reward, Score, judge
+from tritium.core.rewards import Answer, Judged, Reward, Score, judge
 from tritium.core.tokenizer import Tokenizer
 from tritium.model.generate import Completion, generate
 from tritium.model.transformer import Transformer
@@ -54,11 +54,13 @@ class Sample:
     completion: Completion
     text: str
     score: Score | None = None
+    verified: Score | None = None  # by a judge that only measures
 
     @property
     def right(self) -> bool:
         """Whether the judge found it right; one that failed found nothing."""
-        return self.score is not None and self.score.value >= 1.0
+        score = self.verified or self.score
+        return score is not None and score.value >= 1.0
 
 
 @dataclass
@@ -67,6 +69,7 @@ class Rollout:
 
     groups: list[list[Sample]]
     failures: Counter = field(default_factory=Counter)
+    greedy: list[float] | None = None  # of each group, the reward of the likeliest answer
 
     @property
     def samples(self) -> list[Sample]:
@@ -113,8 +116,10 @@ def roll_out(
     *,
     n: int = 1,
     seed: Sequence[int] = (0,),
+    verifier: Reward | None = None,
 ) -> Rollout:
-    """`n` judged answers to each problem of this data-parallel rank's `share`.
+    """`n` judged answers to each problem of this data-parallel rank's `share`; a `verifier` says which are right,
+    where that is not what is rewarded.
 
     A sample's randomness depends on `seed`, its problem's place among those of all ranks, and its number: neither on
     the number of ranks, nor the same for a problem that comes twice.
@@ -138,9 +143,10 @@ def roll_out(
         Answer(s.completion.tokens, s.text, s.problem.messages[-1]["content"], s.problem.reference) for s in samples
     ]
     judged = judge(reward, answers)
-    for sample, score in zip(samples, judged.scores, strict=True):
-        sample.score = score
-    return Rollout([samples[i : i + n] for i in range(0, len(samples), n)], judged.failures)
+    verdicts = judge(verifier, answers) if verifier else Judged([None] * len(answers))
+    for sample, score, verdict in zip(samples, judged.scores, verdicts.scores, strict=True):
+        sample.score, sample.verified = score, verdict
+    return Rollout([samples[i : i + n] for i in range(0, len(samples), n)], judged.failures + verdicts.failures)
 
 
 def sample_seed(*parts: int) -> int:
@@ -159,13 +165,17 @@ def gather(rollout: Rollout, mesh: Mesh) -> Rollout:
     return Rollout(groups, sum((part.failures for part in parts), Counter()))
 
 
-def sample_document(sample: Sample, fields: dict[str, float]) -> Document:
+def sample_document(
+    sample: Sample, fields: dict[str, float], per_token: dict[str, Sequence[float]] | None = None
+) -> Document:
     """Prompt and answer as sampled, token for token; the answer's tokens, its end included, carry weight 1.
 
-    The field "sampler_logp" holds the log-probs of the answer's tokens as the sampler saw them.
+    `fields` are of the whole sample, `per_token` of each of the answer's tokens; "sampler_logp" holds the log-probs of
+    these as the sampler saw them.
     """
     prompt, answer = sample.problem.ids, sample.completion
     silent = np.zeros(len(prompt), np.float32)
     weights = np.append(silent, np.ones(len(answer.tokens), np.float32))
-    logps = np.append(silent, np.array(answer.logps, np.float32))
-    return Document(np.array(prompt + answer.tokens, np.int32), weights, {**fields, "sampler_logp": logps})
+    spread = {"sampler_logp": answer.logps} | (per_token or {})
+    arrays = {name: np.append(silent, np.array(values, np.float32)) for name, values in spread.items()}
+    return Document(np.array(prompt + answer.tokens, np.int32), weights, fields | arrays)

@@ -138,6 +138,8 @@ class Trainer:
         self.saving: tuple[int, Save] | None = None  # the step of the one that is being written
         self.pending: tuple[int, dict[str, Any]] | None = None  # the last step's metrics, not yet read
         self.before: dict[str, float] = {}  # the evaluation at step 0
+        self.notes: dict[str, Any] = {}  # what a driver wants to find again after a resume; JSON
+        self.lr_scale = dict.fromkeys(self.optimizers, 1.0)  # by network, of the learning rate; 0 leaves it where it is
         self.last: dict[str, float] = {}  # the newest value of everything logged
         self.stop_signal = 0
         self.watch = Watch(mesh)
@@ -242,6 +244,11 @@ class Trainer:
         with self.phase("prepare"), self.whole():
             self.objective.prepare(self.networks, self.in_step(batches))
 
+    def estimate(self, batches: Sequence[PackedBatch]) -> dict[str, float]:
+        """Let a policy objective note what must be fixed before the updates on a rollout; its numbers."""
+        with self.phase("prepare"), self.whole():
+            return self.objective.estimate(self.networks, self.in_step(batches), self.mesh)
+
     def idle_loss(self, batch: PackedBatch) -> Tensor:
         """Nothing, by way of every trained layer: other ranks wait for this one to gather and to reduce these."""
         decoders = [getattr(self.networks[key], "backbone", self.networks[key]) for key in self.optimizers]
@@ -284,7 +291,8 @@ class Trainer:
         values: dict[str, Tensor] = {}
         for key, optimizer in self.optimizers.items():
             suffix = "" if len(self.optimizers) == 1 else f".{key}"
-            values["grad_norm" + suffix], values["skipped" + suffix] = optimizer.step(rate)
+            if self.lr_scale[key]:
+                values["grad_norm" + suffix], values["skipped" + suffix] = optimizer.step(rate * self.lr_scale[key])
             optimizer.network.zero_grad()
         return values
 
@@ -428,6 +436,7 @@ class Trainer:
                 exported, texts = export(model, make_whole)
             shares = [deal(o.tensors(), f"trainer/{key}", self.mesh) for key, o in self.optimizers.items()]
             state = {"step": self.index, "before": self.before, "last": self.last, "config": self.config_toml}
+            state["notes"] = self.notes
             texts |= {"trainer/state.json": json.dumps(state, indent=2) + "\n"}
 
             def write_small(folder: Path) -> None:
@@ -493,7 +502,7 @@ class Trainer:
         except ValueError as error:
             raise CheckpointError(f"{folder} does not fit this model: {error}") from None
         self.index = self.saved = state["step"]
-        self.before, self.last = state["before"], state["last"]
+        self.before, self.last, self.notes = state["before"], state["last"], state["notes"]
         self.metrics.resume(self.index + 1 if self.index else 0)  # step 0 is evaluated again
         if self.index:
             self.say(f"resuming from {folder}")

@@ -1,67 +1,76 @@
-"""Group-relative policy optimisation: sample answers, let a verifier judge them, reinforce what beats its group.
+"""Reinforcement learning without a critic: sample answers, judge them, reinforce what beats its group.
 
-    tritium grpo --model=runs/sft/step-00000200 --data.sources=problems.jsonl --run.out=runs/grpo
+    tritium grpo --model=runs/sft --data.sources=problems.jsonl --run.out=runs/grpo
+    tritium grpo --model=… --grpo.algorithm=rloo --grpo.beta=0.02
 
 Records are {"question", "answer"}. The sampler is the policy itself; token in, token out. Groups whose answers all
-score the same teach nothing and are left out (DAPO's dynamic sampling, arXiv 2503.14476, without the refill).
+score the same teach nothing and are left out. Several phases (first mathematics, then code, …) are several stages of a
+recipe, each with its own prompts, rewards and KL: see stages/recipes/ladder.toml.
 """
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
-import numpy as np
-import torch
 from torch import nn
 
-from tritium.core.batch import Group, PackedBatch, pack, plan_bins
 from tritium.core.config import REQUIRED, ConfigError, opt
-from tritium.core.data import SourcesConfig
+from tritium.core.experience import Experience, ProblemsConfig, ShapingConfig
 from tritium.core.formats import Skipped
-from tritium.core.objectives import GRPO, group_advantages, supervised
+from tritium.core.objectives.policy import ALGORITHMS, PolicyGradient, algorithm
 from tritium.core.optim import OptimConfig
 from tritium.core.rewards.exact import ExactMatch
-from tritium.core.rollout import Problem, Rollout, SamplingConfig, load_problems, roll_out, sample_document, share
+from tritium.core.rollout import SamplingConfig, load_problems
 from tritium.core.schedule import ScheduleConfig
 from tritium.core.setup import MeshConfig, load_model, load_tokenizer, start
 from tritium.core.trainer import LoopConfig, Result, Trainer
-from tritium.parallel.data import all_reduce_counts
 from tritium.parallel.mesh import Mesh
+
+ITS_OWN = "(default: the algorithm's)"
 
 
 @dataclass
 class GRPOConfig:
     """The objective; see core/objectives/policy.py."""
 
+    algorithm: str = opt("grpo", "whose formula", choices=tuple(ALGORITHMS))
     prompts: int = opt(32, "problems of a rollout, over all ranks")
     group: int = opt(8, "answers to each")
     updates: int = opt(1, "optimizer steps on each rollout")
-    clip_low: float = opt(0.2, "how far below 1 the ratio counts")
-    clip_high: float = opt(0.28, "how far above 1 the ratio counts (DAPO's clip-higher)")
-    beta: float = opt(0.0, "weight of the KL to the starting model (k3)")
-    normalization: str = opt("token", "what the loss is a mean over", choices=("token", "sequence"))
-    scale: bool = opt(True, "divide advantages by the group's standard deviation (off: Dr. GRPO)")
+    rounds: int = opt(1, "how often other problems are tried until `prompts` groups differ (DAPO's dynamic sampling)")
+    clip_low: float | None = opt(None, f"how far below 1 the ratio counts {ITS_OWN}")
+    clip_high: float | None = opt(None, f"how far above 1 the ratio counts {ITS_OWN}")
+    normalization: str | None = opt(
+        None, f"what the loss is a mean over {ITS_OWN}", choices=("token", "sequence", "constant")
+    )
+    constant: float | None = opt(None, "what a sequence's sum is divided by (default: dr_grpo max_tokens, else 1)")
+    scale: str | None = opt(None, f"what divides advantages {ITS_OWN}", choices=("group", "batch", "none"))
+    beta: float = opt(0.0, "weight of the KL to the reference")
+    kl: str | None = opt(None, f"its estimator {ITS_OWN}", choices=("k1", "k2", "k3"))
+    kl_in: str | None = opt(None, f"where it counts {ITS_OWN}", choices=("loss", "reward"))
+    importance: float = opt(0.0, "largest weight for what the sampler did otherwise than the trainer (0: no weights)")
+    entropy: float = opt(0.0, "weight of an entropy bonus")
     malformed: float = opt(-0.5, "reward of an answer that is cut off or has no answer")
 
     def __post_init__(self):
-        if self.group < 2:
-            raise ConfigError(f"grpo.group={self.group}: an advantage needs at least 2 answers to compare")
-        if self.prompts < 1 or self.updates < 1:
-            raise ConfigError("grpo.prompts and grpo.updates must be at least 1")
-
-
-@dataclass
-class ProblemsConfig(SourcesConfig):
-    """Which problems, and how long the micro-batches of their answers are."""
-
-    sources: list[str] = opt([], "files of problems")
-    bin_tokens: int = opt(8192, "tokens of a micro-batch (a bin)")
+        if self.group < 2 and ALGORITHMS[self.algorithm].baseline in ("mean", "others"):
+            raise ConfigError(
+                f"grpo.group={self.group}: an advantage of {self.algorithm} needs at least 2 answers to compare"
+            )
+        for name in ("prompts", "group", "updates", "rounds"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"grpo.{name}={getattr(self, name)} must be at least 1")
+        if min(self.beta, self.importance, self.entropy) < 0:
+            raise ConfigError("grpo.beta, grpo.importance and grpo.entropy must not be negative")
 
 
 @dataclass
 class Config:
     model: str = opt(REQUIRED, "folder of the model to start from, with its tokenizer")
+    reference: str = opt("", "folder of the model that grpo.beta holds the policy to (default: the one to start from)")
     grpo: GRPOConfig = opt(GRPOConfig, "the objective")
     sampling: SamplingConfig = opt(SamplingConfig, "how answers are drawn")
+    shaping: ShapingConfig = opt(ShapingConfig, "what a score becomes")
     data: ProblemsConfig = opt(ProblemsConfig, "problems")
     optim: OptimConfig = opt(OptimConfig(lr=5e-5, weight_decay=0.0), "optimizer")
     schedule: ScheduleConfig = opt(ScheduleConfig(kind="constant"), "learning rate over the run")
@@ -69,45 +78,57 @@ class Config:
     mesh: MeshConfig = opt(MeshConfig, "parallelism")
 
     def __post_init__(self):
-        if not self.sampling.temperature:
-            raise ConfigError("sampling.temperature=0: a group of equal answers teaches nothing; it must be positive")
+        check_sampling(self.sampling, self.grpo.importance, "grpo.importance")
+
+
+def check_sampling(sampling: SamplingConfig, importance: float, name: str) -> None:
+    """Raises: ConfigError for answers that teach nothing, or whose log-probs are not those of their distribution."""
+    if not sampling.temperature:
+        raise ConfigError("sampling.temperature=0: a group of equal answers teaches nothing; it must be positive")
+    if importance and (sampling.temperature != 1 or sampling.top_k or sampling.top_p < 1):
+        raise ConfigError(f"{name}={importance} compares log-probs: it needs sampling.temperature=1, no top_k or top_p")
 
 
 def train(config: Config) -> Result:
     """Reinforce right answers; `reward` and `right` (the share of right answers) are of the newest rollout."""
     mesh = start(config, "grpo")
     options, networks = config.grpo, open_networks(config, mesh)
-    policy = networks["policy"]
-    tokenizer = load_tokenizer(config.model, policy)
+    tokenizer = load_tokenizer(config.model, networks["policy"])
     skipped = Skipped(config.data.on_error)
-    problems = load_problems(config.data.sources, tokenizer, policy.config.max_positions, skipped)
-    reward = ExactMatch(malformed=options.malformed)
-    clip = (options.clip_low, options.clip_high)
-    objective = GRPO(*clip, options.beta, options.normalization, config.sampling.temperature)
+    problems = load_problems(config.data.sources, tokenizer, networks["policy"].config.max_positions, skipped)
+    objective = objective_of(options, config.sampling)
     total_steps = rollouts_in(config, len(problems)) * options.updates
     settings = {"name": "grpo", "total_steps": total_steps, "tokenizer": tokenizer, "skipped": skipped}
     trainer = Trainer(networks, objective, config, mesh, **settings)
+    reward, grouped = ExactMatch(malformed=options.malformed), objective.baseline in ("mean", "others")
+    sizes = {"prompts": options.prompts, "group": options.group, "rounds": options.rounds}
+    experience = Experience(
+        trainer, tokenizer, problems, reward, config, **sizes, greedy=objective.baseline == "greedy"
+    )
     for step in trainer.steps():
-        number = step // options.updates
-        chosen = share(problems_of(number, problems, options.prompts, config.run.seed), mesh)
-        seed = (config.run.seed, number)
-        with trainer.phase("sample"), trainer.whole(layers=True):
-            rollout = roll_out(policy, tokenizer, chosen, reward, config.sampling, n=options.group, seed=seed)
-        batches = [batch.to(mesh.device) for batch in to_batches(rollout, options, config.data)]
+        rollout, numbers = experience.collect(step // options.updates)
+        batches = experience.batches(rollout, options.updates, varied_only=grouped)
         # ------------------------------------------------------------------------------------------------------
-        trainer.prepare(batches)  # log-probs before the first update
-        numbers = summary(rollout, mesh) | sampler_gap(batches, objective, mesh)
+        numbers |= trainer.estimate(batches)  # log-probs before the first update, KL, advantages
         for i in range(options.updates):
-            trainer.step(batches[i :: options.updates], numbers)  # −min(ρA, clip(ρ)A) + β KL, per token
+            trainer.step(batches[i :: options.updates], numbers)  # −min(ρA, clip(ρ)A) + β KL
         # ------------------------------------------------------------------------------------------------------
     return trainer.result()
 
 
+def objective_of(options: GRPOConfig, sampling: SamplingConfig) -> PolicyGradient:
+    """The algorithm, with the options that were given in place of its own."""
+    names = ("clip_low", "clip_high", "normalization", "scale", "beta", "kl", "kl_in", "importance", "entropy")
+    given: dict[str, Any] = {name: getattr(options, name) for name in names}
+    constant = options.constant or (sampling.max_tokens if options.algorithm == "dr_grpo" else None)
+    return algorithm(options.algorithm, **given, constant=constant, temperature=sampling.temperature)
+
+
 def open_networks(config: Config, mesh: Mesh) -> dict[str, nn.Module]:
-    """The policy, and the model that it started from where the KL to it counts."""
+    """The policy, and the model that it is held to where the KL to it counts."""
     networks = {"policy": load_model(config.model, config.run.dtype, mesh)}
     if config.grpo.beta:
-        networks["reference"] = load_model(config.model, config.run.dtype, mesh, frozen=True)
+        networks["reference"] = load_model(config.reference or config.model, config.run.dtype, mesh, frozen=True)
     return networks
 
 
@@ -116,70 +137,6 @@ def rollouts_in(config: Config, problems: int) -> int:
     if config.run.steps:
         return math.ceil(config.run.steps / config.grpo.updates)
     return max(1, round(config.run.epochs * problems / config.grpo.prompts))
-
-
-def problems_of(number: int, problems: list[Problem], count: int, seed: int) -> list[Problem]:
-    """The problems of rollout `number`: shuffled passes over all of them, a function of (seed, number)."""
-    places = range(number * count, (number + 1) * count)
-    orders = {
-        e: np.random.default_rng([seed, e]).permutation(len(problems)) for e in {p // len(problems) for p in places}
-    }
-    return [problems[orders[p // len(problems)][p % len(problems)]] for p in places]
-
-
-def to_batches(rollout: Rollout, options: GRPOConfig, data: SourcesConfig) -> list[PackedBatch]:
-    """Advantages, and the stream: a group is never split; what taught nothing or was not judged is left out.
-
-    With several updates, which are dealt the batches in turn, these are small enough for each to get one, as far as
-    there are groups; an update without a batch on any rank moves nothing.
-    """
-    groups: list[Group] = []
-    for samples in rollout.groups:
-        judged = [s for s in samples if s.score is not None]
-        rewards = torch.tensor([s.score.value for s in judged])
-        if len(judged) < 2 or rewards.max() == rewards.min():
-            continue
-        advantages = group_advantages(rewards, options.scale).tolist()
-        groups.append([sample_document(s, {"advantages": a}) for s, a in zip(judged, advantages, strict=True)])
-    lengths = [sum(map(len, group)) for group in groups]
-    capacity = min(data.bin_tokens, -(-sum(lengths) // options.updates))
-    bins = plan_bins(lengths, capacity)
-    return [pack([groups[i] for i in members], multiple_of=data.quantum) for members in bins]
-
-
-def summary(rollout: Rollout, mesh: Mesh) -> dict[str, float]:
-    """What the rollout of all ranks looks like; `varied_groups` are those that teach something."""
-    samples = rollout.samples
-    scores = [s.score.value for s in samples if s.score is not None]
-    varied = [len({s.score.value for s in group if s.score is not None}) > 1 for group in rollout.groups]
-    counts = {"judged": len(scores), "samples": len(samples), "groups": len(varied)}
-    sums = {  # name → (sum, what it is a mean over)
-        "reward": (sum(scores), "judged"),
-        "right": (sum(s.right for s in samples), "judged"),
-        "length": (sum(len(s.completion.tokens) for s in samples), "samples"),
-        "ended": (sum(s.completion.finish_reason == "stop" for s in samples), "samples"),
-        "varied_groups": (sum(varied), "groups"),
-    }
-    failures = {"verifier_failures": sum(rollout.failures.values())}
-    total = all_reduce_counts(counts | failures | {name: value for name, (value, _) in sums.items()}, mesh)
-    means = {name: total[name] / (total[over] or 1.0) for name, (_, over) in sums.items()}
-    return means | {"verifier_failures": total["verifier_failures"]}
-
-
-def sampler_gap(batches: list[PackedBatch], objective: GRPO, mesh: Mesh) -> dict[str, float]:
-    """How far the sampler's log-probs are from the trainer's: the mean |difference| over the rollout's tokens.
-
-    Only where both are of the same distribution: the sampler's are always those at temperature 1.
-    """
-    if objective.temperature != 1:
-        return {}
-    sums = {"gap": 0.0, "tokens": 0.0}
-    for batch in batches:
-        old = batch.fields["old_logp"]  # [N]
-        sums["gap"] += float((old - supervised(batch.fields["sampler_logp"], batch, old)).abs().sum())
-        sums["tokens"] += len(old)
-    total = all_reduce_counts(sums, mesh)
-    return {"sampler_gap": total["gap"] / total["tokens"]} if total["tokens"] else {}
 
 
 if __name__ == "__main__":

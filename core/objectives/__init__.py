@@ -11,13 +11,14 @@ from tritium.core.objectives.base import (
     supervised_logprob,
 )
 from tritium.core.objectives.likelihood import CrossEntropy
-from tritium.core.objectives.policy import GRPO, group_advantages
+from tritium.core.objectives.policy import ALGORITHMS, PPO, PolicyGradient
 from tritium.core.objectives.preference import DPO
 from tritium.core.objectives.reward import Listwise, Pairwise, RewardObjective, plackett_luce
 
 __all__ = [
+    "ALGORITHMS",
     "DPO",
-    "GRPO",
+    "PPO",
     "CrossEntropy",
     "Listwise",
     "Loss",
@@ -25,9 +26,9 @@ __all__ = [
     "Networks",
     "Objective",
     "Pairwise",
+    "PolicyGradient",
     "RewardObjective",
     "Term",
-    "group_advantages",
     "plackett_luce",
     "sequence_sum",
     "supervised",

@@ -1,7 +1,20 @@
-"""Policy gradients: what rewards of sampled answers teach the policy that drew them."""
+"""Policy gradients: what rewards of sampled answers teach the policy that drew them.
 
+    estimate(networks, batches, mesh)   once for a rollout: log-probs, KL, advantages → batch.fields; its numbers
+    loss(outputs, batch)                in each update: −min(ρ A, clip(ρ) A) and what the options add
+
+What belongs to a sampled token is [N], the supervised tokens alone, sequence after sequence: there are no other slots
+whose values could leak. A batch's documents hold `rewards` (per token: the score at an answer's last token, or one at
+the end of each step), `scored` (1 at these) and `number` (per sequence: its place in its group, from 0).
+
+Batches with a count "ptx" are text: their cross-entropy joins the same step, over their own tokens (InstructGPT's
+PPO-ptx, arXiv 2203.02155, eq. 2).
+"""
+
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,74 +30,327 @@ from tritium.core.objectives.base import (
     supervised,
     supervised_logprob,
 )
+from tritium.kernels import gae, segment_sum
 from tritium.kernels.linear_logprob import LogProb
+from tritium.parallel.data import all_reduce_counts
+from tritium.parallel.mesh import Mesh
+
+
+def kl_estimate(policy: Tensor, reference: Tensor, kind: str) -> Tensor:
+    """KL(π ‖ ref) at tokens that π drew, from their log-probs (Schulman, "Approximating KL divergence", 2020).
+
+    With d = log π − log ref: k1 = d, unbiased, of either sign; k2 = d² / 2, biased, small variance; k3 = e^−d − 1 + d,
+    unbiased and never negative. As a *loss* their gradients are other ones: k1's is zero in the mean, k2's is that of
+    KL(π ‖ ref), k3's that of KL(ref ‖ π). As a *reward* k1 gives the gradient of KL(π ‖ ref).
+    """
+    difference = policy - reference
+    if kind == "k1":
+        return difference
+    return difference.square() / 2 if kind == "k2" else (-difference).exp() - 1.0 + difference
 
 
 @dataclass
-class GRPO(Objective):
-    """−min(ρ A, clip(ρ, 1 − ε_low, 1 + ε_high) A) + β k3, per token (Shao et al., arXiv 2402.03300, eq. 3 and 4).
+class PolicyGradient(Objective):
+    """Critic-free policy gradients, by their parts; see `ALGORITHMS`.
 
-    ρ = π / π_old. A is the group's advantage, one number per sequence in `fields["advantages"]`, as is
-    `normalization`: "token" divides by the batch's tokens (DAPO, arXiv 2503.14476, eq. 8), "sequence" takes the mean
-    within a sequence first, as the paper does. k3 = exp(ref − π) − (ref − π) − 1 ≥ 0 is the KL's estimator
-    (Schulman, "Approximating KL divergence", 2020), whose gradient here is that of the estimator itself.
+    `baseline`       what an answer is measured against: the "mean" of its group, of the "others" in it, a "greedy"
+                     answer's score (`fields["greedy"]`), or "none"
+    `scale`          "group": by the standard deviation of the group's scores; "batch": to mean 0 and variance 1 over
+                     all tokens of the rollout, on all ranks; "none"
+    `ratio`          ρ of a "token", or of a "sequence": the geometric mean over its tokens (GSPO)
+    `normalization`  the loss is a mean over tokens, over sequences of their means ("sequence"), or over sequences of
+                     their sums / `constant`
+    `beta`, `kl`     weight and estimator of the KL to the reference, `kl_in` the "loss" or the "reward"
+    `importance`     weigh each token by min(π_old / π_sampler, importance): what the sampler did otherwise (0: don't)
     """
 
+    baseline: str = "mean"
+    scale: str = "group"
+    ratio: str = "token"
     clip_low: float = 0.2
     clip_high: float = 0.2
+    normalization: str = "sequence"
+    constant: float = 1.0
     beta: float = 0.0
-    normalization: str = "token"
+    kl: str = "k3"
+    kl_in: str = "loss"
+    importance: float = 0.0
+    entropy: float = 0.0
     temperature: float = 1.0
+    ptx: float = 0.0
+
+    # ------------------------------------------------------------------------------------------ once for a rollout
 
     @torch.no_grad()
-    def prepare(self, networks: Networks, batches: Sequence[PackedBatch]) -> None:
-        for batch in batches:
-            if "old_logp" in batch.fields:  # a later update on the same rollout
-                continue
-            batch.fields["old_logp"] = supervised_logprob(networks["policy"], batch, self.temperature).logp  # [N]
-            if self.beta:
-                reference = supervised_logprob(networks["reference"], batch, self.temperature)
-                batch.fields["reference_logp"] = reference.logp  # [N]
+    def estimate(self, networks: Networks, batches: Sequence[PackedBatch], mesh: Mesh) -> dict[str, float]:
+        """Fill `fields` with what the updates need; numbers of the whole rollout. A collective."""
+        self.observe(networks, batches)
+        real = [batch for batch in batches if batch.sequences]
+        for batch in real:
+            batch.fields["advantages"] = self.advantages(batch)  # [N]
+        if self.scale == "batch":
+            whiten(real, "advantages", mesh)
+        return self.rollout_numbers(real, mesh)
 
-    def outputs(self, networks: Networks, batch: PackedBatch) -> LogProb:
-        return supervised_logprob(networks["policy"], batch, self.temperature)
+    def observe(self, networks: Networks, batches: Sequence[PackedBatch]) -> None:
+        """The log-probs before the first update, of the policy and of the reference, [N]."""
+        for batch in batches:
+            batch.fields["old_logp"] = supervised_logprob(networks["policy"], batch, self.temperature).logp
+            if "reference" in networks:
+                reference = supervised_logprob(networks["reference"], batch, self.temperature)
+                batch.fields["reference_logp"] = reference.logp
+
+    def penalty(self, batch: PackedBatch) -> Tensor | float:
+        """β · KL of each token, [N], where it counts as a reward."""
+        if not self.beta or self.kl_in != "reward":
+            return 0.0
+        return self.beta * kl_estimate(batch.fields["old_logp"], batch.fields["reference_logp"], self.kl)
+
+    def advantages(self, batch: PackedBatch) -> Tensor:
+        """[N]: what is still to come of the answer's scores, each measured against its group (Shao et al., arXiv
+        2402.03300, section 4.1.3; of one score, at the end, every token gets the same).
+
+        A KL in the reward is part of an answer's score (Ahmadian et al., arXiv 2402.14740), or without a baseline of
+        each token's reward (REINFORCE++, arXiv 2501.03262).
+        """
+        old = batch.fields["old_logp"]
+        rewards, scored = (supervised(batch.fields[name], batch, old) for name in ("rewards", "scored"))  # [N]
+        cu, kl = answer_cu(batch), self.penalty(batch)
+        if self.baseline == "none":
+            return returns_to_go(rewards - kl, cu)
+        if self.baseline == "greedy":
+            rewards = rewards - last_token(per_token(batch.fields["greedy"], batch).to(old.dtype), cu)
+        if torch.is_tensor(kl):
+            rewards = rewards - last_token(per_token(sequence_sum(kl, batch), batch), cu)
+        if self.baseline != "greedy":
+            rewards = scored * self.against_group(rewards, scored, batch, cu)
+        return returns_to_go(rewards, cu)
+
+    def against_group(self, rewards: Tensor, scored: Tensor, batch: PackedBatch, cu: Tensor) -> Tensor:
+        """Scores minus their group's baseline, and scaled: [N], meaningful where `scored`.
+
+        A group of one score has no baseline but itself: it gives 0.
+        """
+        starts = (batch.fields["number"] == 0).nonzero()[:, 0]
+        group = torch.cat([cu[starts], cu[-1:]])  # [groups + 1]
+        within = lambda values: segment_sum(values, group).repeat_interleave(  # noqa: E731
+            group.diff().long(), output_size=len(values)
+        )
+        count = within(scored)
+        centered = rewards - within(scored * rewards) / count
+        if self.baseline == "others":
+            return centered * count / (count - 1.0).clamp_min(1.0)
+        if self.scale != "group":
+            return centered
+        deviation = (within(scored * centered.square()) / (count - 1.0).clamp_min(1.0)).sqrt()
+        return centered / (deviation + 1e-4)
+
+    def rollout_numbers(self, batches: Sequence[PackedBatch], mesh: Mesh) -> dict[str, float]:
+        """Means over the rollout's tokens: KL to the reference, and how far the sampler's log-probs are from ours.
+
+        The sampler's are those at temperature 1: only then both are of the same distribution.
+        """
+        sums = {"tokens": 0.0}
+        for batch in batches:
+            old = batch.fields["old_logp"]
+            sums["tokens"] += len(old)
+            if "reference_logp" in batch.fields:
+                for kind in ("k1", "k3"):
+                    kl = kl_estimate(old, batch.fields["reference_logp"], kind)
+                    sums[f"kl_{kind}"] = sums.get(f"kl_{kind}", 0.0) + float(kl.sum())
+            if self.temperature == 1:
+                gap = (old - supervised(batch.fields["sampler_logp"], batch, old)).abs()
+                sums["sampler_gap"] = sums.get("sampler_gap", 0.0) + float(gap.sum())
+        total = all_reduce_counts(sums, mesh)
+        tokens = total.pop("tokens")
+        return {name: value / tokens for name, value in total.items()}
+
+    # ------------------------------------------------------------------------------------------ in each update
+
+    def outputs(self, networks: Networks, batch: PackedBatch) -> Any:
+        temperature = 1.0 if "ptx" in batch.counts else self.temperature
+        return supervised_logprob(networks["policy"], batch, temperature)
 
     def loss(self, outputs: LogProb, batch: PackedBatch) -> Loss:
-        weights = supervised(batch.weights, batch, outputs.logp)  # [N]
-        advantages = self.per_token(batch.fields["advantages"], batch).to(outputs.logp.dtype)  # [N]
-        denominator = "tokens"
-        if self.normalization == "sequence":
-            lengths = sequence_sum(weights, batch)
-            weights, denominator = weights / self.per_token(lengths, batch), "sequences"
-        log_ratio = outputs.logp - batch.fields["old_logp"]
-        ratio = log_ratio.exp()
-        clipped = ratio.clamp(1.0 - self.clip_low, 1.0 + self.clip_high)
-        surrogate = torch.minimum(ratio * advantages, clipped * advantages)
+        if "ptx" in batch.counts:
+            weights = supervised(batch.weights, batch, outputs.logp)
+            return {"ptx": Term(-(weights * outputs.logp).sum(), "ptx", self.ptx)}, {}
+        weights, denominator = self.weights(batch, outputs.logp)
+        each = supervised(batch.weights, batch, outputs.logp)
+        mean = lambda values: Metric((each * values).sum().detach(), "tokens")  # noqa: E731
+        token_log_ratio = outputs.logp - batch.fields["old_logp"]  # [N]
+        log_ratio = self.log_ratio(token_log_ratio, batch)
+        ratio, advantages = log_ratio.exp(), batch.fields["advantages"]
+        clipped = ratio.clamp(1.0 - self.clip_low, 1.0 + self.clip_high) * advantages
+        surrogate = torch.minimum(ratio * advantages, clipped)
+        if self.importance:
+            gap = batch.fields["old_logp"] - supervised(batch.fields["sampler_logp"], batch, outputs.logp)
+            surrogate = surrogate * gap.exp().clamp_max(self.importance)
         terms = {"loss": Term(-(weights * surrogate).sum(), denominator)}
-        if self.beta:
-            difference = batch.fields["reference_logp"] - outputs.logp
-            k3 = difference.exp() - difference - 1.0
-            terms["kl"] = Term((weights * k3).sum(), denominator, self.beta)
-        outside = ratio * advantages > clipped * advantages
-        metrics = {
-            "entropy": Metric((weights * outputs.entropy).sum().detach(), denominator),
-            "ratio": Metric((weights * ratio).sum().detach(), denominator),
-            "clip_fraction": Metric((weights * outside).sum().detach(), denominator),
-            "old_kl": Metric((weights * (ratio - log_ratio - 1.0)).sum().detach(), denominator),
-        }
+        if self.beta and self.kl_in == "loss":
+            kl = kl_estimate(outputs.logp, batch.fields["reference_logp"], self.kl)
+            terms["kl"] = Term((weights * kl).sum(), denominator, self.beta)
+        if self.entropy:
+            terms["entropy_bonus"] = Term(-(weights * outputs.entropy).sum(), denominator, self.entropy)
+        metrics = {"entropy": mean(outputs.entropy), "ratio": mean(ratio)}
+        metrics["clip_fraction"] = mean(ratio * advantages > clipped)
+        metrics["old_kl"] = mean(kl_estimate(-token_log_ratio, torch.zeros_like(ratio), "k3"))
         return terms, metrics
 
-    @staticmethod
-    def per_token(values: Tensor, batch: PackedBatch) -> Tensor:
-        """A per-sequence number [S] at each of its supervised tokens, [N]."""
-        document = torch.searchsorted(batch.cu_seqlens[1:], batch.supervised.to(torch.int32), right=True)
-        return values.index_select(0, document)
+    def weights(self, batch: PackedBatch, like: Tensor) -> tuple[Tensor, str]:
+        """What each token counts, [N], and the denominator's name, by `normalization`."""
+        weights = supervised(batch.weights, batch, like)
+        if self.normalization == "token":
+            return weights, "tokens"
+        if self.normalization == "constant":
+            return weights / self.constant, "sequences"
+        return weights / per_token(sequence_sum(weights, batch), batch), "sequences"
+
+    def log_ratio(self, tokens: Tensor, batch: PackedBatch) -> Tensor:
+        """log ρ, [N]. Of a sequence: the mean over its tokens (GSPO: Zheng et al., arXiv 2507.18071, eq. 7)."""
+        if self.ratio == "token":
+            return tokens
+        return per_token(sequence_sum(tokens, batch) / sequence_sum(torch.ones_like(tokens), batch), batch)
 
 
-def group_advantages(rewards: Tensor, scale: bool = True, eps: float = 1e-4) -> Tensor:
-    """(r − mean) / (std + eps) within each group: rewards [groups, n] → the same shape.
+REINFORCE = {"normalization": "constant", "scale": "none", "kl": "k1", "kl_in": "reward"}
 
-    `scale=False` leaves the standard deviation out (Dr. GRPO, arXiv 2503.20783, section 3.2).
+ALGORITHMS = {
+    # Shao et al., arXiv 2402.03300, eq. 3 and 4
+    "grpo": PolicyGradient(),
+    # without the deviation and the length, which favour long wrong answers (Liu et al., arXiv 2503.20783, section 3.2)
+    "dr_grpo": PolicyGradient(scale="none", normalization="constant"),
+    # Yu et al., arXiv 2503.14476, eq. 8: clip-higher, a mean over tokens; the stage adds dynamic sampling
+    "dapo": PolicyGradient(clip_high=0.28, normalization="token"),
+    # Zheng et al., arXiv 2507.18071, eq. 5, section 5.1
+    "gspo": PolicyGradient(ratio="sequence", clip_low=3e-4, clip_high=4e-4),
+    # Ahmadian et al., arXiv 2402.14740, section 3.4
+    "rloo": PolicyGradient(baseline="others", **REINFORCE),
+    # Li et al., arXiv 2310.10505, algorithm 2
+    "remax": PolicyGradient(baseline="greedy", **REINFORCE),
+    # Hu et al., arXiv 2501.03262: no baseline, k1 in each token's reward, advantages whitened over the global batch
+    "reinforce++": PolicyGradient(baseline="none", **REINFORCE | {"scale": "batch", "normalization": "token"}),
+}
+
+
+# ---------------------------------------------------------------------------------------------- with a critic
+
+
+class ActorCritic(NamedTuple):
+    logprob: LogProb
+    values: Tensor  # [N]
+
+
+@dataclass
+class PPO(PolicyGradient):
+    """Proximal policy optimisation (Schulman et al., arXiv 1707.06347) of language models (Ziegler et al., arXiv
+    1909.08593; "The N implementation details of RLHF with PPO", 2023; Huang et al., arXiv 2403.17031).
+
+    Each token is an action. Its reward is −β KL, and at the answer's end the score; the advantages are those of `gae`,
+    whitened over all tokens of the rollout on all ranks. `value_clip` keeps a new value within that of the old one
+    (0: free) before the squared error, of the two the worse counts.
     """
-    centered = rewards - rewards.mean(-1, keepdim=True)
-    return centered / (rewards.std(-1, keepdim=True) + eps) if scale else centered
+
+    baseline: str = "none"
+    scale: str = "batch"
+    normalization: str = "token"
+    kl: str = "k1"
+    kl_in: str = "reward"
+    gamma: float = 1.0
+    lam: float = 0.95
+    value_clip: float = 0.2
+    value_coefficient: float = 0.5
+
+    def observe(self, networks: Networks, batches: Sequence[PackedBatch]) -> None:
+        super().observe(networks, batches)
+        for batch in batches:
+            batch.fields["old_values"] = self.values(networks, batch)
+
+    def advantages(self, batch: PackedBatch) -> Tensor:
+        values = batch.fields["old_values"]
+        rewards = supervised(batch.fields["rewards"], batch, values) - self.penalty(batch)
+        advantages, batch.fields["returns"] = gae(rewards, values, answer_cu(batch), self.gamma, self.lam)
+        return advantages
+
+    def rollout_numbers(self, batches: Sequence[PackedBatch], mesh: Mesh) -> dict[str, float]:
+        """Also how much of the returns' variance the values explain."""
+        numbers = super().rollout_numbers(batches, mesh)
+        errors = [batch.fields["returns"] - batch.fields["old_values"] for batch in batches]
+        _, unexplained = moments(errors, mesh)
+        mean, variance = moments([batch.fields["returns"] for batch in batches], mesh)
+        return numbers | {"returns": mean, "explained_variance": 1 - unexplained / variance if variance else 0.0}
+
+    def values(self, networks: Networks, batch: PackedBatch) -> Tensor:
+        values = networks["critic"].values(batch.tokens, batch.cu_seqlens, batch.positions)  # [T]
+        return values.index_select(0, batch.supervised)
+
+    def outputs(self, networks: Networks, batch: PackedBatch) -> Any:
+        logprob = super().outputs(networks, batch)
+        return logprob if "ptx" in batch.counts else ActorCritic(logprob, self.values(networks, batch))
+
+    def loss(self, outputs: Any, batch: PackedBatch) -> Loss:
+        if "ptx" in batch.counts:
+            return super().loss(outputs, batch)
+        terms, metrics = super().loss(outputs.logprob, batch)
+        values, old, returns = outputs.values, batch.fields["old_values"], batch.fields["returns"]
+        error = (values - returns).square()
+        if self.value_clip:
+            clipped = old + (values - old).clamp(-self.value_clip, self.value_clip)
+            error, free = torch.maximum(error, (clipped - returns).square()), error
+            metrics["value_clip_fraction"] = Metric((error > free).to(error.dtype).sum().detach(), "tokens")
+        terms["value_loss"] = Term(error.sum() / 2, "tokens", self.value_coefficient)
+        return terms, metrics
+
+
+def adapted(beta: float, kl: float, target: float, gain: float = 0.1) -> float:
+    """β after a rollout whose KL was `kl`: e = clip(kl / target − 1, ±0.2), β (1 + gain · e) (Ziegler et al., section
+    2.2, whose KL is that of a whole answer)."""
+    return beta * (1.0 + gain * min(max(kl / target - 1.0, -0.2), 0.2))
+
+
+# ---------------------------------------------------------------------------------------------- of sampled tokens
+
+
+def answer_cu(batch: PackedBatch) -> Tensor:
+    """Where each sequence's supervised tokens begin among all of them, and the last ends: [S+1] int32."""
+    ends = batch.cu_seqlens[: batch.sequences + 1].long()
+    return torch.searchsorted(batch.supervised, ends).int()
+
+
+def per_token(values: Tensor, batch: PackedBatch) -> Tensor:
+    """A per-sequence number [S] at each of its supervised tokens, [N]."""
+    counts = answer_cu(batch).diff().long()
+    return values.repeat_interleave(counts, output_size=len(batch.supervised))
+
+
+def last_token(values: Tensor, cu: Tensor) -> Tensor:
+    """`values` [N] at each sequence's last token, 0 elsewhere."""
+    last = torch.zeros(len(values), dtype=torch.bool, device=values.device)
+    last[(cu[1:] - 1).long()] = True
+    return values * last
+
+
+def returns_to_go(rewards: Tensor, cu: Tensor) -> Tensor:
+    """Σ of a sequence's rewards from each token on, [N]."""
+    return gae(rewards, torch.zeros_like(rewards), cu, 1.0, 1.0)[0]
+
+
+def moments(values: Sequence[Tensor], mesh: Mesh) -> tuple[float, float]:
+    """Mean and variance over all elements on all ranks, in fp64; (0, 0) of none."""
+    wide = [v.double() for v in values]
+    total = all_reduce_counts({"n": float(sum(map(len, wide))), "sum": float(sum(v.sum() for v in wide))}, mesh)
+    mean = total["sum"] / (total["n"] or 1.0)
+    squares = all_reduce_counts({"s": float(sum((v - mean).square().sum() for v in wide))}, mesh)["s"]
+    return mean, squares / (total["n"] or 1.0)
+
+
+def whiten(batches: Sequence[PackedBatch], name: str, mesh: Mesh) -> None:
+    """Shift and scale a field [N] to mean 0 and variance 1 over the tokens of all batches on all ranks."""
+    mean, variance = moments([batch.fields[name] for batch in batches], mesh)
+    for batch in batches:
+        batch.fields[name] = (batch.fields[name] - mean) / math.sqrt(variance + 1e-8)
+
+
+def algorithm(name: str, **options: Any) -> PolicyGradient:
+    """The named algorithm with the options that are not None in place of its own."""
+    return replace(ALGORITHMS[name], **{k: v for k, v in options.items() if v is not None})

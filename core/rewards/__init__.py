@@ -20,6 +20,8 @@ class Score:
     value: float
     reason: str = ""
     steps: tuple[float, ...] = ()
+    parts: dict[str, float] = field(default_factory=dict)
+    ends: tuple[int, ...] = ()
 
 
 class Reward(Protocol):

@@ -10,12 +10,10 @@ import torch
 from tritium.core.batch import Document, PackedBatch, pack
 from tritium.core.objectives import (
     DPO,
-    GRPO,
     CrossEntropy,
     Listwise,
     Objective,
     Pairwise,
-    group_advantages,
     plackett_luce,
 )
 from tritium.model.config import ModelConfig
@@ -170,88 +168,3 @@ def test_the_reference_of_dpo_is_computed_once():
     first = total(DPO(), networks, batch).item()
     reference.initialize(5)  # it would show if it were asked again
     assert total(DPO(), networks, batch).item() == first
-
-
-# ---------------------------------------------------------------------------------------------- policy gradient
-
-
-def rollout() -> tuple[list[list[Document]], PackedBatch]:
-    """Two groups of answers of different lengths, with advantages."""
-    rng = np.random.default_rng(5)
-    groups = [[document(rng, 3, n, advantages=a) for n, a in answers] for answers in
-              (((2, 1.25), (7, -0.75), (4, -0.5)), ((1, -1.0), (6, 1.0)))]  # fmt: skip
-    return groups, pack(groups)
-
-
-def grpo_formula(policy, old, reference, groups, low, high, beta, normalization, temperature) -> torch.Tensor:
-    """Shao et al., eq. 3 with eq. 4, answer by answer and token by token; the mean over answers, or over tokens."""
-    answers = [d for group in groups for d in group]
-    tokens = sum(int((d.weights > 0).sum()) for d in answers)
-    objective = 0.0
-    for d in answers:
-        pi, pi_old, pi_ref = (answer_logps(m, d, temperature).exp() for m in (policy, old, reference))
-        inner = 0.0
-        for t in range(len(pi)):
-            rho, a = pi[t] / pi_old[t].detach(), d.fields["advantages"]
-            kl = pi_ref[t].detach() / pi[t] - torch.log(pi_ref[t].detach() / pi[t]) - 1
-            inner = inner + torch.min(rho * a, torch.clamp(rho, 1 - low, 1 + high) * a) - beta * kl
-        share = 1 / tokens if normalization == "token" else 1 / (len(answers) * len(pi))
-        objective = objective + share * inner
-    return -objective
-
-
-@pytest.mark.parametrize("normalization", ["token", "sequence"])
-@pytest.mark.parametrize(("beta", "temperature"), [(0.0, 1.0), (0.05, 0.7)])
-def test_grpo(normalization, beta, temperature):
-    groups, batch = rollout()
-    old, policy, reference = model(0), model(0), model(9)
-    with torch.no_grad():  # a little away from the policy that drew the answers: some ratios are clipped
-        for i, p in enumerate(policy.parameters()):
-            p += 0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(i), dtype=p.dtype)
-    objective = GRPO(0.1, 0.2, beta, normalization, temperature)
-    objective.prepare(torch.nn.ModuleDict({"policy": old, "reference": reference}), [batch])
-    networks = {"policy": policy, "reference": reference}
-    expected = grpo_formula(policy, old, reference, groups, 0.1, 0.2, beta, normalization, temperature)
-    assert_same(policy, total(objective, networks, batch), expected)
-    assert 0 < metrics(objective, networks, batch)["clip_fraction"] < 1
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-@pytest.mark.parametrize("normalization", ["token", "sequence"])
-def test_grpo_starts_with_ratio_1_and_nothing_clipped(dtype, normalization):
-    policy = Transformer(SHAPE, dtype=dtype).initialize(0)
-    values = metrics(GRPO(normalization=normalization), {"policy": policy}, rollout()[1])
-    assert values["ratio"] == pytest.approx(1.0, abs=1e-6)
-    assert values["clip_fraction"] == 0.0 and values["old_kl"] == pytest.approx(0.0, abs=1e-12)
-
-
-def test_the_first_grpo_gradient_is_the_policy_gradient():
-    groups, batch = rollout()
-    policy = model(0)
-    expected = sum(-d.fields["advantages"] * answer_logps(policy, d).sum() for group in groups for d in group)
-    loss = total(GRPO(), {"policy": policy}, batch)
-    for a, b in zip(
-        torch.autograd.grad(loss, list(policy.parameters())),
-        torch.autograd.grad(expected / batch.counts["tokens"], list(policy.parameters())),
-        strict=True,
-    ):
-        torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
-
-
-def test_old_logps_stay_those_of_the_rollout():
-    policy, (_, batch) = model(0), rollout()
-    objective, networks = GRPO(), torch.nn.ModuleDict({"policy": policy})
-    objective.prepare(networks, [batch])
-    before = batch.fields["old_logp"].clone()
-    policy.initialize(7)
-    objective.prepare(networks, [batch])
-    assert torch.equal(batch.fields["old_logp"], before)
-
-
-def test_group_advantages():
-    rewards = torch.tensor([[1.0, 0.0, 0.0, 1.0], [3.0, 1.0, 1.0, 1.0]])
-    centered = torch.tensor([[0.5, -0.5, -0.5, 0.5], [1.5, -0.5, -0.5, -0.5]])
-    assert torch.equal(group_advantages(rewards, scale=False), centered)
-    deviation = torch.tensor([[math.sqrt(1 / 3)], [1.0]])
-    torch.testing.assert_close(group_advantages(rewards), centered / (deviation + 1e-4))
-    assert torch.equal(group_advantages(torch.ones(1, 4)), torch.zeros(1, 4))

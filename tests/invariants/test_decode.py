@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from tritium.core.batch import Document, pack
-from tritium.core.objectives import GRPO, supervised_logprob
+from tritium.core.objectives import PolicyGradient, supervised_logprob
 from tritium.model.config import ModelConfig
 from tritium.model.generate import generate
 from tritium.model.transformer import Transformer
@@ -61,7 +61,6 @@ def test_generating_leaves_the_model_and_its_gradients_alone():
     _, completions = drawn(model, 4)
     for p, value in zip(model.parameters(), before, strict=True):
         assert torch.equal(p, value) and p.grad is None and p.requires_grad
-    batch = pack([[Document(np.array([1, 2, 3], np.int32), np.ones(3, np.float32), {"advantages": 1.0})]])
+    batch = pack([[Document(np.array([1, 2, 3], np.int32), np.ones(3, np.float32))]])
     networks = torch.nn.ModuleDict({"policy": model})
-    GRPO().prepare(networks, [batch])
-    assert GRPO().outputs(networks, batch).logp.requires_grad
+    assert PolicyGradient().outputs(networks, batch).logp.requires_grad

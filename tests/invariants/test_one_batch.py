@@ -9,10 +9,11 @@ import torch
 from torch import nn
 
 from tritium.core.batch import Document, pack
-from tritium.core.objectives import DPO, GRPO, CrossEntropy, Listwise, Pairwise, supervised_logprob
+from tritium.core.objectives import DPO, PPO, CrossEntropy, Listwise, Pairwise, PolicyGradient, supervised_logprob
 from tritium.model.config import ModelConfig
 from tritium.model.heads import ScalarModel
 from tritium.model.transformer import Transformer
+from tritium.parallel.mesh import Mesh
 
 pytestmark = pytest.mark.usefixtures("quick")
 SHAPE = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_layers": 2, "max_positions": 30}
@@ -27,8 +28,10 @@ OBJECTIVES = {
     "pairwise": (Pairwise(centering=0.1), 2, "pairs"),
     "listwise": (Listwise(), 3, "rankings"),
     "dpo": (DPO(beta=0.3, sft=0.5), 2, "pairs"),
-    "grpo by token": (GRPO(beta=0.1), 4, "groups"),
-    "grpo by sequence": (GRPO(beta=0.1, normalization="sequence"), 4, "groups"),
+    "grpo by token": (PolicyGradient(beta=0.1, normalization="token"), 4, "groups"),
+    "grpo by sequence": (PolicyGradient(beta=0.1), 4, "groups"),
+    "gspo": (PolicyGradient(ratio="sequence"), 4, "groups"),
+    "ppo": (PPO(beta=0.1), 4, "groups"),
 }
 
 
@@ -45,7 +48,9 @@ def groups(size: int, count: int = 8, seed: int = 0) -> list[list[Document]]:
         for rank in range(size):
             n = int(rng.integers(2, 31))
             weights = (np.arange(n) >= rng.integers(1, n)).astype(np.float32)
-            fields = {"rank": float(rank), "advantages": float(np.float32(rng.normal()))}
+            fields = {"rank": float(rank), "number": float(rank), "sampler_logp": np.zeros(n, np.float32)}
+            fields["scored"] = (np.arange(n) == n - 1).astype(np.float32)
+            fields["rewards"] = fields["scored"] * np.float32(rng.normal())
             group.append(Document(rng.integers(0, 40, n).astype(np.int32), weights, fields))
         made.append(group)
     return made
@@ -69,6 +74,8 @@ def test_the_losses_of_packed_documents_are_those_of_each_alone(name):
 
 def gradients(objective, networks: nn.ModuleDict, batches, parameters) -> tuple[float, list[torch.Tensor]]:
     """Loss and gradients of a step, as the trainer defines them: sums over global counts."""
+    if isinstance(objective, PolicyGradient):
+        objective.estimate(networks, batches, Mesh.single())
     objective.prepare(networks, batches)
     counts = {key: sum(batch.counts[key] for batch in batches) for key in batches[0].counts}
     loss, total = 0.0, [torch.zeros_like(p) for p in parameters]
@@ -88,8 +95,9 @@ def test_eight_bins_of_one_group_are_one_bin_of_eight(name):
     model = build(MODELS["tied head, biases"])
     trained = ScalarModel(model).initialize(2) if counted in ("pairs", "rankings") and "wise" in name else model
     reference = build(MODELS["tied head, biases"], seed=5).requires_grad_(False)
-    networks = nn.ModuleDict({"policy": model, "reward": trained, "reference": reference})
-    parameters = list(trained.parameters())
+    critic = ScalarModel(build(MODELS["own head, normed heads"], seed=3)).initialize(4)
+    networks = nn.ModuleDict({"policy": model, "reward": trained, "reference": reference, "critic": critic})
+    parameters = [*trained.parameters(), *(critic.parameters() if name == "ppo" else ())]
     made = groups(size)
     cuts = {
         "1 × 8": [pack(made, {counted: 8.0})],

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from tritium.core.config import from_dict
+from tritium.core.experience import ShapingConfig, summary
 from tritium.core.rewards import Score
 from tritium.core.rollout import Problem, Rollout, Sample
 from tritium.core.tokenizer import Tokenizer
@@ -25,16 +26,17 @@ def summary_of(groups_per_rank: list[list[list[Sample]]]) -> dict[str, float]:
     mesh = init_mesh()
     rollout = Rollout(groups_per_rank[mesh.rank])
     rollout.failures["broken"] = sum(s.score is None for s in rollout.samples)
-    return grpo.summary(rollout, mesh)
+    return summary(rollout, ShapingConfig(), 8, mesh)
 
 
 def test_a_rollouts_numbers_are_those_of_all_ranks(pool2):
     first, second = [group(1, 0), group(1, 1)], [group(None, -0.5, length=8)]
     expected = {"reward": 2.5 / 5, "right": 3 / 5, "length": 24 / 6, "ended": 4 / 6, "varied_groups": 1 / 3}
+    expected |= {"shaped_reward": 2.5 / 5, "samples": 6.0}
     assert pool2.run(summary_of, [first, second]) == [pytest.approx(expected | {"verifier_failures": 1.0})] * 2
-    alone = grpo.summary(Rollout(first), Mesh.single())
+    alone = summary(Rollout(first), ShapingConfig(), 8, Mesh.single())
     assert pool2.run(summary_of, [first, []]) == [alone] * 2  # a rank may have no problem at all
-    assert set(grpo.summary(Rollout([]), Mesh.single()).values()) == {0.0}
+    assert set(summary(Rollout([]), ShapingConfig(), 8, Mesh.single()).values()) == {0.0}
 
 
 @pytest.fixture

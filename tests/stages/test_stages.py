@@ -5,6 +5,7 @@ import json
 import math
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ import torch
 import tritium
 from tritium.core.config import ConfigError
 from tritium.core.data import DataConfig
+from tritium.core.experience import Experience, problems_of
 from tritium.core.optim import OptimConfig
 from tritium.core.rewards import Score
 from tritium.core.rollout import Problem, Rollout, Sample
@@ -126,13 +128,13 @@ def test_grpo_goes_through_all_problems_before_it_repeats_one():
     passes = [[p.index for n in (5 * e, 5 * e + 1, 5 * e + 2, 5 * e + 3, 5 * e + 4) for p in chosen(n, problems)]
               for e in range(3)]  # fmt: skip
     assert all(sorted(found) == list(range(10)) for found in passes) and passes[0] != passes[1] != passes[2]
-    across = grpo.problems_of(1, problems, 7, seed=0)  # the end of one pass, and the beginning of the next
+    across = problems_of(1, problems, 7, seed=0)  # the end of one pass, and the beginning of the next
     assert [p.index for p in across] == (passes[0] + passes[1])[7:14]
-    assert grpo.problems_of(0, problems, 10, seed=1) != grpo.problems_of(0, problems, 10, seed=0)
+    assert problems_of(0, problems, 10, seed=1) != problems_of(0, problems, 10, seed=0)
 
 
 def chosen(number: int, problems: list[Problem]) -> list[Problem]:
-    return grpo.problems_of(number, problems, 2, seed=0)
+    return problems_of(number, problems, 2, seed=0)
 
 
 def test_grpo_trains_on_groups_that_differ_and_on_answers_that_were_judged():
@@ -144,12 +146,14 @@ def test_grpo_trains_on_groups_that_differ_and_on_answers_that_were_judged():
     rollout = Rollout(
         [group(0, 1, 1), group(1, 1, 0), group(2, None, 1), group(3, 0, None, 1, 1), group(4, None, None)]
     )
-    options = grpo.GRPOConfig(updates=2, scale=False)
-    batches = grpo.to_batches(rollout, options, grpo.ProblemsConfig(bin_tokens=64))
+    config = grpo.Config(data=grpo.ProblemsConfig(bin_tokens=64), model="")
+    trainer = SimpleNamespace(mesh=Mesh.single())
+    batches = Experience(trainer, None, [], None, config, 5).batches(rollout, updates=2, varied_only=True)
     assert [batch.sequences for batch in batches] == [2, 3]  # two updates get a batch each; groups are whole
     first, second = batches
-    assert first.fields["advantages"].tolist() == [0.5, -0.5]
-    assert second.fields["advantages"].tolist() == pytest.approx([-2 / 3, 1 / 3, 1 / 3])
+    assert first.fields["rewards"][first.supervised].tolist() == [0, 1, 0, 0]
+    assert second.fields["rewards"][second.supervised].tolist() == [0, 0, 0, 1, 0, 1]
+    assert second.fields["number"].tolist() == [0, 1, 2]
     assert first.tokens[:8].tolist() == [51, 9, 1, 2] * 2  # token in, token out
     assert first.targets[first.supervised].tolist() == [1, 2] * 2
 

@@ -1,0 +1,217 @@
+"""Experience: from problems to sampled and rewarded answers to the batches of a policy gradient; `grpo` and `ppo`.
+
+which problems      shuffled passes over all, or those that are neither always solved nor never (a pass-rate band)
+sample, judge       core/rollout.py; again, where too few groups differ (DAPO's dynamic sampling)
+shape               clip(scale · score), less what a missing end or too long an answer costs
+pack                a group is never split; what was not judged, or teaches nothing, is left out
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from tritium.core.batch import Group, PackedBatch, pack, plan_bins
+from tritium.core.config import ConfigError, opt
+from tritium.core.data import SourcesConfig
+from tritium.core.rewards import Reward
+from tritium.core.rollout import Problem, Rollout, Sample, SamplingConfig, roll_out, sample_document, share
+from tritium.core.tokenizer import Tokenizer
+from tritium.core.trainer import Trainer
+from tritium.parallel.data import all_reduce_counts
+from tritium.parallel.mesh import Mesh
+
+RECHECK = 20  # rollouts after which a problem outside the band is tried again
+
+
+@dataclass
+class ShapingConfig:
+    """What a score becomes before it is learned from."""
+
+    scale: float = opt(1.0, "scores are multiplied by this")
+    clip: float = opt(0.0, "then cut to ± this (0: not at all)")
+    missing_eos: float = opt(0.0, "taken off an answer that did not end by itself")
+    overlong: int = opt(0, "over so many tokens before sampling.max_tokens a reward falls by 1, linearly (DAPO)")
+
+    def __post_init__(self):
+        if min(self.clip, self.missing_eos, self.overlong) < 0:
+            raise ConfigError("shaping.clip, shaping.missing_eos and shaping.overlong must not be negative")
+
+
+@dataclass
+class ProblemsConfig(SourcesConfig):
+    """Which problems, and how long the micro-batches of their answers are."""
+
+    sources: list[str] = opt([], "files of problems")
+    bin_tokens: int = opt(8192, "tokens of a micro-batch (a bin)")
+    band: list[float] = opt([0.0, 1.0], "lowest and highest share of right answers of problems to train on")
+
+    def __post_init__(self):
+        super().__post_init__()
+        if len(self.band) != 2 or not 0 <= self.band[0] < self.band[1] <= 1:
+            raise ConfigError(f"data.band={self.band} must be two shares, the lower one first, e.g. 0.1,0.9")
+
+
+@dataclass
+class Experience:
+    """Where a stage's experience comes from. `verifier` only measures: whether answers are right, whatever is rewarded.
+
+    `group` answers to each of `prompts` problems; with `rounds` > 1 more problems are tried, until so many groups have
+    answers of different scores.
+    """
+
+    trainer: Trainer
+    tokenizer: Tokenizer
+    problems: list[Problem]
+    reward: Reward
+    settings: Any  # a stage's config: sampling, shaping, data, run
+    prompts: int
+    group: int = 1
+    rounds: int = 1
+    greedy: bool = False
+    verifier: Reward | None = None
+
+    def collect(self, number: int) -> tuple[Rollout, dict[str, float]]:
+        """Rollout `number`, this rank's part, and its numbers over all ranks. A collective."""
+        trainer, mesh, start = self.trainer, self.trainer.mesh, time.perf_counter()
+        rollout = Rollout([])
+        with trainer.phase("sample"), trainer.whole(layers=True):
+            for attempt in range(self.rounds):
+                drawn = self.draw(number * self.rounds + attempt)
+                rollout = Rollout(rollout.groups + drawn.groups, rollout.failures + drawn.failures)
+                if self.rounds == 1 or varied(rollout, mesh) >= self.prompts:
+                    break
+            greedy = self.greedy_scores(rollout, number) if self.greedy else None
+        seconds = time.perf_counter() - start
+        numbers = summary(rollout, self.settings.shaping, self.settings.sampling.max_tokens, mesh)
+        numbers["sampled_tokens_per_second"] = numbers["length"] * numbers.pop("samples") / seconds
+        self.remember(rollout, number)
+        rollout.greedy = greedy
+        return rollout, numbers
+
+    def draw(self, number: int) -> Rollout:
+        data, seed = self.settings.data, self.settings.run.seed
+        rates = None if data.band == [0.0, 1.0] else self.trainer.notes.get("pass_rates", {})
+        chosen = share(problems_of(number, self.problems, self.prompts, seed, rates, data.band), self.trainer.mesh)
+        return self.answers(chosen, self.settings.sampling, self.group, (seed, number))
+
+    def answers(self, chosen: Sequence[Problem], sampling: SamplingConfig, n: int, seed: Sequence[int]) -> Rollout:
+        policy = self.trainer.networks["policy"]
+        return roll_out(policy, self.tokenizer, chosen, self.reward, sampling, n=n, seed=seed, verifier=self.verifier)
+
+    def greedy_scores(self, rollout: Rollout, number: int) -> list[float]:
+        """The shaped score of the likeliest answer to each group's problem (0 where the judge failed)."""
+        likeliest = SamplingConfig(0.0, max_tokens=self.settings.sampling.max_tokens)
+        found = self.answers([group[0].problem for group in rollout.groups], likeliest, 1, (number,))
+        values = [self.shaped(group[0]) for group in found.groups]
+        return [0.0 if value is None else value for value in values]
+
+    def shaped(self, sample: Sample) -> float | None:
+        return shaped(sample, self.settings.shaping, self.settings.sampling.max_tokens)
+
+    def remember(self, rollout: Rollout, number: int) -> None:
+        """Note each problem's share of right answers, and when it was: checkpoints keep it."""
+        if self.settings.data.band != [0.0, 1.0]:
+            rates = {str(g[0].problem.index): [float(np.mean([s.right for s in g])), number] for g in rollout.groups}
+            notes = self.trainer.notes.setdefault("pass_rates", {})
+            for part in self.trainer.mesh.gather_objects(rates):
+                notes |= part
+
+    def batches(self, rollout: Rollout, updates: int, varied_only: bool) -> list[PackedBatch]:
+        """The stream of this rank's answers, cut so that each of `updates`, which are dealt the batches in turn, gets
+        one as far as there are groups; an update without a batch on any rank moves nothing."""
+        groups: list[Group] = []
+        for i, samples in enumerate(rollout.groups):
+            judged = [s for s in samples if s.score is not None]
+            if not judged or (varied_only and len({s.score.value for s in judged}) < 2):
+                continue
+            extra = {} if rollout.greedy is None else {"greedy": rollout.greedy[i]}
+            groups.append([self.document(s, {"number": float(j)} | extra) for j, s in enumerate(judged)])
+        lengths, data = [sum(map(len, group)) for group in groups], self.settings.data
+        bins = plan_bins(lengths, min(data.bin_tokens, -(-sum(lengths) // updates)))
+        packed = [pack([groups[i] for i in members], multiple_of=data.quantum) for members in bins]
+        return [batch.to(self.trainer.mesh.device) for batch in packed]
+
+    def document(self, sample: Sample, fields: dict[str, float]):
+        """With the shaped score at the answer's last token, and step scores where the judge gave any."""
+        rewards = np.zeros(len(sample.completion.tokens), np.float32)
+        scored = np.zeros_like(rewards)
+        steps = dict(zip(sample.score.ends, sample.score.steps, strict=True)) if sample.score.ends else {}
+        for at, value in (steps or {len(rewards) - 1: self.shaped(sample)}).items():
+            rewards[at] += value
+            scored[at] = 1.0
+        return sample_document(sample, fields, {"rewards": rewards, "scored": scored})
+
+
+def shaped(sample: Sample, shaping: ShapingConfig, max_tokens: int) -> float | None:
+    """The reward of a whole answer; None where the judge failed. `overlong` is the soft punishment of Yu et al., arXiv
+    2503.14476, eq. 13."""
+    if sample.score is None:
+        return None
+    value = sample.score.value * shaping.scale
+    value = min(max(value, -shaping.clip), shaping.clip) if shaping.clip else value
+    if sample.completion.finish_reason != "stop":
+        value -= shaping.missing_eos
+    if shaping.overlong:
+        value -= max(0.0, 1.0 - (max_tokens - len(sample.completion.tokens)) / shaping.overlong)
+    return value
+
+
+def varied(rollout: Rollout, mesh: Mesh) -> float:
+    """On all ranks, the groups whose answers differ in score."""
+    found = sum(len({s.score.value for s in group if s.score is not None}) > 1 for group in rollout.groups)
+    return all_reduce_counts({"varied": float(found)}, mesh)["varied"]
+
+
+def problems_of(
+    number: int,
+    problems: list[Problem],
+    count: int,
+    seed: int,
+    rates: dict[str, list[float]] | None = None,
+    band: Sequence[float] = (0.0, 1.0),
+) -> list[Problem]:
+    """The problems of rollout `number`: shuffled passes over all of them, a function of (seed, number).
+
+    With `rates` ({index: [share of right answers, rollout]}), a draw from those that are within `band`, or were not
+    tried for a while; from all where these are too few.
+    """
+    if rates is not None:
+        known = [rates.get(str(p.index)) for p in problems]
+        open_ = lambda r: r is None or number - r[1] >= RECHECK or band[0] <= r[0] <= band[1]  # noqa: E731
+        within = [p for p, r in zip(problems, known, strict=True) if open_(r)]
+        within = within if len(within) >= count else problems
+        order = np.random.default_rng([seed, number]).permutation(len(within))
+        return [within[i] for i in order[:count]]
+    places = range(number * count, (number + 1) * count)
+    orders = {
+        e: np.random.default_rng([seed, e]).permutation(len(problems)) for e in {p // len(problems) for p in places}
+    }
+    return [problems[orders[p // len(problems)][p % len(problems)]] for p in places]
+
+
+def summary(rollout: Rollout, shaping: ShapingConfig, max_tokens: int, mesh: Mesh) -> dict[str, float]:
+    """What the rollout of all ranks looks like; `varied_groups` are those that teach something, reward/NAME are the
+    means of the judge's components before their weights."""
+    samples = rollout.samples
+    judged = [s for s in samples if s.score is not None]
+    groups = [{s.score.value for s in group if s.score is not None} for group in rollout.groups]
+    sums = {  # name → (sum, what it is a mean over)
+        "reward": (sum(s.score.value for s in judged), "judged"),
+        "shaped_reward": (sum(shaped(s, shaping, max_tokens) for s in judged), "judged"),
+        "right": (sum(s.right for s in judged), "judged"),
+        "length": (sum(len(s.completion.tokens) for s in samples), "samples"),
+        "ended": (sum(s.completion.finish_reason == "stop" for s in samples), "samples"),
+        "varied_groups": (sum(len(values) > 1 for values in groups), "groups"),
+    }
+    for name in dict.fromkeys(name for s in judged for name in s.score.parts):
+        sums[f"reward/{name}"] = (sum(s.score.parts.get(name, 0.0) for s in judged), "judged")
+    counts = {"judged": len(judged), "samples": len(samples), "groups": len(groups)}
+    failures = {"verifier_failures": sum(rollout.failures.values())}
+    total = all_reduce_counts(counts | failures | {name: float(value) for name, (value, _) in sums.items()}, mesh)
+    over = {name: counted for name, (_, counted) in sums.items()}  # a component that only other ranks saw: "judged"
+    names = [name for name in total if name not in counts and name not in failures]
+    means = {name: total[name] / (total[over.get(name, "judged")] or 1.0) for name in names}
+    return means | {"verifier_failures": total["verifier_failures"], "samples": total["samples"]}
