@@ -60,7 +60,7 @@ class Sample:
     def right(self) -> bool:
         """Whether the judge found it right; one that failed found nothing."""
         score = self.verified or self.score
-        return score is not None and score.value >= 1.0
+        return score is not None and score.solved
 
 
 @dataclass

@@ -3,7 +3,8 @@
     reward(ids, text, prompt=…, reference=…) -> Score
 
 `judge` runs one over many answers. A judge that raises is *counted*, and its answer takes part in nothing: a broken
-verifier must never look like a model that is always wrong.
+verifier must never look like a model that is always wrong. A judge that is better off with many answers at once (a
+model, sandboxes side by side) also has `batch`. `make.make_reward` builds judges from text: "math + 0.1*tags".
 """
 
 import math
@@ -15,17 +16,29 @@ from typing import Protocol
 
 @dataclass(frozen=True)
 class Score:
-    """`value` for the whole answer; `steps` for its parts, where the judge sees parts; `reason` for the reader."""
+    """`value` for the whole answer; `steps` for its parts, where the judge sees parts; `reason` for the reader.
+
+    `ends[i]` is the place among the tokens where step i ends. `parts` holds the value of each component of a composed
+    judge, before its weight. `right` says whether the answer is right, where `value` does not (None: it is if ≥ 1).
+    """
 
     value: float
     reason: str = ""
     steps: tuple[float, ...] = ()
     parts: dict[str, float] = field(default_factory=dict)
     ends: tuple[int, ...] = ()
+    right: bool | None = None
+
+    @property
+    def solved(self) -> bool:
+        return self.value >= 1.0 if self.right is None else self.right
 
 
 class Reward(Protocol):
-    """A judge. `ids` are the answer's tokens as they were sampled, `text` their decoding without control tokens."""
+    """A judge. `ids` are the answer's tokens as they were sampled, `text` their decoding without control tokens.
+
+    It may have `batch(answers) -> [Score | Exception]` too, in the order of the answers.
+    """
 
     def __call__(self, ids: Sequence[int], text: str, *, prompt: str = "", reference: str = "") -> Score: ...
 
@@ -51,13 +64,37 @@ class Judged:
 def judge(reward: Reward, answers: Sequence[Answer]) -> Judged:
     """Score every answer; a judge's exception, or a score that is not finite, counts as its failure."""
     judged = Judged([])
-    for answer in answers:
-        try:
-            score = reward(answer.ids, answer.text, prompt=answer.prompt, reference=answer.reference)
-            if not math.isfinite(value := float(score.value)):
-                raise ValueError(f"the score is {value}")
-            judged.scores.append(replace(score, value=value))  # a judge may well say True, or 1
-        except Exception as error:  # a judge may fail in any way
-            judged.scores.append(None)
-            judged.failures[f"{type(error).__name__}: {error}"] += 1
+    for score in scores(reward, answers):
+        if isinstance(score, Exception):
+            judged.failures[f"{type(score).__name__}: {score}"] += 1
+        judged.scores.append(None if isinstance(score, Exception) else score)
     return judged
+
+
+def scores(reward: Reward, answers: Sequence[Answer]) -> list[Score | Exception]:
+    """The score of each answer, or what went wrong; all at once where the judge can."""
+    try:
+        given = reward.batch(answers) if hasattr(reward, "batch") else [score_one(reward, a) for a in answers]
+        if len(given) != len(answers):
+            raise ValueError(f"{len(given)} scores for {len(answers)} answers")
+        return [checked(score) for score in given]
+    except Exception as error:  # a judge may fail in any way
+        return [error] * len(answers)
+
+
+def score_one(reward: Reward, answer: Answer) -> Score | Exception:
+    try:
+        return reward(answer.ids, answer.text, prompt=answer.prompt, reference=answer.reference)
+    except Exception as error:
+        return error
+
+
+def checked(score: Score | Exception) -> Score | Exception:
+    """With a finite float as its value: a judge may well say True, or 1."""
+    if isinstance(score, Exception):
+        return score
+    try:
+        value = float(score.value)
+    except (AttributeError, TypeError, ValueError) as error:
+        return error
+    return replace(score, value=value) if math.isfinite(value) else ValueError(f"the score is {value}")

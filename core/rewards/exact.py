@@ -3,6 +3,7 @@
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 
 from tritium.core.chat import parse_reasoning
 from tritium.core.rewards import Score
@@ -29,6 +30,25 @@ class ExactMatch:
         if final_answer(answer, reference) == normal(reference):
             return Score(1.0, "right")
         return Score(0.0, f"wrong: {answer[-40:]!r} is not {reference!r}")
+
+
+@dataclass(frozen=True)
+class NumberMatch:
+    """1 where the answer's last number equals the reference's (its only or last one) within `tolerance`, relative."""
+
+    tolerance: float = 0.0
+    malformed: float = 0.0
+
+    def __call__(self, ids: Sequence[int], text: str, *, prompt: str = "", reference: str = "") -> Score:
+        wanted, found = (NUMBER.findall(t.replace("−", "-")) for t in (reference, parse_reasoning(text)[1]))
+        if not wanted:
+            raise ValueError(f"the reference {reference!r} holds no number")
+        if not found:
+            return Score(self.malformed, "no number")
+        value, target = (Fraction(numbers[-1].replace(",", "")) for numbers in (found, wanted))
+        if abs(value - target) <= Fraction(self.tolerance) * abs(target):
+            return Score(1.0, "right")
+        return Score(0.0, f"wrong: {found[-1]} is not {wanted[-1]}")
 
 
 def final_answer(answer: str, reference: str) -> str:

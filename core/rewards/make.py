@@ -1,0 +1,219 @@
+"""Judges from text, and judges made of judges.
+
+    math                                         one judge
+    math + 0.2*tags("think", "answer") - 0.5*repetition     a weighted sum; each component is kept in Score.parts
+    gate(json("name"), math)                     math where the first is 1, else 0
+    clip(math - 0.01*length(100, 200), -1, 1)    bounded
+    abstain(math, right=1, abstained=0, wrong=-4)
+
+The text is Python's syntax, read but never run: names, calls with constants, +, −, and * with a number.
+"""
+
+import ast
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from tritium.core.chat import parse_reasoning
+from tritium.core.config import ConfigError, nearest
+from tritium.core.rewards import Answer, Reward, Score, scores
+from tritium.core.rewards.exact import ExactMatch, NumberMatch
+from tritium.core.rewards.maths import MathMatch
+from tritium.core.rewards.text import Json, Language, Length, Regex, Repetition, Tags, Words
+
+
+class Composed:
+    """A judge made of judges: one answer is a batch of one."""
+
+    def __call__(self, ids: Sequence[int], text: str, *, prompt: str = "", reference: str = "") -> Score:
+        (score,) = self.batch([Answer(ids, text, prompt, reference)])
+        if isinstance(score, Exception):
+            raise score
+        return score
+
+
+@dataclass(frozen=True)
+class WeightedSum(Composed):
+    """Σ weight · judge. `parts` are the judges' own values; an answer is right where the first judge says so.
+
+    Where one judge fails, the sum fails, with its name.
+    """
+
+    judges: dict[str, Reward]
+    weights: dict[str, float]
+
+    def batch(self, answers: Sequence[Answer]) -> list[Score | Exception]:
+        columns = {name: scores(judge, answers) for name, judge in self.judges.items()}
+        return [self.total({name: column[i] for name, column in columns.items()}) for i in range(len(answers))]
+
+    def total(self, given: dict[str, Score | Exception]) -> Score | Exception:
+        for name, score in given.items():
+            if isinstance(score, Exception):
+                return type(score)(f"{name}: {score}") if type(score) in (ValueError, RuntimeError) else score
+        value = sum(self.weights[name] * score.value for name, score in given.items())
+        parts = {name: score.value for name, score in given.items()}
+        for score in given.values():
+            parts |= score.parts
+        first = next(iter(given.values()))
+        reason = "; ".join(f"{name}: {score.reason}" for name, score in given.items() if score.reason)
+        return Score(value, reason, first.steps, parts, first.solved)
+
+
+@dataclass(frozen=True)
+class Gate(Composed):
+    """What `judge` says where `condition` gives 1 or more, else `closed`; the judge is not asked there."""
+
+    condition: Reward
+    judge: Reward
+    closed: float = 0.0
+
+    def batch(self, answers: Sequence[Answer]) -> list[Score | Exception]:
+        given = scores(self.condition, answers)
+        is_open = [i for i, score in enumerate(given) if isinstance(score, Score) and score.value >= 1]
+        asked = dict(zip(is_open, scores(self.judge, [answers[i] for i in is_open]), strict=True))
+        shut = [s if isinstance(s, Exception) else replace(s, value=self.closed, right=False) for s in given]
+        return [asked.get(i, shut[i]) for i in range(len(answers))]
+
+
+@dataclass(frozen=True)
+class Clip(Composed):
+    """The judge's value, held between `low` and `high`."""
+
+    judge: Reward
+    low: float = -1.0
+    high: float = 1.0
+
+    def batch(self, answers: Sequence[Answer]) -> list[Score | Exception]:
+        def clipped(score: Score | Exception) -> Score | Exception:
+            if isinstance(score, Exception):
+                return score
+            return replace(score, value=min(max(score.value, self.low), self.high), right=score.solved)
+
+        return [clipped(score) for score in scores(self.judge, answers)]
+
+
+ABSTENTIONS = (
+    "i don't know",
+    "i do not know",
+    "don't know",
+    "not sure",
+    "cannot determine",
+    "can't determine",
+    "unknown",
+)
+
+
+@dataclass(frozen=True)
+class Abstain(Composed):
+    """Right +1, "I don't know" 0, wrong −4: guessing pays only above 80 % confidence."""
+
+    judge: Reward
+    right: float = 1.0
+    abstained: float = 0.0
+    wrong: float = -4.0
+
+    def batch(self, answers: Sequence[Answer]) -> list[Score | Exception]:
+        return [
+            Score(self.abstained, "abstained", right=False)
+            if abstains(answer.text)
+            else score
+            if isinstance(score, Exception)
+            else replace(score, value=self.right if score.solved else self.wrong, right=score.solved)
+            for answer, score in zip(answers, scores(self.judge, answers), strict=True)
+        ]
+
+
+def abstains(text: str) -> bool:
+    """Whether an answer says no more than that it does not know: "I don't know, but 7" is a guess."""
+    answer = parse_reasoning(text)[1].lower().replace("’", "'").strip(" .!*")
+    return any(answer.endswith(words) for words in ABSTENTIONS) and not any(c.isdigit() for c in answer)
+
+
+JUDGES: dict[str, Any] = {
+    "exact": ExactMatch,
+    "number": NumberMatch,
+    "math": MathMatch,
+    "regex": Regex,
+    "tags": lambda *names: Tags(names or ("think",)),
+    "json": lambda *keys: Json(keys),
+    "length": Length,
+    "repetition": Repetition,
+    "language": Language,
+    "words": Words,
+    "gate": Gate,
+    "clip": Clip,
+    "abstain": Abstain,
+}
+
+
+def make_reward(spec: str | Mapping[str, float], malformed: float | None = None) -> Reward:
+    """The judge that a text describes, or the sum that a table {text: weight} does. See the module's docstring.
+
+    `malformed` is what exact, number and math give where there is no answer, unless the text says (default: 0).
+    Raises: ConfigError naming what is wrong in the text.
+    """
+    if isinstance(spec, Mapping):
+        terms = [(weight, text) for text, weight in spec.items()]
+    else:
+        terms = [(1.0, spec)]
+    defaults = {} if malformed is None else {"malformed": malformed}
+    try:
+        flat = [
+            (w * v, node) for w, text in terms for v, node in _terms(ast.parse(text.strip(), mode="eval").body, 1.0)
+        ]
+    except SyntaxError:
+        raise ConfigError(f"reward={spec!r} can't be read: write e.g. math + 0.1*tags") from None
+    return _sum(flat, defaults)
+
+
+def _sum(terms: list[tuple[float, ast.expr]], defaults: dict) -> Reward:
+    judges: dict[str, Reward] = {}
+    weights: dict[str, float] = {}
+    for weight, node in terms:
+        name = ast.unparse(node)
+        judges[name], weights[name] = _build(node, defaults), weights.get(name, 0.0) + weight
+    if len(judges) == 1 and next(iter(weights.values())) == 1:
+        return next(iter(judges.values()))
+    return WeightedSum(judges, weights)
+
+
+def _terms(node: ast.expr, weight: float) -> list[tuple[float, ast.expr]]:
+    """A sum as (weight, judge) each."""
+    match node:
+        case ast.BinOp(left, ast.Add() | ast.Sub() as operator, right):
+            return _terms(left, weight) + _terms(right, -weight if isinstance(operator, ast.Sub) else weight)
+        case ast.UnaryOp(ast.USub(), operand):
+            return _terms(operand, -weight)
+        case ast.BinOp(ast.Constant(int() | float() as factor), ast.Mult(), right):
+            return _terms(right, weight * factor)
+        case ast.BinOp(left, ast.Mult(), ast.Constant(int() | float() as factor)):
+            return _terms(left, weight * factor)
+    return [(weight, node)]
+
+
+def _build(node: ast.expr, defaults: dict) -> Reward:
+    name, arguments, keywords = node, [], []
+    if isinstance(node, ast.Call):
+        name, arguments, keywords = node.func, node.args, node.keywords
+    if not isinstance(name, ast.Name):
+        raise ConfigError(f"reward: {ast.unparse(node)!r} is no judge: write a name, e.g. math, or a sum of them")
+    if name.id not in JUDGES:
+        guess = nearest(name.id, list(JUDGES))
+        raise ConfigError(
+            f"reward: no judge {name.id!r}; " + (f"did you mean {guess}? " if guess else "") + ", ".join(JUDGES)
+        )
+    given = {k.arg: _argument(k.value, defaults) for k in keywords}
+    if name.id in ("exact", "number", "math"):
+        given = {**defaults, **given}
+    try:
+        return JUDGES[name.id](*(_argument(a, defaults) for a in arguments), **given)
+    except TypeError as error:
+        raise ConfigError(f"reward: {ast.unparse(node)}: {str(error).partition(') ')[2] or error}") from None
+
+
+def _argument(node: ast.expr, defaults: dict) -> Any:
+    """A constant as it is; anything else is a judge."""
+    try:
+        return ast.literal_eval(node)
+    except ValueError:
+        return _sum(_terms(node, 1.0), defaults)
