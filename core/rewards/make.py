@@ -56,7 +56,7 @@ class WeightedSum(Composed):
             parts |= score.parts
         first = next(iter(given.values()))
         reason = "; ".join(f"{name}: {score.reason}" for name, score in given.items() if score.reason)
-        return Score(value, reason, first.steps, parts, first.solved)
+        return Score(value, reason, first.steps, parts, first.ends, first.solved)
 
 
 @dataclass(frozen=True)
