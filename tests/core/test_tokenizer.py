@@ -188,13 +188,17 @@ def test_very_long_lines_are_learned_from(tmp_path):
 def test_what_is_not_a_tokenizer_is_named(tmp_path):
     with pytest.raises(UserError, match="nowhere.*No such file"):
         Tokenizer.load(tmp_path / "nowhere")
-    with pytest.raises(UserError, match="no tokenizer.model here.*found nothing"):
+    with pytest.raises(UserError, match="no tokenizer here.*found nothing"):
         Tokenizer.load(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{}")
-    with pytest.raises(UserError, match="only SentencePiece.*found tokenizer.json"):
+    with pytest.raises(UserError, match="tokenizer.json: not a tokenizer that can be read"):
         Tokenizer.load(tmp_path)
+    (tmp_path / "tokenizer.json").write_text('{"model": {"type": "Unigram"}, "pre_tokenizer": null, "decoder": null}')
+    with pytest.raises(UserError, match="no byte-level BPE.*tokenizer.model"):
+        Tokenizer.load(tmp_path)
+    (tmp_path / "tokenizer.json").unlink()
     (tmp_path / "tokenizer.model").write_text("IQ== 0\nIg== 1\n")  # tiktoken's ranks go by this name too
-    with pytest.raises(UserError, match="tokenizer.model: not a SentencePiece model"):
+    with pytest.raises(UserError, match="tokenizer.model: a tiktoken file of 2 ranks, whose pattern is unknown"):
         Tokenizer.load(tmp_path)
 
 

@@ -1,0 +1,74 @@
+"""SentencePiece as an engine of `Tokenizer`: the library encodes; a piece's bytes are ours."""
+
+from collections.abc import Sequence
+from functools import cached_property
+
+import sentencepiece
+
+from tritium.core.config import UserError
+
+_SPACE = "\u2581"
+# Fields of a serialized ModelProto that stand later win: normalizer_spec (3) { add_dummy_prefix (3): false }.
+_NO_PREFIX = b"\x1a\x02\x18\x00"
+
+
+class Pieces:
+    """SentencePiece BPE or unigram. Raises: UserError if `model` is not a serialized SentencePiece model."""
+
+    def __init__(self, model: bytes):
+        self.model = model
+        self._sp = _load(model)
+
+    @cached_property
+    def _continued(self) -> sentencepiece.SentencePieceProcessor:
+        """The same, without a space before the text: for what follows other tokens."""
+        return _load(self.model + _NO_PREFIX) if self.adds_space else self._sp
+
+    def encode(self, text: str, first: bool = True) -> list[int]:
+        """Ids of ordinary text, which the model's own space precedes where it comes `first`."""
+        return (self._sp if first else self._continued).EncodeAsIds(text)
+
+    def encode_batch(self, texts: Sequence[str], threads: int) -> list[list[int]]:
+        return self._sp.Encode(list(texts), out_type=int, num_threads=threads)
+
+    def piece_id(self, piece: str) -> int | None:
+        i = self._sp.piece_to_id(piece)
+        return i if self._sp.id_to_piece(i) == piece else None
+
+    @cached_property
+    def adds_space(self) -> bool:
+        """Whether the model puts a space before the text, which decoding takes away again."""
+        return self._sp.EncodeAsPieces("a")[0].startswith(_SPACE)
+
+    @cached_property
+    def pieces(self) -> list[str]:  # [V]
+        return self._sp.id_to_piece(list(range(self._sp.vocab_size())))
+
+    @cached_property
+    def surface(self) -> dict[int, bytes]:  # [V]
+        surface = {i: piece.replace(_SPACE, " ").encode() for i, piece in enumerate(self.pieces)}
+        for i, piece in enumerate(self.pieces):
+            if self._sp.is_byte(i):
+                surface[i] = bytes([int(piece[1:-1], 16)])
+            elif self._sp.is_unknown(i):
+                surface[i] = " \u2047 ".encode()  # as SentencePiece shows it
+        return surface
+
+    @cached_property
+    def controls(self) -> dict[str, int]:
+        return {piece: i for i, piece in enumerate(self.pieces) if self._sp.is_control(i)}
+
+    @cached_property
+    def names(self) -> dict[str, int | None]:
+        sp = self._sp
+        ids = {"bos": sp.bos_id(), "eos": sp.eos_id(), "pad": sp.pad_id(), "unk": sp.unk_id()}
+        return {name: i if i >= 0 else None for name, i in ids.items()}  # −1: the model lacks it
+
+
+def _load(model: bytes) -> sentencepiece.SentencePieceProcessor:
+    processor = sentencepiece.SentencePieceProcessor()
+    try:
+        processor.LoadFromSerializedProto(model)
+    except RuntimeError:
+        raise UserError("this is not a SentencePiece model") from None
+    return processor
