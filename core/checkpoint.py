@@ -1,7 +1,8 @@
 """Checkpoints: a folder that transformers can load, and beside it what training needs to go on.
 
     step-00000200/
-      config.json  model*.safetensors  tokenizer…    the first network, as a Hugging Face folder
+      config.json  model*.safetensors  tokenizer…    the first network, as a Hugging Face folder; or, where only
+                                                     an adapter is trained, that: adapter_config.json  adapter_model…
       trainer/NETWORK*.safetensors                   masters and AdamW moments, whole tensors: no mesh in them
       trainer/state.json                             step, seeds, the resolved config
       manifest.json                                  size and SHA-256 of every file above
@@ -31,6 +32,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from tritium.core.config import UserError
+from tritium.model.hf import ADAPTER_CONFIG
 from tritium.parallel.files import Share
 from tritium.parallel.mesh import Mesh
 
@@ -79,7 +81,8 @@ class Save:
         while self.shares:
             share = self.shares.pop(0)  # its memory goes with it
             share.write(self.temporary)
-            self.enter(self.temporary / share.file)
+            if share.file:
+                self.enter(self.temporary / share.file)
 
     def enter(self, path: Path) -> None:
         flush(path)
@@ -196,7 +199,8 @@ def model_folder(path: str) -> str:
 
     Raises: CheckpointError where all of them are damaged.
     """
-    found = [] if (Path(path) / "config.json").exists() else checkpoints(Path(path))
+    own = any((Path(path) / name).exists() for name in ("config.json", ADAPTER_CONFIG))
+    found = [] if own else checkpoints(Path(path))
     for candidate in reversed(found):
         problem = damage(candidate, without="trainer")
         if not problem:

@@ -1,11 +1,13 @@
 """What every stage does before its first step: the mesh, the folder, the model, the tokenizer."""
 
+import fnmatch
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 import tritium
 from tritium.core.checkpoint import model_folder
@@ -14,6 +16,7 @@ from tritium.core.data import parse_sources
 from tritium.core.tokenizer import Tokenizer
 from tritium.model.heads import ScalarModel
 from tritium.model.hf import ModelFolderError, load
+from tritium.model.lora import Base, LoraConfig, attach, merge
 from tritium.model.transformer import Transformer
 from tritium.parallel.data import check_same
 from tritium.parallel.mesh import Mesh, init_mesh
@@ -29,6 +32,33 @@ class MeshConfig:
     cp: int = opt(1, "context-parallel ranks that share the tokens of one batch")
     zero: int = opt(0, "what data-parallel ranks share: 1 the optimizer's state, 2 also gradients, 3 also parameters")
     timeout: float = opt(600.0, "seconds after which a rank that is waited for is given up, and the run ends")
+
+
+@dataclass
+class FinetuneConfig:
+    """What is trained of a model: all of it, parameters by their names, or a low-rank adapter (model/lora.py)."""
+
+    kind: str = opt(
+        "full", "what is trained; qlora: lora on a base in NF4", choices=("full", "freeze", "lora", "qlora")
+    )
+    train: list[str] = opt([], "freeze: patterns of the parameters that are trained, such as layers.3.*")
+    rank: int = opt(16, "lora: rank of an adapter")
+    alpha: float = opt(32.0, "lora: the adapter's output is multiplied by alpha / rank")
+    rslora: bool = opt(False, "lora: by alpha / √rank instead")
+    targets: list[str] = opt([], "lora: matrices with an adapter, such as q_proj,v_proj (default: all of the layers')")
+    dropout: float = opt(0.0, "lora: share of an adapter's inputs that are dropped in training")
+
+    def __post_init__(self):
+        if (self.kind == "freeze") != bool(self.train):
+            raise ConfigError("finetune.kind=freeze goes with finetune.train: patterns of what is trained")
+        try:
+            self.lora("")
+        except ValueError as error:
+            raise ConfigError(f"finetune.{error}") from None
+
+    def lora(self, base: str) -> LoraConfig:
+        shape = (self.rank, self.alpha, tuple(self.targets), self.dropout, self.rslora)
+        return LoraConfig(*shape, quantized=self.kind == "qlora", base=base)
 
 
 def join(mesh: MeshConfig, device: str, settings: str) -> Mesh:
@@ -80,12 +110,41 @@ def parameter_dtype(name: str, mesh: Mesh) -> torch.dtype:
     return torch.bfloat16 if fast else torch.float32
 
 
-def load_model(folder: str, dtype: str, mesh: Mesh, *, frozen: bool = False) -> Transformer:
-    """A language model from a folder, in a dtype named as in RunConfig. Raises: UserError saying what is wrong."""
+def load_model(
+    folder: str, dtype: str, mesh: Mesh, *, frozen: bool = False, finetune: FinetuneConfig | None = None, seed: int = 0
+) -> Transformer:
+    """A language model from a folder, in a dtype named as in RunConfig; with `finetune`, to be trained as that says:
+    the folder's own adapter, if it is one, is first merged. Raises: UserError saying what is wrong.
+    """
     model = read_model(folder, dtype, mesh)
     if not isinstance(model, Transformer):
         raise UserError(f"{folder} is a reward model; this needs a language model")
-    return model.requires_grad_(not frozen)
+    if finetune is None:
+        return model.requires_grad_(not frozen)
+    if model.adapters:
+        merge(model)
+    prepare_training(model, finetune, str(Path(model_folder(folder)).resolve()), seed)
+    return model
+
+
+def prepare_training(model: Transformer, finetune: FinetuneConfig, base: str, seed: int) -> None:
+    """Freeze what is not trained, or attach an adapter. Raises: ConfigError for names that the model does not have."""
+    try:
+        if finetune.kind in ("lora", "qlora"):
+            attach(model, finetune.lora(base), seed=seed)
+    except ValueError as error:
+        raise ConfigError(f"finetune.{error}") from None
+    if finetune.kind == "freeze":
+        names = [name for name, _ in model.named_parameters()]
+        if odd := [pattern for pattern in finetune.train if not fnmatch.filter(names, pattern)]:
+            raise ConfigError(f"finetune.train={odd[0]} is no parameter's name; they are like {', '.join(names[:4])}")
+        for name, p in model.named_parameters():
+            p.requires_grad_(any(fnmatch.fnmatchcase(name, pattern) for pattern in finetune.train))
+
+
+def load_reference(folder: str, dtype: str, mesh: Mesh, policy: Transformer) -> nn.Module:
+    """The model that `policy` started from, frozen; where only an adapter is trained, its base: no second copy."""
+    return Base(policy) if policy.adapters else load_model(folder, dtype, mesh, frozen=True)
 
 
 def read_model(folder: str, dtype: str, mesh: Mesh) -> Transformer | ScalarModel:

@@ -131,6 +131,7 @@ class Trainer:
         self.evaluation, self.skipped = evaluation, skipped or Skipped()
         self.flat = {k: FlatModule(m, mesh) for k, m in networks.items()}
         self.optimizers = {k: Optimizer(flat, self.optim) for k, flat in self.flat.items() if flat.trained}
+        self.shares = {k: trained_share(networks[k]) for k in self.optimizers}
         self.out = Path(self.run.out)
         self.clock, self.metrics = Clock(), Metrics(self.run.out, main=mesh.main, total_steps=total_steps, name=name)
         self.index = self.bad_steps = 0  # steps done; steps skipped in a row
@@ -349,12 +350,15 @@ class Trainer:
         return values
 
     def flops(self, batch: PackedBatch) -> float:
-        """Useful FLOPs of a training step on the batch, by the trained decoders: three forward passes each."""
+        """Useful FLOPs of a training step on the batch, by the trained decoders: a forward pass, one for the input's
+        gradients, and one for the parameters', as far as these are trained."""
         total = 0.0
         for key in self.optimizers:
             network = self.networks[key]
             head_tokens = len(batch.supervised) if isinstance(network, Transformer) else 0
-            total += 3 * network.config.flops(batch.counts["stream"], head_tokens, batch.squared_lengths)
+            total += (2 + self.shares[key]) * network.config.flops(
+                batch.counts["stream"], head_tokens, batch.squared_lengths
+            )
         return total
 
     @property
@@ -519,6 +523,12 @@ class Trainer:
     def say(self, text: str) -> None:
         """Tell the reader something, on the main rank; nothing where `text` is empty."""
         self.metrics.message(text)
+
+
+def trained_share(network: nn.Module) -> float:
+    """The share of a network's parameters that are trained."""
+    sizes = {kind: sum(p.numel() for p in network.parameters() if p.requires_grad == kind) for kind in (True, False)}
+    return sizes[True] / max(1, sum(sizes.values()))
 
 
 def changed_lines(before: str, after: str) -> str:

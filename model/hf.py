@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tritium.model.config import ModelConfig
 from tritium.model.heads import ScalarModel
@@ -18,6 +18,7 @@ from tritium.parallel.files import Share, TensorFileError, deal, open_tensors, t
 from tritium.parallel.mesh import Mesh
 from tritium.parallel.tensor import shard, unshard
 
+ADAPTER_CONFIG = "adapter_config.json"
 INDEX = "model.safetensors.index.json"
 FAMILIES = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3"}  # model_type → class prefix
 
@@ -30,11 +31,16 @@ def load(
     folder: str, dtype: torch.dtype = torch.bfloat16, device: str = "cpu", mesh: Mesh | None = None
 ) -> Transformer | ScalarModel:
     """Read a model: a `Transformer`, or a `ScalarModel` where the folder holds a sequence classifier with one label.
+    A folder of a peft adapter is its base with the adapter attached.
 
     `dtype` is that of the parameters. On a `mesh`, each rank keeps its shards.
     Raises: ModelFolderError naming every missing, unexpected and mis-shaped tensor.
     """
     path = Path(folder)
+    if (path / ADAPTER_CONFIG).exists():
+        from tritium.model.lora import load_adapted
+
+        return load_adapted(path, dtype, mesh or Mesh.single(device))
     raw = read_json(path / "config.json")
     config = from_hf_config(raw, path / "config.json")
     model = Transformer(config, mesh or Mesh.single(device), dtype)
@@ -63,15 +69,24 @@ def save(model: Transformer | ScalarModel, folder: str) -> None:
 
 
 def export(
-    model: Transformer | ScalarModel, make_whole: Callable[[torch.nn.Parameter], None] = lambda p: None
+    model: Transformer | ScalarModel, make_whole: Callable[[nn.Parameter], None] = lambda p: None
 ) -> tuple[Share, dict[str, str]]:
     """(this rank's share of the model's tensors, the folder's text files by name). A collective.
 
-    `make_whole` is called with each parameter before it is read, for where ZeRO has cut it.
+    `make_whole` is called with each parameter before it is read, for where ZeRO has cut it. Of a model with adapters,
+    what is trained of it: the active one.
     """
+    if decoder_of(model).adapters:
+        from tritium.model.lora import export_adapter
+
+        return export_adapter(model, make_whole)
     texts = {"config.json": json.dumps(to_hf_config(model), indent=2) + "\n"}
     share = deal(hf_tensors(model, make_whole), "model", model.mesh)
     return share, texts | ({INDEX: share.index()} if model.mesh.world_size > 1 else {})
+
+
+def decoder_of(model: Transformer | ScalarModel) -> Transformer:
+    return model.backbone if isinstance(model, ScalarModel) else model
 
 
 def read_json(path: Path) -> dict:
@@ -159,38 +174,38 @@ def to_hf_config(model: Transformer | ScalarModel) -> dict:
     return raw | ({"num_labels": 1, "id2label": {"0": "reward"}, "label2id": {"reward": 0}} if scalar else {})
 
 
-def parts(model: Transformer | ScalarModel) -> Iterator[tuple[torch.nn.Parameter, list[tuple[str, int]]]]:
-    """Each parameter with the Hugging Face tensors it is made of: their names and sizes along dimension 0."""
-    decoder = model.backbone if isinstance(model, ScalarModel) else model
+def parts(model: Transformer | ScalarModel) -> Iterator[tuple[nn.Module, str, list[tuple[str, int]]]]:
+    """Each parameter's module and name in it, with the Hugging Face tensors that it is made of: their names and sizes
+    along dimension 0."""
+    decoder = decoder_of(model)
     config = decoder.config
     width, heads = config.intermediate_size, config.num_heads * config.head_dim
     kv = config.num_kv_heads * config.head_dim
-    yield decoder.embedding, [("model.embed_tokens.weight", config.vocab_size)]
+    yield decoder, "embedding", [("model.embed_tokens.weight", config.vocab_size)]
     for i, layer in enumerate(decoder.layers):
         at, attn, mlp = f"model.layers.{i}.", layer.attention, layer.mlp
-        yield layer.attention_norm, [(at + "input_layernorm.weight", config.hidden_size)]
-        for p, kind in ((attn.qkv, "weight"), (attn.qkv_bias, "bias")):
-            if p is not None:
-                yield p, [(f"{at}self_attn.{n}_proj.{kind}", s) for n, s in (("q", heads), ("k", kv), ("v", kv))]
-        for p, name in ((attn.q_norm, "q_norm"), (attn.k_norm, "k_norm")):
-            if p is not None:
-                yield p, [(f"{at}self_attn.{name}.weight", config.head_dim)]
-        yield attn.o, [(at + "self_attn.o_proj.weight", config.hidden_size)]
-        yield layer.mlp_norm, [(at + "post_attention_layernorm.weight", config.hidden_size)]
-        yield mlp.gate_up, [(f"{at}mlp.{n}_proj.weight", width) for n in ("gate", "up")]
-        yield mlp.down, [(at + "mlp.down_proj.weight", config.hidden_size)]
-    yield decoder.norm, [("model.norm.weight", config.hidden_size)]
+        yield layer, "attention_norm", [(at + "input_layernorm.weight", config.hidden_size)]
+        for key, kind in (("qkv", "weight"), ("qkv_bias", "bias"))[: 1 + config.qkv_bias]:
+            yield attn, key, [(f"{at}self_attn.{n}_proj.{kind}", s) for n, s in (("q", heads), ("k", kv), ("v", kv))]
+        for key in ("q_norm", "k_norm") if config.qk_norm else ():
+            yield attn, key, [(f"{at}self_attn.{key}.weight", config.head_dim)]
+        yield attn, "o", [(at + "self_attn.o_proj.weight", config.hidden_size)]
+        yield layer, "mlp_norm", [(at + "post_attention_layernorm.weight", config.hidden_size)]
+        yield mlp, "gate_up", [(f"{at}mlp.{n}_proj.weight", width) for n in ("gate", "up")]
+        yield mlp, "down", [(at + "mlp.down_proj.weight", config.hidden_size)]
+    yield decoder, "norm", [("model.norm.weight", config.hidden_size)]
     if decoder.head is not None:
-        yield decoder.head, [("lm_head.weight", config.vocab_size)]
+        yield decoder, "head", [("lm_head.weight", config.vocab_size)]
     if isinstance(model, ScalarModel):
-        yield model.score, [("score.weight", 1)]
+        yield model, "score", [("score.weight", 1)]
 
 
 def hf_tensors(
-    model: Transformer | ScalarModel, make_whole: Callable[[torch.nn.Parameter], None]
+    model: Transformer | ScalarModel, make_whole: Callable[[nn.Parameter], None]
 ) -> Iterator[tuple[str, Tensor]]:
     """The model's tensors whole, one by one, under their Hugging Face names. A collective; see `export`."""
-    for p, names in parts(model):
+    for module, key, names in parts(model):
+        p = getattr(module, key)
         make_whole(p)
         full = unshard(p.detach(), p.sharding, model.mesh)
         for (name, _), piece in zip(names, full.split([n for _, n in names], 0), strict=True):
@@ -201,8 +216,8 @@ def hf_tensors(
 def fill(model: Transformer | ScalarModel, tensors: Mapping[str, Tensor], path: Path) -> None:
     """Copy every tensor into its parameter; complain about all that is wrong at once."""
     problems, used = [], set()
-    for p, names in parts(model):
-        pieces = []
+    for module, key, names in parts(model):
+        p, pieces = getattr(module, key), []
         for name, rows in names:
             used.add(name)
             if name not in tensors:

@@ -21,6 +21,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -65,7 +66,22 @@ class Stream:
         return all_reduce(x, self.tp_group) if self.cached else scatter_tokens(x, self.tp_group)
 
 
-class Attention(nn.Module):
+class Block(nn.Module):
+    """A module of matrices that are multiplied with by name: what model/lora.py attaches to one of them acts there."""
+
+    def __init__(self):
+        super().__init__()
+        self.adapted = nn.ModuleDict()  # a matrix's name → lora.Adapted
+
+    def linear(self, x: Tensor, name: str, bias: Tensor | None = None, rows: Callable = lambda w: w) -> Tensor:
+        """x Wᵀ + bias, [T, in] → [T, out], with the matrix called `name`; `rows` picks those that are used of it."""
+        weight = getattr(self, name)
+        if name in self.adapted:
+            return self.adapted[name](x, weight, bias, rows)
+        return F.linear(x, rows(weight), bias)
+
+
+class Attention(Block):
     """Causal grouped-query self-attention over a packed stream."""
 
     def __init__(self, config: ModelConfig, mesh: Mesh, index: int):
@@ -85,14 +101,14 @@ class Attention(nn.Module):
         self.k_norm = parameter(self.head_dim) if config.qk_norm else None
 
     def forward(self, x: Tensor, stream: Stream) -> Tensor:
-        qkv = F.linear(stream.enter(x), self.used(self.qkv), self.used(self.qkv_bias))
+        qkv = self.linear(stream.enter(x), "qkv", self.used(self.qkv_bias), self.used)
         qkv = qkv.unflatten(-1, (-1, self.head_dim))
         q, k, v = qkv.split([self.heads, self.kv_heads, self.kv_heads], 1)  # [T, ·, D]
         if self.q_norm is not None:
             q, k = rms_norm(q, self.q_norm, self.eps), rms_norm(k, self.k_norm, self.eps)
         q, k = rope(q, k, stream.cos, stream.sin)
         out = stream.attend(self.index, q, k, v)  # [T, H, D]
-        return stream.leave(F.linear(out.flatten(1), self.o))
+        return stream.leave(self.linear(out.flatten(1), "o"))
 
     def used(self, rows: Tensor | None) -> Tensor | None:
         """Of all K and V rows, where ranks share heads, those of this rank's."""
@@ -103,7 +119,7 @@ class Attention(nn.Module):
         return torch.cat([q, k, v])
 
 
-class MLP(nn.Module):
+class MLP(Block):
     """down(silu(gate(x)) * up(x))"""
 
     def __init__(self, config: ModelConfig, mesh: Mesh):
@@ -113,8 +129,8 @@ class MLP(nn.Module):
         self.down = parameter(config.hidden_size, width // mesh.tp, sharding=Sharding(1))
 
     def forward(self, x: Tensor, stream: Stream) -> Tensor:
-        hidden = swiglu(F.linear(stream.enter(x), self.gate_up))  # [T, F]
-        return stream.leave(F.linear(hidden, self.down))
+        hidden = swiglu(self.linear(stream.enter(x), "gate_up"))  # [T, F]
+        return stream.leave(self.linear(hidden, "down"))
 
 
 class Layer(nn.Module):
@@ -145,6 +161,7 @@ class Transformer(nn.Module):
         mesh = mesh or Mesh.single()
         check_divides(config, mesh.tp)
         self.config, self.mesh = config, mesh
+        self.adapters: dict[str, Any] = {}  # their names → lora.LoraConfig; see model/lora.py
         rows = config.vocab_size // mesh.tp
         with torch.device(mesh.device):
             self.embedding = parameter(rows, config.hidden_size, sharding=Sharding(0))

@@ -31,26 +31,30 @@ class TensorFileError(ValueError):
 class Share:
     """What one rank writes of a stream of tensors, and where all of them will be."""
 
-    file: str
+    file: str  # empty where this rank has nothing to write
     tensors: dict[str, Tensor]  # of this rank, copied to the host
     places: dict[str, str]  # tensor → file, of all ranks
     bytes: int  # of all ranks
 
     def write(self, folder: Path) -> None:
         """Raises: OSError or SafetensorError where there is no room."""
-        save_file(self.tensors, folder / self.file, metadata={"format": "pt"})
+        if self.file:
+            save_file(self.tensors, folder / self.file, metadata={"format": "pt"})
 
     def index(self) -> str:
         """The text of Hugging Face's model.safetensors.index.json."""
         return json.dumps({"metadata": {"total_size": self.bytes}, "weight_map": self.places}, indent=2) + "\n"
 
 
-def deal(tensors: Iterable[tuple[str, Tensor]], stem: str, mesh: Mesh) -> Share:
-    """Each tensor to the rank that has the fewest bytes so far. Every rank must go through the same stream."""
+def deal(tensors: Iterable[tuple[str, Tensor]], stem: str, mesh: Mesh, *, one_file: bool = False) -> Share:
+    """Each tensor to the rank that has the fewest bytes so far, or all to rank 0. Every rank must go through the same
+    stream."""
     files = [file_name(stem, rank, mesh.world_size) for rank in range(mesh.world_size)]
+    if one_file:
+        files = [file_name(stem, 0, 1), *[""] * (mesh.world_size - 1)]
     sizes, places, own = [0] * mesh.world_size, {}, {}
     for name, tensor in tensors:
-        rank = min(range(mesh.world_size), key=sizes.__getitem__)
+        rank = 0 if one_file else min(range(mesh.world_size), key=sizes.__getitem__)
         sizes[rank] += tensor.nbytes
         places[name] = files[rank]
         if rank == mesh.rank:

@@ -33,6 +33,7 @@ STAGES = {
     "evaluate": "measure perplexity and accuracy of a model",
     "chat": "talk to a model in the terminal",
     "consolidate": "make one Hugging Face folder of a checkpoint",
+    "merge": "merge an adapter into its base",
     "run": "run several stages from one recipe file",
     "tokenizer": "train a tokenizer on raw text",
     "corpus": "write the ladder's data, which every machine can make",

@@ -13,7 +13,7 @@ from tritium.core.formats import Skipped
 from tritium.core.objectives import DPO
 from tritium.core.optim import OptimConfig
 from tritium.core.schedule import ScheduleConfig
-from tritium.core.setup import MeshConfig, load_model, load_tokenizer, start
+from tritium.core.setup import FinetuneConfig, MeshConfig, load_model, load_reference, load_tokenizer, start
 from tritium.core.trainer import Result, RunConfig, Trainer
 
 
@@ -23,6 +23,7 @@ class Config:
     beta: float = opt(0.1, "how strongly the policy is held to the reference")
     sft: float = opt(0.0, "weight of the chosen answer's cross-entropy per token")
     data: DataConfig = opt(DataConfig, "preference pairs")
+    finetune: FinetuneConfig = opt(FinetuneConfig, "what of the model is trained")
     optim: OptimConfig = opt(OptimConfig(lr=2e-5), "optimizer")
     schedule: ScheduleConfig = opt(ScheduleConfig, "learning rate over the run")
     run: RunConfig = opt(RunConfig, "the run itself")
@@ -32,8 +33,8 @@ class Config:
 def train(config: Config) -> Result:
     """Train on pairs; `eval_accuracy` is the share of held-out pairs where the policy moved towards the chosen one."""
     mesh = start(config, "dpo")
-    policy = load_model(config.model, config.run.dtype, mesh)
-    reference = load_model(config.model, config.run.dtype, mesh, frozen=True)
+    policy = load_model(config.model, config.run.dtype, mesh, finetune=config.finetune, seed=config.run.seed)
+    reference = load_reference(config.model, config.run.dtype, mesh, policy)
     tokenizer = load_tokenizer(config.model, policy)
     skipped = Skipped(config.data.on_error)
     convert = preference_group(tokenizer)

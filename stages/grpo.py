@@ -22,7 +22,7 @@ from tritium.core.optim import OptimConfig
 from tritium.core.rewards.exact import ExactMatch
 from tritium.core.rollout import SamplingConfig, load_problems
 from tritium.core.schedule import ScheduleConfig
-from tritium.core.setup import MeshConfig, load_model, load_tokenizer, start
+from tritium.core.setup import FinetuneConfig, MeshConfig, load_model, load_reference, load_tokenizer, start
 from tritium.core.trainer import LoopConfig, Result, Trainer
 from tritium.parallel.mesh import Mesh
 
@@ -72,6 +72,7 @@ class Config:
     sampling: SamplingConfig = opt(SamplingConfig, "how answers are drawn")
     shaping: ShapingConfig = opt(ShapingConfig, "what a score becomes")
     data: ProblemsConfig = opt(ProblemsConfig, "problems")
+    finetune: FinetuneConfig = opt(FinetuneConfig, "what of the model is trained")
     optim: OptimConfig = opt(OptimConfig(lr=5e-5, weight_decay=0.0), "optimizer")
     schedule: ScheduleConfig = opt(ScheduleConfig(kind="constant"), "learning rate over the run")
     run: LoopConfig = opt(LoopConfig, "the run itself; steps are optimizer steps")
@@ -126,9 +127,13 @@ def objective_of(options: GRPOConfig, sampling: SamplingConfig) -> PolicyGradien
 
 def open_networks(config: Config, mesh: Mesh) -> dict[str, nn.Module]:
     """The policy, and the model that it is held to where the KL to it counts."""
-    networks = {"policy": load_model(config.model, config.run.dtype, mesh)}
-    if config.grpo.beta:
-        networks["reference"] = load_model(config.reference or config.model, config.run.dtype, mesh, frozen=True)
+    dtype = config.run.dtype
+    policy = load_model(config.model, dtype, mesh, finetune=config.finetune, seed=config.run.seed)
+    networks: dict[str, nn.Module] = {"policy": policy}
+    if config.grpo.beta and config.reference:
+        networks["reference"] = load_model(config.reference, dtype, mesh, frozen=True)
+    elif config.grpo.beta:
+        networks["reference"] = load_reference(config.model, dtype, mesh, policy)
     return networks
 
 

@@ -19,7 +19,7 @@ from tritium.core.formats import Skipped
 from tritium.core.objectives import CrossEntropy
 from tritium.core.optim import OptimConfig
 from tritium.core.schedule import ScheduleConfig
-from tritium.core.setup import MeshConfig, load_model, load_tokenizer, parameter_dtype, start
+from tritium.core.setup import FinetuneConfig, MeshConfig, load_model, load_tokenizer, parameter_dtype, start
 from tritium.core.tokenizer import Tokenizer
 from tritium.core.trainer import Result, RunConfig, Trainer
 from tritium.model.config import ModelConfig
@@ -65,12 +65,15 @@ class Config:
     replay_share: float = opt(0.1, "share of an epoch's tokens that come from `replay`")
     model: ShapeConfig = opt(ShapeConfig, "shape of a new model")
     data: DataConfig = opt(DataConfig, "text")
+    finetune: FinetuneConfig = opt(FinetuneConfig, "what of the model is trained")
     optim: OptimConfig = opt(OptimConfig(lr=2e-3), "optimizer")
     schedule: ScheduleConfig = opt(ScheduleConfig, "learning rate over the run")
     run: RunConfig = opt(RunConfig, "the run itself")
     mesh: MeshConfig = opt(MeshConfig, "parallelism")
 
     def __post_init__(self):
+        if self.finetune.kind != "full" and not self.init:
+            raise ConfigError(f"finetune.kind={self.finetune.kind} needs `init`: a model to go on from")
         if not 0 <= self.replay_share < 1:
             raise ConfigError(f"replay_share={self.replay_share} must be in [0, 1)")
 
@@ -128,7 +131,7 @@ def open_tokenizer(config: Config, mesh: Mesh) -> Tokenizer:
 
 def open_model(config: Config, tokenizer: Tokenizer, mesh: Mesh) -> Transformer:
     if config.init:
-        model = load_model(config.init, config.run.dtype, mesh)
+        model = load_model(config.init, config.run.dtype, mesh, finetune=config.finetune, seed=config.run.seed)
         load_tokenizer(config.tokenizer or config.init, model)
         return model
     shape = config.model

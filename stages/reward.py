@@ -14,7 +14,7 @@ from tritium.core.formats import Skipped
 from tritium.core.objectives import Listwise, Pairwise
 from tritium.core.optim import OptimConfig
 from tritium.core.schedule import ScheduleConfig
-from tritium.core.setup import MeshConfig, load_model, load_tokenizer, start
+from tritium.core.setup import FinetuneConfig, MeshConfig, load_model, load_tokenizer, start
 from tritium.core.trainer import Result, RunConfig, Trainer
 from tritium.model.heads import ScalarModel
 
@@ -25,6 +25,7 @@ class Config:
     loss: str = opt("pairwise", "from pairs, or from rankings", choices=("pairwise", "listwise"))
     centering: float = opt(0.01, "pairwise: weight of (chosen + rejected)², which keeps scores around 0")
     data: DataConfig = opt(DataConfig, "preference pairs, or rankings")
+    finetune: FinetuneConfig = opt(FinetuneConfig, "what of the model is trained")
     optim: OptimConfig = opt(OptimConfig(lr=1e-4), "optimizer")
     schedule: ScheduleConfig = opt(ScheduleConfig, "learning rate over the run")
     run: RunConfig = opt(RunConfig, "the run itself")
@@ -34,7 +35,7 @@ class Config:
 def train(config: Config) -> Result:
     """Train a scorer; `eval_accuracy` is the share of held-out pairs (rankings) whose best answer scores highest."""
     mesh = start(config, "reward")
-    decoder = load_model(config.model, config.run.dtype, mesh)
+    decoder = load_model(config.model, config.run.dtype, mesh, finetune=config.finetune, seed=config.run.seed)
     tokenizer = load_tokenizer(config.model, decoder)
     model = ScalarModel(decoder).initialize(config.run.seed)
     skipped = Skipped(config.data.on_error)

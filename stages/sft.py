@@ -14,7 +14,7 @@ from tritium.core.formats import Skipped
 from tritium.core.objectives import CrossEntropy
 from tritium.core.optim import OptimConfig
 from tritium.core.schedule import ScheduleConfig
-from tritium.core.setup import MeshConfig, load_model, load_tokenizer, start
+from tritium.core.setup import FinetuneConfig, MeshConfig, load_model, load_tokenizer, start
 from tritium.core.trainer import Result, RunConfig, Trainer
 
 
@@ -22,6 +22,7 @@ from tritium.core.trainer import Result, RunConfig, Trainer
 class Config:
     model: str = opt(REQUIRED, "folder of the model to start from, with its tokenizer")
     data: DataConfig = opt(DataConfig, "conversations")
+    finetune: FinetuneConfig = opt(FinetuneConfig, "what of the model is trained")
     optim: OptimConfig = opt(OptimConfig, "optimizer")
     schedule: ScheduleConfig = opt(ScheduleConfig, "learning rate over the run")
     run: RunConfig = opt(RunConfig, "the run itself")
@@ -31,7 +32,7 @@ class Config:
 def train(config: Config) -> Result:
     """Fine-tune `config.model` on conversations; the result's metrics hold `eval_loss` per supervised token."""
     mesh = start(config, "sft")
-    model = load_model(config.model, config.run.dtype, mesh)
+    model = load_model(config.model, config.run.dtype, mesh, finetune=config.finetune, seed=config.run.seed)
     tokenizer = load_tokenizer(config.model, model)
     skipped = Skipped(config.data.on_error)
     convert = conversation_group(tokenizer)
