@@ -23,11 +23,11 @@ class Config:
     beta: float = opt(0.1, "how strongly the policy is held to the reference")
     sft: float = opt(0.0, "weight of the chosen answer's cross-entropy per token")
     data: DataConfig = opt(DataConfig, "preference pairs")
-    finetune: FinetuneConfig = opt(FinetuneConfig, "what of the model is trained")
     optim: OptimConfig = opt(OptimConfig(lr=2e-5), "optimizer")
     schedule: ScheduleConfig = opt(ScheduleConfig, "learning rate over the run")
     run: RunConfig = opt(RunConfig, "the run itself")
     mesh: MeshConfig = opt(MeshConfig, "parallelism")
+    finetune: FinetuneConfig = opt(FinetuneConfig, "what of the model is trained")
 
 
 def train(config: Config) -> Result:

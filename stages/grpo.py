@@ -72,11 +72,11 @@ class Config:
     sampling: SamplingConfig = opt(SamplingConfig, "how answers are drawn")
     shaping: ShapingConfig = opt(ShapingConfig, "what a score becomes")
     data: ProblemsConfig = opt(ProblemsConfig, "problems")
-    finetune: FinetuneConfig = opt(FinetuneConfig, "what of the model is trained")
     optim: OptimConfig = opt(OptimConfig(lr=5e-5, weight_decay=0.0), "optimizer")
     schedule: ScheduleConfig = opt(ScheduleConfig(kind="constant"), "learning rate over the run")
     run: LoopConfig = opt(LoopConfig, "the run itself; steps are optimizer steps")
     mesh: MeshConfig = opt(MeshConfig, "parallelism")
+    finetune: FinetuneConfig = opt(FinetuneConfig, "what of the model is trained")
 
     def __post_init__(self):
         check_sampling(self.sampling, self.grpo.importance, "grpo.importance")

@@ -65,11 +65,11 @@ class Config:
     replay_share: float = opt(0.1, "share of an epoch's tokens that come from `replay`")
     model: ShapeConfig = opt(ShapeConfig, "shape of a new model")
     data: DataConfig = opt(DataConfig, "text")
-    finetune: FinetuneConfig = opt(FinetuneConfig, "what of the model is trained")
     optim: OptimConfig = opt(OptimConfig(lr=2e-3), "optimizer")
     schedule: ScheduleConfig = opt(ScheduleConfig, "learning rate over the run")
     run: RunConfig = opt(RunConfig, "the run itself")
     mesh: MeshConfig = opt(MeshConfig, "parallelism")
+    finetune: FinetuneConfig = opt(FinetuneConfig, "what of the model is trained")
 
     def __post_init__(self):
         if self.finetune.kind != "full" and not self.init:

@@ -25,11 +25,11 @@ class Config:
     loss: str = opt("pairwise", "from pairs, or from rankings", choices=("pairwise", "listwise"))
     centering: float = opt(0.01, "pairwise: weight of (chosen + rejected)², which keeps scores around 0")
     data: DataConfig = opt(DataConfig, "preference pairs, or rankings")
-    finetune: FinetuneConfig = opt(FinetuneConfig, "what of the model is trained")
     optim: OptimConfig = opt(OptimConfig(lr=1e-4), "optimizer")
     schedule: ScheduleConfig = opt(ScheduleConfig, "learning rate over the run")
     run: RunConfig = opt(RunConfig, "the run itself")
     mesh: MeshConfig = opt(MeshConfig, "parallelism")
+    finetune: FinetuneConfig = opt(FinetuneConfig, "what of the model is trained")
 
 
 def train(config: Config) -> Result:

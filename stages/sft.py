@@ -22,11 +22,11 @@ from tritium.core.trainer import Result, RunConfig, Trainer
 class Config:
     model: str = opt(REQUIRED, "folder of the model to start from, with its tokenizer")
     data: DataConfig = opt(DataConfig, "conversations")
-    finetune: FinetuneConfig = opt(FinetuneConfig, "what of the model is trained")
     optim: OptimConfig = opt(OptimConfig, "optimizer")
     schedule: ScheduleConfig = opt(ScheduleConfig, "learning rate over the run")
     run: RunConfig = opt(RunConfig, "the run itself")
     mesh: MeshConfig = opt(MeshConfig, "parallelism")
+    finetune: FinetuneConfig = opt(FinetuneConfig, "what of the model is trained")
 
 
 def train(config: Config) -> Result:
