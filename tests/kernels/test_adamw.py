@@ -3,10 +3,11 @@
 import contextlib
 import importlib
 
+import interpreter
 import pytest
 import torch
 
-from tritium.kernels import adamw_, interpreter, multi_tensor
+from tritium.kernels import adamw_, multi_tensor
 from tritium.kernels.backend import HAS_TRITON, tl, triton
 
 file = importlib.import_module("tritium.kernels.adamw")

@@ -1,7 +1,7 @@
 """What must hold for every op of the registry, on each backend that it has: values, dtypes, layouts, safety, traffic.
 
 An op's shapes, the dtypes and the layouts are covered together, not crossed; the full cross is long. Kernels run in the
-harness of kernels/interpreter.py: each address is checked, programs come in a random order, torch.empty is poisoned.
+harness of tests/interpreter.py: each address is checked, programs come in a random order, torch.empty is poisoned.
 """
 
 import contextlib
@@ -11,12 +11,13 @@ import json
 import os
 import pathlib
 
+import interpreter
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
-from tritium.kernels import all_ops, interpreter
+from tritium.kernels import all_ops
 from tritium.kernels.backend import HAS_TRITON, TARGETS
 
 OPS = all_ops()

@@ -3,11 +3,12 @@
 import importlib
 import itertools
 
+import interpreter
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tritium.kernels import attention, attention_backward, interpreter
+from tritium.kernels import attention, attention_backward
 from tritium.kernels.backend import HAS_TRITON, TARGETS
 
 file = importlib.import_module("tritium.kernels.attention")

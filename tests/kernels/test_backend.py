@@ -3,11 +3,12 @@
 import contextlib
 import importlib
 
+import interpreter
 import pytest
 import torch
 from torch.utils._pytree import tree_leaves, tree_map
 
-from tritium.kernels import all_ops, interpreter, rms_norm
+from tritium.kernels import all_ops, rms_norm
 from tritium.kernels.backend import HAS_TRITON, TARGETS, use_triton
 
 OPS = all_ops()

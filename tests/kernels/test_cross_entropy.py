@@ -3,11 +3,12 @@
 import contextlib
 import importlib
 
+import interpreter
 import pytest
 import torch
 import torch.nn.functional as F
 
-from tritium.kernels import cross_entropy, interpreter, linear_cross_entropy
+from tritium.kernels import cross_entropy, linear_cross_entropy
 from tritium.kernels.backend import HAS_TRITON
 
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed")

@@ -6,10 +6,11 @@ Below the line, as Triton kernels in the harness: options, traffic, addresses.
 import contextlib
 import importlib
 
+import interpreter
 import pytest
 import torch
 
-from tritium.kernels import attention, decode_attention, interpreter
+from tritium.kernels import attention, decode_attention
 from tritium.kernels.backend import HAS_TRITON
 
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed")

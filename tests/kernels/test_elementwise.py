@@ -3,11 +3,12 @@
 Below the line, as Triton kernels in the harness: layouts, traffic, addresses. (Dtypes and the rest: test_all_ops.py.)
 """
 
+import interpreter
 import pytest
 import torch
 import torch.nn.functional as F
 
-from tritium.kernels import geglu, interpreter, rope, swiglu
+from tritium.kernels import geglu, rope, swiglu
 from tritium.kernels.backend import HAS_TRITON
 from tritium.kernels.gated import _backward, _forward, _gated_backward, _gated_forward
 from tritium.kernels.rope import _rope, rope_reference

@@ -3,6 +3,7 @@
 import contextlib
 import importlib
 
+import interpreter
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -11,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from tritium.kernels import TopK, cross_entropy, interpreter, linear_cross_entropy, linear_kl, linear_logprob
+from tritium.kernels import TopK, cross_entropy, linear_cross_entropy, linear_kl, linear_logprob
 from tritium.kernels.backend import HAS_TRITON
 
 head = importlib.import_module("tritium.kernels.head")

@@ -2,12 +2,14 @@
 
 import os
 
+import interpreter
 import pytest
 import torch
 
 pytest.importorskip("triton")
-from tritium.kernels import interpreter, rms_norm
+from tritium.kernels import rms_norm
 from tritium.kernels.backend import tl, triton, use_triton
+from tritium.kernels.interpreter import internals
 
 # Right and wrong kernels ----------------------------------------------------------------------------------------------
 
@@ -310,4 +312,4 @@ def test_an_unknown_interpreter_is_refused_by_name(monkeypatch):
 
     monkeypatch.delattr(InterpreterBuilder, "create_dot")
     with pytest.raises(RuntimeError, match=r"lacks create_dot.*3\.6\.0 and 3\.7\.1"):
-        interpreter._internals.__wrapped__()
+        internals.__wrapped__()

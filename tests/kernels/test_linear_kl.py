@@ -3,10 +3,11 @@
 import contextlib
 import importlib
 
+import interpreter
 import pytest
 import torch
 
-from tritium.kernels import TopK, interpreter, linear_kl
+from tritium.kernels import TopK, linear_kl
 from tritium.kernels.backend import HAS_TRITON, TARGETS
 
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed")

@@ -6,12 +6,13 @@ Dropout, bias, frozen parts, leading dimensions, bad input; traffic, addresses, 
 import contextlib
 import itertools
 
+import interpreter
 import numpy as np
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from tritium.kernels import dequantize_nf4, interpreter, lora_linear, quantize_nf4
+from tritium.kernels import dequantize_nf4, lora_linear, quantize_nf4
 from tritium.kernels.backend import HAS_TRITON, TARGETS
 from tritium.kernels.lora_linear import _config, _dropped, _lora_dropped, _lora_matmul, _matmul
 from tritium.kernels.lora_linear import lora_linear_reference as reference

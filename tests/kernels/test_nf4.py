@@ -4,11 +4,12 @@ import contextlib
 from dataclasses import replace
 from unittest import mock
 
+import interpreter
 import numpy as np
 import pytest
 import torch
 
-from tritium.kernels import NF4Tensor, dequantize_nf4, interpreter, quantize_nf4
+from tritium.kernels import NF4Tensor, dequantize_nf4, quantize_nf4
 from tritium.kernels.backend import HAS_TRITON
 from tritium.kernels.nf4 import CODES, CONFIG, _dequantize_nf4, dequantize_nf4_reference
 

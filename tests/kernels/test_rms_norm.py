@@ -3,11 +3,12 @@
 import contextlib
 import importlib
 
+import interpreter
 import pytest
 import torch
 import torch.nn.functional as F
 
-from tritium.kernels import interpreter, rms_norm
+from tritium.kernels import rms_norm
 from tritium.kernels.backend import HAS_TRITON
 from tritium.kernels.rms_norm import _backward, _forward, _rms_norm_backward, _rms_norm_forward, _rms_norm_mean
 from tritium.kernels.rms_norm import rms_norm_reference as reference

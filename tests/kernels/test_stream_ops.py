@@ -3,10 +3,11 @@
 import contextlib
 import importlib
 
+import interpreter
 import pytest
 import torch
 
-from tritium.kernels import gae, global_norm, interpreter, segment_sum
+from tritium.kernels import gae, global_norm, segment_sum
 from tritium.kernels.backend import HAS_TRITON, tl
 
 _FILES = ("gae", "global_norm", "segment_sum")
