@@ -103,7 +103,7 @@ class Collective(NamedTuple):
     there is after a gather, what there is before a scatter. `behind` is the work that it hides behind, if any."""
 
     kind: str  # "all-reduce", "all-gather", "reduce-scatter", "objects" (a few bytes, on the host)
-    axis: str  # "dp", "cp", "tp", "data" or "world"
+    axis: str  # "dp", "cp", "tp", "data", "shard", "replica" or "world"
     count: int
     payload: int
     what: str
@@ -174,11 +174,6 @@ class Plan:
     def itemsize(self) -> int:
         return ITEMSIZE[self.work.dtype]
 
-    @property
-    def data(self) -> int:
-        """Ranks over which ZeRO cuts."""
-        return self.mesh.dp * self.mesh.cp
-
     @cached_property
     def root(self) -> Unit:
         return root_of(self.model, self.mesh.tp)
@@ -200,11 +195,11 @@ class Plan:
 
     def part(self, unit: Unit) -> int:
         """Elements of a rank's part of a unit (`Flat`): all of it without ZeRO."""
-        return -(-unit.elements // self.data) if self.mesh.zero else unit.elements
+        return -(-unit.elements // self.mesh.parts)
 
     def whole(self, unit: Unit) -> int:
         """Elements of a unit, filled up to equal parts."""
-        return self.part(unit) * self.data if self.mesh.zero else unit.elements
+        return self.part(unit) * self.mesh.parts
 
     def total(self, of: Callable[[Unit], int]) -> int:
         """`of` each unit, added up."""
@@ -368,31 +363,38 @@ class Plan:
 
     def of_zero(self) -> Iterator[Collective]:
         """The table of parallel/zero.py; the root is reduced last, and at level 3 `prepare` gathers it once more."""
-        if self.data == 1:
+        if self.size("data") == 1:
             return
         layers, m, level = self.model.num_layers, self.work.micro_batches, self.mesh.zero
+        axis = "shard" if self.mesh.shard else "data"
         for unit, count, name in ((self.root, 1, "root"), (self.layer, layers, "layers")):
             gradient, parameters = WIDE * self.whole(unit), self.itemsize * self.whole(unit)
             kind, times = ("all-reduce", 1) if level == 0 else ("reduce-scatter", 1 if level == 1 else m)
             window = "" if name == "root" else ("last backward", "last backward", "backward", "layers")[level]
-            yield Collective(kind, "data", count * times, gradient, f"gradients, {name}", window)
+            yield Collective(
+                kind, axis, count * times if self.size(axis) > 1 else 0, gradient, f"gradients, {name}", window
+            )
             gathers = 0 if level == 0 else count
             if level == 3:
                 gathers = (1 + self.work.frozen) * (1 + m) if name == "root" else count * (m + self.forwards)
-            yield Collective("all-gather", "data", gathers, parameters, f"parameters, {name}", window * (level == 3))
+            gathers = gathers if self.size(axis) > 1 else 0
+            yield Collective("all-gather", axis, gathers, parameters, f"parameters, {name}", window * (level == 3))
+            copies = count if self.size("replica") > 1 else 0
+            window = "last backward" if window else ""
+            yield Collective("all-reduce", "replica", copies, WIDE * self.part(unit), f"gradients, {name}", window)
 
     def of_update(self) -> Iterator[Collective]:
         """The sum of partial gradients over tp, and the norm (`sum_over_tp`, `grad_norm`)."""
         if self.mesh.tp > 1:
-            rank = (self.mesh.dp_rank * self.mesh.cp + self.mesh.cp_rank) if self.mesh.zero else 0
+            rank = (self.mesh.dp_rank * self.mesh.cp + self.mesh.cp_rank) % self.mesh.parts
             size = self.part
             partial = self.total(lambda unit: unit.partial_in(rank * size(unit), (rank + 1) * size(unit)))
             yield Collective(
                 "all-reduce", "tp", 1 if partial else 0, WIDE * partial, "gradients of norms, shared K and V"
             )
             yield Collective("all-reduce", "tp", 1, WIDE, "gradient norm")
-        if self.mesh.zero and self.data > 1:
-            yield Collective("all-reduce", "data", 1, 2 * WIDE, "gradient norm")
+        if self.mesh.parts > 1:
+            yield Collective("all-reduce", "shard" if self.mesh.shard else "data", 1, 2 * WIDE, "gradient norm")
 
     def of_host(self) -> Iterator[Collective]:
         """Counts before the step and metrics after it; with levels 2 and 3 also how many micro-batches there are."""
@@ -407,7 +409,8 @@ class Plan:
         Ranks are [dp, cp, tp], tp fastest. A ring that crosses hosts uses an adapter of each of its ranks on a host,
         and at most a rank's link.
         """
-        stride = {"tp": 1, "cp": self.mesh.tp, "data": self.mesh.tp, "dp": self.mesh.cp * self.mesh.tp}[axis]
+        strides = {"tp": 1, "dp": self.mesh.cp * self.mesh.tp, "replica": self.mesh.parts * self.mesh.tp}
+        stride = strides.get(axis, self.mesh.tp)
         reach = stride * self.size(axis)
         machine = self.machine
         if reach <= machine.node:
@@ -415,7 +418,9 @@ class Plan:
         return machine.reached * min(machine.link, machine.network * max(1, machine.node // stride))
 
     def size(self, axis: str) -> int:
-        return {"tp": self.mesh.tp, "cp": self.mesh.cp, "data": self.data, "dp": self.mesh.dp}[axis]
+        data, parts = self.mesh.dp * self.mesh.cp, self.mesh.parts
+        sizes = {"tp": self.mesh.tp, "cp": self.mesh.cp, "dp": self.mesh.dp, "data": data, "shard": parts}
+        return sizes.get(axis, data // parts if self.mesh.shard else 1)
 
     def seconds_of(self, c: Collective) -> float:
         """A ring moves (n-1)/n of the tensor through each rank, twice for an all-reduce (Patarasuk & Yuan 2009)."""
@@ -533,8 +538,12 @@ def plans(model: ModelConfig, machine: Machine, gpus: int, work: Work, step_toke
                 continue
             for count in divisors(documents):
                 batch = replace(work, tokens=count * work.context, micro_batches=documents // count)
-                for zero in range(4 if dp * cp > 1 else 1):
-                    mesh = Mesh(world_size=gpus, dp=dp, cp=cp, tp=tp, zero=zero, dp_rank=dp - 1, cp_rank=cp - 1)
+                host = machine.node // tp  # data ranks of a host
+                levels = [(zero, 0) for zero in range(4 if dp * cp > 1 else 1)]
+                levels += [(zero, host) for zero in (1, 2, 3) if dp * cp > host > 1 and dp * cp % host == 0]
+                for zero, shard in levels:
+                    ranks = {"dp_rank": dp - 1, "cp_rank": cp - 1}
+                    mesh = Mesh(world_size=gpus, dp=dp, cp=cp, tp=tp, zero=zero, shard=shard, **ranks)
                     try:
                         yield Plan(model, mesh, batch, machine)
                     except ValueError:  # tp does not divide the model
@@ -546,7 +555,7 @@ def best(found: Iterator[Plan], count: int = 5) -> list[Plan]:
     found = list(found)
     fitting = [plan for plan in found if plan.fits]
     ordered = sorted(fitting, key=lambda plan: plan.seconds) if fitting else sorted(found, key=lambda plan: plan.peak)
-    firsts = {(plan.mesh.tp, plan.mesh.cp, plan.mesh.zero): plan for plan in reversed(ordered)}
+    firsts = {(plan.mesh.tp, plan.mesh.cp, plan.mesh.zero, plan.mesh.shard): plan for plan in reversed(ordered)}
     return sorted(firsts.values(), key=ordered.index)[:count]
 
 

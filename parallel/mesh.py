@@ -14,6 +14,9 @@ most, are neighbours on one host:
     cp      chunks of the same batch                       keys and values
     tp      shards of the same parameters                  hidden states
     data    dp × cp: everything but the parameters         gradients (added), and ZeRO's parts of the optimizer
+
+With `shard` (hybrid ZeRO, as MiCS, arXiv 2205.00119), ZeRO cuts over that many neighbours of a data group only, those
+of one host, say; gradients are added over its like-placed ranks, the `replica` groups, once a step.
 """
 
 import os
@@ -51,6 +54,9 @@ class Mesh:
     cp_group: ProcessGroup | None = None
     tp_group: ProcessGroup | None = None
     data_group: ProcessGroup | None = None  # the dp × cp ranks that hold the same shard of the parameters
+    shard: int = 0  # data ranks over which ZeRO cuts; 0: all of them
+    shard_group: ProcessGroup | None = None  # these ranks: the data group, where shard is 0
+    replica_group: ProcessGroup | None = None  # the data ranks with the same part of everything, where shard is not 0
     zero: int = 0  # how much the data ranks share of a network: see parallel/zero.py
     timeout: float = 600.0  # seconds that a collective waits for the other ranks
     device: torch.device = torch.device("cpu")
@@ -61,6 +67,11 @@ class Mesh:
     def single(cls, device: str | torch.device = "cpu", zero: int = 0) -> "Mesh":
         """The mesh of one process, which needs no process group."""
         return cls(device=torch.device(device), zero=zero)
+
+    @property
+    def parts(self) -> int:
+        """Ranks over which ZeRO cuts."""
+        return (self.shard or self.dp * self.cp) if self.zero else 1
 
     @property
     def main(self) -> bool:
@@ -94,19 +105,22 @@ class Mesh:
             dist.destroy_process_group()
         elif self.device_mesh is not None:
             groups = [self.device_mesh.get_group(axis) for axis in AXES]
-            for group in dict.fromkeys([*groups, self.data_group or groups[0]]):
+            more = (self.data_group, self.shard_group, self.replica_group)
+            for group in dict.fromkeys([*groups, *filter(None, more)]):
                 dist.destroy_process_group(group)
 
 
-def init_mesh(tp: int = 1, cp: int = 1, zero: int = 0, device: str = "auto", timeout: float = 600.0) -> Mesh:
+def init_mesh(
+    tp: int = 1, cp: int = 1, zero: int = 0, device: str = "auto", timeout: float = 600.0, shard: int = 0
+) -> Mesh:
     """Place this process in a grid of `tp` tensor-parallel × `cp` context-parallel ranks × the rest data-parallel.
 
     RANK, WORLD_SIZE and LOCAL_RANK come from torchrun; a process group that already runs is used instead, and left
     running by `close`. `device` is "cpu", "cuda" or "auto" (cuda where there is one); a rank takes the GPU of its
     LOCAL_RANK. A collective that waits longer than `timeout` seconds for a peer fails.
 
-    Raises: ValueError where cp · tp does not divide the world, the device asked for is not there, or the ranks ask for
-    different meshes. What was started is ended then.
+    Raises: ValueError where cp · tp does not divide the world, or `shard` the data ranks, the device asked for is not
+    there, or the ranks ask for different meshes. What was started is ended then.
     """
     running = dist.is_initialized()
     world_size = dist.get_world_size() if running else int(os.environ.get("WORLD_SIZE", 1))
@@ -116,6 +130,10 @@ def init_mesh(tp: int = 1, cp: int = 1, zero: int = 0, device: str = "auto", tim
         )
     if zero not in range(4):
         raise ValueError(f"zero={zero}: the levels are 0, 1, 2 and 3")
+    if shard and (shard < 0 or not zero or world_size // tp % shard):
+        raise ValueError(
+            f"shard={shard} at zero={zero}: ZeRO (1, 2 or 3) cuts over a divisor of the {world_size // tp} data ranks"
+        )
     place = local_device(device)
     if world_size == 1:
         return Mesh.single(place, zero)
@@ -128,8 +146,8 @@ def init_mesh(tp: int = 1, cp: int = 1, zero: int = 0, device: str = "auto", tim
         backend = "cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=limit)
     try:
-        _check_agreement(f"cp={cp}, tp={tp}, zero={zero} on {place.type}")
-        return replace(_place(cp, tp, place, limit), zero=zero, timeout=timeout, owns_process_group=not running)
+        _check_agreement(f"cp={cp}, tp={tp}, zero={zero}, shard={shard} on {place.type}")
+        return replace(_place(cp, tp, shard, place, limit), zero=zero, timeout=timeout, owns_process_group=not running)
     except Exception:
         if not running:
             dist.destroy_process_group()
@@ -147,7 +165,7 @@ def _check_agreement(mine: str) -> None:
             )
 
 
-def _place(cp: int, tp: int, device: torch.device, timeout: timedelta) -> Mesh:
+def _place(cp: int, tp: int, shard: int, device: torch.device, timeout: timedelta) -> Mesh:
     rank, world_size = dist.get_rank(), dist.get_world_size()
     grid = torch.arange(world_size).view(-1, cp, tp)  # [dp, cp, tp], of ranks
     dp, (dp_rank, cp_rank, tp_rank) = len(grid), (grid == rank).nonzero()[0].tolist()
@@ -158,6 +176,10 @@ def _place(cp: int, tp: int, device: torch.device, timeout: timedelta) -> Mesh:
 
     dp_group, cp_group, tp_group = (groups(AXES[i], grid.movedim(i, -1).flatten(0, 1)) for i in range(3))
     data_group = dp_group if cp == 1 else cp_group if dp == 1 else groups("data", grid.flatten(0, 1).t())
+    shard_group, replica_group = data_group, None
+    if shard:
+        shard_group = groups("shard", grid.view(-1, shard, tp).movedim(1, -1).flatten(0, 1))
+        replica_group = groups("replica", grid.view(-1, shard * tp).t())
     dist.barrier()  # gloo fails a rank that still connects to one which has closed its groups again
     return Mesh(
         rank=rank,
@@ -172,6 +194,9 @@ def _place(cp: int, tp: int, device: torch.device, timeout: timedelta) -> Mesh:
         cp_group=cp_group if cp > 1 else None,
         tp_group=tp_group if tp > 1 else None,
         data_group=data_group if dp * cp > 1 else None,
+        shard=shard,
+        shard_group=shard_group if (shard or dp * cp) > 1 else None,
+        replica_group=replica_group if dp * cp > shard else None,
         device=device,
         device_mesh=DeviceMesh.from_group([dp_group, cp_group, tp_group], device.type, grid, mesh_dim_names=AXES),
     )

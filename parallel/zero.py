@@ -12,6 +12,8 @@ embedding, a last norm, heads). Its parameters are views into one flat tensor, p
       2     whole        part        part                m · reduce-scatter P, all-gather P
       3     part         part        part                m · (reduce-scatter P, all-gather 2P)
 
+In hybrid ZeRO (`mesh.shard`) the ranks of a part's `replica_group` add their parts of the gradient, too, once a step.
+
 Gradients are *added* over the ranks: losses are sums over the global batch, divided by global counts. They are fp32
 (fp64 in an fp64 model) whatever the parameters' dtype. A unit is reduced as soon as the backward is done with it,
 while the backward goes on; always in the same order, whatever order a rank's gradients come in, and also where a rank
@@ -51,9 +53,9 @@ class Flat:
         level, self.layer = mesh.zero, layer  # whether it is of a layer, and not of the root
         first = members[0][1]
         self.members, self.level, self.trained = list(members), level, first.requires_grad
-        self.group = mesh.data_group
-        self.parts, self.rank = (dist.get_world_size(self.group), dist.get_rank(self.group)) if self.group else (1, 0)
-        self.parts, self.rank = (self.parts, self.rank) if level else (1, 0)
+        self.group, self.replicas = (mesh.shard_group, mesh.replica_group) if level else (mesh.data_group, None)
+        cut = level and self.group is not None
+        self.parts, self.rank = (dist.get_world_size(self.group), dist.get_rank(self.group)) if cut else (1, 0)
         self.size = -(-sum(p.numel() for _, p in members) // self.parts)  # of a part
         self.full = torch.zeros(self.size * self.parts, dtype=first.dtype, device=first.device)
         for (_, p), view in zip(members, self.views(self.full), strict=True):
@@ -130,7 +132,7 @@ class Flat:
         size = len(self.full) if self.level < 2 else self.size
         self.gradient = torch.zeros(size, dtype=dtype, device=self.full.device)
         self.whole: Tensor | None = self.gradient if self.level < 2 else None
-        self.missing, self.reducing, self.reduced = 0, None, None
+        self.missing, self.reducing, self.reduced, self.replicating = 0, None, None, None
         for i, (_, p) in enumerate(self.members):
             p.register_post_accumulate_grad_hook(partial(self.accumulate, i))
             if self.level < 2:
@@ -165,13 +167,21 @@ class Flat:
             self.reduced = self.own(whole) if self.level == 1 else torch.empty_like(self.gradient)
             self.reducing = reduce_scatter(self.reduced, whole, self.group)
 
-    def finish_reduce(self) -> None:
+    def finish_reduce(self, last: bool) -> None:
         if self.reducing is not None:
             self.reducing.wait()
         if self.level >= 2 and self.reduced is not None:
             self.gradient.add_(self.reduced)
             self.whole = None
         self.reducing = self.reduced = None
+        if last and self.replicas is not None:
+            self.replicating = dist.all_reduce(self.own_gradient, group=self.replicas, async_op=True)
+
+    def finish(self) -> None:
+        """Wait for the sum over the replicas."""
+        if self.replicating is not None:
+            self.replicating.wait()
+            self.replicating = None
 
 
 def all_gather(whole: Tensor, part: Tensor, group: ProcessGroup | None) -> Work | None:
@@ -293,7 +303,7 @@ class FlatModule:
         """
         self.queue = [(i, flat) for i, unit in enumerate(self.units) for flat in unit if flat.trained][::-1]
         self.queue = self.queue if last or self.level >= 2 else []
-        self.in_backward, self.in_flight = True, []
+        self.in_backward, self.in_flight, self.last = True, [], last
         for _, flat in self.queue:
             flat.missing = len(flat.members)
         try:
@@ -301,6 +311,8 @@ class FlatModule:
             while self.queue:  # with parameters that were not used, or with none where there was no backward
                 self.reduce_next()
             self.finish()
+            for flat in self.trained:
+                flat.finish()
         finally:
             self.queue, self.in_backward = [], False
         if not self.kept:
@@ -313,7 +325,7 @@ class FlatModule:
 
     def reduce_next(self) -> None:
         unit, flat = self.queue.pop(0)
-        if self.level >= 2:  # at most one whole gradient is under way while the next is made
+        if self.level >= 2 or flat.replicas:  # at most one whole gradient is under way while the next is made
             self.finish()
         flat.start_reduce()
         self.in_flight.append(flat)
@@ -322,7 +334,7 @@ class FlatModule:
 
     def finish(self) -> None:
         for flat in self.in_flight:
-            flat.finish_reduce()
+            flat.finish_reduce(self.last)
         self.in_flight = []
 
     def zero_grad(self) -> None:
@@ -356,7 +368,7 @@ def grad_norm(flats: Sequence[Flat], mesh: Mesh) -> Tensor:
     dtype = torch.promote_types(norms[0].dtype, norms[1].dtype)
     squares = torch.stack([norm.to(dtype) for norm in norms]).square()
     if flats and flats[0].parts > 1:
-        dist.all_reduce(squares, group=mesh.data_group)
+        dist.all_reduce(squares, group=flats[0].group)
     if mesh.tp > 1:
         dist.all_reduce(squares[:1], group=mesh.tp_group)
     return squares.sum().sqrt()

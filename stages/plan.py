@@ -78,10 +78,12 @@ def plan_of(model: ModelConfig, config: Config, work: Work, machine: Machine) ->
     if min(mesh.cp, mesh.tp) < 1 or config.gpus % ranks or mesh.zero not in range(4):
         raise ConfigError(f"mesh: cp={mesh.cp} × tp={mesh.tp} must divide gpus={config.gpus}, and zero be 0 to 3")
     dp = config.gpus // ranks
+    if mesh.shard and (mesh.shard < 0 or not mesh.zero or dp * mesh.cp % mesh.shard):
+        raise ConfigError(f"mesh.shard={mesh.shard} must divide the {dp * mesh.cp} data ranks, with mesh.zero 1 to 3")
     work = replace(work, micro_batches=max(1, round(config.step_tokens / (dp * config.bin_tokens))))
     last = {"dp_rank": dp - 1, "cp_rank": mesh.cp - 1}
     try:
-        grid = Mesh(world_size=config.gpus, dp=dp, cp=mesh.cp, tp=mesh.tp, zero=mesh.zero, **last)
+        grid = Mesh(world_size=config.gpus, dp=dp, cp=mesh.cp, tp=mesh.tp, zero=mesh.zero, shard=mesh.shard, **last)
         return Plan(model, grid, work, machine)
     except ValueError as error:
         raise ConfigError(f"mesh: {error}") from None
@@ -193,11 +195,11 @@ def copy_rate(device: str, rounds: int = 5) -> float:
 
 def overview(found: Sequence[Plan]) -> list[str]:
     """A line for each plan: mesh, micro-batches, memory, and at most this speed."""
-    heads = ("dp", "cp", "tp", "zero", "bin_tokens", "micro-batches", "GiB", "s/step", "tokens/s", "MFU", "")
+    heads = ("dp", "cp", "tp", "zero", "shard", "bin_tokens", "micro-batches", "GiB", "s/step", "tokens/s", "MFU", "")
     rows = [heads]
     for plan in found:
         mesh, work = plan.mesh, plan.work
-        numbers = (mesh.dp, mesh.cp, mesh.tp, mesh.zero, work.tokens, work.micro_batches)
+        numbers = (mesh.dp, mesh.cp, mesh.tp, mesh.zero, mesh.parts, work.tokens, work.micro_batches)
         speed = (f"{plan.peak / GIB:.1f}", f"{plan.seconds:.3g}", f"{plan.step_tokens / plan.seconds:,.0f}")
         rows.append((*map(str, numbers), *speed, f"{plan.mfu:.0%}", plan.verdict))
     machine = found[0].machine
@@ -246,7 +248,8 @@ def scaling_cell(model: ModelConfig, gpus: int) -> str:
     if not plan.fits:
         return f"does not fit: {plan.peak / GIB:.0f} GiB"
     cut = [f"{axis} {getattr(plan.mesh, axis)}" for axis in ("tp", "cp") if getattr(plan.mesh, axis) > 1]
-    return f"{', '.join([*cut, f'zero {plan.mesh.zero}'])}: {plan.peak / GIB:.0f} GiB, {plan.mfu:.0%}"
+    cut.append(f"zero {plan.mesh.zero}" + f" over {plan.mesh.shard}" * (plan.mesh.shard > 0))
+    return f"{', '.join(cut)}: {plan.peak / GIB:.0f} GiB, {plan.mfu:.0%}"
 
 
 if __name__ == "__main__":

@@ -97,7 +97,9 @@ def step_of(config: ModelConfig, tokens: int, documents: int, micro_batches: int
     live = np.cumsum([size for _, size in changes])
     within = [step.start_ns() <= at <= step.start_ns() + step.duration_ns() for at, _ in changes]
     own = int((Split.of(tokens, mesh).place(batch.supervised) >= 0).sum())
-    groups = dict.fromkeys(("dp_group", "cp_group", "tp_group", "data_group", "device_mesh"))  # can't be sent back
+    groups = dict.fromkeys(
+        ("dp_group", "cp_group", "tp_group", "data_group", "shard_group", "replica_group", "device_mesh")
+    )  # can't be sent back
     work = Work(tokens, length, micro_batches, own, dtype)
     return int(live[within].max()), Plan(config, replace(mesh, **groups), work, CPU)
 

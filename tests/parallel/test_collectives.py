@@ -74,9 +74,9 @@ def micro_batch(seed: int) -> PackedBatch:
     return pack([documents[:2], documents[2:]], {"pairs": 2.0})
 
 
-def step(config: ModelConfig, tp: int, cp: int, zero: int, dtype: str, stage: str) -> tuple[Counter, Counter]:
+def step(config: ModelConfig, tp: int, cp: int, zero: int, dtype: str, stage: str, shard=0) -> tuple[Counter, Counter]:
     """What the second step sends, and what the plan says, on this rank."""
-    mesh = init_mesh(tp, cp, zero, device="cpu")
+    mesh = init_mesh(tp, cp, zero, device="cpu", shard=shard)
     networks, objective = {"policy": Transformer(config, mesh, DTYPES[dtype]).initialize(0)}, CrossEntropy()
     if stage == "dpo":
         networks["reference"] = Transformer(config, mesh, DTYPES[dtype]).initialize(1).requires_grad_(False)
@@ -134,4 +134,10 @@ def test_two_ranks_send_what_the_plan_says(pool2, config, tp, cp, zero, dtype, s
 @pytest.mark.parametrize("config,tp,cp,zero,dtype,stage", RUNS_OF_FOUR)
 def test_four_ranks_send_what_the_plan_says(pool4, config, tp, cp, zero, dtype, stage):
     for found, expected in pool4.run(step, config, tp, cp, zero, dtype, stage):
+        assert found == expected and found
+
+
+@pytest.mark.parametrize("tp,cp,zero,shard", [(1, 1, 1, 2), (1, 2, 3, 2), (1, 1, 2, 1), (2, 1, 2, 1)])
+def test_hybrid_ranks_send_what_the_plan_says(pool4, tp, cp, zero, shard):
+    for found, expected in pool4.run(step, TIED, tp, cp, zero, "fp32", "pretrain", shard):
         assert found == expected and found

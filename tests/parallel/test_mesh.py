@@ -115,7 +115,7 @@ def test_a_mesh_that_does_not_divide_the_world_is_refused_on_every_rank(pool2, t
 
 
 def test_ranks_that_want_different_meshes_are_refused_without_a_hang(pool2):
-    sentence = "rank 0 has cp=1, tp=1, zero=0 on cpu, rank 1 cp=1, tp=2, zero=0 on cpu: "
+    sentence = "rank 0 has cp=1, tp=1, zero=0, shard=0 on cpu, rank 1 cp=1, tp=2, zero=0, shard=0 on cpu: "
     sentence += "start every process with the same command"
     assert pool2.run(refused, [1, 2]) == [sentence] * 2
 

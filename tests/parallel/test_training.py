@@ -85,10 +85,10 @@ def networks_of(stage: str, config: ModelConfig, mesh: Mesh, dtype: torch.dtype)
 
 
 def train(
-    out: str, stage: str, config: ModelConfig, tp: int = 1, cp: int = 1, zero: int = 0, dtype: str = "fp64"
+    out: str, stage: str, config: ModelConfig, tp: int = 1, cp: int = 1, zero: int = 0, dtype: str = "fp64", shard=0
 ) -> list[int]:
     """The steps that were done."""
-    mesh = init_mesh(tp, cp, zero, device="cpu")
+    mesh = init_mesh(tp, cp, zero, device="cpu", shard=shard)
     run = RunConfig(out=out, steps=STEPS, dtype=dtype, save_every=1, keep=STEPS)
     settings = Settings(run, OptimConfig(lr=1e-2, clip=0.5, **OPTIMIZERS.get(stage, {})), ScheduleConfig(warmup=0.0))
     networks, objective = networks_of(stage, config, mesh, DTYPES[dtype])
@@ -190,6 +190,13 @@ def test_two_ranks_train_as_one_process(pool2, tmp_path, alone, stage, name, tp,
 @pytest.mark.parametrize("stage,name,tp,cp,zero", RUNS_OF_FOUR)
 def test_four_ranks_train_as_one_process(pool4, tmp_path, alone, stage, name, tp, cp, zero):
     pool4.run(train, str(tmp_path), stage, MODELS[name], tp, cp, zero)
+    assert_same_run(tmp_path, alone(stage, name))
+
+
+@pytest.mark.parametrize("stage,name,cp,zero,shard", [("pretrain", TIED, 1, 1, 2), ("muon", TIED, 1, 2, 2),
+                                                      ("dpo", OWN, 2, 3, 2), ("pretrain", OWN, 1, 3, 1)])  # fmt: skip
+def test_two_replicas_of_two_shards_train_as_one_process(pool4, tmp_path, alone, stage, name, cp, zero, shard):
+    pool4.run(train, str(tmp_path), stage, MODELS[name], 1, cp, zero, "fp64", shard)
     assert_same_run(tmp_path, alone(stage, name))
 
 

@@ -209,4 +209,18 @@ def refuse(zero_of_rank: list[int]) -> str:
 
 def test_levels_that_are_none_or_differ_are_refused_on_every_rank(pool2):
     assert all(s.startswith("zero=4: the levels are 0, 1, 2 and 3") for s in pool2.run(refuse, [4, 4]))
-    assert all("rank 0 has cp=1, tp=1, zero=1" in s for s in pool2.run(refuse, [1, 2]))
+    assert all("rank 0 has cp=1, tp=1, zero=1, shard=0" in s for s in pool2.run(refuse, [1, 2]))
+
+
+def refuse_shard(zero: int, shard: int) -> str:
+    try:
+        init_mesh(zero=zero, shard=shard)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize("zero,shard", [(0, 2), (3, 3), (3, -1)])
+def test_shards_that_the_ranks_cannot_form_are_refused_on_every_rank(pool2, zero, shard):
+    said = f"shard={shard} at zero={zero}: ZeRO (1, 2 or 3) cuts over a divisor of the 2 data ranks"
+    assert pool2.run(refuse_shard, zero, shard) == [said] * 2
