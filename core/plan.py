@@ -555,7 +555,7 @@ def best(found: Iterator[Plan], count: int = 5) -> list[Plan]:
     found = list(found)
     fitting = [plan for plan in found if plan.fits]
     ordered = sorted(fitting, key=lambda plan: plan.seconds) if fitting else sorted(found, key=lambda plan: plan.peak)
-    firsts = {(plan.mesh.tp, plan.mesh.cp, plan.mesh.zero, plan.mesh.shard): plan for plan in reversed(ordered)}
+    firsts = {(plan.mesh.tp, plan.mesh.cp, plan.mesh.zero): plan for plan in reversed(ordered)}
     return sorted(firsts.values(), key=ordered.index)[:count]
 
 

@@ -243,9 +243,14 @@ class FlatModule:
             if not self.kept and not self.in_backward:  # (a forward within the backward is recomputation)
                 self.release(i)
 
+        def before_backward(*_) -> None:
+            if not self.kept and i + 1 < len(self.units):  # its backward is over: also of what is frozen in it
+                self.release(i + 1)
+            before(i - 1)
+
         layer.register_forward_pre_hook(lambda *_: before(i + 1))
         layer.register_forward_hook(after)
-        layer.register_full_backward_pre_hook(lambda *_: before(i - 1))
+        layer.register_full_backward_pre_hook(before_backward)
 
     @contextmanager
     def whole(self, layers: bool = False) -> Iterator[None]:
@@ -329,7 +334,7 @@ class FlatModule:
             self.finish()
         flat.start_reduce()
         self.in_flight.append(flat)
-        if unit and not self.kept and all(other != unit for other, _ in self.queue):
+        if unit and not self.kept and self.units[unit] == [flat]:  # (what is frozen may still be needed)
             self.release(unit)
 
     def finish(self) -> None:

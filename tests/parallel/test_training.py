@@ -25,8 +25,10 @@ from tritium.core.setup import DTYPES
 from tritium.core.trainer import RunConfig, Trainer
 from tritium.model.config import ModelConfig
 from tritium.model.heads import ScalarModel
-from tritium.model.transformer import Transformer
+from tritium.model.lora import LoraConfig, attach
+from tritium.model.transformer import Transformer, full_shape
 from tritium.parallel.mesh import Mesh, init_mesh
+from tritium.parallel.tensor import shard
 from tritium.stages import grpo
 
 STEPS = 5
@@ -81,6 +83,12 @@ def networks_of(stage: str, config: ModelConfig, mesh: Mesh, dtype: torch.dtype)
     if stage == "dpo":
         reference = Transformer(config, mesh, dtype).initialize(seed=3).requires_grad_(False)
         return {"policy": model, "reference": reference}, DPO(beta=0.5, sft=0.2)
+    if stage == "lora":
+        attach(model, LoraConfig(rank=4, alpha=8.0))
+        with torch.no_grad():
+            for i, (_, p) in enumerate((n, p) for n, p in model.named_parameters() if p.requires_grad):
+                whole = torch.randn(full_shape(p, mesh.tp), generator=torch.Generator().manual_seed(i)) * 0.1
+                p.copy_(shard(whole, p.sharding, mesh))  # b starts at zero, and would hide a
     return {"policy": model}, CrossEntropy()
 
 
@@ -153,6 +161,8 @@ RUNS_OF_TWO = [  # stage, model, tp, cp, zero; the rest is dp
     ("reward", TIED, 2, 1, 0),
     ("reward", OWN, 1, 1, 3),
     ("muon", OWN, 2, 1, 0),
+    ("lora", OWN, 2, 1, 0),
+    ("lora", TIED, 1, 2, 3),
     ("muon", TIED, 1, 1, 1),
     ("muon", TIED, 1, 1, 3),
 ]
@@ -169,6 +179,8 @@ RUNS_OF_FOUR = [
     ("reward", TIED, 1, 2, 0),
     ("muon", TIED, 1, 1, 2),
     ("muon", SHARED, 4, 1, 0),
+    ("lora", SHARED, 4, 1, 0),
+    ("lora", SHARED, 2, 1, 3),
     ("muon", SHARED, 2, 1, 3),
 ]
 
