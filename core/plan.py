@@ -21,6 +21,7 @@ from typing import NamedTuple
 from tritium.kernels.attention_torch import KEPT_BYTES, ROWS
 from tritium.kernels.head import TILE_ROWS
 from tritium.kernels.head_triton import TILE_BYTES
+from tritium.model.cache import PAGE, cache_pages
 from tritium.model.config import ModelConfig
 from tritium.model.transformer import HEAD_ROWS, check_divides
 from tritium.parallel.context import Split
@@ -243,8 +244,8 @@ class Plan:
 
     @property
     def cache(self) -> int:
-        """Keys and values of `sequences` + 1 slots (`Batch.pages`)."""
-        slots = (self.work.sequences + 1) * self.work.sampled_tokens if self.work.sequences else 0
+        """Keys and values of `sequences` (`PagedCache`)."""
+        slots = PAGE * cache_pages(self.work.sequences, self.work.sampled_tokens) if self.work.sequences else 0
         return self.itemsize * slots * self.model.num_layers * 2 * self.heads[1] * self.model.head_dim
 
     def gathered(self, layers: int) -> int:

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 import numpy as np
 
@@ -13,7 +13,9 @@ from tritium.core.data import parse_sources
 from tritium.core.formats import DataError, Message, RecordError, Skipped, problem, read_records
 from tritium.core.rewards import Answer, Judged, Reward, Score, judge
 from tritium.core.tokenizer import Tokenizer
+from tritium.model.cache import PagedCache
 from tritium.model.generate import Completion, generate
+from tritium.model.sampling import Options
 from tritium.model.transformer import Transformer
 from tritium.parallel.mesh import Mesh
 
@@ -25,15 +27,38 @@ class SamplingConfig:
     temperature: float = opt(1.0, "0 takes the likeliest token")
     top_k: int = opt(0, "keep only the k likeliest tokens (0: all)")
     top_p: float = opt(1.0, "keep only the likeliest tokens that hold this much probability (1: all)")
+    min_p: float = opt(0.0, "keep only tokens of at least this share of the likeliest one's probability (0: all)")
+    repetition_penalty: float = opt(1.0, "divides the logits of tokens that were there before (1: off)")
+    presence_penalty: float = opt(0.0, "is subtracted from the logits of tokens in the answer")
+    no_repeat_ngram: int = opt(0, "no so many tokens in a row come twice (0: off)")
+    stop: list[str] = opt([], "strings that end an answer, besides its end token")
     max_tokens: int = opt(128, "longest answer")
     max_batch: int = opt(256, "sequences generated together: bounds the key/value cache")
+    cache_mb: float = opt(
+        0.0, "megabytes (10⁶ bytes) of the key/value cache (0: all that max_batch sequences can need)"
+    )
 
     def __post_init__(self):
-        for name, least in (("temperature", 0), ("top_k", 0), ("max_tokens", 1), ("max_batch", 1)):
+        for name, least in (("max_batch", 1), ("cache_mb", 0)):
             if not getattr(self, name) >= least:
                 raise ConfigError(f"sampling.{name}={getattr(self, name)} must be at least {least}")
-        if not 0 < self.top_p <= 1:
-            raise ConfigError(f"sampling.top_p={self.top_p} must be in (0, 1]")
+        try:
+            self.options()
+        except ValueError as error:
+            raise ConfigError(f"sampling.{error}") from None
+
+    def options(self, stop_ids: Sequence[int] | None = None) -> Options:
+        """What the sampler is told of each request."""
+        own = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("max_batch", "cache_mb")}
+        return Options(stop_ids=stop_ids, **own)
+
+    def pages(self, model: Transformer) -> int | None:
+        """Of the cache; None: as many as are needed. Raises: ConfigError where a sequence can't have two."""
+        if not self.cache_mb:
+            return None
+        if (pages := int(self.cache_mb * 1e6 / PagedCache.page_bytes(model))) < 2:
+            raise ConfigError(f"sampling.cache_mb={self.cache_mb}: {PagedCache.page_bytes(model)} bytes are one page")
+        return pages
 
 
 @dataclass
@@ -129,14 +154,12 @@ def roll_out(
     completions = generate(
         model,
         [p.ids for p in problems],
-        max_tokens=sampling.max_tokens,
-        temperature=sampling.temperature,
-        top_k=sampling.top_k,
-        top_p=sampling.top_p,
+        options=sampling.options(stop_ids(tokenizer)),
         n=n,
-        stop_ids=stop_ids(tokenizer),
         seed=seeds,
         max_batch=sampling.max_batch,
+        pages=sampling.pages(model),
+        decoder=tokenizer.incremental if sampling.stop else None,
     )
     samples = [Sample(problems[i // n], c, tokenizer.decode(c.tokens)) for i, c in enumerate(completions)]
     answers = [

@@ -1,248 +1,474 @@
-"""Sampling from the training model itself: the same weights, the same kernels, a key/value cache instead of a stream.
+"""Generation by the training model itself: the same weights, the same kernels, a paged cache instead of a stream.
 
-    prefill   the waiting prompts that fit, packed into one stream; their keys and values go to a slot each
+    admit     waiting sequences, while there are rows and pages; the samples of a prompt share its pages
+    prefill   what they have that is not in the cache yet, packed into streams of at most PREFILL_TOKENS
     decode    one token for every running sequence, each at its own length
-    leave     a finished sequence frees its slot, and a waiting one takes it at the next step
+    leave     a finished sequence frees its pages. Where none is left, the youngest sequence gives its own back, and
+              comes again later, with all its tokens
 
 Tokens in, tokens out. A sequence's randomness depends on its own seed and nothing else: the same request gives the
-same tokens (up to rounding) in any company and on any number of ranks.
+same tokens (up to rounding) in any company, on any number of ranks, and after giving way.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from tritium.kernels import attention, decode_attention
+from tritium.model.cache import PagedCache, Prefill, cache_pages
+from tritium.model.graphs import DecodeGraphs, advance
+from tritium.model.sampling import History, Options, Sampler
 from tritium.model.transformer import Transformer
 
-PREFILL_TOKENS = 8192  # the longest stream of a prefill, unless one prompt alone is longer
-ROWS = 32  # streams and batches are filled up to a multiple: oneDNN builds a matmul kernel for every shape it meets
+PREFILL_TOKENS = 8192  # the longest stream of a prefill
+ROWS = 32  # streams are filled up to a multiple: oneDNN builds a matmul kernel for every shape it meets
 
 
 @dataclass
 class Completion:
-    """What the model added to one prompt. `finish_reason` is "stop" (a stop token, kept as the last of `tokens`),
-    "length" (max_tokens) or "context" (prompt and completion fill the model's positions). `logps[i]` is the
-    log-probability of `tokens[i]` under the policy itself (temperature 1, nothing cut off), fp32."""
+    """What came after one prompt. `finish_reason` is "stop" (a stop token or string, kept at the end of `tokens`),
+    "length" (max_tokens), "context" (the model's positions, or the cache, are full) or "cancelled". `logps[i]` is the
+    log-probability of `tokens[i]` under the policy itself (temperature 1, nothing cut off), `sampled_logps[i]` under
+    what it was drawn from, fp32. `weights[i]` is 0 for a token that a tool said (its log-probs are 0), else 1."""
 
     tokens: list[int] = field(default_factory=list)
     logps: list[float] = field(default_factory=list)
     finish_reason: str = ""
+    sampled_logps: list[float] = field(default_factory=list)
+    weights: list[float] = field(default_factory=list)
 
 
-@torch.no_grad()
+@dataclass(eq=False)
+class Group:
+    """The samples of one prompt. The first is read for all; the others, when they come, share these pages of it."""
+
+    waiting: int
+    leader: "Running | None" = None
+    pages: list[int] = field(default_factory=list)
+
+
+@dataclass(eq=False)
+class Running:
+    """A sequence, from its request to its end; `index` counts the samples of a request."""
+
+    prompt: list[int]
+    options: Options
+    index: int
+    draws: np.ndarray  # [max_tokens] uniform numbers
+    group: Group | None
+    history: History | None
+    text: "Text | None"
+    stop_ids: frozenset[int]
+    completion: Completion = field(default_factory=Completion)
+    ids: list[int] = field(default_factory=list)  # the prompt and what came after
+    pages: list[int] = field(default_factory=list)
+    cached: int = 0  # how many of `ids` are in the cache
+    drawn: int = 0
+
+
+class Event(NamedTuple):
+    """A token that a sequence got, and the text that it completes ("" where there is no decoder)."""
+
+    sequence: Running
+    token: int
+    text: str
+
+
+class Text:
+    """The text of an answer as it grows, up to a stop string: what could be the beginning of one is held back."""
+
+    def __init__(self, decoder, stops: Sequence[str]):
+        self.decoder, self.stops, self.held, self.stopped = decoder, stops, "", False
+
+    def push(self, token: int) -> str:
+        return self._show(self.decoder.push(token))
+
+    def finish(self) -> str:
+        """What was held back, now that nothing more comes."""
+        shown = "" if self.stopped else self._show(self.decoder.finish())
+        shown, self.held = shown + self.held, ""
+        return shown
+
+    def _show(self, text: str) -> str:
+        text = self.held + text
+        found = [at for stop in self.stops if (at := text.find(stop)) >= 0]
+        if found:
+            self.stopped, self.held = True, ""
+            return text[: min(found)]
+        starts = (n for stop in self.stops for n in range(1, min(len(stop), len(text) + 1)) if text.endswith(stop[:n]))
+        length = max(starts, default=0)
+        self.held = text[len(text) - length :]
+        return text[: len(text) - length]
+
+
+class Engine:
+    """Requests in, tokens out, all that run advancing together.
+
+    `pages` of the cache (see PagedCache) bound its memory, `max_batch` how many run at once. `decoder` makes the
+    incremental decoder of an answer (`Tokenizer.incremental`): with it events carry text, and stop strings work.
+    `extend(sequence)` is asked when an answer stops by itself: the tokens that it returns follow, and the sequence goes
+    on; without any, it ends.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        pages: int,
+        max_batch: int = 256,
+        decoder: Callable | None = None,
+        extend: Callable[[Running], Sequence[int]] | None = None,
+    ):
+        self.model, self.cache, self.max_batch = model, PagedCache(model, pages), max_batch
+        self.decoder, self.extend = decoder, extend
+        self.capacity = min(model.config.max_positions, self.cache.usable * self.cache.page + 1)  # of a sequence
+        self.waiting: deque[Running] = deque()
+        self.running: list[Running] = []  # the oldest first
+        self.groups: list[Group] = []  # those that hold pages
+        self.sampled: tuple[list[Running], Sampler | None] = [], None
+        self.graphs = DecodeGraphs(model, self.cache) if DecodeGraphs.possible(model) else None
+
+    @property
+    def busy(self) -> bool:
+        return bool(self.running or self.waiting)
+
+    def submit(self, prompt: Sequence[int], options: Options, seeds: Sequence[tuple[int, int]]) -> list[Running]:
+        """One sample of `prompt` for each seed, a Philox key. Raises: ValueError for what can't be done."""
+        config, prompt = self.model.config, list(prompt)
+        check_prompt(prompt, config.max_positions, config.vocab_size)
+        options.check_ids(config.vocab_size)
+        longest = min(len(prompt) + options.max_tokens, config.max_positions)
+        if longest > self.capacity:
+            raise ValueError(
+                f"{len(prompt)} tokens and up to {options.max_tokens} new ones do not fit the cache, which holds "
+                f"{self.capacity - 1}"
+            )
+        if options.stop and self.decoder is None:
+            raise ValueError(f"stop={list(options.stop)!r} needs a decoder: give generate(…, decoder=…)")
+        stops = options.stop_ids
+        if stops is None:
+            stops = [] if config.eos_id is None else [config.eos_id]
+        keys = np.array(seeds, np.uint64).reshape(-1, 2)  # left to itself, numpy would round them through float64
+        group = Group(len(seeds)) if len(seeds) > 1 and len(prompt) > 1 else None
+        made = []
+        for i, key in enumerate(keys):
+            draws = np.random.Generator(np.random.Philox(key=key)).random(options.max_tokens, np.float32)
+            history = History(options, prompt) if options.edits else None
+            text = Text(self.decoder(), options.stop) if self.decoder else None
+            made.append(Running(prompt, options, i, draws, group, history, text, frozenset(stops), ids=list(prompt)))
+        self.waiting += made
+        return made
+
+    def cancel(self, sequence: Running) -> None:
+        """End a sequence that waits or runs."""
+        if sequence in self.running:
+            self.leave(sequence)
+        elif sequence in self.waiting:
+            self.waiting.remove(sequence)
+            self.joined(sequence)
+        sequence.completion.finish_reason = sequence.completion.finish_reason or "cancelled"
+
+    @torch.no_grad()
+    def step(self) -> list[Event]:
+        """Advance: read waiting prompts, or give every running sequence one more token."""
+        self.admit()
+        unread = [s for s in self.running if len(s.ids) - s.cached > 1]
+        rows, logits = self.prefill(unread) if unread else self.decode()
+        if not rows:
+            return []
+        uniforms = torch.tensor([s.draws[s.drawn] for s in rows], device=logits.device)
+        if self.sampled[0] != rows:
+            self.sampled = rows, Sampler([s.options for s in rows], logits.device)
+        drawn = self.sampled[1](logits, uniforms, [s.history for s in rows])
+        return [self.push(*row) for row in zip(rows, *(x.tolist() for x in drawn), strict=True)]
+
+    def push(self, sequence: Running, token: int, logp: float, sampled_logp: float) -> Event:
+        """Add a token to a sequence; end it where it ends."""
+        completion = sequence.completion
+        sequence.drawn += 1
+        self.append(sequence, [token], [logp], [sampled_logp], 1.0)
+        text = sequence.text.push(token) if sequence.text else ""
+        stopped = token in sequence.stop_ids or (sequence.text is not None and sequence.text.stopped)
+        full = len(sequence.ids) >= self.capacity  # the token just drawn counts, though it is not fed yet
+        completion.finish_reason = (
+            "stop" if stopped else "length" if sequence.drawn >= sequence.options.max_tokens else "context" * full
+        )
+        if stopped and self.extend is not None and (more := list(self.extend(sequence))):
+            over = len(sequence.ids) + len(more) >= self.capacity
+            at_end = sequence.drawn >= sequence.options.max_tokens
+            completion.finish_reason = "context" if over else "length" * at_end
+            if not over:
+                self.append(sequence, more, [0.0] * len(more), [0.0] * len(more), 0.0)
+        if completion.finish_reason:
+            self.leave(sequence)
+            text += sequence.text.finish() if sequence.text else ""
+        return Event(sequence, token, text)
+
+    def append(self, sequence: Running, tokens: list[int], logps: list, sampled_logps: list, weight: float) -> None:
+        sequence.ids += tokens
+        sequence.completion.tokens += tokens
+        sequence.completion.logps += logps
+        sequence.completion.sampled_logps += sampled_logps
+        sequence.completion.weights += [weight] * len(tokens)
+        for token in tokens if sequence.history is not None else ():
+            sequence.history.push(token)
+
+    # Pages ------------------------------------------------------------------------------------------------------------
+
+    def admit(self) -> None:
+        """Let waiting sequences in, in order, while there are rows and pages; samples whose prompt is being read wait.
+
+        Every running sequence should find another page: else those that join would soon have to leave again.
+        """
+        passed: list[Running] = []
+        while self.waiting and len(self.running) < self.max_batch:
+            sequence = self.waiting.popleft()
+            group = sequence.group
+            if group and group.leader and not group.pages:
+                passed.append(sequence)
+                continue
+            shared = (len(sequence.prompt) - 1) // self.cache.page if group and group.pages else 0
+            needed = self.cache.needed(len(sequence.ids)) - shared
+            if needed + (len(self.running) if self.running else 0) > len(self.cache.free):
+                passed.append(sequence)
+                if self.running or not self.reclaim():
+                    break
+                continue
+            if group and group.pages:
+                self.fork(sequence, group.pages)
+            elif group:
+                group.leader = sequence
+            sequence.pages += self.cache.take(self.cache.needed(len(sequence.ids)) - len(sequence.pages))
+            self.running.append(sequence)
+            self.joined(sequence)
+        self.waiting.extendleft(passed[::-1])
+
+    def fork(self, sequence: Running, pages: list[int]) -> None:
+        """Give a sequence all of its prompt but the last token: full pages shared, what is left of the last one copied.
+
+        Its last token is then fed like any that was drawn.
+        """
+        sequence.cached = len(sequence.prompt) - 1
+        full, rest = divmod(sequence.cached, self.cache.page)
+        sequence.pages = self.cache.share(pages[:full])
+        if rest:
+            sequence.pages += self.cache.take(1)
+            self.cache.copy(pages[full : full + 1], sequence.pages[full:])
+
+    def joined(self, sequence: Running) -> None:
+        """One sample fewer waits for its group's pages; the last lets them go."""
+        group = sequence.group
+        if group is None:
+            return
+        group.waiting -= 1
+        if sequence is not group.leader:
+            sequence.group = None
+        if not group.waiting:
+            self.drop(group)
+
+    def read(self, sequence: Running) -> None:
+        """Its prompt is in the cache: keep the pages for the other samples that wait."""
+        group, sequence.group = sequence.group, None
+        if group is not None and group.waiting:
+            group.pages = self.cache.share(sequence.pages[: self.cache.needed(len(sequence.prompt) - 1)])
+            self.groups.append(group)
+
+    def drop(self, group: Group) -> None:
+        self.cache.release(group.pages)
+        group.pages, group.leader = [], None
+        if group in self.groups:
+            self.groups.remove(group)
+
+    def reclaim(self) -> bool:
+        """Take back pages that are only kept for samples that wait; whether there were any."""
+        if not self.groups:
+            return False
+        self.drop(self.groups[-1])
+        return True
+
+    def leave(self, sequence: Running) -> None:
+        self.running.remove(sequence)
+        self.cache.release(sequence.pages)
+        sequence.pages, sequence.cached = [], 0
+        if sequence.group is not None:  # it led, and was not read to its end
+            sequence.group.leader, sequence.group = None, None
+
+    def make_room(self) -> None:
+        """A page for the next token of each running sequence; where there is none, the youngest gives way."""
+        for sequence in list(self.running):
+            while sequence in self.running and sequence.cached >= len(sequence.pages) * self.cache.page:
+                if self.cache.free:
+                    sequence.pages += self.cache.take(1)
+                elif not self.reclaim():
+                    youngest = self.running[-1]
+                    self.leave(youngest)
+                    self.waiting.appendleft(youngest)
+
+    # Forward passes -----------------------------------------------------------------------------------------------
+
+    def prefill(self, unread: list[Running]) -> tuple[list[Running], Tensor]:
+        """Read tokens that are not in the cache, as one packed stream; who has read all, and logits after, [B, V]."""
+        parts, budget = [], PREFILL_TOKENS
+        for sequence in unread:
+            count = min(budget, len(sequence.ids) - sequence.cached)
+            missing = self.cache.needed(sequence.cached + count) - len(sequence.pages)  # what a tool said
+            if missing > len(self.cache.free) and parts:
+                break
+            if missing > 0:
+                if not self.room_for(sequence, missing):
+                    continue
+            parts.append((sequence, count))
+            budget -= count
+            if not budget:
+                break
+        parts = [(s, count) for s, count in parts if s in self.running]
+        if not parts:
+            return [], torch.empty(0)
+        hidden, ends = self.stream(parts)
+        done = []
+        for (sequence, count), end in zip(parts, ends, strict=True):
+            sequence.cached += count
+            if sequence.cached >= len(sequence.prompt):
+                self.read(sequence)
+            if sequence.cached == len(sequence.ids):
+                done.append((sequence, end - 1))
+        last = F.pad(torch.tensor([i for _, i in done], dtype=torch.int64), (0, fill(len(done))))
+        return [s for s, _ in done], self.model.project(hidden[last.to(hidden.device)])[: len(done)]
+
+    def room_for(self, sequence: Running, missing: int) -> bool:
+        """Take pages for what a tool said, from those that are younger if need be; whether the sequence still runs."""
+        while missing > len(self.cache.free):
+            if not self.reclaim():
+                youngest = self.running[-1]
+                self.leave(youngest)
+                self.waiting.appendleft(youngest)
+                if youngest is sequence:
+                    return False
+        sequence.pages += self.cache.take(missing)
+        return True
+
+    def stream(self, parts: list[tuple[Running, int]]) -> tuple[Tensor, list[int]]:
+        """Hidden states of the next tokens of each sequence, packed, and where each ends."""
+        device, page = self.model.mesh.device, self.cache.page
+        lengths = [count for _, count in parts]
+        filler = -sum(lengths) % ROWS  # one more document, whose keys go to page 0
+        starts = [s.cached for s, _ in parts]
+        tokens = [t for s, count in parts for t in s.ids[s.cached : s.cached + count]] + [0] * filler
+        positions = np.concatenate([np.arange(a, a + n) for a, n in zip(starts, lengths, strict=True)] + [[0] * filler])
+        slots = [slots_of(s.pages, a, n, page) for (s, n), a in zip(parts, starts, strict=True)]
+        slots.append(np.zeros(filler, np.int64))
+        view = Prefill(self.cache.pages, torch.from_numpy(np.concatenate(slots)).to(device))
+        if any(starts):
+            keys = [slots_of(s.pages, 0, a + n, page) for (s, n), a in zip(parts, starts, strict=True)] + slots[-1:]
+            view.key_slots = torch.from_numpy(np.concatenate(keys)).to(device)
+            view.cu_seqlens_k = bounds([len(k) for k in keys]).to(device)
+        hidden = self.model.hidden(
+            torch.tensor(tokens, device=device),
+            bounds([*lengths, filler]).to(device),
+            positions=torch.from_numpy(positions.astype(np.int64)).to(device),
+            cache=view,
+        )
+        return hidden, np.cumsum(lengths).tolist()
+
+    def decode(self) -> tuple[list[Running], Tensor]:
+        """Feed each running sequence its last token: the sequences, and the logits of the next, [B, V]."""
+        self.make_room()
+        rows, page = list(self.running), self.cache.page
+        if not rows:
+            return rows, torch.empty(0)
+        size, width = len(rows) + fill(len(rows)), max(len(s.pages) for s in rows)
+        positions = np.zeros(size, np.int64)
+        positions[: len(rows)] = [s.cached for s in rows]
+        tokens = np.zeros(size, np.int64)
+        tokens[: len(rows)] = [s.ids[-1] for s in rows]
+        table = np.zeros((size, width), np.int32)
+        for row, sequence in enumerate(rows):
+            table[row, : len(sequence.pages)] = sequence.pages
+        slots = table[np.arange(size), positions // page].astype(np.int64) * page + positions % page
+        slots[len(rows) :] = 0
+        inputs = [torch.from_numpy(x).to(self.model.mesh.device) for x in (tokens, positions, slots, table)]
+        logits = self.graphs(*inputs) if self.graphs else advance(self.model, self.cache.pages, *inputs)
+        for sequence in rows:
+            sequence.cached += 1
+        return rows, logits[: len(rows)]
+
+
+def fill(count: int) -> int:
+    """Rows to add to a batch: few different sizes, so few kernels or graphs to build."""
+    return -count % (1 if count <= 2 else 4 if count <= 16 else 8 if count <= 64 else ROWS)
+
+
+def bounds(lengths: Sequence[int]) -> Tensor:
+    return torch.tensor(np.cumsum([0, *lengths]), dtype=torch.int32)  # [S+1]
+
+
+def slots_of(pages: Sequence[int], start: int, count: int, page: int) -> np.ndarray:
+    """Where in the cache a sequence's tokens start … start + count - 1 are: [count] int64."""
+    at = np.arange(start, start + count)
+    return np.asarray(pages, np.int64)[at // page] * page + at % page
+
+
+def check_prompt(prompt: Sequence[int], context: int, vocab_size: int) -> None:
+    if not prompt:
+        raise ValueError("the prompt is empty: it needs at least one token")
+    if len(prompt) >= context:
+        raise ValueError(f"the prompt has {len(prompt)} tokens; the model's context is {context}")
+    if not 0 <= min(prompt) <= max(prompt) < vocab_size:
+        raise ValueError(f"the prompt's ids go from {min(prompt)} to {max(prompt)}; the vocabulary has {vocab_size}")
+
+
 def generate(
     model: Transformer,
     prompts: Sequence[Sequence[int]],
-    max_tokens: int = 128,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
+    *,
+    options: Options | None = None,
     n: int = 1,
-    stop_ids: Sequence[int] | None = None,
     seed: int | Sequence[int] = 0,
     max_batch: int = 256,
-    on_token=None,
+    pages: int | None = None,
+    decoder: Callable | None = None,
+    extend: Callable[[Running], Sequence[int]] | None = None,
+    on_token: Callable[[int, int], None] | None = None,
+    **given: Any,
 ) -> list[Completion]:
     """Continue each prompt `n` times: completions [len(prompts) · n], the samples of a prompt side by side.
 
-    `temperature` 0 takes the likeliest token. `top_k` (0: off) and `top_p` (1: off) cut the distribution's tail
-    (top-p: arXiv 1904.09751). `stop_ids` end a sequence (default: the model's eos). `seed` is a number, from which
-    every sample derives its own, or one per sample. `max_batch` bounds the cache to that many sequences of
-    len(prompt) + max_tokens. `on_token(sample_index, token)` is called as tokens appear.
-    Raises: ValueError for an empty prompt, a prompt that fills the context, or an impossible option.
+    How is said by `options`, or by the fields of `Options` as keywords (max_tokens, temperature, …). `seed` is a number, from which every sample derives its own, or one per sample.
+    `max_batch` sequences run at once at most, and share a cache of `pages` pages of PAGE tokens (None: as many as they
+    can need). `decoder` and `extend` are the Engine's. `on_token(sample_index, token)` is called as tokens appear.
+    Raises: ValueError for an empty prompt, one that fills the context, or an impossible option.
     """
-    check_options(model, prompts, max_tokens, temperature, top_k, top_p, n)
-    if stop_ids is None:
-        stop_ids = [] if model.config.eos_id is None else [model.config.eos_id]
-    total = len(prompts) * n
+    options, total = replace(options or Options(), **given), len(prompts) * n
+    if n < 1 or max_batch < 1:
+        raise ValueError(f"n={n} and max_batch={max_batch} must be at least 1")
     seeds = [(seed, i) for i in range(total)] if isinstance(seed, int) else [(s, 0) for s in seed]  # Philox keys
     if len(seeds) != total:
         raise ValueError(f"{len(seeds)} seeds for {total} samples")
     if not total:
         return []
-    context = model.config.max_positions
-    batch = Batch(model, min(max_batch, total), min(context, max(map(len, prompts)) + max_tokens))
-    sampler = Sampler(temperature, top_k, top_p)
-    keys = np.array(seeds, np.uint64)  # [samples, 2]; left to itself, numpy would round them through float64
-    draws = np.stack([np.random.Generator(np.random.Philox(key=key)).random(max_tokens, np.float32) for key in keys])
-    completions = [Completion() for _ in range(total)]
-    waiting = list(range(total))[::-1]
-    while waiting or batch.running:
-        joined = batch.admit(waiting, lambda i: prompts[i // n])
-        logits = batch.prefill(joined) if joined else batch.decode()  # [B, V] of the sequences just advanced
-        rows = joined or list(batch.running)
-        uniforms = torch.tensor([draws[s.index, len(completions[s.index].tokens)] for s in rows])
-        tokens, logps = sampler(logits, uniforms.to(logits.device))
-        for sequence, token, logp in zip(rows, tokens.tolist(), logps.tolist(), strict=True):
-            completion = completions[sequence.index]
-            completion.tokens.append(token)
-            completion.logps.append(logp)
-            sequence.last = token
-            completion.finish_reason = finish_reason(sequence, completion, stop_ids, max_tokens, context)
-            if on_token is not None:
-                on_token(sequence.index, token)
-            if completion.finish_reason:
-                batch.leave(sequence)
-    return completions
-
-
-def check_options(model, prompts, max_tokens, temperature, top_k, top_p, n) -> None:
-    context = model.config.max_positions
+    if pages is None:
+        longest = min(model.config.max_positions, max(map(len, prompts)) + options.max_tokens)
+        longest = model.config.max_positions if extend else longest
+        pages = cache_pages(min(max_batch, total), longest)
+    engine = Engine(model, pages, max_batch, decoder, extend)
+    places: dict[Running, int] = {}
     for i, prompt in enumerate(prompts):
-        if not len(prompt):
-            raise ValueError(f"prompt {i} is empty: it needs at least one token")
-        if len(prompt) >= context:
-            raise ValueError(f"prompt {i} has {len(prompt)} tokens; the model's context is {context}")
-    if max_tokens < 1 or n < 1:
-        raise ValueError(f"max_tokens={max_tokens} and n={n} must be at least 1")
-    if temperature < 0 or top_k < 0 or not 0 < top_p <= 1:
-        raise ValueError(f"temperature={temperature}, top_k={top_k}, top_p={top_p}: want ≥ 0, ≥ 0, and 0 < top_p ≤ 1")
+        try:
+            made = engine.submit(prompt, options, seeds[i * n : i * n + n])
+        except ValueError as error:
+            raise ValueError(f"prompt {i}: {error}") from None
+        places |= {sequence: i * n + j for j, sequence in enumerate(made)}
+    for event in run(engine):
+        if on_token is not None:
+            on_token(places[event.sequence], event.token)
+    return [sequence.completion for sequence in places]
 
 
-def finish_reason(sequence, completion: Completion, stop_ids, max_tokens: int, context: int) -> str:
-    if completion.tokens[-1] in stop_ids:
-        return "stop"
-    if len(completion.tokens) >= max_tokens:
-        return "length"
-    # What is trained on must fit the model: the token just drawn counts, though it is not fed yet.
-    return "context" if len(sequence.prompt) + len(completion.tokens) >= context else ""
-
-
-@dataclass
-class Sampler:
-    """Logits and one uniform number per row → a token and its log-probability under the untouched distribution."""
-
-    temperature: float
-    top_k: int
-    top_p: float
-
-    def __call__(self, logits: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
-        logits = logits.float()  # [B, V]
-        raw = logits.log_softmax(-1)
-        if self.temperature == 0:
-            tokens = logits.argmax(-1)
-        else:
-            probs = (raw if self.temperature == 1 else (logits / self.temperature)).softmax(-1)
-            cumulative = self.truncate(probs).cumsum(-1)
-            # Scaling by the last entry instead of dividing the row keeps the draw inside the kept tokens.
-            threshold = uniforms[:, None].float() * cumulative[:, -1:]
-            tokens = torch.searchsorted(cumulative, threshold, right=True)[:, 0].clamp_max(logits.shape[-1] - 1)
-        return tokens, raw.gather(-1, tokens[:, None])[:, 0]
-
-    def truncate(self, probs: Tensor) -> Tensor:
-        """Zero the tokens outside the top k, then outside the smallest set that holds top_p."""
-        if self.top_k and self.top_k < probs.shape[-1]:
-            kept = probs.topk(self.top_k, -1)
-            probs = torch.zeros_like(probs).scatter(-1, kept.indices, kept.values)
-        if self.top_p < 1:
-            ordered, order = probs.sort(-1, descending=True)
-            before = ordered.cumsum(-1) - ordered
-            ordered = ordered.masked_fill(before >= self.top_p * ordered.sum(-1, keepdim=True), 0.0)
-            probs = torch.zeros_like(probs).scatter(-1, order, ordered)
-        return probs
-
-
-@dataclass(eq=False)
-class Running:
-    """A running sequence: which sample it is, its slot in the cache, how many tokens that holds, the last drawn."""
-
-    index: int
-    slot: int
-    prompt: Sequence[int]
-    length: int = 0
-    last: int = 0
-
-
-class Batch:
-    """The running sequences and their key/value cache: one page per slot and layer, and a spare slot."""
-
-    def __init__(self, model: Transformer, slots: int, limit: int):
-        config, dtype, device = model.config, model.dtype, model.mesh.device
-        shape = (config.num_layers, 2, slots + 1, limit, model.layers[0].attention.kv_heads, config.head_dim)
-        self.model, self.limit, self.spare = model, limit, slots
-        self.pages = torch.zeros(shape, dtype=dtype, device=device)  # [L, 2, slots + 1, limit, G, D]
-        self.free = list(range(slots))[::-1]
-        self.running: list[Running] = []
-
-    def admit(self, waiting: list[int], prompt_of) -> list[Running]:
-        """Move waiting samples into free slots, as many as one prefill takes."""
-        joined, tokens = [], 0
-        while waiting and self.free:
-            prompt = prompt_of(waiting[-1])
-            tokens += len(prompt)
-            if joined and tokens > PREFILL_TOKENS:
-                break
-            joined.append(Running(waiting.pop(), self.free.pop(), prompt))
-        self.running += joined
-        return joined
-
-    def leave(self, sequence: Running) -> None:
-        self.running.remove(sequence)
-        self.free.append(sequence.slot)
-
-    def prefill(self, joined: list[Running]) -> Tensor:
-        """Run the prompts as one packed stream, keep their keys and values; the logits after each, [B, V]."""
-        device = self.pages.device
-        filler = -sum(len(s.prompt) for s in joined) % ROWS  # one more document, whose keys go to the spare slot
-        lengths = torch.tensor([len(s.prompt) for s in joined] + [filler])
-        ends = lengths.cumsum(0)
-        tokens = torch.tensor([t for s in joined for t in s.prompt] + [0] * filler, device=device)
-        slots = torch.tensor([s.slot for s in joined] + [self.spare]).repeat_interleave(lengths)
-        positions = torch.arange(len(tokens)) - (ends - lengths).repeat_interleave(lengths)
-        positions[len(tokens) - filler :] = 0  # it fits in any context
-        cache = Prefill(self.pages, slots.to(device), positions.to(device))
-        cu_seqlens = torch.nn.functional.pad(ends, (1, 0)).int().to(device)
-        hidden = self.model.hidden(tokens, cu_seqlens, positions=positions.to(device), cache=cache)
-        for sequence in joined:
-            sequence.length = len(sequence.prompt)
-        last = torch.nn.functional.pad(ends[:-1] - 1, (0, -len(joined) % ROWS))
-        return self.model.project(hidden[last.to(device)])[: len(joined)]
-
-    def decode(self) -> Tensor:
-        """Feed each running sequence its last token; the logits of the next, [B, V]."""
-        device = self.pages.device
-        idle = -len(self.running) % ROWS if len(self.running) > 1 else 0  # rows that play on the spare slot
-        positions = torch.tensor([s.length for s in self.running] + [0] * idle, device=device)
-        slots = torch.tensor([s.slot for s in self.running] + [self.spare] * idle, device=device)
-        tokens = torch.tensor([s.last for s in self.running] + [0] * idle, device=device)
-        hidden = self.model.hidden(tokens, positions=positions, cache=Decode(self.pages, slots, positions))
-        for sequence in self.running:
-            sequence.length += 1
-        return self.model.project(hidden)[: len(self.running)]
-
-
-@dataclass
-class Prefill:
-    """The cache as the layers see it while prompts are read."""
-
-    pages: Tensor  # [L, 2, slots, limit, G, D]
-    slots: Tensor  # [T]
-    positions: Tensor  # [T]
-
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor:
-        self.pages[layer, 0, self.slots, self.positions] = k
-        self.pages[layer, 1, self.slots, self.positions] = v
-        return attention(q, k, v, cu_seqlens=cu_seqlens)
-
-
-@dataclass
-class Decode:
-    """The cache as the layers see it while each sequence adds one token."""
-
-    pages: Tensor  # [L, 2, slots, limit, G, D]
-    slots: Tensor  # [B]
-    positions: Tensor  # [B]
-
-    def __post_init__(self):
-        self.table = self.slots.int()[:, None]  # [B, 1]: a slot is one page
-        self.lengths = (self.positions + 1).int()
-
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: None) -> Tensor:
-        keys, values = self.pages[layer]
-        keys[self.slots, self.positions] = k
-        values[self.slots, self.positions] = v
-        return decode_attention(q, keys, values, self.table, self.lengths)
+def run(engine: Engine) -> Iterator[Event]:
+    """All events until everything is done."""
+    while engine.busy:
+        yield from engine.step()

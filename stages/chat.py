@@ -72,15 +72,11 @@ def reply(model: Transformer, tokenizer: Tokenizer, messages: list[dict], config
         print(f"(the conversation has {len(ids)} tokens, the context {model.config.max_positions}: starting anew)")
         return None
     decoder, start = tokenizer.incremental(), time.perf_counter()
-    sampling = config.sampling
     completion = generate(
         model,
         [ids],
-        max_tokens=sampling.max_tokens,
-        temperature=sampling.temperature,
-        top_k=sampling.top_k,
-        top_p=sampling.top_p,
-        stop_ids=stop_ids(tokenizer),
+        options=config.sampling.options(stop_ids(tokenizer)),
+        decoder=tokenizer.incremental,
         seed=seed,
         on_token=lambda _, token: print(decoder.push(token), end="", flush=True),
     )[0]

@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from tritium.model.config import ModelConfig
-from tritium.model.generate import Sampler, generate
+from tritium.model.generate import generate
+from tritium.model.sampling import Options, Sampler
 from tritium.model.transformer import Transformer
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -76,11 +77,13 @@ def test_samples_follow_the_models_distribution():
 LOGITS = torch.tensor([[2.0, 1.0, 0.0, -1.0, -9.0]])  # probabilities 0.64, 0.24, 0.09, 0.03, 1e-5
 
 
+UNIFORMS = torch.cat([torch.linspace(0, 1, 2001)[:-1], torch.tensor([1 - 2**-24])])
+
+
 def kept(**options) -> set[int]:
     """The tokens that a sampler can draw, by sweeping the uniform number."""
-    sampler = Sampler(**{"temperature": 1.0, "top_k": 0, "top_p": 1.0} | options)
-    uniforms = torch.cat([torch.linspace(0, 1, 2001)[:-1], torch.tensor([1 - 2**-24])])
-    return set(sampler(LOGITS.expand(len(uniforms), -1), uniforms)[0].tolist())
+    sampler = Sampler([Options(**options)] * len(UNIFORMS))
+    return set(sampler(LOGITS.expand(len(UNIFORMS), -1), UNIFORMS).tokens.tolist())
 
 
 def test_top_k_and_top_p_cut_the_tail():
@@ -92,13 +95,14 @@ def test_top_k_and_top_p_cut_the_tail():
     assert kept(top_p=0.95) == {0, 1, 2}
     assert kept(top_p=0.95, top_k=2) == {0, 1}
     assert kept(top_p=0.7, temperature=3.0) == {0, 1, 2}
+    assert kept(min_p=0.3) == {0, 1} == kept(min_p=0.3, top_p=0.95) and kept(min_p=0.1) == {0, 1, 2}
     assert kept(temperature=0) == {0}
 
 
 def test_logps_are_the_policys_own_whatever_was_cut():
-    sampler = Sampler(temperature=0.5, top_k=1, top_p=1.0)
-    token, logp = sampler(LOGITS, torch.tensor([0.3]))
-    assert token == 0 and logp.item() == pytest.approx(LOGITS.log_softmax(-1)[0, 0].item(), abs=1e-6)
+    sampler = Sampler([Options(temperature=0.5, top_k=1)])
+    token, logp, sampled = sampler(LOGITS, torch.tensor([0.3]))
+    assert token == 0 and sampled == 0 and logp.item() == pytest.approx(LOGITS.log_softmax(-1)[0, 0].item(), abs=1e-6)
 
 
 def test_how_a_sequence_ends(model):
@@ -139,8 +143,8 @@ def test_tokens_are_told_as_they_come(model):
 @pytest.mark.parametrize(
     ("asked", "options", "words"),
     [
-        ([[]], {}, "prompt 0 is empty"),
-        ([[1], [1] * 64], {}, "prompt 1 has 64 tokens; the model's context is 64"),
+        ([[]], {}, "prompt 0: the prompt is empty"),
+        ([[1], [1] * 64], {}, "prompt 1: the prompt has 64 tokens; the model's context is 64"),
         ([[1]], {"max_tokens": 0}, "max_tokens=0"),
         ([[1]], {"top_p": 0.0}, "top_p=0.0"),
         ([[1]], {"temperature": -1.0}, "temperature=-1.0"),

@@ -1,0 +1,55 @@
+"""One step of decoding, by itself or as CUDA graphs: a step of a small batch is hundreds of short kernels, and launching them takes longer than
+running them. A graph is captured for each batch size and page-table width, over inputs that stay where they are."""
+
+import torch
+from torch import Tensor
+
+from tritium.model.cache import Decode, PagedCache
+from tritium.model.transformer import Transformer
+
+
+def advance(
+    model: Transformer, pages: Tensor, tokens: Tensor, positions: Tensor, slots: Tensor, table: Tensor
+) -> Tensor:
+    """Logits [B, V] after one token of each sequence: tokens, positions, slots [B]; table [B, N] int32."""
+    view = Decode(pages, slots, table, (positions + 1).int())
+    return model.project(model.hidden(tokens, positions=positions, cache=view))
+
+
+class DecodeGraphs:
+    """`graphs(tokens, positions, slots, table)` are the logits [B, V] that `advance` gives, overwritten by the next."""
+
+    def __init__(self, model: Transformer, cache: PagedCache):
+        self.model, self.pages = model, cache.pages
+        self.captured: dict[tuple[int, int], tuple[torch.cuda.CUDAGraph, list[Tensor], Tensor]] = {}
+
+    @staticmethod
+    def possible(model: Transformer) -> bool:
+        """On a GPU, without collectives."""
+        return model.mesh.device.type == "cuda" and model.mesh.tp == 1
+
+    def __call__(self, tokens: Tensor, positions: Tensor, slots: Tensor, table: Tensor) -> Tensor:
+        width = 1 << (table.shape[1] - 1).bit_length()  # powers of two: few graphs
+        table = torch.nn.functional.pad(table, (0, width - table.shape[1]))
+        given = tokens, positions, slots, table
+        if (len(tokens), width) not in self.captured:
+            self.captured[len(tokens), width] = self.capture(given)
+        graph, inputs, logits = self.captured[len(tokens), width]
+        for static, value in zip(inputs, given, strict=True):
+            static.copy_(value, non_blocking=True)
+        graph.replay()
+        return logits
+
+    def capture(self, given: tuple[Tensor, ...]) -> tuple[torch.cuda.CUDAGraph, list[Tensor], Tensor]:
+        """Warmed up on another stream first, as capturing wants it: there kernels are compiled and buffers allocated."""
+        inputs = [x.to(self.pages.device, copy=True) for x in given]
+        other = torch.cuda.Stream()
+        other.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(other):
+            for _ in range(2):
+                advance(self.model, self.pages, *inputs)
+        torch.cuda.current_stream().wait_stream(other)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            logits = advance(self.model, self.pages, *inputs)
+        return graph, inputs, logits

@@ -1,0 +1,251 @@
+"""From logits to tokens: what may be asked of a draw, and the draw itself, for all rows of a batch at once.
+
+The likeliest tokens are found, and the cumulative distribution is searched, in two levels, blocks of the vocabulary and
+then one block of each row: over 49,152 tokens that reads the scores three times, where log-softmax, softmax, cumsum and
+argmax read them a dozen times. The draw inverts the distribution at one uniform number of the row's own, so that
+neither the other rows nor their number matter.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+BLOCK = 256  # tokens of the vocabulary
+CANDIDATES = 256  # a top-p set is looked for among so many of the likeliest tokens, and only then among all
+
+
+@dataclass(frozen=True)
+class Options:
+    """How the tokens of one request are drawn, and what ends it. Raises: ValueError for an impossible value.
+
+    `temperature` 0 takes the likeliest token. Tails are cut by `top_k` (0: off), then `top_p` (arXiv 1904.09751; 1:
+    off), then `min_p`, relative to the likeliest token's probability (arXiv 2407.01082; 0: off). Before these,
+    `repetition_penalty` divides the positive, and multiplies the negative logits of tokens in the prompt or the answer
+    (arXiv 1909.05858), `presence_penalty` is subtracted from those in the answer, `logit_bias` is added, and no
+    `no_repeat_ngram` tokens in a row come twice (0: off). `stop_ids` (None: the model's eos) and the strings `stop` end
+    the answer after `max_tokens` at the latest.
+    """
+
+    max_tokens: int = 128
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    no_repeat_ngram: int = 0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    stop_ids: Sequence[int] | None = None
+    stop: Sequence[str] = ()
+
+    def __post_init__(self):
+        for name, least in (("max_tokens", 1), ("temperature", 0), ("top_k", 0), ("min_p", 0), ("no_repeat_ngram", 0)):
+            if not least <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least {least}")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p={self.top_p} must be in (0, 1]")
+        if self.min_p > 1:
+            raise ValueError(f"min_p={self.min_p} must be in [0, 1]")
+        if not 0 < self.repetition_penalty < math.inf:
+            raise ValueError(f"repetition_penalty={self.repetition_penalty} must be positive")
+        if not all(map(math.isfinite, (self.presence_penalty, *self.logit_bias.values()))):
+            raise ValueError(f"presence_penalty={self.presence_penalty} and logit_bias must be finite")
+        if isinstance(self.stop, str) or not all(self.stop):
+            raise ValueError(f"stop={self.stop!r} must be a list of strings, none of them empty")
+
+    def check_ids(self, vocab_size: int) -> None:
+        """Raises: ValueError for a stop id or a biased token that the model does not have."""
+        for name, ids in (("stop_ids", self.stop_ids or ()), ("logit_bias", self.logit_bias)):
+            for i in ids:
+                if not 0 <= i < vocab_size:
+                    raise ValueError(f"{name}: there is no token {i} in a vocabulary of {vocab_size}")
+
+    @property
+    def edits(self) -> bool:
+        """Whether logits are changed by what stands before."""
+        return bool(
+            self.repetition_penalty != 1 or self.presence_penalty or self.no_repeat_ngram or len(self.logit_bias)
+        )
+
+
+class History:
+    """The tokens of a sequence, as its penalties see them."""
+
+    def __init__(self, options: Options, prompt: Sequence[int]):
+        self.options, self.ids = options, list(prompt)
+        self.seen, self.answered = set(prompt), set()
+        self.followers: dict[tuple[int, ...], set[int]] = {}  # of each n-1 tokens in a row
+        for end in range(len(self.ids)):
+            self.follow(end)
+
+    def push(self, token: int) -> None:
+        self.ids.append(token)
+        self.seen.add(token)
+        self.answered.add(token)
+        self.follow(len(self.ids) - 1)
+
+    def follow(self, end: int) -> None:
+        n = self.options.no_repeat_ngram
+        if n and end >= n - 1:
+            self.followers.setdefault(tuple(self.ids[end - n + 1 : end]), set()).add(self.ids[end])
+
+    def edits(self) -> dict[str, tuple[Sequence[int], Sequence[float]]]:
+        """{what to do: (tokens, with which number each)}"""
+        options, n = self.options, self.options.no_repeat_ngram
+        found = {}
+        if options.repetition_penalty != 1:
+            found["repetition"] = list(self.seen), [options.repetition_penalty] * len(self.seen)
+        if options.presence_penalty:
+            found["add"] = list(self.answered), [-options.presence_penalty] * len(self.answered)
+        if options.logit_bias:
+            tokens, values = found.get("add", ([], []))
+            found["add"] = [*tokens, *options.logit_bias], [*values, *options.logit_bias.values()]
+        if n:
+            banned = self.followers.get(tuple(self.ids[len(self.ids) - n + 1 :]), ())
+            found["add"] = [*found.get("add", ([], []))[0], *banned], [
+                *found.get("add", ([], []))[1], *[-math.inf] * len(banned)
+            ]  # fmt: skip
+        return found
+
+
+def edit(scores: Tensor, histories: Sequence[History | None]) -> None:
+    """Change the logits [B, V] as each row's history wants; None: not at all. In place."""
+    gathered: dict[str, tuple[list, list, list]] = {"repetition": ([], [], []), "add": ([], [], [])}
+    for row, history in enumerate(histories):
+        for kind, (tokens, values) in history.edits().items() if history is not None else ():
+            rows, columns, numbers = gathered[kind]
+            rows += [row] * len(tokens)
+            columns += tokens
+            numbers += values
+    for kind, (rows, columns, numbers) in gathered.items():
+        if rows:
+            at = torch.tensor([rows, columns], device=scores.device).unbind()
+            value = torch.tensor(numbers, device=scores.device)
+            if kind == "add":
+                scores.index_put_(at, value, accumulate=True)
+            else:
+                old = scores[at]
+                scores[at] = torch.where(old > 0, old / value, old * value)
+
+
+class Drawn(NamedTuple):
+    """Tokens [B] int64; their log-probability [B] fp32 under the policy itself (temperature 1, nothing cut or edited),
+    and under the distribution that they were drawn from (0 for the likeliest token at temperature 0)."""
+
+    tokens: Tensor
+    logps: Tensor
+    sampled_logps: Tensor
+
+
+class Sampler:
+    """Draws for rows with these options: what they need of tensors is made once."""
+
+    def __init__(self, rows: Sequence[Options], device: torch.device | str = "cpu"):
+        def tensor(name: str, kind=torch.float32) -> Tensor:
+            return torch.tensor([getattr(o, name) for o in rows], dtype=kind, device=device)
+
+        self.greedy = tensor("temperature") == 0
+        self.all_greedy, self.any_greedy = (f(o.temperature == 0 for o in rows) for f in (all, any))
+        self.temperature = tensor("temperature").masked_fill(self.greedy, 1.0)[:, None]
+        self.tempered = any(o.temperature not in (0, 1) for o in rows)
+        self.min_p = tensor("min_p")[:, None] if any(o.min_p for o in rows) else None
+        cut = [i for i, o in enumerate(rows) if o.temperature and (o.top_k or o.top_p < 1)]
+        self.cut = torch.tensor(cut, device=device) if cut else None
+        self.top_k, self.top_p = tensor("top_k", torch.int64)[cut, None], tensor("top_p")[cut, None]
+        self.most = max([o.top_k for o in rows] + [CANDIDATES * any(not rows[i].top_k for i in cut)])
+
+    def __call__(self, logits: Tensor, uniforms: Tensor, histories: Sequence[History | None] = ()) -> Drawn:
+        """logits [B, V] and uniforms [B] in [0, 1)."""
+        V = logits.shape[-1]
+        scores = F.pad(logits.float(), (0, -V % BLOCK), value=-math.inf)  # [B, V'], V' a multiple of BLOCK
+        if any(histories) and scores.data_ptr() == logits.data_ptr():
+            scores = scores.clone()
+        highest = block_highest(scores)
+        peak = highest.amax(-1, keepdim=True)  # [B, 1]
+        weights = torch.sub(scores, peak).exp_()  # [B, V'], the likeliest token has 1
+        total = block_sums(weights).sum(-1, keepdim=True)  # [B, 1]
+        lse = peak + total.log()
+        if any(histories):
+            edit(scores, histories)
+            highest = block_highest(scores)
+            peak = highest.amax(-1, keepdim=True)
+        if self.all_greedy:
+            tokens = likeliest(scores, highest)
+            logps = logits.gather(-1, tokens[:, None]).float() - lse
+            return Drawn(tokens, logps[:, 0], torch.zeros_like(logps[:, 0]))
+        if self.tempered or any(histories):
+            weights = torch.sub(scores, peak, out=weights).div_(self.temperature).exp_()
+        tokens, sampled = self.draw(weights, uniforms)
+        if self.any_greedy:
+            tokens = torch.where(self.greedy, likeliest(scores, highest), tokens)
+            sampled = sampled.masked_fill(self.greedy, 0.0)
+        return Drawn(tokens, (logits.gather(-1, tokens[:, None]).float() - lse)[:, 0], sampled)
+
+    def draw(self, weights: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens [B] and their log-probabilities, of weights [B, V'] with 1 for the likeliest; these are used up."""
+        kept = None if self.cut is None else self.candidates(weights)
+        if self.min_p is not None:
+            weights.masked_fill_(weights < self.min_p, 0.0)
+        tokens, sampled = invert(weights, uniforms)
+        if kept is not None:
+            values, ids = kept
+            if self.min_p is not None:
+                values.masked_fill_(values < self.min_p[self.cut], 0.0)
+            place, logps = invert(F.pad(values, (0, -values.shape[1] % BLOCK)), uniforms[self.cut])
+            tokens[self.cut] = ids.gather(1, place[:, None])[:, 0]
+            sampled[self.cut] = logps
+        return tokens, sampled
+
+    def candidates(self, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """Weights and ids [rows to cut, K] of the likeliest tokens, the likeliest first; 0 for those that are cut."""
+        weights = weights[self.cut]
+        total = weights.sum(-1, keepdim=True)
+        no_limit = self.top_k == 0
+        for size in (self.most, weights.shape[1]):
+            values, ids = weights.topk(min(size, weights.shape[1]), -1)  # descending
+            values = values.masked_fill((torch.arange(values.shape[1], device=ids.device) >= self.top_k) & ~no_limit, 0)
+            mass = torch.where(no_limit, total, values.sum(-1, keepdim=True))
+            wanted = self.top_p * mass
+            through = values.cumsum(-1)
+            if not bool((no_limit & (self.top_p < 1) & (through[:, -1:] < wanted)).any()):
+                break
+        return values.masked_fill((through - values >= wanted) & (self.top_p < 1), 0.0), ids
+
+
+def block_highest(scores: Tensor) -> Tensor:
+    return scores.unflatten(-1, (-1, BLOCK)).amax(-1)  # [B, V' / BLOCK]
+
+
+def block_sums(weights: Tensor) -> Tensor:
+    return weights.unflatten(-1, (-1, BLOCK)).sum(-1)  # [B, V' / BLOCK]
+
+
+def likeliest(scores: Tensor, highest: Tensor) -> Tensor:
+    """The argmax [B] of scores [B, V'], the first of equals, given the highest of each block."""
+    block = highest.argmax(-1)
+    inner = scores.unflatten(-1, (-1, BLOCK))[torch.arange(len(block), device=block.device), block]  # [B, BLOCK]
+    return block * BLOCK + inner.argmax(-1)
+
+
+def invert(weights: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
+    """The token [B] at which the cumulative sum of the row's weights [B, V'] passes uniform · total, and its log-prob.
+
+    Each search is for less than the last sum: so it ends on a token with a weight, whatever was rounded.
+    """
+    sums = block_sums(weights)
+    through = sums.cumsum(-1)
+    total = through[:, -1:]
+    target = (uniforms[:, None] * total).minimum(torch.nextafter(total, total.new_zeros(())))
+    block = torch.searchsorted(through, target, right=True).clamp_max_(sums.shape[1] - 1)  # [B, 1]
+    target = target - (through.gather(1, block) - sums.gather(1, block))
+    inner = weights.unflatten(-1, (-1, BLOCK))[torch.arange(len(block), device=block.device), block[:, 0]]
+    through = inner.cumsum(-1)  # [B, BLOCK]
+    target = target.clamp_min_(0).minimum(torch.nextafter(through[:, -1:], total.new_zeros(())))
+    place = torch.searchsorted(through, target, right=True).clamp_max_(BLOCK - 1)
+    logps = (inner.gather(1, place) / total).log()
+    return (block * BLOCK + place)[:, 0], logps[:, 0]
