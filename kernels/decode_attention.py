@@ -11,12 +11,14 @@ program attends from the H/G query heads of a group, the rows of its matmuls, to
 and its lse_s; then o = Σ_s w_s o_s / Σ_s w_s with w_s = exp(lse_s). S follows from shapes alone. Besides the keys and
 values it moves the number of the page of each key (4·G bytes a token) and, if S > 1, o_s in fp32 out and in.
 
-The torch path copies what it needs of the cache to fp32, [B·G, n, D], a few sequences at a time: matmuls with one or
-two rows are slow on strided or bf16 operands (measured on a CPU: 0.45 ms against 0.8, and more precise).
+The torch path gathers the pages of a few sequences at a time, and gives them to torch's fused attention, the H/G heads
+of a group as its queries (measured on a CPU with 32 sequences of 104 tokens in bf16: 0.5 ms, against 1.6 with matmuls
+on fp32 copies).
 """
 
 import torch
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
 from tritium.kernels.backend import Target, operator, target_of, tl, triton, use_triton, without_autocast
 from tritium.kernels.blocks import require_float, require_integer, tanh, unit_stride
@@ -198,29 +200,22 @@ COPY_BYTES = 4 << 20  # of fp32 keys at a time: they should stay in the cache, a
 
 
 def _gather(pages: Tensor, page_table: Tensor, longest: int) -> Tensor:
-    """[B, longest, G, D]: a copy of the first keys (or values) of each sequence."""
+    """[B, G, longest, D]: a copy of the first keys (or values) of each sequence, by head as a view."""
     B, needed = page_table.shape[0], -(-longest // pages.shape[1])
-    if needed == 1:
-        return pages[:, :longest].index_select(0, page_table[:, 0])
-    return pages.index_select(0, page_table[:, :needed].reshape(-1)).view(B, -1, *pages.shape[2:])[:, :longest]
-
-
-def _by_head(x: Tensor) -> Tensor:
-    """[B, n, G, D] to [B·G, n, D], contiguous, in fp32 at least."""
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    return x.transpose(1, 2).to(dtype, memory_format=torch.contiguous_format).reshape(-1, x.shape[1], x.shape[3])
+    rows = pages.index_select(0, page_table[:, :needed].reshape(-1)).view(B, -1, *pages.shape[2:])
+    return rows[:, :longest].transpose(1, 2)
 
 
 def _attend(q: Tensor, keys: Tensor, values: Tensor, unseen: Tensor, softcap: float | None, scale: float) -> Tensor:
-    """q [B, H, D] on keys and values [B, n, G, D] but for `unseen` [B, n], which may hold anything; fp32 [B, H, D]."""
-    G = keys.shape[2]
-    values.masked_fill_(unseen[:, :, None, None], 0.0)
-    query = q.to(torch.promote_types(q.dtype, torch.float32)).reshape(-1, q.shape[1] // G, q.shape[2])  # [B·G, H/G, D]
-    s = torch.bmm(query, _by_head(keys).transpose(1, 2)).mul_(scale)  # [B·G, H/G, n]
-    if softcap is not None:
-        s = s.div_(softcap).tanh_().mul_(softcap)
-    s.masked_fill_(unseen.repeat_interleave(G, 0)[:, None], torch.finfo(s.dtype).min)
-    return torch.bmm(s.softmax(-1), _by_head(values)).view(q.shape)
+    """q [B, G, H/G, D] on keys and values [B, G, n, D] but for `unseen` [B, n], which may hold anything."""
+    values.masked_fill_(unseen[:, None, :, None], 0.0)
+    keys.masked_fill_(unseen[:, None, :, None], 0.0)
+    if softcap is None:
+        return scaled_dot_product_attention(q, keys, values, attn_mask=~unseen[:, None, None], scale=scale)
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    s = torch.matmul(q.to(dtype), keys.to(dtype).transpose(2, 3)).mul_(scale)  # [B, G, H/G, n]
+    s = s.div_(softcap).tanh_().mul_(softcap).masked_fill_(unseen[:, None, None], torch.finfo(dtype).min)
+    return torch.matmul(s.softmax(-1), values.to(dtype))
 
 
 @without_autocast
@@ -237,7 +232,7 @@ def _attend_torch(
     step = max(1, COPY_BYTES // (longest * G * D * 4))
     for rows in (slice(start, min(B, start + step)) for start in range(0, B, step)):
         keys, values = (_gather(x, page_table[rows], longest) for x in (k_pages, v_pages))
-        o[rows] = _attend(q[rows], keys, values, unseen[rows], softcap, scale)
+        o[rows] = _attend(q[rows].unflatten(1, (G, -1)), keys, values, unseen[rows], softcap, scale).flatten(1, 2)
     return torch.where(lengths[:, None, None] > 0, o, 0.0)
 
 

@@ -437,7 +437,8 @@ def generate(
 ) -> list[Completion]:
     """Continue each prompt `n` times: completions [len(prompts) · n], the samples of a prompt side by side.
 
-    How is said by `options`, or by the fields of `Options` as keywords (max_tokens, temperature, …). `seed` is a number, from which every sample derives its own, or one per sample.
+    How is said by `options`, or by the fields of `Options` as keywords (max_tokens=…, temperature=…). `seed` is a
+    number, from which every sample derives its own, or one per sample.
     `max_batch` sequences run at once at most, and share a cache of `pages` pages of PAGE tokens (None: as many as they
     can need). `decoder` and `extend` are the Engine's. `on_token(sample_index, token)` is called as tokens appear.
     Raises: ValueError for an empty prompt, one that fills the context, or an impossible option.

@@ -1,5 +1,8 @@
-"""One step of decoding, by itself or as CUDA graphs: a step of a small batch is hundreds of short kernels, and launching them takes longer than
-running them. A graph is captured for each batch size and page-table width, over inputs that stay where they are."""
+"""One step of decoding, by itself or as CUDA graphs.
+
+A step of a small batch is hundreds of short kernels, and launching them takes longer than running them. A graph is
+captured for each batch size and page-table width, over inputs that stay where they are.
+"""
 
 import torch
 from torch import Tensor
@@ -41,7 +44,7 @@ class DecodeGraphs:
         return logits
 
     def capture(self, given: tuple[Tensor, ...]) -> tuple[torch.cuda.CUDAGraph, list[Tensor], Tensor]:
-        """Warmed up on another stream first, as capturing wants it: there kernels are compiled and buffers allocated."""
+        """Warmed up on another stream first, as capturing wants it: kernels are compiled there."""
         inputs = [x.to(self.pages.device, copy=True) for x in given]
         other = torch.cuda.Stream()
         other.wait_stream(torch.cuda.current_stream())
