@@ -199,22 +199,13 @@ def _attend_output(q, k_pages, v_pages, page_table, lengths, window, softcap, sc
 COPY_BYTES = 4 << 20  # of fp32 keys at a time: they should stay in the cache, and a long cache not be held twice
 
 
-def _gather(pages: Tensor, page_table: Tensor, longest: int) -> Tensor:
-    """[B, G, longest, D]: a copy of the first keys (or values) of each sequence, by head as a view."""
-    B, needed = page_table.shape[0], -(-longest // pages.shape[1])
-    rows = pages.index_select(0, page_table[:, :needed].reshape(-1)).view(B, -1, *pages.shape[2:])
-    return rows[:, :longest].transpose(1, 2)
-
-
-def _attend(q: Tensor, keys: Tensor, values: Tensor, unseen: Tensor, softcap: float | None, scale: float) -> Tensor:
-    """q [B, G, H/G, D] on keys and values [B, G, n, D] but for `unseen` [B, n], which may hold anything."""
-    values.masked_fill_(unseen[:, None, :, None], 0.0)
-    keys.masked_fill_(unseen[:, None, :, None], 0.0)
+def _attend(q: Tensor, keys: Tensor, values: Tensor, seen: Tensor, softcap: float | None, scale: float) -> Tensor:
+    """q [B, G, H/G, D] on those keys and values [B, G, n, D] that are seen, [B, 1, 1, n]."""
     if softcap is None:
-        return scaled_dot_product_attention(q, keys, values, attn_mask=~unseen[:, None, None], scale=scale)
+        return scaled_dot_product_attention(q, keys, values, attn_mask=seen, scale=scale)
     dtype = torch.promote_types(q.dtype, torch.float32)
     s = torch.matmul(q.to(dtype), keys.to(dtype).transpose(2, 3)).mul_(scale)  # [B, G, H/G, n]
-    s = s.div_(softcap).tanh_().mul_(softcap).masked_fill_(unseen[:, None, None], torch.finfo(dtype).min)
+    s = s.div_(softcap).tanh_().mul_(softcap).masked_fill_(~seen, torch.finfo(dtype).min)
     return torch.matmul(s.softmax(-1), values.to(dtype))
 
 
@@ -223,16 +214,21 @@ def _attend_torch(
     q: Tensor, k_pages: Tensor, v_pages: Tensor, page_table: Tensor, lengths: Tensor,
     longest: int, window: int | None, softcap: float | None, scale: float,
 ) -> Tensor:  # fmt: skip
-    (B, H, D), G = q.shape, k_pages.shape[2]
+    (B, H, D), (_, page, G, _) = q.shape, k_pages.shape
     if not longest:
         return torch.zeros_like(q)
-    at, n = torch.arange(longest, device=q.device), lengths[:, None]
-    unseen = (at >= n) if window is None else (at >= n) | (at < n - window)  # [B, longest]
+    at, last = torch.arange(longest, device=q.device), (lengths[:, None].long() - 1).clamp_min_(0)  # [B, 1]
+    seen = (at <= last) if window is None else (at <= last) & (at > last - window)  # [B, longest]
+    at = torch.where(seen, at, last)  # what lies at the others may be anything, NaN too
+    slots = page_table.gather(1, at // page).long() * page + at % page  # [B, longest]
     o = torch.empty(B, H, D, dtype=q.dtype, device=q.device)
     step = max(1, COPY_BYTES // (longest * G * D * 4))
+    keys, values = k_pages.flatten(0, 1), v_pages.flatten(0, 1)  # [P · page, G, D]
     for rows in (slice(start, min(B, start + step)) for start in range(0, B, step)):
-        keys, values = (_gather(x, page_table[rows], longest) for x in (k_pages, v_pages))
-        o[rows] = _attend(q[rows].unflatten(1, (G, -1)), keys, values, unseen[rows], softcap, scale).flatten(1, 2)
+        here = [
+            x.index_select(0, slots[rows].flatten()).view(-1, longest, G, D).transpose(1, 2) for x in (keys, values)
+        ]
+        o[rows] = _attend(q[rows].unflatten(1, (G, -1)), *here, seen[rows, None, None], softcap, scale).flatten(1, 2)
     return torch.where(lengths[:, None, None] > 0, o, 0.0)
 
 

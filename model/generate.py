@@ -318,9 +318,8 @@ class Engine:
             missing = self.cache.needed(sequence.cached + count) - len(sequence.pages)  # what a tool said
             if missing > len(self.cache.free) and parts:
                 break
-            if missing > 0:
-                if not self.room_for(sequence, missing):
-                    continue
+            if missing > 0 and not self.room_for(sequence, missing):
+                continue
             parts.append((sequence, count))
             budget -= count
             if not budget:
