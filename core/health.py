@@ -1,0 +1,163 @@
+"""What the numbers of a reinforcement-learning run say about its health, in plain language.
+
+`diagnose` reads the history of a run (its metrics.jsonl, a mapping a step) and returns sentences. It compares the mean of
+the first quarter of the rollouts with that of the last one, or looks at the last quarter alone. Names of metrics are those
+of core/experience.py and core/objectives/policy.py; what was not logged is not judged.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from statistics import fmean, pstdev
+from typing import NamedTuple
+
+PANEL = {  # chart of the report → its series
+    "reward": ("reward", "shaped_reward", "right", "eval_right"),
+    "KL": ("kl_k1", "kl_k3", "old_kl", "beta"),
+    "ratio": ("ratio", "clip_fraction", "value_clip_fraction"),
+    "log-prob gap of sampler and trainer": ("sampler_gap",),
+    "entropy": ("entropy",),
+    "length": ("length",),
+    "answers": ("ended", "varied_groups"),
+    "critic": ("explained_variance", "value_loss"),
+    "verifier failures": ("verifier_failures",),
+    "tokens per second": ("sampled_tokens_per_second", "tokens_per_second"),
+}
+
+
+class Trend(NamedTuple):
+    """A metric at the start and at the end of a run, and how much it varies within them from step to step."""
+
+    before: float
+    after: float
+    noise: float
+
+    @property
+    def change(self) -> float:
+        return self.after - self.before
+
+    @property
+    def rises(self) -> bool:
+        return self.change > max(2 * self.noise, 1e-9)
+
+    @property
+    def falls(self) -> bool:
+        return -self.change > max(2 * self.noise, 1e-9)
+
+
+def trend(history: Sequence[Mapping[str, float]], name: str) -> Trend | None:
+    """None where fewer than eight steps logged the metric. `noise` is the standard error of the change."""
+    values = [row[name] for row in history if name in row and math.isfinite(row[name])]
+    if len(values) < 8:
+        return None
+    quarter = len(values) // 4
+    first, last = values[:quarter], values[-quarter:]
+    spread = math.hypot(pstdev(first), pstdev(last)) / math.sqrt(quarter)
+    return Trend(fmean(first), fmean(last), spread)
+
+
+def reward_hacking(of: Callable[[str], Trend | None], history: Sequence[Mapping[str, float]]) -> str | None:
+    reward, right, length = of("reward"), of("right"), of("length")
+    if not reward or not right or not reward.rises or right.rises:
+        return None
+    verified = "verified accuracy falls" if right.falls else "verified accuracy does not"
+    grows = [n for n in components(history) if (t := of(n)) and t.rises]
+    paid = f"; what grows is {', '.join(n.removeprefix('reward/') for n in grows)}" if grows else ""
+    longer = f"; answers became {length.after / length.before:.1f} × as long" if length and length.rises else ""
+    return (
+        f"reward rises ({reward.before:.3g} → {reward.after:.3g}) while {verified} ({right.before:.3g} → "
+        f"{right.after:.3g}): likely reward hacking{paid}{longer}"
+    )
+
+
+def components(history: Sequence[Mapping[str, float]]) -> list[str]:
+    return list(dict.fromkeys(name for row in history for name in row if name.startswith("reward/")))
+
+
+def kl_blow_up(of: Callable[[str], Trend | None], _) -> str | None:
+    kl = of("kl_k3")
+    if kl and kl.after > max(0.5, 5 * kl.before):
+        return f"the KL to the reference blew up ({kl.before:.3g} → {kl.after:.3g} per token): raise beta, or lower lr"
+    return None
+
+
+def entropy_collapse(of: Callable[[str], Trend | None], _) -> str | None:
+    entropy = of("entropy")
+    if entropy and entropy.falls and entropy.after < 0.2 * entropy.before:
+        return (
+            f"entropy collapsed ({entropy.before:.3g} → {entropy.after:.3g}): answers hardly vary any more; raise "
+            "clip_high or entropy, or lower lr"
+        )
+    return None
+
+
+def sampler_gap(of: Callable[[str], Trend | None], _) -> str | None:
+    gap = of("sampler_gap")
+    if gap and gap.after > 0.1:
+        return (
+            f"sampler and trainer disagree by {gap.after:.2g} in the log-prob of a token: what is sampled is not the "
+            "policy that is trained; see importance"
+        )
+    return None
+
+
+def clipping(of: Callable[[str], Trend | None], _) -> str | None:
+    clipped = of("clip_fraction")
+    if clipped and clipped.after > 0.3:
+        return f"{clipped.after:.0%} of the tokens are clipped: fewer updates on a rollout, or a lower lr"
+    return None
+
+
+def endings(of: Callable[[str], Trend | None], _) -> str | None:
+    ended = of("ended")
+    if ended and ended.falls and ended.after < 0.7:
+        return (
+            f"only {ended.after:.0%} of the answers end by themselves ({ended.before:.0%} at first): raise "
+            "sampling.max_tokens, or let shaping.missing_eos cost something"
+        )
+    return None
+
+
+def nothing_to_learn(of: Callable[[str], Trend | None], _) -> str | None:
+    varied = of("varied_groups")
+    if varied and varied.after < 0.1:
+        return (
+            f"answers differ in only {varied.after:.0%} of the groups: the problems are too easy or too hard; see "
+            "data.band"
+        )
+    return None
+
+
+def critic(of: Callable[[str], Trend | None], _) -> str | None:
+    explained = of("explained_variance")
+    if explained and explained.after < 0:
+        return (
+            f"the critic explains less than a constant would (explained variance {explained.after:.2g}): give it "
+            "value_warmup, or a higher critic_lr"
+        )
+    return None
+
+
+def failures(_, history: Sequence[Mapping[str, float]]) -> str | None:
+    failed = sum(row.get("verifier_failures", 0.0) for row in history)
+    if failed:
+        return f"the judge failed {failed:.0f} times: these answers took part in nothing"
+    return None
+
+
+CHECKS = (
+    reward_hacking,
+    kl_blow_up,
+    entropy_collapse,
+    sampler_gap,
+    clipping,
+    endings,
+    nothing_to_learn,
+    critic,
+    failures,
+)
+
+
+def diagnose(history: Sequence[Mapping[str, float]]) -> list[str]:
+    """Warnings about a run, from its metrics so far; none where all is well, or too little is known."""
+    found = (check(lambda name: trend(history, name), history) for check in CHECKS)
+    return [sentence for sentence in found if sentence]

@@ -1,0 +1,214 @@
+"""Proximal policy optimisation: a critic, a KL to the reference in each token's reward, scores of a reward model.
+
+    tritium ppo --model=runs/sft --reward_model=runs/reward --data.sources=problems.jsonl --run.out=runs/ppo
+    tritium ppo --model=runs/sft --reward=exact --data.sources=problems.jsonl --run.out=runs/ppo
+
+Records are {"question", "answer"}: whatever is rewarded, a verifier measures how many answers are right. With
+`text.sources`, the cross-entropy of further text joins each step (PPO-ptx).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from torch import nn
+
+from tritium.core.batch import PackedBatch
+from tritium.core.config import REQUIRED, ConfigError, opt
+from tritium.core.data import Bins, DataConfig, conversation_group, record_sources, text_sources
+from tritium.core.experience import Experience, ProblemsConfig, ShapingConfig
+from tritium.core.formats import Skipped
+from tritium.core.objectives.policy import PPO, adapted
+from tritium.core.optim import OptimConfig
+from tritium.core.rewards import Reward
+from tritium.core.rewards.make import WeightedSum, make_reward
+from tritium.core.rewards.model import ModelReward
+from tritium.core.rollout import SamplingConfig, load_problems
+from tritium.core.schedule import ScheduleConfig
+from tritium.core.setup import MeshConfig, load_model, load_tokenizer, read_model, start
+from tritium.core.tokenizer import Tokenizer
+from tritium.core.trainer import LoopConfig, Result, Trainer
+from tritium.model.heads import ScalarModel
+from tritium.parallel.mesh import Mesh
+from tritium.stages.grpo import check_sampling
+
+
+@dataclass
+class PPOConfig:
+    """The objective; see core/objectives/policy.py."""
+
+    prompts: int = opt(64, "problems of a rollout, over all ranks")
+    group: int = opt(1, "answers to each")
+    epochs: int = opt(4, "passes over each rollout")
+    minibatches: int = opt(1, "optimizer steps of a pass")
+    clip: float = opt(0.2, "how far from 1 the ratio counts")
+    beta: float = opt(0.05, "weight of the KL to the reference")
+    kl: str = opt("k1", "its estimator", choices=("k1", "k2", "k3"))
+    kl_in: str = opt("reward", "where it counts", choices=("reward", "loss"))
+    target_kl: float = opt(0.0, "steer beta so that the KL per token comes to this (0: beta stays)")
+    stop_kl: float = opt(0.0, "end the passes over a rollout once the policy is this far from the one that drew it")
+    gamma: float = opt(1.0, "discount per token")
+    lam: float = opt(0.95, "λ of the generalised advantage estimation")
+    whiten: bool = opt(True, "bring advantages to mean 0 and variance 1 over the rollout")
+    value_clip: float = opt(0.2, "how far a value may move from the old one (0: any)")
+    value_coefficient: float = opt(0.5, "weight of the value loss")
+    value_warmup: int = opt(0, "rollouts in which only the critic learns")
+    critic_lr: float = opt(1.0, "the critic's learning rate, relative to the policy's")
+    ptx: float = opt(1.0, "weight of the cross-entropy of text.sources")
+    importance: float = opt(0.0, "largest weight for what the sampler did otherwise than the trainer (0: no weights)")
+    entropy: float = opt(0.0, "weight of an entropy bonus")
+    malformed: float = opt(-0.5, "the verifier's score of an answer that is cut off or has none")
+
+    def __post_init__(self):
+        for name in ("prompts", "group", "epochs", "minibatches"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"ppo.{name}={getattr(self, name)} must be at least 1")
+        for name in ("beta", "target_kl", "stop_kl", "value_clip", "value_warmup", "critic_lr", "ptx", "importance"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"ppo.{name}={getattr(self, name)} must not be negative")
+        if self.target_kl and not self.beta:
+            raise ConfigError(f"ppo.target_kl={self.target_kl} steers ppo.beta, which is 0: give a beta to begin with")
+
+
+@dataclass
+class TextConfig(DataConfig):
+    """Text beside the answers; without sources, none."""
+
+    holdout: float = opt(0.0, "share of each source that is left out")
+    kind: str = opt("conversations", "what the sources hold", choices=("conversations", "text"))
+
+
+@dataclass
+class Config:
+    model: str = opt(REQUIRED, "folder of the model to start from, with its tokenizer")
+    reference: str = opt("", "folder of the model that ppo.beta holds the policy to (default: the one to start from)")
+    critic: str = opt("", "folder that the critic starts from (default: the reward model, else the model)")
+    reward_model: str = opt("", "folder of a reward model, with its tokenizer")
+    reward: str = opt("", 'judges in text, e.g. "exact - 0.1*repetition"; added to the reward model\'s score')
+    verifier: str = opt("exact", "judge that only measures which answers are right (empty: none)")
+    ppo: PPOConfig = opt(PPOConfig, "the objective")
+    sampling: SamplingConfig = opt(SamplingConfig, "how answers are drawn")
+    shaping: ShapingConfig = opt(ShapingConfig, "what a score becomes")
+    data: ProblemsConfig = opt(ProblemsConfig, "problems")
+    text: TextConfig = opt(TextConfig, "text whose cross-entropy joins each step")
+    optim: OptimConfig = opt(OptimConfig(lr=2e-5, weight_decay=0.0, eps=1e-5), "optimizer")
+    schedule: ScheduleConfig = opt(ScheduleConfig(kind="constant"), "learning rate over the run")
+    run: LoopConfig = opt(LoopConfig, "the run itself; steps are optimizer steps")
+    mesh: MeshConfig = opt(MeshConfig, "parallelism")
+
+    def __post_init__(self):
+        check_sampling(self.sampling, self.ppo.importance, "ppo.importance")
+        if not self.reward and not self.reward_model:
+            raise ConfigError("nothing is rewarded: give --reward_model=FOLDER, --reward=exact, or both")
+
+
+def train(config: Config) -> Result:
+    """Reinforce what is scored high; `reward` and `right` (the share of right answers) are of the newest rollout."""
+    mesh = start(config, "ppo")
+    options, networks = config.ppo, open_networks(config, mesh)
+    tokenizer, context = load_tokenizer(config.model, networks["policy"]), networks["policy"].config.max_positions
+    skipped = Skipped(config.data.on_error)
+    problems = load_problems(config.data.sources, tokenizer, context, skipped)
+    text, objective = open_text(config, tokenizer, context, mesh, skipped), objective_of(config)
+    each = options.epochs * options.minibatches  # optimizer steps of a rollout
+    rollouts = -(-config.run.steps // each) if config.run.steps else config.run.epochs * len(problems) / options.prompts
+    settings = {"name": "ppo", "total_steps": max(1, round(rollouts)) * each}
+    trainer = Trainer(networks, objective, config, mesh, **settings, tokenizer=tokenizer, skipped=skipped)
+    verifier = make_reward(config.verifier, options.malformed) if config.verifier else None
+    sizes = {"prompts": options.prompts, "group": options.group, "verifier": verifier}
+    experience = Experience(trainer, tokenizer, problems, open_reward(config, mesh), config, **sizes)
+    for step in trainer.steps():
+        number = step // each
+        objective.beta = trainer.notes.get("beta", options.beta)
+        trainer.lr_scale |= {"policy": float(number >= options.value_warmup), "critic": options.critic_lr}
+        rollout, numbers = experience.collect(number)
+        batches = experience.batches(rollout, options.minibatches, varied_only=False)
+        # ------------------------------------------------------------------------------------------------------
+        numbers |= trainer.estimate(batches) | {"beta": objective.beta}  # r_t = score − β KL → GAE → whitened
+        for i in range(each):
+            update = minibatch(batches, i, options.minibatches, config.run.seed, step)
+            extra = [as_ptx(batch) for batch in text.step(step + i)] if text else []
+            trainer.step([*extra, *update], numbers)  # −min(ρA, clip(ρ)A) + c (V − R)² − ptx log p
+            if too_far(trainer, options):
+                break
+        # ------------------------------------------------------------------------------------------------------
+        trainer.index = step + each  # a rollout's steps are counted whether they were needed or not
+        if options.target_kl:
+            trainer.notes["beta"] = adapted(objective.beta, numbers["kl_k1"], options.target_kl)
+    return trainer.result()
+
+
+def objective_of(config: Config) -> PPO:
+    options = config.ppo
+    same = ("beta", "kl", "kl_in", "gamma", "lam", "value_clip", "value_coefficient", "ptx", "importance", "entropy")
+    return PPO(
+        scale="batch" if options.whiten else "none",
+        clip_low=options.clip,
+        clip_high=options.clip,
+        temperature=config.sampling.temperature,
+        **{name: getattr(options, name) for name in same},
+    )
+
+
+def open_networks(config: Config, mesh: Mesh) -> dict[str, nn.Module]:
+    """Policy, critic, and the reference where the KL to it counts. The critic's head starts at 0."""
+    dtype = config.run.dtype
+    networks = {"policy": load_model(config.model, dtype, mesh)}
+    critic = read_model(config.critic or config.reward_model or config.model, dtype, mesh)
+    networks["critic"] = critic if isinstance(critic, ScalarModel) else ScalarModel(critic)
+    networks["critic"].score.data.zero_()
+    if config.ppo.beta:
+        networks["reference"] = load_model(config.reference or config.model, dtype, mesh, frozen=True)
+    if networks["critic"].config.vocab_size != networks["policy"].config.vocab_size:
+        raise ConfigError("the critic reads the policy's tokens: it must have the same vocabulary; set critic=")
+    return networks
+
+
+def open_reward(config: Config, mesh: Mesh) -> Reward:
+    """The reward model, the judges of `reward`, or their sum. Raises: UserError for a folder that is no such model."""
+    text = make_reward(config.reward, config.ppo.malformed) if config.reward else None
+    if not config.reward_model:
+        return text
+    model = read_model(config.reward_model, config.run.dtype, mesh)
+    if not isinstance(model, ScalarModel):
+        raise ConfigError(f"reward_model={config.reward_model} is a language model: train one with `tritium reward`")
+    judge = ModelReward(model.requires_grad_(False), load_tokenizer(config.reward_model, model))
+    judges = {"reward_model": judge} | ({"reward": text} if text else {})
+    return WeightedSum(judges, dict.fromkeys(judges, 1.0))
+
+
+def open_text(config: Config, tokenizer: Tokenizer, context: int, mesh: Mesh, skipped: Skipped) -> Bins | None:
+    if not config.text.sources or not config.ppo.ptx:
+        return None
+    if config.text.kind == "text":
+        train, _, weights = text_sources(config.text, tokenizer, context, f"{config.run.out}/cache", skipped)
+    else:
+        convert = conversation_group(tokenizer)
+        train, _, weights = record_sources(config.text, convert, context, config.run.seed, skipped)
+    return Bins(train, weights, config.text, mesh, config.run.seed)
+
+
+def as_ptx(batch: PackedBatch) -> PackedBatch:
+    """The batch with a denominator of its own, so that it does not dilute the answers'."""
+    batch.counts = {"ptx": batch.counts["tokens"], "stream": batch.counts["stream"]}
+    return batch
+
+
+def minibatch(batches: Sequence[PackedBatch], i: int, parts: int, seed: int, step: int) -> list[PackedBatch]:
+    """The batches of update `i`: each pass deals them out anew, in an order of its own."""
+    order = np.random.default_rng([seed, step, i // parts]).permutation(len(batches))
+    return [batches[j] for j in order[i % parts :: parts]]
+
+
+def too_far(trainer: Trainer, options: PPOConfig) -> bool:
+    """Whether the policy of the last update was further from the one that drew the answers than it may be."""
+    if not options.stop_kl:
+        return False
+    trainer.flush_metrics()
+    return trainer.last["old_kl"] > options.stop_kl
+
+
+if __name__ == "__main__":
+    from tritium.stages.cli import run_stage
+
+    raise SystemExit(run_stage("ppo"))
