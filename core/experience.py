@@ -16,6 +16,8 @@ import numpy as np
 from tritium.core.batch import Group, PackedBatch, pack, plan_bins
 from tritium.core.config import ConfigError, opt
 from tritium.core.data import SourcesConfig
+from tritium.core.health import diagnose
+from tritium.core.metrics import read_lines
 from tritium.core.rewards import Reward
 from tritium.core.rollout import Problem, Rollout, Sample, SamplingConfig, roll_out, sample_document, share
 from tritium.core.tokenizer import Tokenizer
@@ -73,6 +75,11 @@ class Experience:
     greedy: bool = False
     verifier: Reward | None = None
 
+    def __post_init__(self):
+        file = self.trainer.out / "metrics.jsonl"
+        self.history = [row for _, row in read_lines(file) if "reward" in row] if file.exists() else []
+        self.warned: set[str] = set()
+
     def collect(self, number: int) -> tuple[Rollout, dict[str, float]]:
         """Rollout `number`, this rank's part, and its numbers over all ranks. A collective."""
         trainer, mesh, start = self.trainer, self.trainer.mesh, time.perf_counter()
@@ -88,8 +95,17 @@ class Experience:
         numbers = summary(rollout, self.settings.shaping, self.settings.sampling.max_tokens, mesh)
         numbers["sampled_tokens_per_second"] = numbers["length"] * numbers.pop("samples") / seconds
         self.remember(rollout, number)
+        self.warn(numbers)
         rollout.greedy = greedy
         return rollout, numbers
+
+    def warn(self, numbers: dict[str, float]) -> None:
+        """Say what the run's history so far is suspicious of, each kind once."""
+        self.history.append(self.trainer.last | numbers)
+        for kind, sentence in diagnose(self.history).items():
+            if kind not in self.warned:
+                self.trainer.say(f"health: {sentence}")
+                self.warned.add(kind)
 
     def draw(self, number: int) -> Rollout:
         data, seed = self.settings.data, self.settings.run.seed

@@ -1,8 +1,8 @@
 """What the numbers of a reinforcement-learning run say about its health, in plain language.
 
-`diagnose` reads the history of a run (its metrics.jsonl, a mapping a step) and returns sentences. It compares the mean of
-the first quarter of the rollouts with that of the last one, or looks at the last quarter alone. Names of metrics are those
-of core/experience.py and core/objectives/policy.py; what was not logged is not judged.
+`diagnose` reads the history of a run (its metrics.jsonl, a mapping a step) and gives sentences. It compares the mean
+of the first quarter with that of the last one, or looks at the last quarter alone. Names of metrics are those of
+core/experience.py and core/objectives/policy.py; what was not logged is not judged.
 """
 
 import math
@@ -129,7 +129,7 @@ def nothing_to_learn(of: Callable[[str], Trend | None], _) -> str | None:
 
 def critic(of: Callable[[str], Trend | None], _) -> str | None:
     explained = of("explained_variance")
-    if explained and explained.after < 0:
+    if explained and explained.after < -0.1:
         return (
             f"the critic explains less than a constant would (explained variance {explained.after:.2g}): give it "
             "value_warmup, or a higher critic_lr"
@@ -157,7 +157,7 @@ CHECKS = (
 )
 
 
-def diagnose(history: Sequence[Mapping[str, float]]) -> list[str]:
-    """Warnings about a run, from its metrics so far; none where all is well, or too little is known."""
-    found = (check(lambda name: trend(history, name), history) for check in CHECKS)
-    return [sentence for sentence in found if sentence]
+def diagnose(history: Sequence[Mapping[str, float]]) -> dict[str, str]:
+    """{kind: warning} about a run, from its metrics so far; empty where all is well, or too little is known."""
+    found = {check.__name__: check(lambda name: trend(history, name), history) for check in CHECKS}
+    return {kind: sentence for kind, sentence in found.items() if sentence}

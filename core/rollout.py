@@ -81,6 +81,12 @@ class Sample:
     score: Score | None = None
     verified: Score | None = None  # by a judge that only measures
 
+    def shown(self) -> Answer:
+        """What a judge gets to see."""
+        problem = self.problem
+        prompt = problem.messages[-1]["content"]
+        return Answer(self.completion.tokens, self.text, prompt, problem.reference, problem.messages)
+
     @property
     def right(self) -> bool:
         """Whether the judge found it right; one that failed found nothing."""
@@ -162,9 +168,7 @@ def roll_out(
         decoder=tokenizer.incremental if sampling.stop else None,
     )
     samples = [Sample(problems[i // n], c, tokenizer.decode(c.tokens)) for i, c in enumerate(completions)]
-    answers = [
-        Answer(s.completion.tokens, s.text, s.problem.messages[-1]["content"], s.problem.reference) for s in samples
-    ]
+    answers = [sample.shown() for sample in samples]
     judged = judge(reward, answers)
     verdicts = judge(verifier, answers) if verifier else Judged([None] * len(answers))
     for sample, score, verdict in zip(samples, judged.scores, verdicts.scores, strict=True):

@@ -19,7 +19,7 @@ from tritium.core.experience import Experience, ProblemsConfig, ShapingConfig
 from tritium.core.formats import Skipped
 from tritium.core.objectives.policy import ALGORITHMS, PolicyGradient, algorithm
 from tritium.core.optim import OptimConfig
-from tritium.core.rewards.exact import ExactMatch
+from tritium.core.rewards.model import open_reward
 from tritium.core.rollout import SamplingConfig, load_problems
 from tritium.core.schedule import ScheduleConfig
 from tritium.core.setup import FinetuneConfig, MeshConfig, load_model, load_reference, load_tokenizer, start
@@ -68,6 +68,8 @@ class GRPOConfig:
 class Config:
     model: str = opt(REQUIRED, "folder of the model to start from, with its tokenizer")
     reference: str = opt("", "folder of the model that grpo.beta holds the policy to (default: the one to start from)")
+    reward: str = opt("exact", 'judges in text, e.g. "exact - 0.1*repetition"; see core/rewards/make.py')
+    reward_model: str = opt("", "folder of a reward model, with its tokenizer; its score is added")
     grpo: GRPOConfig = opt(GRPOConfig, "the objective")
     sampling: SamplingConfig = opt(SamplingConfig, "how answers are drawn")
     shaping: ShapingConfig = opt(ShapingConfig, "what a score becomes")
@@ -101,7 +103,8 @@ def train(config: Config) -> Result:
     total_steps = rollouts_in(config, len(problems)) * options.updates
     settings = {"name": "grpo", "total_steps": total_steps, "tokenizer": tokenizer, "skipped": skipped}
     trainer = Trainer(networks, objective, config, mesh, **settings)
-    reward, grouped = ExactMatch(malformed=options.malformed), objective.baseline in ("mean", "others")
+    reward = open_reward(config.reward, config.reward_model, options.malformed, config.run.dtype, mesh)
+    grouped = objective.baseline in ("mean", "others")
     sizes = {"prompts": options.prompts, "group": options.group, "rounds": options.rounds}
     experience = Experience(
         trainer, tokenizer, problems, reward, config, **sizes, greedy=objective.baseline == "greedy"

@@ -20,9 +20,8 @@ from tritium.core.experience import Experience, ProblemsConfig, ShapingConfig
 from tritium.core.formats import Skipped
 from tritium.core.objectives.policy import PPO, adapted
 from tritium.core.optim import OptimConfig
-from tritium.core.rewards import Reward
-from tritium.core.rewards.make import WeightedSum, make_reward
-from tritium.core.rewards.model import ModelReward
+from tritium.core.rewards.make import make_reward
+from tritium.core.rewards.model import open_reward
 from tritium.core.rollout import SamplingConfig, load_problems
 from tritium.core.schedule import ScheduleConfig
 from tritium.core.setup import MeshConfig, load_model, load_tokenizer, read_model, start
@@ -98,8 +97,6 @@ class Config:
 
     def __post_init__(self):
         check_sampling(self.sampling, self.ppo.importance, "ppo.importance")
-        if not self.reward and not self.reward_model:
-            raise ConfigError("nothing is rewarded: give --reward_model=FOLDER, --reward=exact, or both")
 
 
 def train(config: Config) -> Result:
@@ -116,7 +113,8 @@ def train(config: Config) -> Result:
     trainer = Trainer(networks, objective, config, mesh, **settings, tokenizer=tokenizer, skipped=skipped)
     verifier = make_reward(config.verifier, options.malformed) if config.verifier else None
     sizes = {"prompts": options.prompts, "group": options.group, "verifier": verifier}
-    experience = Experience(trainer, tokenizer, problems, open_reward(config, mesh), config, **sizes)
+    reward = open_reward(config.reward, config.reward_model, options.malformed, config.run.dtype, mesh)
+    experience = Experience(trainer, tokenizer, problems, reward, config, **sizes)
     for step in trainer.steps():
         number = step // each
         objective.beta = trainer.notes.get("beta", options.beta)
@@ -162,19 +160,6 @@ def open_networks(config: Config, mesh: Mesh) -> dict[str, nn.Module]:
     if networks["critic"].config.vocab_size != networks["policy"].config.vocab_size:
         raise ConfigError("the critic reads the policy's tokens: it must have the same vocabulary; set critic=")
     return networks
-
-
-def open_reward(config: Config, mesh: Mesh) -> Reward:
-    """The reward model, the judges of `reward`, or their sum. Raises: UserError for a folder that is no such model."""
-    text = make_reward(config.reward, config.ppo.malformed) if config.reward else None
-    if not config.reward_model:
-        return text
-    model = read_model(config.reward_model, config.run.dtype, mesh)
-    if not isinstance(model, ScalarModel):
-        raise ConfigError(f"reward_model={config.reward_model} is a language model: train one with `tritium reward`")
-    judge = ModelReward(model.requires_grad_(False), load_tokenizer(config.reward_model, model))
-    judges = {"reward_model": judge} | ({"reward": text} if text else {})
-    return WeightedSum(judges, dict.fromkeys(judges, 1.0))
 
 
 def open_text(config: Config, tokenizer: Tokenizer, context: int, mesh: Mesh, skipped: Skipped) -> Bins | None:

@@ -51,6 +51,7 @@ class Answer:
     text: str
     prompt: str = ""
     reference: str = ""
+    messages: Sequence[dict] = ()  # the whole conversation up to the answer, where there is more than a prompt
 
 
 @dataclass

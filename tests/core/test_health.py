@@ -23,8 +23,8 @@ HEALTHY = {"reward": (0.2, 0.7), "right": (0.2, 0.7), "entropy": (1.0, 0.5), "le
 
 
 def test_a_healthy_run_is_not_warned_about():
-    assert diagnose(history(**HEALTHY)) == [] and diagnose([]) == []
-    assert diagnose(history(6, reward=(0, 9), right=(1, 0))) == []  # too little is known
+    assert diagnose(history(**HEALTHY)) == {} and diagnose([]) == {}
+    assert diagnose(history(6, reward=(0, 9), right=(1, 0))) == {}  # too little is known
 
 
 @pytest.mark.parametrize(
@@ -42,13 +42,13 @@ def test_a_healthy_run_is_not_warned_about():
     ],
 )
 def test_a_trouble_is_named(trouble, words):
-    found = diagnose(history(**HEALTHY | trouble))
+    found = list(diagnose(history(**HEALTHY | trouble)).values())
     assert len(found) == 1 and re.search(words, found[0]), found
 
 
 def test_failures_of_the_judge_are_counted():
     rows = [{"verifier_failures": 0.0}] * 3 + [{"verifier_failures": 2.0}] * 2
-    assert diagnose(rows) == ["the judge failed 4 times: these answers took part in nothing"]
+    assert list(diagnose(rows).values()) == ["the judge failed 4 times: these answers took part in nothing"]
 
 
 def test_noise_alone_is_no_reward_hacking():

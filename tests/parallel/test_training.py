@@ -254,7 +254,7 @@ def reinforce(model: str, problems: str, out: str, mesh: dict[str, int]) -> None
     config = from_dict(grpo.Config, sections | {"sampling": {"max_tokens": 12}})
     config.run.out, config.run.steps, config.run.dtype, config.run.device = out, 2, "fp64", "cpu"
     odd = lambda ids, text, **_: Score(sum(ids) % 2)  # noqa: E731
-    with mock.patch.object(grpo, "ExactMatch", lambda malformed: odd), mock.patch.object(grpo, "Trainer", QuickTrainer):
+    with mock.patch.object(grpo, "open_reward", lambda *_: odd), mock.patch.object(grpo, "Trainer", QuickTrainer):
         grpo.train(config)
 
 

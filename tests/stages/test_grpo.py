@@ -43,7 +43,7 @@ def test_a_rollouts_numbers_are_those_of_all_ranks(pool2):
 def trained(tiny, tmp_path, monkeypatch):
     """Train under a verifier that likes odd token sums; the metrics of each step."""
     judge = lambda ids, text, **_: Score(sum(ids) % 2)  # noqa: E731
-    monkeypatch.setattr("tritium.stages.grpo.ExactMatch", lambda malformed: judge)
+    monkeypatch.setattr("tritium.stages.grpo.open_reward", lambda *_: judge)
 
     def run(source: str, **sections) -> list[dict]:
         fixed = {"model": tiny.model, "grpo": {"prompts": 4, "group": 4}, "data": {"sources": [source]}}

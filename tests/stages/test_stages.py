@@ -56,8 +56,8 @@ def assert_finished(result: Result, out: Path, steps: int) -> None:
 def odd_is_right(monkeypatch):
     """A verifier under which an untrained model is sometimes right: an odd last token is."""
     judge = lambda ids, text, **_: Score(float(ids[-1] % 2))  # noqa: E731
-    for stage in ("sample", "grpo"):
-        monkeypatch.setattr(f"tritium.stages.{stage}.ExactMatch", lambda malformed: judge)
+    monkeypatch.setattr("tritium.stages.sample.ExactMatch", lambda malformed: judge)
+    monkeypatch.setattr("tritium.stages.grpo.open_reward", lambda *_: judge)
 
 
 # ---------------------------------------------------------------------------------------------- training
@@ -147,7 +147,7 @@ def test_grpo_trains_on_groups_that_differ_and_on_answers_that_were_judged():
         [group(0, 1, 1), group(1, 1, 0), group(2, None, 1), group(3, 0, None, 1, 1), group(4, None, None)]
     )
     config = grpo.Config(data=grpo.ProblemsConfig(bin_tokens=64), model="")
-    trainer = SimpleNamespace(mesh=Mesh.single())
+    trainer = SimpleNamespace(mesh=Mesh.single(), out=Path("none"))
     batches = Experience(trainer, None, [], None, config, 5).batches(rollout, updates=2, varied_only=True)
     assert [batch.sequences for batch in batches] == [2, 3]  # two updates get a batch each; groups are whole
     first, second = batches

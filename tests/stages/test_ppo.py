@@ -1,0 +1,161 @@
+"""PPO as a stage: it learns from a verifier and from a reward model, resumes to the bit, and says what went wrong."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import tritium
+from tritium.core.config import ConfigError, from_dict
+from tritium.core.rewards import Answer, Score, judge
+from tritium.core.rewards.model import open_reward
+from tritium.core.trainer import Trainer
+from tritium.parallel.mesh import Mesh
+from tritium.stages import grpo, ppo, reward
+from tritium.stages.cli import run_stage
+
+pytestmark = pytest.mark.usefixtures("quick")
+
+
+def rows(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def config(tiny, out: Path, steps: int, **sections) -> ppo.Config:
+    fixed = {"model": tiny.model, "reward": "exact", "data": {"sources": [tiny.data("problems.jsonl")]}}
+    fixed |= {"run": {"out": str(out), "steps": steps, "dtype": "fp32"}, "sampling": {"max_tokens": 6}}
+    return from_dict(ppo.Config, fixed | {"ppo": {"prompts": 6, "group": 4, "epochs": 2}} | sections)
+
+
+@pytest.fixture
+def odd_is_right(monkeypatch):
+    judged = lambda ids, text, **_: Score(float(ids[-1] % 2))  # noqa: E731
+    monkeypatch.setattr("tritium.stages.ppo.open_reward", lambda *_: judged)
+
+
+def test_ppo_reinforces_what_is_rewarded_and_its_critic_learns(tiny, tmp_path, odd_is_right):
+    settings = {"prompts": 6, "group": 8, "epochs": 2, "minibatches": 2, "beta": 0.01, "value_warmup": 1}
+    data = {"sources": [tiny.data("problems.jsonl")], "bin_tokens": 256}
+    made = config(tiny, tmp_path, 48, ppo=settings, data=data, optim={"lr": 2e-3, "weight_decay": 0.0})
+    made.sampling.max_tokens, made.verifier = 4, ""
+    result = ppo.train(made)
+    steps = [m for m in rows(tmp_path) if "loss" in m]
+    assert len(steps) == 48
+    rewards = [m["reward"] for m in steps]
+    assert sum(rewards[-8:]) / 8 > sum(rewards[:8]) / 8 + 0.2
+    assert steps[0]["explained_variance"] == 0.0  # its head begins with zeros
+    assert sum(m["value_loss"] for m in steps[-8:]) < 0.8 * sum(m["value_loss"] for m in steps[:8])
+    assert "grad_norm.policy" not in steps[0] and "grad_norm.policy" in steps[4]  # one rollout for the critic alone
+    assert steps[4]["kl_k1"] == steps[4]["kl_k3"] == 0.0 < steps[-1]["kl_k3"]
+    assert tritium.load(result.checkpoint, dtype=torch.float32).config.vocab_size
+
+
+@pytest.fixture(scope="module")
+def scorer(tiny, tmp_path_factory) -> str:
+    out = tmp_path_factory.mktemp("scorer")
+    sections = {"model": tiny.model, "data": {"sources": [tiny.data("pairs.jsonl")], "bin_tokens": 512}}
+    made = from_dict(reward.Config, sections | {"run": {"out": str(out), "steps": 2, "dtype": "fp32"}})
+    return reward.train(made).checkpoint
+
+
+def test_a_reward_model_judges_each_answer_by_itself_and_counts_what_it_cannot_read(tiny, scorer):
+    judged = open_reward("", scorer, 0.0, "fp32", Mesh.single())
+    answers = [Answer([1], "7", "What is 3 + 4?"), Answer([1], "it is 12", "What is 5 + 7?", "12")]
+    both = judge(judged, answers).scores
+    for answer, score in zip(answers, both, strict=True):
+        (alone,) = judge(judged, [answer]).scores
+        assert alone.value == pytest.approx(score.value, abs=1e-6) and alone.parts == {"reward_model": alone.value}
+    failed = judge(judged, [Answer([1], "and " * 200, "?")])
+    assert failed.scores == [None] and "longer than the reward model's context of 96" in str(failed.failures)
+    total = judge(open_reward("exact", scorer, 0.0, "fp32", Mesh.single()), answers).scores[1]
+    assert total.value == pytest.approx(both[1].value + total.parts["reward"])
+
+
+def test_with_a_reward_model_and_text_beside(tiny, scorer, tmp_path):
+    text = {"sources": [tiny.data("chats.jsonl")], "bin_tokens": 256}
+    more = {"reward_model": scorer, "reward": "", "text": text, "shaping": {"clip": 2.0, "missing_eos": 1.0}}
+    settings = {"prompts": 4, "group": 2, "epochs": 2, "target_kl": 0.01, "beta": 0.1}
+    ppo.train(config(tiny, tmp_path, 6, ppo=settings, **more))
+    found = [m for m in rows(tmp_path) if "loss" in m]
+    assert all(m["ptx"] > 0 and m["reward/reward_model"] == pytest.approx(m["reward"]) for m in found)
+    assert all(m["shaped_reward"] < m["reward"] for m in found)  # hardly an answer ends within six tokens
+    assert found[-1]["beta"] < 0.1 * 0.98 + 1e-9  # the policy is nearer than it may be
+    lengths = {m["tokens"] for m in found}
+    assert len(lengths) > 1 and all(m["right"] <= 1 for m in found)
+
+
+def test_a_rollout_is_left_once_the_policy_is_too_far_and_the_next_one_begins(tiny, tmp_path, odd_is_right):
+    settings = {"prompts": 6, "group": 4, "epochs": 4, "stop_kl": 1e-6}
+    ppo.train(config(tiny, tmp_path, 8, ppo=settings, optim={"lr": 3e-3}))
+    assert [m["step"] for m in rows(tmp_path) if "loss" in m] == [1, 2, 5, 6]
+
+
+class Killed(Exception):
+    pass
+
+
+def test_killed_and_resumed_equals_uninterrupted(tiny, tmp_path, monkeypatch, odd_is_right):
+    def run(name: str) -> None:
+        made = config(tiny, tmp_path / name, 6, ppo={"prompts": 4, "group": 2, "epochs": 2, "target_kl": 0.1})
+        made.run.save_every, made.run.keep, made.optim.lr = 2, 9, 1e-3
+        ppo.train(made)
+
+    run("whole")
+    step = Trainer.step
+
+    def fatal(trainer, *args):
+        if trainer.index == 3:
+            trainer.finish_save()
+            raise Killed
+        return step(trainer, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "step", fatal)
+        with pytest.raises(Killed):
+            run("cut")
+    run("cut")
+    for file in ("model.safetensors", "trainer/policy.safetensors", "trainer/critic.safetensors"):
+        cut, whole = (tmp_path / name / "step-00000006" / file for name in ("cut", "whole"))
+        assert cut.read_bytes() == whole.read_bytes(), file
+    assert [m["beta"] for m in rows(tmp_path / "cut")] == [m["beta"] for m in rows(tmp_path / "whole")]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--reward="], "nothing is rewarded"),
+        (["--reward_model={model}"], "is a language model: train one with `tritium reward`"),
+        (["--ppo.epochs=0"], "ppo.epochs=0 must be at least 1"),
+        (["--ppo.target_kl=1", "--ppo.beta=0"], "which is 0: give a beta"),
+        (["--ppo.importance=2", "--sampling.top_k=5"], "needs sampling.temperature=1"),
+        (["--data.band=0.5"], "must be two shares"),
+        (["--shaping.clip=-1"], "must not be negative"),
+    ],
+)
+def test_what_cannot_be_is_told(tiny, tmp_path, capsys, arguments, words):
+    fixed = [f"--model={tiny.model}", f"--data.sources={tiny.data('problems.jsonl')}", f"--run.out={tmp_path}"]
+    assert run_stage("ppo", [*fixed, "--reward=exact", *(a.format(model=tiny.model) for a in arguments)]) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_a_group_of_one_has_nothing_to_compare_with():
+    with pytest.raises(ConfigError, match="rloo needs at least 2 answers"):
+        grpo.GRPOConfig("rloo", group=1)
+    assert grpo.GRPOConfig("remax", group=1).group == 1
+
+
+@pytest.mark.parametrize("algorithm", ["rloo", "remax", "reinforce++", "gspo", "dr_grpo"])
+def test_every_algorithm_runs_as_a_stage(tiny, tmp_path, monkeypatch, algorithm):
+    odd = lambda ids, text, **_: Score(float(ids[-1] % 2))  # noqa: E731
+    monkeypatch.setattr("tritium.stages.grpo.open_reward", lambda *_: odd)
+    settings = {"algorithm": algorithm, "prompts": 3, "group": 4, "beta": 0.02, "rounds": 2, "importance": 2.0}
+    sections = {"model": tiny.model, "grpo": settings, "sampling": {"max_tokens": 6}}
+    data = {"sources": [tiny.data("problems.jsonl")], "band": [0.1, 0.9]}
+    run = {"out": str(tmp_path), "steps": 2, "dtype": "fp32"}
+    grpo.train(from_dict(grpo.Config, sections | {"data": data, "run": run, "shaping": {"overlong": 3}}))
+    for m in rows(tmp_path):
+        assert m["grad_norm"] > 0 and m["sampler_gap"] < 1e-4 and m["sampled_tokens_per_second"] > 0
+        assert m["shaped_reward"] < m["reward"]
+    state = json.loads((tmp_path / "step-00000002" / "trainer" / "state.json").read_text())
+    assert all(0 <= rate <= 1 for rate, _ in state["notes"]["pass_rates"].values())
