@@ -15,7 +15,7 @@ import math
 import os
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
@@ -23,13 +23,15 @@ from typing import Any, Protocol
 import numpy as np
 
 from tritium.core.batch import Document, Group, PackedBatch, pack, plan_bins
-from tritium.core.chat import render
+from tritium.core.chat import THINKING, render
+from tritium.core.code import fill_in_the_middle, hole_markers
 from tritium.core.config import ConfigError, UserError, opt
 from tritium.core.formats import (
     DataError,
     RecordError,
     Skipped,
     conversation,
+    fill,
     preference,
     ranking,
     read_documents,
@@ -38,6 +40,8 @@ from tritium.core.formats import (
 from tritium.core.tokenizer import Tokenizer
 from tritium.parallel.mesh import Mesh
 
+TURNS, NORMALIZE = ("all", "last", "unrolled"), ("token", "turn", "sequence")
+
 
 @dataclass
 class SourcesConfig:
@@ -45,6 +49,7 @@ class SourcesConfig:
 
     sources: list[str] = opt([], "files")
     bin_tokens: int = opt(4096, "tokens of a micro-batch (a bin)")
+    template: str = opt("", "chat template, by name (empty: the model's own)")
     on_error: str = opt("skip", "what a bad record does", choices=("skip", "raise"))
 
     def __post_init__(self):
@@ -66,6 +71,13 @@ class DataConfig(SourcesConfig):
     holdout: float = opt(0.01, "share of each source that is kept for evaluation")
     difficulty: str = opt("", "curriculum: order records by this numeric key, easiest first (empty: shuffle)")
     on_overlong: str = opt("skip", "what happens to records longer than the context", choices=("skip", "truncate"))
+    turns: str = opt("all", "answers learned: all in one pass, the last, or each alone", choices=TURNS)
+    normalize: str = opt("token", "what counts the same: every token, turn or sequence", choices=NORMALIZE)
+    thinking: str = opt("", "<think> sections: keep, drop from history, mask (empty: as the model)", choices=THINKING)
+    variables: list[str] = opt([], "NAME=VALUE: what {{NAME}} in a record stands for")
+    fim: float = opt(0.0, "text: share of documents with their middle moved to the end, to be filled in")
+    fim_spm: float = opt(0.5, "text: share of these in the order suffix, prefix, middle")
+    repositories: bool = opt(False, "text: records of one repository make one document, imports first")
 
     def __post_init__(self):
         super().__post_init__()
@@ -73,6 +85,15 @@ class DataConfig(SourcesConfig):
             raise ConfigError(f"data.bins_per_step={self.bins_per_step} must be at least 1")
         if not 0 <= self.holdout < 1:
             raise ConfigError(f"data.holdout={self.holdout} must be in [0, 1)")
+        for name in ("fim", "fim_spm"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(f"data.{name}={getattr(self, name)} must be in [0, 1]")
+        if wrong := [text for text in self.variables if "=" not in text]:
+            raise ConfigError(f"data.variables: {wrong[0]!r} is not NAME=VALUE")
+
+    def filled(self, record: dict) -> dict:
+        """The record with its `variables` in place."""
+        return fill(record, dict(text.split("=", 1) for text in self.variables)) if self.variables else record
 
 
 def parse_sources(sources: Sequence[str], key: str = "data.sources") -> list[tuple[str, float]]:
@@ -143,7 +164,7 @@ def text_sources(config: DataConfig, tokenizer: Tokenizer, context: int, cache: 
     """Training and held-out windows of every text file: ([Windows], [Windows], [weight])."""
     train, heldout, weights = [], [], []
     for path, weight in parse_sources(config.sources):
-        tokens, starts = token_shard(path, tokenizer, cache, skipped)
+        tokens, starts = token_shard(path, tokenizer, cache, skipped, config)
         kept = split_point(starts, len(tokens), config.holdout)
         rest = np.append(0, starts[starts > kept] - kept) if kept < len(tokens) else starts[:0]
         train.append(Windows(tokens[:kept], starts[starts < kept], context, config.bin_tokens))
@@ -159,26 +180,40 @@ def split_point(starts: np.ndarray, length: int, holdout: float) -> int:
     return int(after[0]) if len(after) else at
 
 
-def token_shard(path: str, tokenizer: Tokenizer, cache: str, skipped: Skipped) -> tuple[np.ndarray, np.ndarray]:
-    """The file's tokens as a memory-mapped stream, and where its documents start: made once, kept in `cache`.
-
-    Each document is [bos] + text + [eos], with what the tokenizer has of the two.
-    """
+def token_shard(
+    path: str, tokenizer: Tokenizer, cache: str, skipped: Skipped, config: DataConfig
+) -> tuple[np.ndarray, np.ndarray]:
+    """The file's tokens as a memory-mapped stream, and where its documents start: made once, kept in `cache`."""
     stat = os.stat(path)
-    key = json.dumps([os.path.abspath(path), stat.st_size, stat.st_mtime_ns, tokenizer.fingerprint])
+    code = [config.fim, config.fim_spm, config.repositories]
+    key = json.dumps([os.path.abspath(path), stat.st_size, stat.st_mtime_ns, tokenizer.fingerprint, *code])
     base = Path(cache) / f"{Path(path).stem}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
     tokens_file, starts_file = base.with_suffix(".tokens.npy"), base.with_suffix(".starts.npy")
     if not starts_file.exists():
-        before, after = ([] if i is None else [i] for i in (tokenizer.bos_id, tokenizer.eos_id))
-        encoded = tokenizer.encode_batch(list(read_documents(path, skipped)))
-        if not encoded:
+        streams = encode_documents(list(read_documents(path, skipped, config.repositories)), tokenizer, config)
+        if not streams:
             raise DataError(f"{path} holds no text\n{skipped.summary()}")
-        dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
-        streams = [np.array(before + ids + after, dtype) for ids in encoded]
         starts = np.cumsum([0, *map(len, streams)])[:-1]
         write_array(tokens_file, np.concatenate(streams))
         write_array(starts_file, starts)  # last: its presence says that both are whole
     return np.load(tokens_file, mmap_mode="r"), np.load(starts_file)
+
+
+def encode_documents(texts: list[str], tokenizer: Tokenizer, config: DataConfig) -> list[np.ndarray]:
+    """Each text as [bos] + text + [eos], with what the tokenizer has of the two.
+
+    A share `config.fim` of them gets a hole, by a generator that knows the text's place in the file only.
+    """
+    before, after = ([] if i is None else [i] for i in (tokenizer.bos_id, tokenizer.eos_id))
+    dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
+    markers = hole_markers(tokenizer) if config.fim else None
+    draws = [np.random.default_rng([2207, 14255, i]) for i in range(len(texts))] if markers else []
+    holed = {i for i, rng in enumerate(draws) if rng.random() < config.fim}
+    encoded = tokenizer.encode_batch(["" if i in holed else text for i, text in enumerate(texts)])
+    for i in holed:
+        rng = draws[i]
+        encoded[i] = fill_in_the_middle(tokenizer, texts[i], markers, rng, rng.random() < config.fim_spm)
+    return [np.array(before + ids + after, dtype) for ids in encoded]
 
 
 def write_array(path: Path, array: np.ndarray) -> None:
@@ -215,9 +250,16 @@ class Examples:
 
 
 def record_sources(
-    config: DataConfig, convert: Callable[[dict], Group], context: int, seed: int, skipped: Skipped
+    config: DataConfig,
+    convert: Callable[[dict], Group],
+    context: int,
+    seed: int,
+    skipped: Skipped,
+    atomic: bool = True,
 ) -> tuple[list[Examples], list[Examples], list[float]]:
     """Training and held-out examples of every file: records → groups by `convert`, which raises RecordError.
+
+    Without `atomic`, the documents of a record need not share a batch.
 
     Raises: DataError for a file without a usable record.
     """
@@ -226,9 +268,10 @@ def record_sources(
         groups, difficulty = [], []
         for place, record in read_records(path, skipped):
             try:
-                group = fit(convert(record), context, config.on_overlong)
-                difficulty.append(float(record[config.difficulty]) if config.difficulty else 0.0)
-                groups.append(group)
+                made = convert(config.filled(record))
+                made = [fit(g, context, config.on_overlong) for g in ([made] if atomic else [[d] for d in made])]
+                difficulty += [float(record[config.difficulty]) if config.difficulty else 0.0] * len(made)
+                groups += made
             except (RecordError, UserError) as error:  # of the conversation's form, or of its text
                 skipped.add(str(error), place)
             except (KeyError, TypeError, ValueError) as error:
@@ -258,9 +301,45 @@ def fit(group: Group, context: int, on_overlong: str) -> Group:
     return group
 
 
-def conversation_group(tokenizer: Tokenizer) -> Callable[[dict], Group]:
-    """record → [the conversation], every assistant turn supervised."""
-    return lambda record: [chat_document(tokenizer, conversation(record))]
+def conversation_group(tokenizer: Tokenizer, config: DataConfig | None = None) -> Callable[[dict], Group]:
+    """record → the conversation, every assistant turn supervised; or, by `config.turns`, its last, or each alone."""
+    config = config or DataConfig()
+
+    def convert(record: dict) -> Group:
+        messages = conversation(record)
+        rendered = [chat_document(tokenizer, m, config.thinking) for m in chosen_turns(messages, config.turns)]
+        return [normalized(document, config.normalize) for document in rendered]
+
+    return convert
+
+
+def chosen_turns(messages: list[dict], turns: str) -> list[list[dict]]:
+    """The conversation as it is ("all"), with its last answer alone to learn, or up to each answer ("unrolled")."""
+    if turns == "all":
+        return [messages]
+    learned = [i for i, m in enumerate(messages) if m["role"] == "assistant" and m.get("weight", 1)]
+    if turns == "last":
+        return [[*silent(messages[: learned[-1]]), messages[learned[-1]]]] if learned else [messages]
+    return [[*silent(messages[:i]), messages[i]] for i in learned]
+
+
+def silent(messages: Sequence[dict]) -> list[dict]:
+    """The messages, their answers read but not learned."""
+    return [m | {"weight": 0.0} if m["role"] == "assistant" else m for m in messages]
+
+
+def normalized(document: Document, by: str) -> Document:
+    """The document with weights that sum, over each turn or over all of it, to what they were on average."""
+    weights, learned = document.weights, document.weights > 0
+    if by == "token" or not learned.any():
+        return document
+    if by == "sequence":
+        return replace(document, weights=weights / np.float32(learned.sum()))
+    edges = np.flatnonzero(np.diff(learned.astype(np.int8), prepend=0, append=0))  # a turn: a run of learned tokens
+    weights = weights.copy()
+    for start, end in zip(edges[::2], edges[1::2], strict=True):
+        weights[start:end] /= np.float32(end - start)
+    return replace(document, weights=weights)
 
 
 def preference_group(tokenizer: Tokenizer) -> Callable[[dict], Group]:
@@ -286,15 +365,14 @@ def ranking_group(tokenizer: Tokenizer) -> Callable[[dict], Group]:
     return convert
 
 
-def chat_document(tokenizer: Tokenizer, messages: list[dict]) -> Document:
-    rendered = render(tokenizer, messages)
+def chat_document(tokenizer: Tokenizer, messages: list[dict], thinking: str = "") -> Document:
+    rendered = render(tokenizer, messages, thinking=thinking)
     return Document(np.array(rendered.ids, np.int32), np.array(rendered.weights, np.float32))
 
 
 def answer_document(tokenizer: Tokenizer, prompt: list[dict], answer: str) -> Document:
     """The prompt, its earlier answers included, at weight 0; `answer` at weight 1."""
-    silent = [m | {"weight": 0.0} if m["role"] == "assistant" else m for m in prompt]
-    return chat_document(tokenizer, [*silent, {"role": "assistant", "content": answer}])
+    return chat_document(tokenizer, [*silent(prompt), {"role": "assistant", "content": answer}])
 
 
 # ---------------------------------------------------------------------------------------------- bins
@@ -400,7 +478,8 @@ def open_records(
     mesh: Mesh,
     skipped: Skipped,
     group_name: str = "groups",
+    atomic: bool = True,
 ) -> tuple[Bins, list[PackedBatch]]:
     """`record_sources`, then `open_bins`."""
-    sources = record_sources(settings.data, convert, context, settings.run.seed, skipped)
+    sources = record_sources(settings.data, convert, context, settings.run.seed, skipped, atomic)
     return open_bins(*sources, settings, mesh, group_name)

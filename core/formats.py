@@ -1,12 +1,14 @@
 """Files of records, and the forms in which people keep conversations, preferences and problems.
 
-    conversation   {"messages": [{"role", "content"}, …]}                      OpenAI
-                   {"conversations": [{"from": "human"|"gpt"|…, "value"}, …]}  sharegpt
+    conversation   {"messages": [{"role", "content"}, …], "tools"?}            OpenAI; typed content, tool_calls
+                   {"conversations": [{"from": "human"|"gpt"|"function_call"|"observation", "value"}, …], "tools"?}
+                   {"conversation": [{"system"?, "input", "output"}, …]}       unified
                    {"instruction", "input"?, "output", "system"?, "history"?}  alpaca
                    {"question", "answer"}                                      GSM8K and friends
     preference     any of these (its answer left out, or ignored) with "chosen" and "rejected"; {"prompt", …} too
     ranking        the same with "ranked": a list of answers, best first
-    problem        {"question", "answer"}; the answer is what follows "####" where there is one
+    problem        {"question", "answer"}; the answer is what follows "####" where there is one; also the shapes of
+                   SVAMP, MBPP and HumanEval, whose reference is a program that tests
 
 The form is found from the record's keys. A record that can't be used raises `RecordError`, whose message says why;
 `read_records` adds the file and the line.
@@ -23,12 +25,17 @@ from pathlib import Path
 from typing import Any
 
 from tritium.core.chat import ROLES
+from tritium.core.code import repository
 from tritium.core.config import UserError
 
 Message = dict[str, Any]  # {"role": …, "content": …}, and "weight" where it is not 1
 
+VARIABLE = re.compile(r"\{\{\s*(\w+)\s*\}\}")
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")  # half of a character: JSON can spell it, UTF-8 can't
-SHAREGPT_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+SEPARATORS = re.compile(r"[\s,]*")
+SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "function_call": "assistant", "observation": "tool"}
+SHAREGPT_ROLES |= {"function": "tool", "ipython": "tool", "model": "assistant", "bot": "assistant"}
+REPOSITORY_KEYS = ("repo", "repo_name", "repository", "repository_name", "max_stars_repo_name")
 
 
 class DataError(UserError):
@@ -69,13 +76,8 @@ def read_text(path: str) -> str:
     try:
         with open_text(Path(path)) as file:
             text = file.read()
-    except FileNotFoundError:
-        raise DataError(f"{path} does not exist") from None
-    except UnicodeDecodeError as error:
-        where = f"byte {error.start} is {error.object[error.start]:#04x}"
-        raise DataError(f"{path} is not UTF-8 text ({where}); convert it, e.g. with iconv") from None
-    except (OSError, EOFError, zlib.error) as error:  # the last two: of a .gz file that is cut off or damaged
-        raise DataError(f"{path} can't be read: {getattr(error, 'strerror', None) or error}") from None
+    except (OSError, EOFError, ValueError, zlib.error) as error:
+        raise unreadable(path, error) from None
     if not text.strip():
         raise DataError(f"{path} is empty")
     return text
@@ -86,18 +88,8 @@ def read_records(path: str, skipped: Skipped) -> Iterator[tuple[str, dict]]:
 
     Raises: DataError where the file can't be read, or holds no record at all.
     """
-    text, found = read_text(path), False
-    # A list over several lines is one, whatever its file is called; a line of its own may begin with "[" by mistake.
-    if Path(path.removesuffix(".gz")).suffix == ".json" or text.lstrip().split("\n", 1)[0].strip() == "[":
-        try:
-            rows = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise DataError(f"{path}:{error.lineno}: malformed JSON: {error.msg}") from None
-        if not isinstance(rows, list):
-            raise DataError(f"{path} must hold a list of records")
-        numbered = ((f"{path}: record {i}", row) for i, row in enumerate(rows))
-    else:
-        numbered = json_lines(path, text, skipped)
+    found = False
+    numbered = json_list(path) if is_json_list(path) else json_lines(path, skipped)
     for place, row in numbered:
         if isinstance(row, dict):
             found = True
@@ -108,8 +100,67 @@ def read_records(path: str, skipped: Skipped) -> Iterator[tuple[str, dict]]:
         raise DataError(f"{path} holds no record")
 
 
-def json_lines(path: str, text: str, skipped: Skipped) -> Iterator[tuple[str, Any]]:
-    for number, line in enumerate(text.split("\n"), 1):
+def is_json_list(path: str) -> bool:
+    """Whether a file is one JSON list: by its name, or, over several lines, by its first line.
+
+    A line of its own may begin with "[" by mistake.
+    """
+    if Path(path.removesuffix(".gz")).suffix == ".json":
+        return True
+    return next((line.strip() == "[" for _, line in text_lines(path) if line.strip()), False)
+
+
+def text_lines(path: str) -> Iterator[tuple[int, str]]:
+    """(number, line) of a text file, one at a time. Raises: DataError where it is missing, empty or not UTF-8."""
+    empty, number = True, 0
+    try:
+        with open_text(Path(path)) as file:
+            for number, line in enumerate(file, 1):
+                empty = empty and not line.strip()
+                yield number, line
+    except (OSError, EOFError, ValueError, zlib.error) as error:  # the last two: of a damaged .gz file
+        raise unreadable(path, error) from None
+    if empty:
+        raise DataError(f"{path} is empty")
+
+
+def unreadable(path: str, error: Exception) -> DataError:
+    """What is wrong with a file, in a sentence."""
+    if isinstance(error, FileNotFoundError):
+        return DataError(f"{path} does not exist")
+    if isinstance(error, UnicodeDecodeError):
+        where = f"byte {error.start} is {error.object[error.start]:#04x}"
+        return DataError(f"{path} is not UTF-8 text ({where}); convert it, e.g. with iconv")
+    return DataError(f"{path} can't be read: {getattr(error, 'strerror', None) or error}")
+
+
+def json_list(path: str) -> Iterator[tuple[str, Any]]:
+    """The items of a file's JSON list, read as they come. Raises: DataError, with the line of a mistake."""
+    decoder, buffer, at, number, count, state = json.JSONDecoder(), "", 0, 0, 0, "before"
+    for number, line in text_lines(path):
+        buffer, at = buffer[at:] + line, 0
+        while (at := SEPARATORS.match(buffer, at).end()) < len(buffer):
+            if state == "before" and buffer[at] != "[":
+                raise DataError(f"{path} must hold a list of records")
+            if state == "before" or (state == "within" and buffer[at] == "]"):
+                at, state = at + 1, "within" if state == "before" else "after"
+                continue
+            try:
+                item, at = decoder.raw_decode(buffer, at)
+            except json.JSONDecodeError as error:
+                if error.pos < len(buffer.rstrip()) and "Unterminated" not in error.msg:
+                    raise DataError(f"{path}:{number}: malformed JSON: {error.msg}") from None
+                break  # not all of it is there yet
+            if state == "after":
+                raise DataError(f"{path}:{number}: malformed JSON: more than one list")
+            yield f"{path}: record {count}", item
+            count += 1
+    if state != "after":
+        raise DataError(f"{path}:{number}: malformed JSON: the list does not end")
+
+
+def json_lines(path: str, skipped: Skipped) -> Iterator[tuple[str, Any]]:
+    for number, line in text_lines(path):
         if line.strip():
             try:
                 yield f"{path}:{number}", json.loads(line)
@@ -117,27 +168,47 @@ def json_lines(path: str, text: str, skipped: Skipped) -> Iterator[tuple[str, An
                 skipped.add("malformed JSON", f"{path}:{number}")
 
 
-def read_documents(path: str, skipped: Skipped) -> Iterator[str]:
-    """Raw texts: the "text" of each record of a .jsonl or .json file; any other file is one document."""
+def read_documents(path: str, skipped: Skipped, repositories: bool = False) -> Iterator[str]:
+    """Raw texts: the "text" (or "content") of each record of a .jsonl or .json file; any other file is one document.
+
+    With `repositories`, the records of one repository ("repo", "path", "text") make one document, in the order of
+    their first record.
+    """
     if Path(path.removesuffix(".gz")).suffix not in (".json", ".jsonl"):
         yield read_text(path)
         return
+    files: dict[str, dict[str, str]] = {}
     for place, record in read_records(path, skipped):
-        text = record.get("text")
+        text = record.get("text", record.get("content"))
         if not isinstance(text, str) or not text:
             skipped.add('a record without a "text"', place)
         elif LONE_SURROGATE.search(text):
             skipped.add("a text that is not valid Unicode", place)
+        elif repositories and (name := next((str(record[k]) for k in REPOSITORY_KEYS if k in record), None)):
+            inside = files.setdefault(name, {})
+            inside[str(record.get("path", record.get("file_path", f"file {len(inside)}")))] = text
         else:
             yield text
+    yield from map(repository, files.values())
+
+
+def fill(value: Any, variables: dict[str, str]) -> Any:
+    """A record with `{{name}}` replaced wherever its texts hold it; names that are not given stay as they are."""
+    if isinstance(value, str):
+        return VARIABLE.sub(lambda match: variables.get(match[1], match[0]), value) if "{{" in value else value
+    if isinstance(value, list):
+        return [fill(item, variables) for item in value]
+    return {key: fill(item, variables) for key, item in value.items()} if isinstance(value, dict) else value
 
 
 def conversation(record: dict) -> list[Message]:
     """The messages of a record in any of the module's forms. Raises: RecordError."""
     messages = prompt_of(record)
-    if "output" in record or "answer" in record:
-        answer = record["output"] if "output" in record else record["answer"]
-        messages = [*messages, {"role": "assistant", "content": required_text(answer, "answer")}]
+    for key in ("output", "answer", "Answer", "response", "completion", "canonical_solution", "code", "ground_truth"):
+        if key in record and messages[-1]["role"] != "assistant":
+            answer = record[key]
+            answer = number_text(answer) if isinstance(answer, int | float) else answer
+            messages = [*messages, {"role": "assistant", "content": required_text(answer, "answer")}]
     if not any(m["role"] == "assistant" for m in messages):
         raise RecordError("a record without an answer")
     return messages
@@ -147,14 +218,41 @@ def prompt_of(record: dict) -> list[Message]:
     """The messages that a record spells out, without an alpaca or GSM8K answer. Raises: RecordError."""
     if "messages" in record or "conversations" in record:
         return listed_messages(record)
+    if isinstance(record.get("conversation"), list):
+        return unified_messages(record["conversation"])
     if "instruction" in record:
         return alpaca_prompt(record)
     if isinstance(record.get("prompt"), list):
         return listed_messages({"messages": record["prompt"]})
-    for key in ("prompt", "question"):
+    if "Body" in record and "Question" in record:  # SVAMP
+        body = required_text(record["Body"], "question").strip()
+        return [{"role": "user", "content": f"{body}{'' if body.endswith('.') else '.'} {record['Question']}"}]
+    for key in ("prompt", "question", "problem"):
         if key in record:
             return [{"role": "user", "content": required_text(record[key], key)}]
+    if "text" in record and "test_list" in record:  # MBPP: the first test shows the function's name
+        tests = "\n".join(record["test_list"])
+        return [{"role": "user", "content": f"{required_text(record['text'], 'question')}\n{tests}"}]
     raise RecordError(f"a record of unknown form (keys: {', '.join(sorted(record)[:8])})")
+
+
+def unified_messages(rounds: list) -> list[Message]:
+    """`[{"system"?, "input", "output"}, …]`: one form for all. Raises: RecordError."""
+    messages = []
+    for i, turn in enumerate(rounds):
+        if not isinstance(turn, dict):
+            raise RecordError("a turn that is not an object")
+        if turn.get("system"):
+            if i:
+                raise RecordError("a system text after the first turn")
+            messages.append({"role": "system", "content": required_text(turn["system"], "system")})
+        if turn.get("input") or i:
+            messages.append({"role": "user", "content": required_text(turn.get("input"), "input")})
+        if turn.get("output") is not None:
+            messages.append({"role": "assistant", "content": required_text(turn["output"], "answer")})
+    if not messages:
+        raise RecordError("a record whose conversation is not a list of turns")
+    return messages
 
 
 def listed_messages(record: dict) -> list[Message]:
@@ -168,25 +266,91 @@ def listed_messages(record: dict) -> list[Message]:
     for turn in turns:
         if not isinstance(turn, dict):
             raise RecordError("a turn that is not an object")
-        role = turn.get("role", turn.get("from"))
-        role = SHAREGPT_ROLES.get(role, role)
-        if role not in ROLES:
-            raise RecordError(f"an unknown role {role!r}")
-        message = {"role": role, "content": turn_text(turn)}
-        weight = turn.get("weight", turn.get("loss_weight"))
-        messages.append(message if weight is None else message | {"weight": float(weight)})
+        message = one_message(turn)
+        if "tool_calls" in message and messages and messages[-1]["role"] == "assistant":
+            messages[-1] = joined(messages[-1], message)  # sharegpt: what it says, then what it calls
+        else:
+            messages.append(message)
+    if tools := record.get("tools"):
+        messages[0] = messages[0] | {"tools": tool_list(tools)}
     return messages
+
+
+def one_message(turn: dict) -> Message:
+    """A turn of OpenAI's or sharegpt's. Raises: RecordError."""
+    said = turn.get("role", turn.get("from"))
+    role = SHAREGPT_ROLES.get(said, said)
+    if role not in ROLES:
+        raise RecordError(f"an unknown role {role!r}")
+    message = {"role": role} | typed_content(turn.get("content", turn.get("value")))
+    calls = list(turn.get("tool_calls") or []) + message.pop("tool_calls", [])
+    if said == "function_call":
+        calls, message["content"] = loaded(message["content"], "function call"), ""
+    if calls:
+        message["tool_calls"] = [tool_call(call) for call in (calls if isinstance(calls, list) else [calls])]
+    for key in ("reasoning_content", "reasoning"):
+        if turn.get(key):
+            message["reasoning_content"] = required_text(turn[key], key)
+    if not calls:
+        required_text(message["content"], "turn")
+    weight = turn.get("weight", turn.get("loss_weight"))
+    if weight is not None:
+        message["weight"] = float(weight)
+    return message
+
+
+def typed_content(content: Any) -> dict:
+    """A turn's content, a string or a list of typed parts: text, reasoning, tool calls. Raises: RecordError."""
+    if not isinstance(content, list):
+        if content is not None and not isinstance(content, str):
+            raise RecordError("an empty turn" if not content else "a turn with content that is not text")
+        return {"content": content or ""}
+    parts = {"text": [], "reasoning": [], "tool_call": []}
+    for part in content:
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind not in parts:
+            raise RecordError("a turn with content that is not text")
+        parts[kind].append(part.get("text", part.get("value")))
+    message = {"content": "".join(map(str, parts["text"]))}
+    if parts["reasoning"]:
+        message["reasoning_content"] = "".join(map(str, parts["reasoning"]))
+    if parts["tool_call"]:
+        message["tool_calls"] = [loaded(call, "tool call") for call in parts["tool_call"]]
+    return message
+
+
+def tool_call(call: Any) -> dict:
+    """`{"name", "arguments"}`, whatever it was wrapped in. Raises: RecordError."""
+    call = call.get("function", call) if isinstance(call, dict) else call
+    if not isinstance(call, dict) or not isinstance(call.get("name"), str):
+        raise RecordError("a tool call without a name")
+    arguments = call.get("arguments", call.get("parameters", {}))
+    return {"name": call["name"], "arguments": arguments}
+
+
+def joined(first: Message, second: Message) -> Message:
+    content = "\n".join(filter(None, (first["content"], second["content"])))
+    calls = [*first.get("tool_calls", ()), *second["tool_calls"]]
+    return first | second | {"content": content, "tool_calls": calls}
+
+
+def tool_list(tools: Any) -> list:
+    tools = loaded(tools, "list of tools") if isinstance(tools, str) else tools
+    return tools if isinstance(tools, list) else [tools]
+
+
+def loaded(value: Any, name: str) -> Any:
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except json.JSONDecodeError:
+        raise RecordError(f"a {name} that is not JSON") from None
 
 
 def turn_text(turn: dict) -> str:
     """The text of a turn: a string, or a list of typed parts, of which the text ones are joined."""
-    content = turn.get("content", turn.get("value"))
-    if isinstance(content, list):
-        parts = [p.get("text", p.get("value")) for p in content if isinstance(p, dict) and p.get("type") == "text"]
-        if len(parts) != len(content):
-            raise RecordError("a turn with content that is not text")
-        content = "".join(map(str, parts))
-    return required_text(content, "turn")
+    return required_text(typed_content(turn.get("content", turn.get("value")))["content"], "turn")
 
 
 def alpaca_prompt(record: dict) -> list[Message]:
@@ -237,12 +401,27 @@ def answer_text(value: Any, name: str) -> str:
 
 
 def problem(record: dict) -> tuple[list[Message], str]:
-    """(prompt, reference answer). Raises: RecordError."""
-    if "answer" not in record:
+    """(prompt, reference answer): what follows the last "####" or "A:", or, of a programming task, its test program.
+
+    Raises: RecordError.
+    """
+    if "test" in record and "entry_point" in record:  # HumanEval
+        return open_prompt(record), f"{required_text(record['test'], 'test')}\ncheck({record['entry_point']})\n"
+    if isinstance(record.get("test_list"), list):  # MBPP
+        tests = [record.get("test_setup_code") or "", *record["test_list"]]
+        return open_prompt(record), required_text("\n".join(filter(None, tests)), "test")
+    key = next((key for key in ("answer", "Answer", "ground_truth", "reference") if key in record), None)
+    if key is None:
         raise RecordError("a record without an answer")
-    answer = record["answer"]
-    answer = str(answer) if isinstance(answer, int | float) else required_text(answer, "answer")
-    return open_prompt({k: v for k, v in record.items() if k != "answer"}), answer.rpartition("####")[2].strip()
+    answer = record[key]
+    answer = number_text(answer) if isinstance(answer, int | float) else required_text(answer, "answer")
+    mark = "\nA: " if key == "ground_truth" else "####"
+    return open_prompt({k: v for k, v in record.items() if k != key}), answer.rpartition(mark)[2].strip()
+
+
+def number_text(value: int | float) -> str:
+    """145.0 → "145"."""
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
 
 
 def required_text(value: Any, name: str) -> str:

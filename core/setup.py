@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import tritium
+from tritium.core.chat import find_template
 from tritium.core.checkpoint import model_folder
 from tritium.core.config import ConfigError, UserError, opt, to_toml
 from tritium.core.data import parse_sources
@@ -160,11 +161,17 @@ def read_model(folder: str, dtype: str, mesh: Mesh) -> Transformer | ScalarModel
         raise ConfigError(str(error)) from None
 
 
-def load_tokenizer(folder: str, model: Transformer | ScalarModel | None = None) -> Tokenizer:
-    """The tokenizer in a model's folder. Raises: UserError, also where its vocabulary is larger than the model's."""
+def load_tokenizer(folder: str, model: Transformer | ScalarModel | None = None, template: str = "") -> Tokenizer:
+    """The tokenizer in a model's folder, with the chat `template` that is named for it.
+
+    Raises: UserError, also for an unknown template, and where the vocabulary is larger than the model's.
+    """
     tokenizer = Tokenizer.load(model_folder(folder))
     if model is not None and tokenizer.vocab_size > model.config.vocab_size:
         raise UserError(
             f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, the model only {model.config.vocab_size}"
         )
+    if template:
+        tokenizer = tokenizer.with_template(template)
+        find_template(tokenizer)
     return tokenizer

@@ -35,7 +35,7 @@ def train(config: Config) -> Result:
     mesh = start(config, "dpo")
     policy = load_model(config.model, config.run.dtype, mesh, finetune=config.finetune, seed=config.run.seed)
     reference = load_reference(config.model, config.run.dtype, mesh, policy)
-    tokenizer = load_tokenizer(config.model, policy)
+    tokenizer = load_tokenizer(config.model, policy, config.data.template)
     skipped = Skipped(config.data.on_error)
     convert = preference_group(tokenizer)
     bins, evaluation = open_records(config, convert, policy.config.max_positions, mesh, skipped, "pairs")

@@ -36,7 +36,7 @@ def train(config: Config) -> Result:
     """Train a scorer; `eval_accuracy` is the share of held-out pairs (rankings) whose best answer scores highest."""
     mesh = start(config, "reward")
     decoder = load_model(config.model, config.run.dtype, mesh, finetune=config.finetune, seed=config.run.seed)
-    tokenizer = load_tokenizer(config.model, decoder)
+    tokenizer = load_tokenizer(config.model, decoder, config.data.template)
     model = ScalarModel(decoder).initialize(config.run.seed)
     skipped = Skipped(config.data.on_error)
     pairwise = config.loss == "pairwise"

@@ -2,8 +2,8 @@
 
     tritium sft --model=runs/pretrain/step-00001000 --data.sources=chats.jsonl --run.out=runs/sft
 
-Every assistant turn of every conversation is trained on, its end token included, in one pass; documents are packed
-without padding and do not see each other. See core/formats.py for the records that are understood.
+Every assistant turn of every conversation is trained on, its end token included, in one pass (`data.turns`);
+documents are packed without padding and do not see each other. See core/formats.py for the records that are understood.
 """
 
 from dataclasses import dataclass
@@ -33,10 +33,10 @@ def train(config: Config) -> Result:
     """Fine-tune `config.model` on conversations; the result's metrics hold `eval_loss` per supervised token."""
     mesh = start(config, "sft")
     model = load_model(config.model, config.run.dtype, mesh, finetune=config.finetune, seed=config.run.seed)
-    tokenizer = load_tokenizer(config.model, model)
+    tokenizer = load_tokenizer(config.model, model, config.data.template)
     skipped = Skipped(config.data.on_error)
-    convert = conversation_group(tokenizer)
-    bins, evaluation = open_records(config, convert, model.config.max_positions, mesh, skipped)
+    convert = conversation_group(tokenizer, config.data)
+    bins, evaluation = open_records(config, convert, model.config.max_positions, mesh, skipped, atomic=False)
     trainer = Trainer(
         {"policy": model},
         CrossEntropy(),

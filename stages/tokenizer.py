@@ -10,7 +10,7 @@ from tritium.core.config import ConfigError, opt
 from tritium.core.data import parse_sources
 from tritium.core.formats import Skipped, read_documents
 from tritium.core.output import make_folder
-from tritium.core.tokenizer import train_tokenizer
+from tritium.core.tokenizer import SPECIAL, train_tokenizer
 from tritium.core.trainer import Result
 
 ONE_PROCESS = True  # others would write the same file
@@ -21,6 +21,7 @@ class Config:
     sources: list[str] = opt([], 'text files, or .jsonl with a "text" in each record')
     vocab_size: int = opt(8192, "tokens, special ones and the 256 bytes included")
     max_megabytes: float = opt(20.0, "read no more text than this from each file")
+    special: list[str] = opt([], "further tokens: <|…|> are markers, others are text that is never split")
     out: str = opt("runs/tokenizer", "folder to write")
 
     def __post_init__(self):
@@ -41,7 +42,7 @@ def train(config: Config) -> Result:
                 break
     if skipped.reasons:
         print(skipped.summary(), file=sys.stderr)
-    tokenizer = train_tokenizer(texts, config.vocab_size, config.out)
+    tokenizer = train_tokenizer(texts, config.vocab_size, config.out, (*SPECIAL, *config.special))
     sample = texts[:: max(1, len(texts) // 200)]
     size = sum(len(text.encode()) for text in sample)
     tokens = sum(map(len, tokenizer.encode_batch(sample)))

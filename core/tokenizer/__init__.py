@@ -9,13 +9,14 @@ from tritium.core.tokenizer.tokenizer import (
     StreamDecoder,
     Tokenizer,
 )
-from tritium.core.tokenizer.training import train_tokenizer
+from tritium.core.tokenizer.training import SPECIAL, train_tokenizer
 
 __all__ = [
     "CHAT_TEMPLATE",
     "END_THINK",
     "IM_END",
     "IM_START",
+    "SPECIAL",
     "THINK",
     "StreamDecoder",
     "Tokenizer",

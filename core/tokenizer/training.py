@@ -12,6 +12,8 @@ from tritium.core.config import UserError
 from tritium.core.tokenizer.files import read_parts
 from tritium.core.tokenizer.tokenizer import END_THINK, IM_END, IM_START, THINK, Tokenizer, checked
 
+SPECIAL = (IM_START, IM_END, THINK, END_THINK)
+
 _MAX_SENTENCE = 1 << 16  # characters; longer lines are cut for training, as SentencePiece would skip them
 
 
@@ -19,7 +21,7 @@ def train_tokenizer(
     texts: Iterable[str],
     vocab_size: int,
     folder: str | os.PathLike,
-    special: Sequence[str] = (IM_START, IM_END, THINK, END_THINK),
+    special: Sequence[str] = SPECIAL,
     threads: int = 2,
 ) -> Tokenizer:
     """Train a byte-pair encoding on `texts`, save it in `folder` and return it; the same input, the same pieces.
