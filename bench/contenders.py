@@ -1,0 +1,306 @@
+"""Those who train the same model on the same data, each in a process of its own: `python -m tritium.bench.contenders`.
+
+A contender is a generator of steps: it yields (real tokens, loss or None) after each. The process takes a turn when it
+reads a line: some steps, then a line of JSON. Between turns it waits, so that contenders take turns on one machine, and
+each has its own peak memory.
+"""
+
+import json
+import math
+import os
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from tritium.core.batch import Document, pack, plan_bins
+from tritium.core.config import opt
+from tritium.core.metrics import Metrics
+from tritium.core.objectives import DPO, CrossEntropy, Pairwise
+from tritium.core.optim import OptimConfig
+from tritium.core.schedule import ScheduleConfig
+from tritium.core.setup import load_model
+from tritium.core.trainer import RunConfig, Trainer
+from tritium.model.config import ModelConfig
+from tritium.model.heads import ScalarModel
+from tritium.parallel.mesh import Mesh
+
+LR = 1e-5  # of everyone, with AdamW: the work does not depend on it
+Steps = Iterator[tuple[int, float | None]]
+
+
+@dataclass
+class Work:
+    """What is trained: `groups` holds the documents of a record ([document], or [chosen, rejected]) as token ids, and
+    `prompts` how many of a record's first tokens are not learned."""
+
+    kind: str  # "pretrain", "sft", "reward" or "dpo"
+    folder: str  # the starting weights, a Hugging Face folder in fp32
+    shape: ModelConfig
+    bin_tokens: int
+    groups: list[list[list[int]]]
+    prompts: list[int]
+
+    def batches(self) -> Iterator[list[int]]:
+        """The records of a step, endlessly: as many as fill about `bin_tokens` without being cut."""
+        bins = plan_bins([sum(map(len, group)) for group in self.groups], self.bin_tokens)
+        while True:
+            yield from bins
+
+    @classmethod
+    def read(cls, path: str) -> "Work":
+        stored = json.loads(Path(path).read_text())
+        return cls(**stored | {"shape": ModelConfig(**stored["shape"])})
+
+
+# ---------------------------------------------------------------------------------------------- ours
+
+
+@dataclass
+class Settings:
+    run: RunConfig = opt(RunConfig, "")
+    optim: OptimConfig = opt(OptimConfig, "")
+    schedule: ScheduleConfig = opt(ScheduleConfig, "")
+
+
+class _Loop(Trainer):
+    def measure_peak(self) -> float:
+        return 1.0  # the table has its own
+
+
+def tritium(work: Work) -> Steps:
+    """Packed streams, `Trainer.step`: forward, backward, clip, AdamW with fp32 masters and moments."""
+    mesh = Mesh.single(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    model = load_model(work.folder, "bf16", mesh)
+    networks: dict[str, torch.nn.Module] = {"policy": model}
+    objective: Any = CrossEntropy()
+    if work.kind == "reward":
+        networks, objective = {"reward": ScalarModel(model).initialize(0)}, Pairwise()
+    if work.kind == "dpo":
+        networks["reference"] = load_model(work.folder, "bf16", mesh, frozen=True)
+        objective = DPO()
+    settings = Settings(RunConfig(out=f"{work.folder}/run"), OptimConfig(lr=LR), ScheduleConfig(kind="constant"))
+    loop = _Loop(networks, objective, settings, mesh, name="", total_steps=1 << 30)
+    loop.metrics = Metrics(None, main=False, total_steps=1, name="")
+    for number, members in enumerate(work.batches()):
+        groups, pairs = [_documents(work, i) for i in members], {"pairs": float(len(members))}
+        batch = pack(groups, pairs, multiple_of=max(work.bin_tokens // 8, 1)).to(mesh.device)
+        tokens = sum(len(d) for i in members for d in work.groups[i])
+        first = loop.evaluate([batch])["eval_loss"] if number == 0 else None
+        loop.stepped_at = time.perf_counter()
+        loop.step([batch])
+        yield tokens, first
+
+
+def _documents(work: Work, i: int) -> list[Document]:
+    weights = [(np.arange(len(ids)) >= work.prompts[i]).astype(np.float32) for ids in work.groups[i]]
+    return [Document(np.array(ids, np.int32), w) for ids, w in zip(work.groups[i], weights, strict=True)]
+
+
+# ---------------------------------------------------------------------------------------------- plain loops
+
+
+def hf(work: Work, compiled: bool = False) -> Steps:
+    """transformers: bf16 weights, SDPA, fused AdamW; padded batches, labels -100 where nothing is learned."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(work.folder, dtype=torch.bfloat16, attn_implementation="sdpa").train()
+    forward = torch.compile(model, dynamic=False) if compiled else model
+    for members in work.batches():
+        rows = [(ids, work.prompts[i]) for i in members for ids in work.groups[i]]
+        longest = max(len(ids) for ids, _ in rows)
+        longest += -longest % (64 if compiled else 1)  # fewer shapes to compile
+        tokens = torch.zeros(len(rows), longest, dtype=torch.long)
+        labels, mask = torch.full_like(tokens, -100), torch.zeros_like(tokens)
+        for row, (ids, prompt) in enumerate(rows):
+            tokens[row, : len(ids)], mask[row, : len(ids)] = torch.tensor(ids), 1
+            labels[row, prompt : len(ids)] = torch.tensor(ids[prompt:])
+        whole = bool(mask.all())
+        arguments = {"input_ids": tokens, "labels": labels} | ({} if whole else {"attention_mask": mask})
+        yield int(mask.sum()), _plain_step(model, lambda arguments=arguments: forward(**arguments).loss)
+
+
+def hf_compiled(work: Work) -> Steps:
+    """The same with torch.compile."""
+    return hf(work, compiled=True)
+
+
+def nanogpt(work: Work) -> Steps:
+    """bench/nanogpt.py: plain torch with torch.compile, bf16 weights, SDPA, fused AdamW; documents of one length."""
+    from tritium.bench.nanogpt import GPT
+
+    model = GPT(work.shape).load(f"{work.folder}/model.safetensors").bfloat16()
+    forward = torch.compile(model, dynamic=False)
+    for members in work.batches():
+        tokens = torch.tensor([ids for i in members for ids in work.groups[i]])
+        yield tokens.numel(), _plain_step(model, lambda tokens=tokens: forward(tokens))
+
+
+def _plain_step(model: torch.nn.Module, loss_of: Callable[[], torch.Tensor]) -> float:
+    if not hasattr(model, "bench_optimizer"):
+        model.bench_optimizer = torch.optim.AdamW(model.parameters(), lr=LR, fused=True)
+    loss = loss_of()
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    model.bench_optimizer.step()
+    model.bench_optimizer.zero_grad(set_to_none=True)
+    return float(loss)
+
+
+# ---------------------------------------------------------------------------------------------- TRL
+
+
+def trl(work: Work) -> Callable[[Callable], None]:
+    """TRL's trainer of the stage: bf16 weights, SDPA, fused AdamW, SFT packed; it calls back after each step."""
+    return lambda pace: _trl_train(work, pace)
+
+
+def _trl_train(work: Work, pace: Callable[[int, float | None], None]) -> None:
+    import transformers
+    import trl as library
+
+    class Pace(transformers.TrainerCallback):
+        tokens = 0
+
+        def on_step_end(self, args, state, control, **_):
+            pace(Pace.tokens, None)
+            Pace.tokens = 0
+
+    kind = {"sft": "SFT", "pretrain": "SFT", "dpo": "DPO", "reward": "Reward"}[work.kind]
+    records = len(plan_bins([sum(map(len, g)) for g in work.groups], work.bin_tokens))
+    per_step = max(1, round(len(work.groups) / records))
+    common = {
+        "output_dir": f"{work.folder}/trl",
+        "max_steps": 1 << 20,
+        "learning_rate": LR,
+        "optim": "adamw_torch_fused",
+        "report_to": [],
+        "save_strategy": "no",
+        "logging_strategy": "no",
+        "gradient_checkpointing": False,
+        "bf16": False,  # the weights are bf16: autocast would only add casts
+        "use_cpu": not torch.cuda.is_available(),
+        "disable_tqdm": True,
+        "max_length": work.bin_tokens,
+    }
+    packed = kind == "SFT" and work.kind == "sft"
+    own = {"packing": True, "max_length": work.bin_tokens} if packed else {}
+    arguments = getattr(library, f"{kind}Config")(**common | own, per_device_train_batch_size=1 if packed else per_step)
+    if kind == "Reward":
+        auto, options = transformers.AutoModelForSequenceClassification, {"num_labels": 1}
+    else:
+        auto, options = transformers.AutoModelForCausalLM, {}
+    model = auto.from_pretrained(work.folder, dtype=torch.bfloat16, attn_implementation="sdpa", **options)
+    trainer = getattr(library, f"{kind}Trainer")(
+        model=model,
+        args=arguments,
+        train_dataset=_trl_dataset(work),
+        processing_class=_words(work.shape.vocab_size),
+        callbacks=[Pace()],
+    )
+    collate = trainer.data_collator
+
+    def counted(features: list) -> dict:
+        batch = collate(features)
+        mask = batch.get("attention_mask")
+        Pace.tokens += int(mask.sum() if mask is not None else batch["input_ids"].numel())
+        return batch
+
+    trainer.data_collator = counted
+    trainer.train()
+
+
+def _trl_dataset(work: Work) -> Any:
+    """The records in the form that the trainer reads; token i is the word "wi"."""
+    from datasets import Dataset
+
+    def text(ids: list[int]) -> str:
+        return " ".join(f"w{i}" for i in ids)
+
+    if work.kind in ("sft", "pretrain"):
+        rows = [
+            {"input_ids": group[0], "completion_mask": [int(t >= prompt) for t in range(len(group[0]))]}
+            for group, prompt in zip(work.groups, work.prompts, strict=True)
+        ]
+    else:
+        rows = [
+            {"prompt": text(a[:prompt]), "chosen": " " + text(a[prompt:]), "rejected": " " + text(b[prompt:])}
+            for (a, b), prompt in zip(work.groups, work.prompts, strict=True)
+        ]
+    return Dataset.from_list(rows)
+
+
+def _words(size: int) -> Any:
+    """A tokenizer whose words are w0, w1, …"""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(size)}, unk_token="w0"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=words, eos_token="w1", pad_token="w2", unk_token="w0")
+
+
+CONTENDERS: dict[str, Callable[[Work], Any]] = {
+    "tritium": tritium,
+    "hf": hf,
+    "hf_compiled": hf_compiled,
+    "nanogpt": nanogpt,
+    "trl": trl,
+}
+
+
+# ---------------------------------------------------------------------------------------------- a process
+
+
+def main(name: str, work: str, threads: str) -> None:
+    """Take turns as standard input says: a line holds a number of steps."""
+    talk = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what libraries print is not for the one who listens
+    torch.set_num_threads(int(threads))
+    torch.manual_seed(0)
+    left, spent, done, first = 0, 0.0, 0, None
+    start = time.perf_counter()
+
+    def pace(tokens: int, loss: float | None) -> None:
+        nonlocal left, spent, done, first, start
+        done, left = done + tokens, left - 1
+        first = loss if first is None else first
+        if left <= 0:
+            _say(talk, time.perf_counter() - start, done, first)
+            left, done = _turn(), 0
+            start = time.perf_counter()
+
+    left = _turn()
+    start = time.perf_counter()
+    steps = CONTENDERS[name](Work.read(work))
+    if callable(steps):
+        steps(pace)
+    else:
+        for tokens, loss in steps:
+            pace(tokens, loss)
+
+
+def _turn() -> int:
+    line = sys.stdin.readline()
+    if not line:
+        os._exit(0)  # the other end is gone: libraries' threads must not keep this alive
+    return int(line)
+
+
+def _say(talk: Any, seconds: float, tokens: int, loss: float | None) -> None:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    if torch.cuda.is_available():
+        peak = torch.cuda.max_memory_allocated()
+    finite = loss is not None and math.isfinite(loss)
+    row = {"seconds": seconds, "tokens": tokens, "peak_bytes": peak, "loss": loss if finite else None}
+    print(json.dumps(row), file=talk, flush=True)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

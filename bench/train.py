@@ -1,0 +1,210 @@
+"""Measure training: tokens/s, share of the matmul rate, and peak memory, ours beside others', on the same work.
+
+Everyone trains the same weights on the same records with AdamW in bf16 (ours with fp32 masters), in a process of its
+own with as many threads, and takes turns: A B C A B C …; the matmul rate is measured between. Tokens are real ones:
+padding does not count. "of matmul" is (FLOPs that the work needs) / seconds / the rate of bare matmuls of the model's
+shapes; FLOPs are 6 per matrix parameter and token, the head on learned tokens only, and causal attention's triangle
+(ModelConfig.flops x 3; one forward more for DPO's reference).
+"""
+
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from tritium.bench.contenders import CONTENDERS, Work
+from tritium.bench.kernels import folder_name, run_facts
+from tritium.core.config import UserError, load, opt
+from tritium.core.metrics import matmul_rate
+from tritium.core.output import make_folder, make_room_for
+from tritium.model.config import ModelConfig
+from tritium.model.transformer import Transformer
+from tritium.parallel.mesh import Mesh
+from tritium.stages.plan import aligned, shape_of
+from tritium.stages.pretrain import ShapeConfig
+
+SMALL = ShapeConfig(hidden_size=384, intermediate_size=1024, heads=6, kv_heads=3)
+STAGES = ("pretrain", "sft", "reward", "dpo")
+WARM = 3  # steps before any is timed: compilation, oneDNN's kernels
+SAME = 0.02  # the losses of the first step may differ by that much, bf16 being what it is
+
+
+@dataclass(frozen=True)
+class Config:
+    stages: list[str] = opt(["pretrain"], "what is trained", choices=STAGES)
+    against: list[str] = opt([], "who else: hf, hf_compiled, nanogpt (pretrain only), trl", choices=tuple(CONTENDERS))
+    model: ShapeConfig = opt(
+        ShapeConfig(hidden_size=384, intermediate_size=1024, heads=6, kv_heads=3), "the decoder's shape"
+    )
+    vocab_size: int = opt(8192, "tokens of its vocabulary")
+    bin_tokens: int = opt(4096, "tokens of a step")
+    context: int = opt(512, "tokens of a document of pretraining, and the most of any other")
+    rounds: int = opt(5, "turns of each")
+    steps: int = opt(3, "steps of a turn")
+    threads: int = opt(2, "of each")
+    out: str = opt("bench/results", "folder for train.jsonl, in a folder for the device")
+    jsonl: str = opt("", "file for the rows, in place of train.jsonl there")
+
+
+def main(argv: list[str]) -> int:
+    """Exit code 1 if anyone failed, or did other work than ours."""
+    config = load(Config, argv, "python -m tritium.bench train", __doc__.partition("\n\n")[0])
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if config.rounds < 1 or config.steps < 1 or config.threads < 1:
+        raise UserError(f"--rounds={config.rounds}, --steps={config.steps}, --threads={config.threads}: at least 1")
+    folder = make_folder(Path(config.out) / folder_name(device), "--out")
+    file = make_room_for(config.jsonl or str(folder / "train.jsonl"), "--jsonl")
+    torch.set_num_threads(config.threads)
+    rows: list[dict[str, Any]] = []
+    for stage in config.stages:
+        facts = run_facts(device) | {"stage": stage, "shape": asdict(_shape(config)), "bin_tokens": config.bin_tokens}
+        found = [row | facts for row in measure(config, stage)]
+        rows += found
+        print("\n".join(["", f"{stage}  {_title(config)}", *_table(found)]), flush=True)
+    with file.open("w", encoding="utf-8") as lines:
+        lines.writelines(json.dumps(row, allow_nan=False) + "\n" for row in rows)
+    print(f"\n{file}: {len(rows)} rows")
+    return 1 if any(row["status"] != "ok" for row in rows) else 0
+
+
+def _shape(config: Config) -> ModelConfig:
+    return shape_of(config.model, config.vocab_size, max(config.context, 64))
+
+
+def _title(config: Config) -> str:
+    c, parts = _shape(config), ("L={num_layers} E={hidden_size} H={num_heads} G={num_kv_heads} F={intermediate_size}")
+    return f"{parts.format(**asdict(c))} V={c.vocab_size} T={config.bin_tokens} context={config.context}"
+
+
+# ---------------------------------------------------------------------------------------------- the work
+
+
+def make_work(config: Config, stage: str, folder: Path) -> Work:
+    """Random weights and records. Lengths are log-normal as in public chat and preference files: median 160 tokens for
+    a conversation, 300 for an answered prompt of a pair (sigma 0.8), at most `context`; two fifths are the prompt."""
+    shape, rng = _shape(config), np.random.default_rng(0)
+    Transformer(shape, Mesh.single(torch.device("cpu")), torch.float32).initialize(0).save(str(folder))
+    if stage == "pretrain":
+        lengths, prompts, copies = [config.context] * max(1, config.bin_tokens // config.context), [0], 1
+    else:
+        median, copies = (160, 1) if stage == "sft" else (300, 2)
+        drawn = np.exp(rng.normal(np.log(median), 0.8, 256)).astype(int).clip(16, config.context)
+        lengths, prompts = drawn.tolist(), [int(n * 0.4) for n in drawn]
+    prompts = prompts * (len(lengths) // len(prompts))
+    groups = []
+    for length, prompt in zip(lengths, prompts, strict=True):
+        start = rng.integers(3, shape.vocab_size, prompt).tolist()  # 0 to 2 are control tokens of TRL's tokenizer
+        groups.append([start + rng.integers(3, shape.vocab_size, length - prompt).tolist() for _ in range(copies)])
+    return Work(stage, str(folder), shape, config.bin_tokens, groups, prompts)
+
+
+def flops_per_token(work: Work) -> float:
+    """What the work needs, averaged over its records: see the module's docstring."""
+    passes = 4 if work.kind == "dpo" else 3
+    total = tokens = 0.0
+    for group, prompt in zip(work.groups, work.prompts, strict=True):
+        for ids in group:
+            learned = 0 if work.kind == "reward" else len(ids) - max(prompt, 1)
+            total += passes * work.shape.flops(len(ids), learned, float(len(ids) ** 2))
+            tokens += len(ids)
+    return total / tokens
+
+
+# ---------------------------------------------------------------------------------------------- the turns
+
+
+class Contender:
+    """A process that takes turns."""
+
+    def __init__(self, name: str, work: str, threads: int):
+        self.name, self.turns = name, []
+        self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115  (closed with the process)
+        command = [sys.executable, "-m", "tritium.bench.contenders", name, work, str(threads)]
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, text=True
+        )
+
+    def take(self, steps: int) -> dict[str, Any] | None:
+        """What `steps` steps took; None where the process ended."""
+        try:
+            self.process.stdin.write(f"{steps}\n")
+            self.process.stdin.flush()
+        except BrokenPipeError:
+            return None
+        line = self.process.stdout.readline()
+        return json.loads(line) if line else None
+
+    def close(self) -> str:
+        """End it; the last line of what it said on standard error."""
+        self.process.kill()
+        self.process.wait()
+        self.log.seek(0)
+        return (self.log.read().strip().splitlines() or [""])[-1]
+
+
+def measure(config: Config, stage: str) -> list[dict[str, Any]]:
+    """A row for each contender, ours first."""
+    names = ["tritium", *(name for name in config.against if name != "tritium")]
+    if stage != "pretrain":
+        names = [name for name in names if name != "nanogpt"]
+    if stage in ("reward", "dpo"):
+        names = [name for name in names if not name.startswith("hf")]
+    with tempfile.TemporaryDirectory() as folder:
+        work = make_work(config, stage, Path(folder))
+        path = Path(folder) / "work.json"
+        path.write_text(json.dumps(asdict(work)))
+        every = [Contender(name, str(path), config.threads) for name in names]
+        shapes = work.shape.matmul_shapes(config.bin_tokens)
+        rates = []
+        alive = [contender for contender in every if _warm(contender)]
+        for number in range(config.rounds):
+            rates.append(matmul_rate(torch.bfloat16, shapes, device="cuda" if torch.cuda.is_available() else "cpu"))
+            first = number % max(1, len(alive))  # each is first once, so that none always follows the same one
+            for contender in [*alive[first:], *alive[:first]]:
+                contender.turns.append(contender.take(config.steps))
+        ours = every[0]
+        rate, cost = statistics.median(rates), flops_per_token(work)
+        return [_row(contender, ours, rate, cost) for contender in every]
+
+
+def _warm(contender: Contender) -> bool:
+    contender.first = contender.take(WARM)
+    return contender.first is not None
+
+
+def _row(contender: Contender, ours: Contender, rate: float, cost: float) -> dict[str, Any]:
+    said, turns = contender.close(), contender.turns
+    row: dict[str, Any] = {"contender": contender.name, "setting": CONTENDERS[contender.name].__doc__}
+    row |= {"matmul_tflops": rate / 1e12, "flops_per_token": cost, "status": "ok", "reason": ""}
+    if not turns or None in turns:
+        return row | {"status": "failed", "reason": said} | dict.fromkeys(_NUMBERS)
+    speeds = [turn["tokens"] / turn["seconds"] for turn in turns]
+    own = [turn["tokens"] / turn["seconds"] for turn in ours.turns if turn]
+    loss, wanted = contender.first["loss"], ours.first["loss"] if ours.first else None
+    if loss is not None and wanted and abs(loss - wanted) > SAME * wanted:
+        row |= {"status": "other work", "reason": f"its first loss is {loss:.4g}, ours {wanted:.4g}"}
+    low, *_, high = statistics.quantiles(speeds, n=5, method="inclusive") if len(speeds) > 1 else speeds * 2
+    same = row["status"] == "ok" and len(own) == len(speeds)
+    ratio = statistics.median(a / b for a, b in zip(own, speeds, strict=True)) if same else None
+    middle = statistics.median(speeds)
+    numbers = (middle, low, high, middle * cost / rate, turns[-1]["peak_bytes"] / 1e6, loss, ratio)
+    return row | dict(zip(_NUMBERS, numbers, strict=True))
+
+
+_NUMBERS = ("tokens_per_second", "p20", "p80", "of_matmul", "peak_mb", "loss", "ours_over_it")
+
+
+def _table(rows: list[dict[str, Any]]) -> list[str]:
+    cells = [("", "tokens/s", "p20", "p80", "of matmul", "peak MB", "first loss", "ours / it", "")]
+    for row in rows:
+        form = ("{:,.0f}", "{:,.0f}", "{:,.0f}", "{:.0%}", "{:,.0f}", "{:.4g}", "{:.2f}")
+        numbers = ["–" if row[key] is None else text.format(row[key]) for key, text in zip(_NUMBERS, form, strict=True)]
+        cells.append((row["contender"], *numbers, row["reason"] or row["setting"].split("\n")[0][:80]))
+    return [f"matmul {rows[0]['matmul_tflops']:.3g} TFLOP/s", *aligned(cells, left=(0, 8))]
