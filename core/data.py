@@ -17,6 +17,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from itertools import count
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -31,6 +32,7 @@ from tritium.core.formats import (
     RecordError,
     Skipped,
     conversation,
+    feedback,
     fill,
     preference,
     ranking,
@@ -353,13 +355,30 @@ def preference_group(tokenizer: Tokenizer) -> Callable[[dict], Group]:
 
 
 def ranking_group(tokenizer: Tokenizer) -> Callable[[dict], Group]:
-    """record → its answers, best first; `rank` per sequence."""
+    """record → its answers, best first; `rank` per sequence counts from 0, equal answers have the same."""
 
     def convert(record: dict) -> Group:
-        prompt, answers = ranking(record)
-        documents = [answer_document(tokenizer, prompt, answer) for answer in answers]
-        for rank, document in enumerate(documents):
-            document.fields["rank"] = float(rank)
+        prompt, levels = ranking(record)
+        documents = []
+        for rank, answers in enumerate(levels):
+            for answer in answers:
+                documents.append(answer_document(tokenizer, prompt, answer))
+                documents[-1].fields["rank"] = float(rank)
+        return documents
+
+    return convert
+
+
+def feedback_group(tokenizer: Tokenizer) -> Callable[[dict], Group]:
+    """record → its answer, or both of its pair; `good` and `index`, the place among all, per sequence."""
+    places = count()
+
+    def convert(record: dict) -> Group:
+        prompt, answers = feedback(record)
+        documents = []
+        for answer, good in answers:
+            documents.append(answer_document(tokenizer, prompt, answer))
+            documents[-1].fields |= {"good": float(good), "index": float(next(places))}
         return documents
 
     return convert

@@ -6,7 +6,8 @@
                    {"instruction", "input"?, "output", "system"?, "history"?}  alpaca
                    {"question", "answer"}                                      GSM8K and friends
     preference     any of these (its answer left out, or ignored) with "chosen" and "rejected"; {"prompt", …} too
-    ranking        the same with "ranked": a list of answers, best first
+    ranking        the same with "ranked": a list of answers, best first; answers of equal worth as a list in the list
+    feedback       the same with "completion" and "label": whether it is good
     problem        {"question", "answer"}; the answer is what follows "####" where there is one; also the shapes of
                    SVAMP, MBPP and HumanEval, whose reference is a program that tests
 
@@ -375,12 +376,35 @@ def preference(record: dict) -> tuple[list[Message], str, str]:
     return open_prompt(record), chosen, rejected
 
 
-def ranking(record: dict) -> tuple[list[Message], list[str]]:
-    """(prompt, answers from best to worst). Raises: RecordError."""
-    answers = record.get("ranked")
-    if not isinstance(answers, list) or len(answers) < 2:
+def feedback(record: dict) -> tuple[list[Message], list[tuple[str, bool]]]:
+    """(prompt, [(answer, whether it is good)]): one of "completion" and "label", or both of a pair.
+
+    Raises: RecordError.
+    """
+    if "label" not in record:
+        prompt, chosen, rejected = preference(record)
+        return prompt, [(chosen, True), (rejected, False)]
+    label = record["label"]
+    if label not in (True, False):
+        raise RecordError(f"a label that is neither true nor false: {label!r}")
+    return open_prompt(record), [(answer_text(record.get("completion"), "completion"), bool(label))]
+
+
+def ranking(record: dict) -> tuple[list[Message], list[list[str]]]:
+    """(prompt, levels of answers from best to worst; those of a level are equal). Raises: RecordError, also where
+    nothing is better than anything, or an answer comes twice."""
+    ranked = record.get("ranked")
+    if not isinstance(ranked, list) or len(ranked) < 2:
         raise RecordError('a record without "ranked", a list of two answers or more')
-    return open_prompt(record), [answer_text(a, "ranked") for a in answers]
+    tied = [isinstance(level, list) and bool(level) and not isinstance(level[0], dict) for level in ranked]
+    levels = [
+        [answer_text(a, "ranked") for a in (level if many else [level])]
+        for level, many in zip(ranked, tied, strict=True)
+    ]
+    answers = [answer for level in levels for answer in level]
+    if len(set(answers)) < len(answers):
+        raise RecordError("a ranking that holds an answer twice")
+    return open_prompt(record), levels
 
 
 def open_prompt(record: dict) -> list[Message]:

@@ -1,47 +1,79 @@
-"""Direct preference optimisation: align a model with preference pairs, without a reward model.
+"""Preference optimisation: align a model with pairs of answers, or good and bad ones, without a reward model.
 
     tritium dpo --model=runs/sft/step-00000200 --data.sources=pairs.jsonl --run.out=runs/dpo
+    tritium dpo --model=… --loss=simpo --beta=2 --margin=1 …
 
-The reference is the starting model, frozen; its log-probs are computed once per batch, before the backward.
+The losses are in core/objectives/preference.py. Where one needs a reference, it is the starting model, frozen (an
+adapter's base, where only one is trained), unless `reference` names another; its log-prob of each answer is computed
+once, and kept over epochs.
 """
 
 from dataclasses import dataclass
 
-from tritium.core.config import REQUIRED, opt
-from tritium.core.data import DataConfig, open_records, preference_group
+from torch import nn
+
+from tritium.core.config import REQUIRED, ConfigError, UserError, opt
+from tritium.core.data import DataConfig, feedback_group, open_records, preference_group
 from tritium.core.formats import Skipped
-from tritium.core.objectives import DPO
+from tritium.core.objectives import KTO, Preference
+from tritium.core.objectives.preference import LOSSES, REFERENCE_FREE, PairOptions
 from tritium.core.optim import OptimConfig
 from tritium.core.schedule import ScheduleConfig
 from tritium.core.setup import FinetuneConfig, MeshConfig, load_model, load_reference, load_tokenizer, start
 from tritium.core.trainer import Result, RunConfig, Trainer
+from tritium.parallel.mesh import Mesh
+
+SMOOTHED = ("dpo", "dpo_norm", "robust", "simpo", "cpo")  # the losses that know wrong labels
 
 
 @dataclass
 class Config:
-    model: str = opt(REQUIRED, "folder of the model to start from, with its tokenizer; also the reference")
-    beta: float = opt(0.1, "how strongly the policy is held to the reference")
-    sft: float = opt(0.0, "weight of the chosen answer's cross-entropy per token")
-    data: DataConfig = opt(DataConfig, "preference pairs")
+    model: str = opt(REQUIRED, "folder of the model to start from, with its tokenizer")
+    reference: str = opt("", "folder of the reference, of the same vocabulary (default: the model)")
+    loss: str = opt("dpo", "the objective", choices=(*LOSSES, "kto"))
+    beta: float = opt(0.1, "how strongly the policy is held to the reference; a scale where there is none")
+    label_smoothing: float = opt(0.0, f"share of labels taken to be wrong ({', '.join(SMOOTHED)})")
+    margin: float = opt(1.0, "simpo's γ, slic's δ")
+    penalty: float = opt(5.0, "dpop's λ, of a chosen answer that loses")
+    desirable: float = opt(1.0, "kto: weight of good answers")
+    undesirable: float = opt(1.0, "kto: weight of bad answers")
+    sft: float | None = opt(None, "weight of the chosen answer's −log-prob (default: the paper's; dpo: 0)")
+    data: DataConfig = opt(DataConfig, "preference pairs; kto: also answers with a label")
     optim: OptimConfig = opt(OptimConfig(lr=2e-5), "optimizer")
     schedule: ScheduleConfig = opt(ScheduleConfig, "learning rate over the run")
     run: RunConfig = opt(RunConfig, "the run itself")
     mesh: MeshConfig = opt(MeshConfig, "parallelism")
     finetune: FinetuneConfig = opt(FinetuneConfig, "what of the model is trained")
 
+    def __post_init__(self):
+        if not self.beta > 0:
+            raise ConfigError(f"beta={self.beta} must be positive")
+        if not 0 <= self.label_smoothing < 0.5:
+            raise ConfigError(f"label_smoothing={self.label_smoothing} must be in [0, 0.5)")
+        if self.label_smoothing and self.loss not in SMOOTHED:
+            raise ConfigError(f"label_smoothing={self.label_smoothing}: {self.loss} has none; these do: {SMOOTHED}")
+        if self.reference and self.loss in REFERENCE_FREE:
+            raise ConfigError(f"reference={self.reference}: {self.loss} has no reference; leave it out")
+
 
 def train(config: Config) -> Result:
     """Train on pairs; `eval_accuracy` is the share of held-out pairs where the policy moved towards the chosen one."""
     mesh = start(config, "dpo")
-    policy = load_model(config.model, config.run.dtype, mesh, finetune=config.finetune, seed=config.run.seed)
-    reference = load_reference(config.model, config.run.dtype, mesh, policy)
+    networks = open_networks(config, mesh)
+    policy = networks["policy"]
     tokenizer = load_tokenizer(config.model, policy, config.data.template)
     skipped = Skipped(config.data.on_error)
-    convert = preference_group(tokenizer)
-    bins, evaluation = open_records(config, convert, policy.config.max_positions, mesh, skipped, "pairs")
+    if config.loss == "kto":
+        objective = KTO(config.beta, config.desirable, config.undesirable)
+        convert, name = feedback_group(tokenizer), "groups"
+    else:
+        options = PairOptions(config.beta, config.label_smoothing, config.margin, config.penalty)
+        objective = Preference(config.loss, options, config.sft)
+        convert, name = preference_group(tokenizer), "pairs"
+    bins, evaluation = open_records(config, convert, policy.config.max_positions, mesh, skipped, name)
     trainer = Trainer(
-        {"policy": policy, "reference": reference},
-        DPO(config.beta, config.sft),
+        networks,
+        objective,
         config,
         mesh,
         name="dpo",
@@ -53,9 +85,31 @@ def train(config: Config) -> Result:
     for step in trainer.steps():
         batches = bins.step(step)
         # ------------------------------------------------------------------------------------------------------
-        trainer.step(batches)  # −log σ(β [(π_c − ref_c) − (π_r − ref_r)]) / pairs
+        trainer.step(batches)  # −log σ(β [(π_c − ref_c) − (π_r − ref_r)]) / pairs, or another loss of pairs
         # ------------------------------------------------------------------------------------------------------
     return trainer.result()
+
+
+def open_networks(config: Config, mesh: Mesh) -> dict[str, nn.Module]:
+    """The policy and, where the loss wants one, the reference. Raises: UserError where their vocabularies differ."""
+    dtype = config.run.dtype
+    policy = load_model(config.model, dtype, mesh, finetune=config.finetune, seed=config.run.seed)
+    if config.loss in REFERENCE_FREE:
+        return {"policy": policy}
+    if not config.reference:
+        return {"policy": policy, "reference": load_reference(config.model, dtype, mesh, policy)}
+    check_same_vocabulary(config.model, config.reference, "reference")
+    return {"policy": policy, "reference": load_model(config.reference, dtype, mesh, frozen=True)}
+
+
+def check_same_vocabulary(model: str, other: str, key: str) -> None:
+    """Raises: UserError where the folders' tokenizers differ: token for token, the models must mean the same."""
+    ours, theirs = load_tokenizer(model), load_tokenizer(other)
+    if ours.fingerprint != theirs.fingerprint:
+        raise UserError(
+            f"{key}={other} has another vocabulary ({theirs.vocab_size} tokens) than {model} ({ours.vocab_size}): "
+            "their log-probs can't be compared; take one with the same tokenizer"
+        )
 
 
 if __name__ == "__main__":

@@ -12,12 +12,12 @@ from tritium.core.objectives.base import (
 )
 from tritium.core.objectives.likelihood import CrossEntropy
 from tritium.core.objectives.policy import ALGORITHMS, PPO, PolicyGradient
-from tritium.core.objectives.preference import DPO
+from tritium.core.objectives.preference import KTO, PairOptions, Preference
 from tritium.core.objectives.reward import Listwise, Pairwise, RewardObjective, plackett_luce
 
 __all__ = [
     "ALGORITHMS",
-    "DPO",
+    "KTO",
     "PPO",
     "CrossEntropy",
     "Listwise",
@@ -25,7 +25,9 @@ __all__ = [
     "Metric",
     "Networks",
     "Objective",
+    "PairOptions",
     "Pairwise",
+    "Preference",
     "PolicyGradient",
     "RewardObjective",
     "Term",

@@ -91,7 +91,10 @@ def test_a_preference_that_cannot_be_used_says_why(record, words):
 
 
 def test_rankings():
-    assert ranking({"question": "Q", "ranked": ["A", ANSWER, "C"]}) == ([USER], ["A", "A", "C"])
+    assert ranking({"question": "Q", "ranked": ["B", ANSWER, "C"]}) == ([USER], [["B"], ["A"], ["C"]])
+    assert ranking({"question": "Q", "ranked": [["B", "D"], "A"]}) == ([USER], [["B", "D"], ["A"]])
+    with pytest.raises(RecordError, match="twice"):
+        ranking({"question": "Q", "ranked": ["B", ["A", "B"]]})
     with pytest.raises(RecordError, match="two answers"):
         ranking({"question": "Q", "ranked": ["A"]})
 

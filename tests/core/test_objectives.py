@@ -9,11 +9,12 @@ import torch
 
 from tritium.core.batch import Document, PackedBatch, pack
 from tritium.core.objectives import (
-    DPO,
     CrossEntropy,
     Listwise,
     Objective,
+    PairOptions,
     Pairwise,
+    Preference,
     plackett_luce,
 )
 from tritium.model.config import ModelConfig
@@ -148,7 +149,7 @@ def test_dpo(sft):
         expected = expected - torch.log(torch.sigmoid(0.2 * ratio(chosen) - 0.2 * ratio(rejected))) / 3
         expected = expected - sft * answer_logps(policy, chosen).mean() / 3
     networks = {"policy": policy, "reference": reference}
-    assert_same(policy, total(DPO(beta=0.2, sft=sft), networks, batch), expected)
+    assert_same(policy, total(Preference(options=PairOptions(beta=0.2), sft=sft), networks, batch), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
@@ -156,8 +157,8 @@ def test_dpo_starts_at_ln_2(dtype):
     policy, reference = (Transformer(SHAPE, dtype=dtype).initialize(0) for _ in range(2))
     batch = pack(preference_pairs(), {"pairs": 3.0})
     networks = {"policy": policy, "reference": reference.requires_grad_(False)}
-    assert total(DPO(), networks, batch).item() == pytest.approx(math.log(2), abs=1e-7)
-    values = metrics(DPO(), networks, batch)
+    assert total(Preference(), networks, batch).item() == pytest.approx(math.log(2), abs=1e-7)
+    values = metrics(Preference(), networks, batch)
     assert values["margin"] == values["chosen_reward"] == values["accuracy"] == 0.0
 
 
@@ -165,6 +166,6 @@ def test_the_reference_of_dpo_is_computed_once():
     policy, reference = model(0), model(9).requires_grad_(False)
     batch = pack(preference_pairs(), {"pairs": 3.0})
     networks = {"policy": policy, "reference": reference}
-    first = total(DPO(), networks, batch).item()
+    first = total(Preference(), networks, batch).item()
     reference.initialize(5)  # it would show if it were asked again
-    assert total(DPO(), networks, batch).item() == first
+    assert total(Preference(), networks, batch).item() == first

@@ -9,7 +9,16 @@ import torch
 from torch import nn
 
 from tritium.core.batch import Document, pack
-from tritium.core.objectives import DPO, PPO, CrossEntropy, Listwise, Pairwise, PolicyGradient, supervised_logprob
+from tritium.core.objectives import (
+    PPO,
+    CrossEntropy,
+    Listwise,
+    PairOptions,
+    Pairwise,
+    PolicyGradient,
+    Preference,
+    supervised_logprob,
+)
 from tritium.model.config import ModelConfig
 from tritium.model.heads import ScalarModel
 from tritium.model.transformer import Transformer
@@ -27,7 +36,7 @@ OBJECTIVES = {
     "cross-entropy": (CrossEntropy(), 1, "groups"),
     "pairwise": (Pairwise(centering=0.1), 2, "pairs"),
     "listwise": (Listwise(), 3, "rankings"),
-    "dpo": (DPO(beta=0.3, sft=0.5), 2, "pairs"),
+    "dpo": (Preference(options=PairOptions(beta=0.3), sft=0.5), 2, "pairs"),
     "grpo by token": (PolicyGradient(beta=0.1, normalization="token"), 4, "groups"),
     "grpo by sequence": (PolicyGradient(beta=0.1), 4, "groups"),
     "gspo": (PolicyGradient(ratio="sequence"), 4, "groups"),

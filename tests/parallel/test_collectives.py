@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from tritium.core.batch import Document, PackedBatch, pack
 from tritium.core.config import opt
-from tritium.core.objectives import DPO, CrossEntropy
+from tritium.core.objectives import CrossEntropy, Preference
 from tritium.core.optim import OptimConfig
 from tritium.core.plan import MACHINES, Plan, Work
 from tritium.core.schedule import ScheduleConfig
@@ -80,13 +80,13 @@ def step(config: ModelConfig, tp: int, cp: int, zero: int, dtype: str, stage: st
     networks, objective = {"policy": Transformer(config, mesh, DTYPES[dtype]).initialize(0)}, CrossEntropy()
     if stage == "dpo":
         networks["reference"] = Transformer(config, mesh, DTYPES[dtype]).initialize(1).requires_grad_(False)
-        objective = DPO()
+        objective = Preference()
     with tempfile.TemporaryDirectory() as out:
         settings = Settings(RunConfig(out=out, dtype=dtype), OptimConfig(), ScheduleConfig())
         trainer = QuickTrainer(networks, objective, settings, mesh, name=stage, total_steps=9)
         trainer.stepped_at = 0.0
         trainer.step([micro_batch(i) for i in range(MICRO_BATCHES)])
-        batches = [micro_batch(i) for i in range(MICRO_BATCHES)]
+        batches = [micro_batch(MICRO_BATCHES + i) for i in range(MICRO_BATCHES)]  # none that the reference has seen
         with Collectives() as found:
             trainer.step(batches)
         trainer.metrics.close()

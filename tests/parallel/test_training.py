@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from tritium.core.batch import Document, PackedBatch, pack
 from tritium.core.config import from_dict, opt
-from tritium.core.objectives import DPO, CrossEntropy, Objective, Pairwise
+from tritium.core.objectives import CrossEntropy, Objective, PairOptions, Pairwise, Preference
 from tritium.core.optim import OptimConfig
 from tritium.core.rewards import Score
 from tritium.core.schedule import ScheduleConfig
@@ -82,7 +82,7 @@ def networks_of(stage: str, config: ModelConfig, mesh: Mesh, dtype: torch.dtype)
         return {"reward": ScalarModel(model).initialize(seed=2)}, Pairwise(centering=0.1)
     if stage == "dpo":
         reference = Transformer(config, mesh, dtype).initialize(seed=3).requires_grad_(False)
-        return {"policy": model, "reference": reference}, DPO(beta=0.5, sft=0.2)
+        return {"policy": model, "reference": reference}, Preference(options=PairOptions(beta=0.5), sft=0.2)
     if stage == "lora":
         attach(model, LoraConfig(rank=4, alpha=8.0))
         with torch.no_grad():

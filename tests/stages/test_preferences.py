@@ -1,0 +1,77 @@
+"""The stages that learn from preferences: their objectives train from the command line, and bad input is refused."""
+
+import json
+import shutil
+
+import pytest
+
+from tritium.stages import cli, tokenizer
+
+pytestmark = pytest.mark.usefixtures("quick")
+QUICK = ("--data.bin_tokens=512", "--run.dtype=fp32", "--run.eval_bins=1", "--optim.lr=3e-3")
+
+
+def metrics(folder) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def write(path, *rows: dict) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+@pytest.mark.parametrize("loss", ["kto", "orpo", "ipo"])
+def test_an_objective_by_name_moves_towards_the_chosen_answers(tiny, tmp_path, loss):
+    source = f"--data.sources={tiny.data('pairs.jsonl')}"
+    code = cli.main(["dpo", f"--model={tiny.model}", source, f"--loss={loss}", "--beta=0.1", *QUICK, "--run.steps=6",
+                     f"--run.out={tmp_path}"])  # fmt: skip
+    assert code == 0
+    before, *_, after = [row for row in metrics(tmp_path) if "eval_loss" in row]
+    assert sum(after[k] - before[k] for k in ("eval_loss", "eval_sft") if k in after) < 0
+    assert after["eval_accuracy"] >= 0.5
+
+
+def test_kto_learns_from_answers_without_a_pair(tiny, tmp_path, capsys):
+    rows = [{"prompt": f"{i}+1=", "completion": str(i + (i % 2)), "label": bool(i % 2)} for i in range(12)]
+    rows.append({"prompt": "Q", "completion": "A", "label": "good"})
+    source = f"--data.sources={write(tmp_path / 'feedback.jsonl', *rows)}"
+    arguments = ["dpo", f"--model={tiny.model}", source, "--loss=kto", *QUICK, "--run.steps=2"]
+    assert cli.main([*arguments, f"--run.out={tmp_path / 'run'}"]) == 0
+    assert "skipped 1 × a label that is neither true nor false: 'good'" in capsys.readouterr().err
+    assert all(row["kl"] >= 0 for row in metrics(tmp_path / "run") if "kl" in row)
+
+
+def test_a_reference_with_another_vocabulary_is_refused(tiny, tmp_path, capsys):
+    other = tmp_path / "other"
+    shutil.copytree(tiny.model, other)
+    made = tokenizer.train(tokenizer.Config(sources=[tiny.data("text.jsonl")], vocab_size=330, out=str(tmp_path / "t")))
+    for file in other.glob("tokenizer*"):
+        file.unlink()
+    for file in (tmp_path / "t").iterdir():
+        shutil.copy(file, other)
+    assert made.checkpoint
+    arguments = [f"--model={tiny.model}", f"--reference={other}", f"--data.sources={tiny.data('pairs.jsonl')}"]
+    assert cli.main(["dpo", *arguments, *QUICK, f"--run.out={tmp_path / 'run'}"]) == 2
+    assert f"reference={other} has another vocabulary (330 tokens)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        (["--loss=ipo", "--label_smoothing=0.1"], "ipo has none"),
+        (["--label_smoothing=0.5"], "must be in [0, 0.5)"),
+        (["--loss=simpo", "--reference=x"], "simpo has no reference"),
+        (["--beta=0"], "beta=0.0 must be positive"),
+        (["--loss=dpos"], "dpo"),
+    ],
+)
+def test_settings_without_a_meaning_are_refused(capsys, setting, words):
+    assert cli.main(["dpo", "--model=m", "--data.sources=p", *setting]) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_pairs_of_equal_answers_are_counted(tiny, tmp_path, capsys):
+    rows = [{"prompt": "Q", "chosen": "A", "rejected": "A"}, *({"prompt": "Q", "chosen": "A", "rejected": "B"},) * 3]
+    source = f"--data.sources={write(tmp_path / 'pairs.jsonl', *rows)}"
+    assert cli.main(["dpo", f"--model={tiny.model}", source, *QUICK, f"--run.out={tmp_path / 'run'}"]) == 0
+    assert "skipped 1 × a pair whose answers are equal" in capsys.readouterr().err
