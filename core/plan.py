@@ -103,7 +103,7 @@ class Collective(NamedTuple):
     """What a rank's group does `count` times in a step. `payload` is the whole tensor's bytes: what is summed, what
     there is after a gather, what there is before a scatter. `behind` is the work that it hides behind, if any."""
 
-    kind: str  # "all-reduce", "all-gather", "reduce-scatter", "objects" (a few bytes, on the host)
+    kind: str  # "all-reduce", "all-gather", "reduce-scatter", "send", "objects" (a few bytes, on the host)
     axis: str  # "dp", "cp", "tp", "data", "shard", "replica" or "world"
     count: int
     payload: int
@@ -272,7 +272,8 @@ class Plan:
         tokens, e, f, cp = self.split.local, model.hidden_size, model.intermediate_size // self.mesh.tp, self.mesh.cp
         kept = 2 * e * tokens // self.mesh.tp + 2 * e * tokens + 3 * f * tokens
         kept += (h + 2 * g) * d * tokens if cp == 1 or model.qk_norm else 0
-        kept += (h + g) * d * tokens if cp == 1 else h * d * tokens + 2 * g * d * self.split.size
+        kept += (h + g) * d * tokens if cp == 1 else h * d * tokens
+        kept += 0 if cp == 1 else 2 * g * d * (tokens if self.mesh.ring else self.split.size)
         kept += (1 if cp == 1 else 2) * h * d * tokens
         kept += (h + 2 * g) * d * e if model.num_kv_heads < self.mesh.tp else 0  # `Attention.used` makes a matrix
         wide = h * tokens + 2 * tokens // self.mesh.tp + ((h + g) * tokens if model.qk_norm else 0)
@@ -357,9 +358,14 @@ class Plan:
         if self.mesh.cp == 1:
             return
         keys = self.itemsize * self.split.size * 2 * self.heads[1] * self.model.head_dim
-        layers = self.model.num_layers
-        yield Collective("all-gather", "cp", layers * self.forwards, keys, "keys and values")
-        yield Collective("reduce-scatter", "cp", layers * self.work.micro_batches, keys, "keys' and values' gradients")
+        layers, cp, m = self.model.num_layers, self.mesh.cp, self.work.micro_batches
+        if self.mesh.ring:
+            passes, wide = layers * (self.forwards + m) * (cp - 1), WIDE * keys // self.itemsize
+            yield Collective("send", "cp", passes, keys // cp, "keys and values", "layers")
+            yield Collective("send", "cp", layers * m * cp, wide // cp, "keys' and values' gradients", "layers")
+        else:
+            yield Collective("all-gather", "cp", layers * self.forwards, keys, "keys and values")
+            yield Collective("reduce-scatter", "cp", layers * m, keys, "keys' and values' gradients")
         yield Collective("all-gather", "cp", self.forwards, 4 * WIDE * self.split.size, "log-probs")
 
     def of_zero(self) -> Iterator[Collective]:
@@ -427,6 +433,8 @@ class Plan:
         """A ring moves (n-1)/n of the tensor through each rank, twice for an all-reduce (Patarasuk & Yuan 2009)."""
         if c.kind == "objects":
             return 0.0
+        if c.kind == "send":
+            return c.count * c.payload / self.rate(c.axis)
         n = self.size(c.axis)
         return c.count * (2 if c.kind == "all-reduce" else 1) * (n - 1) / n * c.payload / self.rate(c.axis)
 

@@ -32,6 +32,7 @@ class MeshConfig:
     tp: int = opt(1, "tensor-parallel ranks that hold one model together")
     cp: int = opt(1, "context-parallel ranks that share the tokens of one batch")
     zero: int = opt(0, "what data-parallel ranks share: 1 the optimizer's state, 2 also gradients, 3 also parameters")
+    ring: bool = opt(False, "context-parallel ranks pass keys and values round, and don't gather them: less memory")
     shard: int = opt(0, "ranks over which zero cuts, of one host, say; more hold copies (0: all data-parallel ranks)")
     timeout: float = opt(600.0, "seconds after which a rank that is waited for is given up, and the run ends")
 
@@ -69,7 +70,7 @@ def join(mesh: MeshConfig, device: str, settings: str) -> Mesh:
     Raises: ConfigError for a mesh that can't be, and for ranks that were started with different settings or code.
     """
     try:
-        joined = init_mesh(mesh.tp, mesh.cp, mesh.zero, device, mesh.timeout, mesh.shard)
+        joined = init_mesh(mesh.tp, mesh.cp, mesh.zero, device, mesh.timeout, mesh.shard, mesh.ring)
         check_same(joined, settings, "configuration")
         check_same(joined, code_version(), "code")
     except ValueError as error:

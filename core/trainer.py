@@ -534,7 +534,7 @@ def trained_share(network: nn.Module) -> float:
 def changed_lines(before: str, after: str) -> str:
     """The settings that differ between two configs in TOML, those aside that may change when a run is resumed."""
     free = {f"run.{name}" for name in ("save_every", "keep", "check_every", "device", "out", "steps", "epochs")}
-    free |= {"mesh.tp", "mesh.cp", "mesh.zero", "mesh.shard", "mesh.timeout"}
+    free |= {"mesh.tp", "mesh.cp", "mesh.zero", "mesh.shard", "mesh.ring", "mesh.timeout"}
     old, new = (flat(tomllib.loads(text)) for text in (before, after))
     keys = [k for k in {**old, **new} if old.get(k) != new.get(k) and k not in free]
     return ", ".join(f"{k}: {old.get(k, 'unset')} → {new.get(k, 'unset')}" for k in keys)

@@ -7,7 +7,8 @@
 A stream is filled up to a multiple of 2·cp·tp tokens by a document at its end that has no weight. In each layer the
 ranks gather keys and values, and attend from their own queries: chunk [a, b) to the keys before b, where documents
 are what [a, b) and [0, b) have of them, aligned at their ends as `attention` does. A rank receives (cp-1)/cp · T·2·G·D
-elements a layer for K and V, and as many backward for their gradients, which a reduce-scatter adds up.
+elements a layer for K and V, and as many backward for their gradients, which a reduce-scatter adds up. With
+`mesh.ring`, keys and values go round instead (parallel/ring.py).
 
 Outside the model nothing is cut: per-token results (log-probs, values) are gathered, so that every rank computes the
 same loss of the whole batch, and takes its own tokens' part of the gradient.
@@ -22,6 +23,7 @@ from torch.nn import functional as F
 
 from tritium.kernels import attention
 from tritium.parallel.mesh import Mesh
+from tritium.parallel.ring import ring_attention
 from tritium.parallel.tensor import all_gather, reduce_scatter
 
 
@@ -34,13 +36,14 @@ class Split:
     chunks: tuple[int, ...] = (0,)  # this rank's, of 2·cp
     cp: int = 1
     group: ProcessGroup | None = None
+    ring: bool = False  # whether keys and values go round (parallel/ring.py), and are not gathered
 
     @classmethod
     def of(cls, tokens: int, mesh: Mesh) -> "Split":
         count, r = (1 if mesh.cp == 1 else 2 * mesh.cp), mesh.cp_rank
         filled = tokens or mesh.cp - 1  # a chunk of nothing is not a chunk
         chunk = -(-filled // (count * mesh.tp)) * mesh.tp
-        return cls(tokens, chunk, (0,) if count == 1 else (r, count - 1 - r), mesh.cp, mesh.cp_group)
+        return cls(tokens, chunk, (0,) if count == 1 else (r, count - 1 - r), mesh.cp, mesh.cp_group, mesh.ring)
 
     @property
     def size(self) -> int:
@@ -130,6 +133,8 @@ class ContextAttention:
         """q [T'/cp, H, D], k and v [T'/cp, G, D] → as q. (`layer` is of use to a cache, which is called alike.)"""
         if self.split.group is None:
             return attention(q, k, v, cu_seqlens=self.cu_seqlens)
+        if self.split.ring:
+            return ring_attention(q, k, v, self.split, self.cu_seqlens)
         k, v = gather_parts(torch.stack([k, v], 1), self.split).unbind(1)  # [T', G, D]
         chunks = zip(q.split(self.split.chunk), self.bounds, strict=True)
         return torch.cat(

@@ -57,6 +57,7 @@ class Mesh:
     shard: int = 0  # data ranks over which ZeRO cuts; 0: all of them
     shard_group: ProcessGroup | None = None  # these ranks: the data group, where shard is 0
     replica_group: ProcessGroup | None = None  # the data ranks with the same part of everything, where shard is not 0
+    ring: bool = False  # whether context-parallel ranks pass keys and values round: parallel/ring.py
     zero: int = 0  # how much the data ranks share of a network: see parallel/zero.py
     timeout: float = 600.0  # seconds that a collective waits for the other ranks
     device: torch.device = torch.device("cpu")
@@ -111,7 +112,7 @@ class Mesh:
 
 
 def init_mesh(
-    tp: int = 1, cp: int = 1, zero: int = 0, device: str = "auto", timeout: float = 600.0, shard: int = 0
+    tp: int = 1, cp: int = 1, zero: int = 0, device: str = "auto", timeout: float = 600.0, shard: int = 0, ring=False
 ) -> Mesh:
     """Place this process in a grid of `tp` tensor-parallel × `cp` context-parallel ranks × the rest data-parallel.
 
@@ -146,8 +147,10 @@ def init_mesh(
         backend = "cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=limit)
     try:
-        _check_agreement(f"cp={cp}, tp={tp}, zero={zero}, shard={shard} on {place.type}")
-        return replace(_place(cp, tp, shard, place, limit), zero=zero, timeout=timeout, owns_process_group=not running)
+        _check_agreement(f"cp={cp}, tp={tp}, zero={zero}, shard={shard}{', ring' * ring} on {place.type}")
+        return replace(
+            _place(cp, tp, shard, place, limit), zero=zero, ring=ring, timeout=timeout, owns_process_group=not running
+        )
     except Exception:
         if not running:
             dist.destroy_process_group()

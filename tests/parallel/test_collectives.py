@@ -32,6 +32,7 @@ LENGTHS = (5, 30, 9, 6)  # of a micro-batch's documents: two pairs, 50 tokens
 MICRO_BATCHES = 2
 
 KINDS = {"allreduce_": "all-reduce", "_allgather_base_": "all-gather", "_reduce_scatter_base_": "reduce-scatter"}
+KINDS |= {"send": "send", "recv_": "send"}  # counted once, where it is sent
 OBJECTS = "allgather_"  # twice: how long they are, and what they are
 
 
@@ -60,7 +61,7 @@ class Collectives(TorchDispatchMode):
             (group,) = (dist.ProcessGroup.unbox(x) for x in leaves if is_group(x))
             name, payload = op.name().split("::")[1], max(x.nbytes for x in leaves if isinstance(x, torch.Tensor))
             kind = ("objects", group.group_name, 0) if name == OBJECTS else (KINDS[name], group.group_name, payload)
-            self.seen[kind] += 1
+            self.seen[kind] += name != "recv_"
         return op(*args, **kwargs or {})
 
 
@@ -74,9 +75,11 @@ def micro_batch(seed: int) -> PackedBatch:
     return pack([documents[:2], documents[2:]], {"pairs": 2.0})
 
 
-def step(config: ModelConfig, tp: int, cp: int, zero: int, dtype: str, stage: str, shard=0) -> tuple[Counter, Counter]:
+def step(
+    config: ModelConfig, tp: int, cp: int, zero: int, dtype: str, stage: str, shard=0, ring=False
+) -> tuple[Counter, Counter]:
     """What the second step sends, and what the plan says, on this rank."""
-    mesh = init_mesh(tp, cp, zero, device="cpu", shard=shard)
+    mesh = init_mesh(tp, cp, zero, device="cpu", shard=shard, ring=ring)
     networks, objective = {"policy": Transformer(config, mesh, DTYPES[dtype]).initialize(0)}, CrossEntropy()
     if stage == "dpo":
         networks["reference"] = Transformer(config, mesh, DTYPES[dtype]).initialize(1).requires_grad_(False)
@@ -141,3 +144,9 @@ def test_four_ranks_send_what_the_plan_says(pool4, config, tp, cp, zero, dtype, 
 def test_hybrid_ranks_send_what_the_plan_says(pool4, tp, cp, zero, shard):
     for found, expected in pool4.run(step, TIED, tp, cp, zero, "fp32", "pretrain", shard):
         assert found == expected and found
+
+
+@pytest.mark.parametrize("cp,dtype,stage", [(2, "bf16", "pretrain"), (4, "fp32", "dpo")])
+def test_a_ring_sends_what_the_plan_says(pool4, cp, dtype, stage):
+    for found, expected in pool4.run(step, MODEL, 1, cp, 0, dtype, stage, 0, True):
+        assert found == expected and any(kind == "send" for kind, *_ in found)

@@ -58,8 +58,8 @@ def passes(mesh: Mesh, lengths: list[int], shared: bool) -> tuple[list[torch.Ten
     return [r.detach() for r in results], [p.grad for p in models.parameters()]
 
 
-def all_streams(tp: int, cp: int, shared: bool) -> tuple:
-    mesh = init_mesh(tp, cp)
+def all_streams(tp: int, cp: int, shared: bool, ring: bool = False) -> tuple:
+    mesh = init_mesh(tp, cp, ring=ring)
     return mesh.tp_rank, [passes(mesh, lengths, shared) for lengths in STREAMS.values()]
 
 
@@ -104,6 +104,12 @@ def test_two_ranks_compute_what_one_does(pool2, tp, cp):
 @pytest.mark.parametrize("tp,cp", [(2, 2), (1, 4), (4, 1)])
 def test_four_ranks_compute_what_one_does(pool4, tp, cp):
     assert_as_alone(pool4.run(all_streams, tp, cp, True), tp, shared=True)
+
+
+@pytest.mark.parametrize("tp,cp", [(1, 2), (2, 2), (1, 4)])
+def test_a_ring_computes_what_one_rank_does(pool2, pool4, tp, cp):
+    pool = pool2 if tp * cp == 2 else pool4
+    assert_as_alone(pool.run(all_streams, tp, cp, tp * cp == 4, True), tp, shared=tp * cp == 4)
 
 
 @pytest.mark.parametrize("cp", [2, 3, 8])
