@@ -34,6 +34,7 @@ from tritium.core.formats import Skipped
 from tritium.core.metrics import Clock, Metrics, gpu_stats, matmul_rate, peak_memory
 from tritium.core.objectives import Objective
 from tritium.core.optim import OptimConfig, Optimizer
+from tritium.core.reference import Follower
 from tritium.core.schedule import ScheduleConfig, learning_rate
 from tritium.core.tokenizer import Tokenizer
 from tritium.model.hf import export
@@ -106,6 +107,7 @@ class Trainer:
     """See the module's docstring.
 
     `networks` are trained where their parameters require a gradient; the first one is what a checkpoint exports.
+    `followers` are frozen ones that move towards it (`follow`).
     `settings` is the stage's config: its `run`, `optim` and `schedule` are read, and all of it is saved.
     """
 
@@ -121,6 +123,7 @@ class Trainer:
         tokenizer: Tokenizer | None = None,
         evaluation: Sequence[PackedBatch] = (),
         skipped: Skipped | None = None,
+        followers: Sequence[str] = (),
     ):
         self.networks, self.objective, self.mesh = nn.ModuleDict(networks), objective, mesh
         self.run: LoopConfig = settings.run
@@ -132,6 +135,10 @@ class Trainer:
         self.flat = {k: FlatModule(m, mesh) for k, m in networks.items()}
         self.optimizers = {k: Optimizer(flat, self.optim) for k, flat in self.flat.items() if flat.trained}
         self.shares = {k: trained_share(networks[k]) for k in self.optimizers}
+        first = next(iter(networks))
+        self.followers = {
+            k: Follower(networks[k], self.flat[k], networks[first], self.flat[first], mesh) for k in followers
+        }
         self.out = Path(self.run.out)
         self.clock, self.metrics = Clock(), Metrics(self.run.out, main=mesh.main, total_steps=total_steps, name=name)
         self.index = self.bad_steps = 0  # steps done; steps skipped in a row
@@ -438,7 +445,8 @@ class Trainer:
         with self.phase("save"):
             with self.flat[key].unit_by_unit() as make_whole:
                 exported, texts = export(model, make_whole)
-            shares = [deal(o.tensors(), f"trainer/{key}", self.mesh) for key, o in self.optimizers.items()]
+            kept = self.optimizers | self.followers
+            shares = [deal(o.tensors(), f"trainer/{key}", self.mesh) for key, o in kept.items()]
             state = {"step": self.index, "before": self.before, "last": self.last, "config": self.config_toml}
             state["notes"] = self.notes
             texts |= {"trainer/state.json": json.dumps(state, indent=2) + "\n"}
@@ -500,9 +508,9 @@ class Trainer:
                 f"{self.out} holds a run with another configuration ({changed}): use another --run.out, or delete it"
             )
         try:
-            for key, optimizer in self.optimizers.items():
+            for key, kept in (self.optimizers | self.followers).items():
                 with open_tensors(folder, f"trainer/{key}") as tensors:
-                    optimizer.load(tensors)
+                    kept.load(tensors)
         except ValueError as error:
             raise CheckpointError(f"{folder} does not fit this model: {error}") from None
         self.index = self.saved = state["step"]

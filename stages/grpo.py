@@ -12,19 +12,17 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
-
 from tritium.core.config import REQUIRED, ConfigError, opt
 from tritium.core.experience import Experience, ProblemsConfig, ShapingConfig
 from tritium.core.formats import Skipped
 from tritium.core.objectives.policy import ALGORITHMS, PolicyGradient, algorithm
 from tritium.core.optim import OptimConfig
+from tritium.core.reference import ReferenceConfig, open_policy
 from tritium.core.rewards.model import open_reward
 from tritium.core.rollout import SamplingConfig, load_problems
 from tritium.core.schedule import ScheduleConfig
-from tritium.core.setup import FinetuneConfig, MeshConfig, load_model, load_reference, load_tokenizer, start
+from tritium.core.setup import FinetuneConfig, MeshConfig, load_tokenizer, start
 from tritium.core.trainer import LoopConfig, Result, Trainer
-from tritium.parallel.mesh import Mesh
 
 ITS_OWN = "(default: the algorithm's)"
 
@@ -67,7 +65,7 @@ class GRPOConfig:
 @dataclass
 class Config:
     model: str = opt(REQUIRED, "folder of the model to start from, with its tokenizer")
-    reference: str = opt("", "folder of the model that grpo.beta holds the policy to (default: the one to start from)")
+    reference: ReferenceConfig = opt(ReferenceConfig, "what grpo.beta holds the policy to")
     reward: str = opt("exact", 'judges in text, e.g. "exact - 0.1*repetition"; see core/rewards/make.py')
     reward_model: str = opt("", "folder of a reward model, with its tokenizer; its score is added")
     grpo: GRPOConfig = opt(GRPOConfig, "the objective")
@@ -95,13 +93,16 @@ def check_sampling(sampling: SamplingConfig, importance: float, name: str) -> No
 def train(config: Config) -> Result:
     """Reinforce right answers; `reward` and `right` (the share of right answers) are of the newest rollout."""
     mesh = start(config, "grpo")
-    options, networks = config.grpo, open_networks(config, mesh)
+    options, moving = config.grpo, bool(config.grpo.beta and config.reference.every)
+    reference = config.reference if options.beta else None
+    networks = open_policy(config.model, config.run.dtype, mesh, config.finetune, config.run.seed, reference)
     tokenizer = load_tokenizer(config.model, networks["policy"])
     skipped = Skipped(config.data.on_error)
     problems = load_problems(config.data.sources, tokenizer, networks["policy"].config.max_positions, skipped)
     objective = objective_of(options, config.sampling)
     total_steps = rollouts_in(config, len(problems)) * options.updates
     settings = {"name": "grpo", "total_steps": total_steps, "tokenizer": tokenizer, "skipped": skipped}
+    settings["followers"] = ["reference"] if moving else []
     trainer = Trainer(networks, objective, config, mesh, **settings)
     reward = open_reward(config.reward, config.reward_model, options.malformed, config.run.dtype, mesh)
     grouped = objective.baseline in ("mean", "others")
@@ -117,6 +118,8 @@ def train(config: Config) -> Result:
         for i in range(options.updates):
             trainer.step(batches[i :: options.updates], numbers)  # −min(ρA, clip(ρ)A) + β KL
         # ------------------------------------------------------------------------------------------------------
+        if moving and config.reference.due(step // options.updates):
+            trainer.followers["reference"].follow(config.reference.decay)
     return trainer.result()
 
 
@@ -126,18 +129,6 @@ def objective_of(options: GRPOConfig, sampling: SamplingConfig) -> PolicyGradien
     given: dict[str, Any] = {name: getattr(options, name) for name in names}
     constant = options.constant or (sampling.max_tokens if options.algorithm == "dr_grpo" else None)
     return algorithm(options.algorithm, **given, constant=constant, temperature=sampling.temperature)
-
-
-def open_networks(config: Config, mesh: Mesh) -> dict[str, nn.Module]:
-    """The policy, and the model that it is held to where the KL to it counts."""
-    dtype = config.run.dtype
-    policy = load_model(config.model, dtype, mesh, finetune=config.finetune, seed=config.run.seed)
-    networks: dict[str, nn.Module] = {"policy": policy}
-    if config.grpo.beta and config.reference:
-        networks["reference"] = load_model(config.reference, dtype, mesh, frozen=True)
-    elif config.grpo.beta:
-        networks["reference"] = load_reference(config.model, dtype, mesh, policy)
-    return networks
 
 
 def rollouts_in(config: Config, problems: int) -> int:

@@ -20,11 +20,12 @@ from tritium.core.experience import Experience, ProblemsConfig, ShapingConfig
 from tritium.core.formats import Skipped
 from tritium.core.objectives.policy import PPO, adapted
 from tritium.core.optim import OptimConfig
+from tritium.core.reference import ReferenceConfig, open_policy
 from tritium.core.rewards.make import make_reward
 from tritium.core.rewards.model import open_reward
 from tritium.core.rollout import SamplingConfig, load_problems
 from tritium.core.schedule import ScheduleConfig
-from tritium.core.setup import MeshConfig, load_model, load_tokenizer, read_model, start
+from tritium.core.setup import FinetuneConfig, MeshConfig, load_tokenizer, read_model, start
 from tritium.core.tokenizer import Tokenizer
 from tritium.core.trainer import LoopConfig, Result, Trainer
 from tritium.model.heads import ScalarModel
@@ -80,7 +81,7 @@ class TextConfig(DataConfig):
 @dataclass
 class Config:
     model: str = opt(REQUIRED, "folder of the model to start from, with its tokenizer")
-    reference: str = opt("", "folder of the model that ppo.beta holds the policy to (default: the one to start from)")
+    reference: ReferenceConfig = opt(ReferenceConfig, "what ppo.beta holds the policy to")
     critic: str = opt("", "folder that the critic starts from (default: the reward model, else the model)")
     reward_model: str = opt("", "folder of a reward model, with its tokenizer")
     reward: str = opt("", 'judges in text, e.g. "exact - 0.1*repetition"; added to the reward model\'s score')
@@ -94,6 +95,7 @@ class Config:
     schedule: ScheduleConfig = opt(ScheduleConfig(kind="constant"), "learning rate over the run")
     run: LoopConfig = opt(LoopConfig, "the run itself; steps are optimizer steps")
     mesh: MeshConfig = opt(MeshConfig, "parallelism")
+    finetune: FinetuneConfig = opt(FinetuneConfig, "what of the policy is trained; the critic is trained whole")
 
     def __post_init__(self):
         check_sampling(self.sampling, self.ppo.importance, "ppo.importance")
@@ -103,13 +105,14 @@ def train(config: Config) -> Result:
     """Reinforce what is scored high; `reward` and `right` (the share of right answers) are of the newest rollout."""
     mesh = start(config, "ppo")
     options, networks = config.ppo, open_networks(config, mesh)
+    moving = ["reference"] if options.beta and config.reference.every else []
     tokenizer, context = load_tokenizer(config.model, networks["policy"]), networks["policy"].config.max_positions
     skipped = Skipped(config.data.on_error)
     problems = load_problems(config.data.sources, tokenizer, context, skipped)
     text, objective = open_text(config, tokenizer, context, mesh, skipped), objective_of(config)
     each = options.epochs * options.minibatches  # optimizer steps of a rollout
     rollouts = -(-config.run.steps // each) if config.run.steps else config.run.epochs * len(problems) / options.prompts
-    settings = {"name": "ppo", "total_steps": max(1, round(rollouts)) * each}
+    settings = {"name": "ppo", "total_steps": max(1, round(rollouts)) * each, "followers": moving}
     trainer = Trainer(networks, objective, config, mesh, **settings, tokenizer=tokenizer, skipped=skipped)
     verifier = make_reward(config.verifier, options.malformed) if config.verifier else None
     sizes = {"prompts": options.prompts, "group": options.group, "verifier": verifier}
@@ -131,6 +134,8 @@ def train(config: Config) -> Result:
                 break
         # ------------------------------------------------------------------------------------------------------
         trainer.index = step + each  # a rollout's steps are counted whether they were needed or not
+        if moving and config.reference.due(number):
+            trainer.followers["reference"].follow(config.reference.decay)
         if options.target_kl:
             trainer.notes["beta"] = adapted(objective.beta, numbers["kl_k1"], options.target_kl)
     return trainer.result()
@@ -150,13 +155,11 @@ def objective_of(config: Config) -> PPO:
 
 def open_networks(config: Config, mesh: Mesh) -> dict[str, nn.Module]:
     """Policy, critic, and the reference where the KL to it counts. The critic's head starts at 0."""
-    dtype = config.run.dtype
-    networks = {"policy": load_model(config.model, dtype, mesh)}
+    dtype, reference = config.run.dtype, config.reference if config.ppo.beta else None
+    networks = open_policy(config.model, dtype, mesh, config.finetune, config.run.seed, reference)
     critic = read_model(config.critic or config.reward_model or config.model, dtype, mesh)
     networks["critic"] = critic if isinstance(critic, ScalarModel) else ScalarModel(critic)
     networks["critic"].score.data.zero_()
-    if config.ppo.beta:
-        networks["reference"] = load_model(config.reference or config.model, dtype, mesh, frozen=True)
     if networks["critic"].config.vocab_size != networks["policy"].config.vocab_size:
         raise ConfigError("the critic reads the policy's tokens: it must have the same vocabulary; set critic=")
     return networks

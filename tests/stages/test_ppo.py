@@ -121,6 +121,30 @@ def test_killed_and_resumed_equals_uninterrupted(tiny, tmp_path, monkeypatch, od
     assert [m["beta"] for m in rows(tmp_path / "cut")] == [m["beta"] for m in rows(tmp_path / "whole")]
 
 
+def test_a_reference_moves_and_is_found_again(tiny, tmp_path, odd_is_right):
+    """Refreshed after every rollout, its KL is 0 at each one's start; as an average, it lags; resumed, it is there."""
+
+    def run(name: str, steps: int, **reference) -> list[dict]:
+        made = config(tiny, tmp_path / name, steps, reference=reference, optim={"lr": 3e-3})
+        made.run.keep = 9
+        ppo.train(made)
+        return [m["kl_k3"] for m in rows(tmp_path / name) if m["step"] % 2]
+
+    fixed, average, refreshed = run("fixed", 6), run("average", 6, every=1, decay=0.5), run("new", 6, every=1)
+    assert 0 == refreshed[1] == refreshed[2] < average[2] < fixed[2]
+    run("first", 4, every=1, decay=0.5)
+    assert run("first", 6, every=1, decay=0.5) == average  # its first checkpoint was at step 4
+
+
+def test_the_base_of_an_adapter_is_the_reference(tiny, tmp_path, odd_is_right):
+    made = config(tiny, tmp_path, 6, finetune={"kind": "lora", "rank": 4}, optim={"lr": 1e-2})
+    ppo.train(made)
+    found = [m["kl_k3"] for m in rows(tmp_path) if "loss" in m]
+    assert found[0] == 0.0 < found[-1]
+    with pytest.raises(ConfigError, match="the base of an adapter does not move"):
+        ppo.train(config(tiny, tmp_path / "b", 2, finetune={"kind": "lora"}, reference={"every": 1}))
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

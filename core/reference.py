@@ -1,0 +1,97 @@
+"""The reference of a policy that is reinforced: fixed, refreshed, or a moving average."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from tritium.core.config import ConfigError, opt
+from tritium.core.setup import FinetuneConfig, load_model, load_reference
+from tritium.model.transformer import Transformer
+from tritium.parallel.mesh import Mesh
+from tritium.parallel.tensor import shard, unshard
+from tritium.parallel.zero import FlatModule
+
+
+@dataclass
+class ReferenceConfig:
+    """What the KL holds the policy to."""
+
+    model: str = opt("", "folder of the reference (default: the model to start from)")
+    every: int = opt(0, "rollouts after which it moves towards the policy (0: it stays)")
+    decay: float = opt(0.0, "what stays of it then: 0 makes it the policy, 0.99 a slow average")
+
+    def __post_init__(self):
+        if self.every < 0 or not 0 <= self.decay < 1:
+            raise ConfigError(f"reference.every={self.every} must be ≥ 0 and reference.decay={self.decay} in [0, 1)")
+
+    def due(self, number: int) -> bool:
+        """Whether the reference moves after rollout `number`."""
+        return bool(self.every) and (number + 1) % self.every == 0
+
+
+def open_policy(
+    folder: str, dtype: str, mesh: Mesh, finetune: FinetuneConfig, seed: int, reference: ReferenceConfig | None
+) -> dict[str, nn.Module]:
+    """The policy, and the reference unless it is None; of an adapter it is the base, which is here only once.
+
+    Raises: ConfigError for a base that is to move.
+    """
+    policy = load_model(folder, dtype, mesh, finetune=finetune, seed=seed)
+    if reference is None:
+        return {"policy": policy}
+    if reference.model:
+        return {"policy": policy, "reference": load_model(reference.model, dtype, mesh, frozen=True)}
+    if reference.every and policy.adapters:
+        raise ConfigError("reference.every: the base of an adapter does not move; give reference.model, or every=0")
+    return {"policy": policy, "reference": load_reference(folder, dtype, mesh, policy)}
+
+
+class Follower:
+    """A frozen network that moves towards a trained one of the same shape. Its numbers are kept in fp32, so that small
+    moves add up; each rank moves its own part."""
+
+    def __init__(self, copy: Transformer, flat: FlatModule, leader: Transformer, leader_flat: FlatModule, mesh: Mesh):
+        self.copy, self.flat, self.mesh = copy, flat, mesh
+        self.own, self.target = own_tensors(copy, flat), own_tensors(leader, leader_flat)
+        self.wide = [t.detach().to(torch.promote_types(t.dtype, torch.float32)) for t in self.own]
+
+    @torch.no_grad()
+    def follow(self, decay: float) -> None:
+        """copy ← decay · copy + (1 − decay) · leader."""
+        for wide, own, target in zip(self.wide, self.own, self.target, strict=True):
+            wide.lerp_(target.to(wide.dtype), 1.0 - decay)
+            own.copy_(wide)
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Whole tensors by name, whatever the mesh. A collective."""
+        for (name, p), tensor in self.members(self.wide):
+            yield name, unshard(tensor, p.sharding, self.mesh)
+
+    def members(self, tensors: list[Tensor]) -> Iterator[tuple[tuple[str, nn.Parameter], Tensor]]:
+        if self.flat.level < 3:
+            yield from zip(self.copy.named_parameters(), tensors, strict=True)
+            return
+        for flat, part in zip(self.flat.flats, tensors, strict=True):
+            yield from zip(flat.members, flat.views(flat.join(part)), strict=True)
+
+    @torch.no_grad()
+    def load(self, saved: Mapping[str, Tensor]) -> None:
+        """The inverse of `tensors`, on any mesh."""
+        if self.flat.level < 3:
+            for (name, p), wide in self.members(self.wide):
+                wide.copy_(shard(saved[name], p.sharding, self.mesh))
+        else:
+            for flat, wide in zip(self.flat.flats, self.wide, strict=True):
+                whole = torch.zeros_like(flat.full, dtype=wide.dtype)
+                for (name, p), view in zip(flat.members, flat.views(whole), strict=True):
+                    view.copy_(shard(saved[name], p.sharding, self.mesh))
+                wide.copy_(flat.own(whole))
+        for own, wide in zip(self.own, self.wide, strict=True):
+            own.copy_(wide)
+
+
+def own_tensors(network: nn.Module, flat: FlatModule) -> list[Tensor]:
+    """What of a network's parameters is on this rank for good."""
+    return [f.part for f in flat.flats] if flat.level == 3 else [p.data for p in network.parameters()]
