@@ -233,7 +233,7 @@ def test_a_stages_settings_are_planned(capsys, tmp_path):
     )
     code, out = run(capsys, f"--settings={tmp_path}/my.toml", "--gpus=4")
     row = out.splitlines()[3].split()
-    assert code == 0 and row[:7] == ["4", "1", "1", "1", "4", "1024", "2"]  # dp, cp, tp, zero, shard, bin_tokens, micro-batches
+    assert code == 0 and row[:7] == ["4", "1", "1", "1", "4", "1024", "2"]  # shard before tokens and micro-batches
     config, model = stage.from_settings(stage.Config(settings=f"{tmp_path}/my.toml"))
     assert (model.num_layers, model.vocab_size, model.tie_embeddings, config.dtype) == (3, 1000, True, "fp32")
 
