@@ -9,7 +9,8 @@
     ranking        the same with "ranked": a list of answers, best first; answers of equal worth as a list in the list
     feedback       the same with "completion" and "label": whether it is good
     problem        {"question", "answer"}; the answer is what follows "####" where there is one; also the shapes of
-                   SVAMP, MBPP and HumanEval, whose reference is a program that tests
+                   SVAMP, MBPP and HumanEval, and {"question", "tests": [assert, …]} or {"question", "cases": [{"input",
+                   "output"}, …]}, as in rewards/code.py
 
 The form is found from the record's keys. A record that can't be used raises `RecordError`, whose message says why;
 `read_records` adds the file and the line.
@@ -33,6 +34,7 @@ Message = dict[str, Any]  # {"role": …, "content": …}, and "weight" where it
 
 VARIABLE = re.compile(r"\{\{\s*(\w+)\s*\}\}")
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")  # half of a character: JSON can spell it, UTF-8 can't
+CODE_KEYS = ("tests", "setup", "entry_point", "prefix", "cases", "checker")
 SEPARATORS = re.compile(r"[\s,]*")
 SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "function_call": "assistant", "observation": "tool"}
 SHAREGPT_ROLES |= {"function": "tool", "ipython": "tool", "model": "assistant", "bot": "assistant"}
@@ -425,15 +427,13 @@ def answer_text(value: Any, name: str) -> str:
 
 
 def problem(record: dict) -> tuple[list[Message], str]:
-    """(prompt, reference answer): what follows the last "####" or "A:", or, of a programming task, its test program.
+    """(prompt, reference answer): what follows the last "####" or "A:", or, of a programming task, its tests as
+    `rewards/code.py` reads them.
 
     Raises: RecordError.
     """
-    if "test" in record and "entry_point" in record:  # HumanEval
-        return open_prompt(record), f"{required_text(record['test'], 'test')}\ncheck({record['entry_point']})\n"
-    if isinstance(record.get("test_list"), list):  # MBPP
-        tests = [record.get("test_setup_code") or "", *record["test_list"]]
-        return open_prompt(record), required_text("\n".join(filter(None, tests)), "test")
+    if tests := tests_of(record):
+        return open_prompt({k: v for k, v in record.items() if k not in CODE_KEYS}), json.dumps(tests)
     key = next((key for key in ("answer", "Answer", "ground_truth", "reference") if key in record), None)
     if key is None:
         raise RecordError("a record without an answer")
@@ -441,6 +441,23 @@ def problem(record: dict) -> tuple[list[Message], str]:
     answer = number_text(answer) if isinstance(answer, int | float) else required_text(answer, "answer")
     mark = "\nA: " if key == "ground_truth" else "####"
     return open_prompt({k: v for k, v in record.items() if k != key}), answer.rpartition(mark)[2].strip()
+
+
+def tests_of(record: dict) -> dict:
+    """The tests of a programming task, in this project's own keys, HumanEval's or MBPP's; empty where it is none."""
+    if "test" in record and "entry_point" in record:  # HumanEval
+        tests = {"tests": ["check(candidate)"], "setup": required_text(record["test"], "test")}
+        return tests | {"entry_point": record["entry_point"], "prefix": required_text(record.get("prompt"), "prompt")}
+    if isinstance(record.get("test_list"), list):  # MBPP
+        return {"tests": record["test_list"], "setup": record.get("test_setup_code") or ""} | called(record)
+    return {key: record[key] for key in CODE_KEYS if key in record} if {"tests", "cases"} & {*record} else {}
+
+
+def called(record: dict) -> dict:
+    """MBPP's entry point: what its own solution defines and its tests call."""
+    names = re.findall(r"^(?:def|class) (\w+)", record.get("code") or "", re.MULTILINE)
+    used = [name for name in names if re.search(rf"\b{name}\b", "\n".join(record["test_list"]))]
+    return {"entry_point": used[0]} if used else {}
 
 
 def number_text(value: int | float) -> str:

@@ -17,6 +17,7 @@ from typing import Any
 from tritium.core.chat import parse_reasoning
 from tritium.core.config import ConfigError, nearest
 from tritium.core.rewards import Answer, Reward, Score, scores
+from tritium.core.rewards.code import Code
 from tritium.core.rewards.exact import ExactMatch, NumberMatch
 from tritium.core.rewards.maths import MathMatch
 from tritium.core.rewards.text import Json, Language, Length, Regex, Repetition, Tags, Words
@@ -133,6 +134,7 @@ JUDGES: dict[str, Any] = {
     "exact": ExactMatch,
     "number": NumberMatch,
     "math": MathMatch,
+    "code": Code,
     "regex": Regex,
     "tags": lambda *names: Tags(names or ("think",)),
     "json": lambda *keys: Json(keys),
