@@ -21,7 +21,6 @@ from tritium.core.sandbox import PYTHON_ARGV, Limits, level, run
 RESULT = Path(__file__).with_name("results") / "sandbox.md"
 TASK = json.dumps({"tests": ["assert f(3) == 9", "assert sorted([f(-2), f(1)]) == [1, 4]"], "entry_point": "f"})
 LIMITS = Limits(seconds=3, memory=256 << 20)
-MARK = "tritium-escape-mark"  # in the argument list of what a program leaves running
 
 ESCAPES = {
     "fork bomb": "import os\nwhile True:\n    try: os.fork()\n    except OSError: pass",
@@ -103,7 +102,7 @@ def attempt(name: str, at: str, limits: Limits = LIMITS) -> Verdict:
     """Run one program at a level, look for what it left, and have it judged."""
     with tempfile.TemporaryDirectory() as folder, listener() as server:
         Path(folder, "secret").write_text("secret")
-        words = {"PARENT": os.getpid(), "VICTIM": folder, "PORT": server.getsockname()[1], "MARK": MARK}
+        words = {"PARENT": os.getpid(), "VICTIM": folder, "PORT": server.getsockname()[1], "MARK": Path(folder).name}
         program = ESCAPES[name].replace("HOME", str(Path.home()))
         for word, value in words.items():
             program = program.replace(word, str(value))
@@ -115,7 +114,7 @@ def attempt(name: str, at: str, limits: Limits = LIMITS) -> Verdict:
         files = {
             p for d in ("/", "/tmp", "/usr", "/var/tmp", "/dev/shm", folder) for p in Path(d).glob("tritium-escaped")
         }
-        left = [*(str(p) for p in files - before), *running(MARK)]
+        left = [*(str(p) for p in files - before), *running(Path(folder).name)]
         score = Code(seconds=limits.seconds, memory=limits.memory, at=at)([], program, reference=TASK).value
     contained = "ESCAPED" not in outcome.stdout and not left and seconds < limits.seconds + 5
     return Verdict(contained, outcome.killed and f"killed: {outcome.killed}" or last_word(outcome), score, seconds)
