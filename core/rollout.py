@@ -13,6 +13,7 @@ from tritium.core.data import parse_sources
 from tritium.core.formats import DataError, Message, RecordError, Skipped, problem, read_records
 from tritium.core.rewards import Answer, Judged, Reward, Score, judge
 from tritium.core.tokenizer import Tokenizer
+from tritium.core.tools import Tool, ToolUse
 from tritium.model.cache import PagedCache
 from tritium.model.generate import Completion, generate
 from tritium.model.sampling import Options
@@ -148,9 +149,11 @@ def roll_out(
     n: int = 1,
     seed: Sequence[int] = (0,),
     verifier: Reward | None = None,
+    tool: Tool | None = None,
+    max_calls: int = 4,
 ) -> Rollout:
     """`n` judged answers to each problem of this data-parallel rank's `share`; a `verifier` says which are right,
-    where that is not what is rewarded.
+    where that is not what is rewarded. With a `tool`, an answer may call it `max_calls` times (see core/tools.py).
 
     A sample's randomness depends on `seed`, its problem's place among those of all ranks, and its number: neither on
     the number of ranks, nor the same for a problem that comes twice.
@@ -166,6 +169,7 @@ def roll_out(
         max_batch=sampling.max_batch,
         pages=sampling.pages(model),
         decoder=tokenizer.incremental if sampling.stop else None,
+        extend=ToolUse(tokenizer, tool, max_calls) if tool else None,
     )
     samples = [Sample(problems[i // n], c, tokenizer.decode(c.tokens)) for i, c in enumerate(completions)]
     answers = [sample.shown() for sample in samples]
@@ -195,14 +199,15 @@ def gather(rollout: Rollout, mesh: Mesh) -> Rollout:
 def sample_document(
     sample: Sample, fields: dict[str, float], per_token: dict[str, Sequence[float]] | None = None
 ) -> Document:
-    """Prompt and answer as sampled, token for token; the answer's tokens, its end included, carry weight 1.
+    """Prompt and answer as sampled, token for token; the answer's tokens, its end included, carry weight 1, and what a
+    tool said in between 0.
 
     `fields` are of the whole sample, `per_token` of each of the answer's tokens; "sampler_logp" holds the log-probs of
     these as the sampler saw them.
     """
     prompt, answer = sample.problem.ids, sample.completion
     silent = np.zeros(len(prompt), np.float32)
-    weights = np.append(silent, np.ones(len(answer.tokens), np.float32))
+    weights = np.append(silent, np.array(answer.weights or [1.0] * len(answer.tokens), np.float32))
     spread = {"sampler_logp": answer.logps} | (per_token or {})
     arrays = {name: np.append(silent, np.array(values, np.float32)) for name, values in spread.items()}
     return Document(np.array(prompt + answer.tokens, np.int32), weights, fields | arrays)

@@ -72,38 +72,39 @@ class Running:
 
 
 class Event(NamedTuple):
-    """A token that a sequence got, and the text that it completes ("" where there is no decoder)."""
+    """A token that a sequence drew, the text that it completes ("" without a decoder), and why it was the last."""
 
     sequence: Running
     token: int
     text: str
+    logp: float
+    finish_reason: str
 
 
 class Text:
     """The text of an answer as it grows, up to a stop string: what could be the beginning of one is held back."""
 
     def __init__(self, decoder, stops: Sequence[str]):
-        self.decoder, self.stops, self.held, self.stopped = decoder, stops, "", False
+        self.decoder, self.stops, self.shown, self.held, self.stopped = decoder, stops, "", "", False
 
     def push(self, token: int) -> str:
+        """What this token adds to `shown`."""
         return self._show(self.decoder.push(token))
 
     def finish(self) -> str:
-        """What was held back, now that nothing more comes."""
-        shown = "" if self.stopped else self._show(self.decoder.finish())
-        shown, self.held = shown + self.held, ""
-        return shown
+        """And what was held back, now that nothing more comes."""
+        more = "" if self.stopped else self._show(self.decoder.finish())
+        self.shown, more, self.held = self.shown + self.held, more + self.held, ""
+        return more
 
     def _show(self, text: str) -> str:
         text = self.held + text
         found = [at for stop in self.stops if (at := text.find(stop)) >= 0]
-        if found:
-            self.stopped, self.held = True, ""
-            return text[: min(found)]
         starts = (n for stop in self.stops for n in range(1, min(len(stop), len(text) + 1)) if text.endswith(stop[:n]))
-        length = max(starts, default=0)
-        self.held = text[len(text) - length :]
-        return text[: len(text) - length]
+        end = min(found) if found else len(text) - max(starts, default=0)
+        self.stopped, self.held = bool(found), "" if found else text[end:]
+        self.shown += text[:end]
+        return text[:end]
 
 
 class Engine:
@@ -197,16 +198,17 @@ class Engine:
         completion.finish_reason = (
             "stop" if stopped else "length" if sequence.drawn >= sequence.options.max_tokens else "context" * full
         )
-        if stopped and self.extend is not None and (more := list(self.extend(sequence))):
-            over = len(sequence.ids) + len(more) >= self.capacity
-            at_end = sequence.drawn >= sequence.options.max_tokens
-            completion.finish_reason = "context" if over else "length" * at_end
-            if not over:
+        if stopped and self.extend is not None and sequence.drawn < sequence.options.max_tokens:
+            more = list(self.extend(sequence))
+            if more and len(sequence.ids) + len(more) >= self.capacity:
+                completion.finish_reason = "context"
+            elif more:
+                completion.finish_reason = ""
                 self.append(sequence, more, [0.0] * len(more), [0.0] * len(more), 0.0)
         if completion.finish_reason:
             self.leave(sequence)
             text += sequence.text.finish() if sequence.text else ""
-        return Event(sequence, token, text)
+        return Event(sequence, token, text, logp, completion.finish_reason)
 
     def append(self, sequence: Running, tokens: list[int], logps: list, sampled_logps: list, weight: float) -> None:
         sequence.ids += tokens

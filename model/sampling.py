@@ -55,7 +55,7 @@ class Options:
             raise ValueError(f"repetition_penalty={self.repetition_penalty} must be positive")
         if not all(map(math.isfinite, (self.presence_penalty, *self.logit_bias.values()))):
             raise ValueError(f"presence_penalty={self.presence_penalty} and logit_bias must be finite")
-        if isinstance(self.stop, str) or not all(self.stop):
+        if isinstance(self.stop, str) or not all(isinstance(s, str) and s for s in self.stop):
             raise ValueError(f"stop={self.stop!r} must be a list of strings, none of them empty")
 
     def check_ids(self, vocab_size: int) -> None:

@@ -33,6 +33,8 @@ STAGES = {
     "sample": "draw several answers to each problem, verify and rank them",
     "evaluate": "measure perplexity and accuracy of a model",
     "chat": "talk to a model in the terminal",
+    "generate": "answer a file of prompts",
+    "serve": "answer over HTTP, as OpenAI's API does",
     "consolidate": "make one Hugging Face folder of a checkpoint",
     "merge": "merge an adapter into its base",
     "run": "run several stages from one recipe file",

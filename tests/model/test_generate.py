@@ -1,12 +1,15 @@
 """Sampling: the same tokens in any company, options that cut what they say, and how a sequence ends."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
 
+from tritium.model.beam import beam_search
 from tritium.model.config import ModelConfig
-from tritium.model.generate import generate
-from tritium.model.sampling import Options, Sampler
+from tritium.model.generate import Engine, Text, generate, run
+from tritium.model.sampling import History, Options, Sampler
 from tritium.model.transformer import Transformer
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -158,3 +161,263 @@ def test_requests_that_cannot_be(model, asked, options, words):
 
 def test_nothing_asked_nothing_given(model):
     assert generate(model, []) == []
+
+
+# The cache ------------------------------------------------------------------------------------------------------------
+
+
+def engine_for(asked, pages: int, n: int = 1, **options):
+    engine = Engine(asked[0], pages, max_batch=16, decoder=options.pop("decoder", None))
+    made = [engine.submit(p, Options(**options), [(i, j) for j in range(n)]) for i, p in enumerate(asked[1])]
+    return engine, [s for samples in made for s in samples]
+
+
+def test_where_pages_run_out_sequences_give_way_and_nothing_changes(model):
+    asked, options = prompts(6, seed=3), {"max_tokens": 40, "stop_ids": []}
+    roomy, expected = engine_for((model, asked), 200, **options)
+    list(run(roomy))
+    tight, found = engine_for((model, asked), 8, **options)  # 112 tokens for six sequences of up to 60
+    most, restarts, running = 0, 0, []
+    while tight.busy:
+        tight.step()
+        restarts += sum(s not in tight.running and not s.completion.finish_reason for s in running)
+        running = list(tight.running)
+        most = max(most, tight.cache.usable - len(tight.cache.free))
+    assert restarts and most <= 7 and tight.cache.pages.shape[2] == 8
+    assert [s.completion.tokens for s in found] == [s.completion.tokens for s in expected]
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_allclose(one.completion.logps, other.completion.logps, rtol=0, atol=1e-5)
+    assert sorted(tight.cache.free) == list(range(1, 8)) and not any(tight.cache.uses)
+
+
+@pytest.mark.parametrize("length", [2, 15, 16, 17, 33])
+@pytest.mark.parametrize("pages", [60, 7])
+def test_samples_of_a_prompt_read_it_once_and_share_its_pages(model, length, pages):
+    prompt = np.random.default_rng(5).integers(0, 48, length).tolist()
+    options = {"max_tokens": 8, "stop_ids": []}
+    engine, made = engine_for((model, [prompt]), pages, n=5, **options)
+    read = []
+    stream = engine.stream
+    engine.stream = lambda parts: read.append(sum(n for _, n in parts)) or stream(parts)
+    engine.step()
+    engine.admit()
+    shared = (length - 1) // 16
+    if pages == 60:
+        assert len(engine.running) == 5
+        assert engine.cache.usable - len(engine.cache.free) == shared + 5 * (-(-length // 16) - shared)
+    list(run(engine))
+    for j, sequence in enumerate(made):
+        alone, (single,) = engine_for((model, [prompt]), 60, **options)
+        single.draws = sequence.draws
+        list(run(alone))
+        assert sequence.completion.tokens == single.completion.tokens, j
+        np.testing.assert_allclose(sequence.completion.logps, single.completion.logps, rtol=0, atol=1e-5)
+    assert read == [length] or pages == 7
+    assert len(engine.cache.free) == engine.cache.usable
+
+
+def test_long_prompts_are_read_in_parts(model, monkeypatch):
+    asked = [[(7 * i + j) % 48 for j in range(n)] for i, n in enumerate((40, 5, 23, 1, 30))]
+    expected = generate(model, asked, max_tokens=9, temperature=0)
+    monkeypatch.setattr("tritium.model.generate.PREFILL_TOKENS", 16)
+    found = generate(model, asked, max_tokens=9, temperature=0)
+    assert tokens(found) == tokens(expected)
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_allclose(one.logps, other.logps, rtol=0, atol=1e-5)
+
+
+def test_a_request_that_can_never_fit_is_refused_and_the_others_go_on(model):
+    engine, (one,) = engine_for((model, [[1, 2, 3]]), 3, max_tokens=20)
+    with pytest.raises(ValueError, match="10 tokens and up to 30 new ones do not fit the cache, which holds 32"):
+        engine.submit([1] * 10, Options(max_tokens=30), [(0, 0)])
+    with pytest.raises(ValueError, match="stop_ids: there is no token 48 in a vocabulary of 48"):
+        engine.submit([1], Options(stop_ids=[48]), [(0, 0)])
+    with pytest.raises(ValueError, match="ids go from 1 to 48; the vocabulary has 48"):
+        engine.submit([1, 48], Options(), [(0, 0)])
+    list(run(engine))
+    assert one.completion.finish_reason == "length"
+
+
+def test_a_cancelled_sequence_leaves_its_pages_and_the_others_alone(model):
+    asked = prompts(3)
+    engine, made = engine_for((model, asked), 100, n=2, max_tokens=12, stop_ids=[])
+    engine.step()
+    for sequence in (made[0], made[3], made[5]):
+        engine.cancel(sequence)
+    list(run(engine))
+    assert len(engine.cache.free) == engine.cache.usable and made[0].completion.finish_reason == "cancelled"
+    alone, expected = engine_for((model, asked), 100, n=2, max_tokens=12, stop_ids=[])
+    list(run(alone))
+    assert [made[i].completion.tokens for i in (1, 2, 4)] == [expected[i].completion.tokens for i in (1, 2, 4)]
+
+
+def test_what_a_tool_says_goes_on_in_the_same_sequence(model):
+    def extend(sequence):
+        return [9, 8, 7] * 6 if len(sequence.completion.tokens) < 20 else []  # more than a page
+
+    (free,) = generate(model, [[1, 2, 3]], max_tokens=12, temperature=0, stop_ids=[])
+    stop = free.tokens[3]
+    (found,) = generate(model, [[1, 2, 3]], max_tokens=12, temperature=0, stop_ids=[stop], extend=extend)
+    first = free.tokens.index(stop) + 1
+    assert found.tokens[: first + 18] == free.tokens[:first] + [9, 8, 7] * 6
+    assert found.weights == [1.0] * first + [0.0] * 18 + [1.0] * (len(found.tokens) - first - 18)
+    (again,) = generate(model, [[1, 2, 3] + found.tokens[: first + 18]], max_tokens=12 - first, temperature=0,
+                        stop_ids=[stop])  # fmt: skip
+    assert again.tokens == found.tokens[first + 18 :] and len(again.tokens) > 1
+    np.testing.assert_allclose(again.logps, found.logps[first + 18 :], rtol=0, atol=1e-5)
+    assert found.logps[first : first + 18] == [0.0] * 18
+
+
+# The options ----------------------------------------------------------------------------------------------------------
+
+
+def distribution(logits: torch.Tensor, o: Options, prompt: list[int], answer: list[int]) -> torch.Tensor:
+    """What a token is drawn from, spelled out in fp64."""
+    z = logits.double().clone()
+    for t in set(prompt + answer):
+        z[t] = z[t] / o.repetition_penalty if z[t] > 0 else z[t] * o.repetition_penalty
+    for t in set(answer):
+        z[t] -= o.presence_penalty
+    for t, bias in o.logit_bias.items():
+        z[t] += bias
+    ids, n = prompt + answer, o.no_repeat_ngram
+    for i in range(len(ids) - n + 1) if n else ():
+        if ids[i : i + n - 1] == ids[len(ids) - n + 1 :]:
+            z[ids[i + n - 1]] = -torch.inf
+    p = (z / o.temperature).softmax(-1)
+    order = p.argsort(descending=True)
+    if o.top_k:
+        p[order[o.top_k :]] = 0
+    before = p[order].cumsum(0) - p[order]
+    p[order[before >= o.top_p * p.sum()]] = 0 if o.top_p < 1 else p[order[before >= o.top_p * p.sum()]]
+    p[p < o.min_p * p.max()] = 0
+    return p / p.sum()
+
+
+MIXED = [
+    Options(),
+    Options(temperature=0.7),
+    Options(temperature=1.3, top_k=40),
+    Options(top_p=0.8),
+    Options(temperature=2.0, top_p=0.97, top_k=400),  # more than the candidates hold at first
+    Options(min_p=0.05),
+    Options(repetition_penalty=1.7, presence_penalty=0.4),
+    Options(no_repeat_ngram=2, logit_bias={3: 4.0, 600: -2.0}, top_k=7),
+    Options(no_repeat_ngram=1, temperature=0.5, min_p=0.1),
+]
+
+
+def test_every_option_is_the_distribution_that_it_says_whatever_the_other_rows_want():
+    torch.manual_seed(0)
+    logits = torch.randn(len(MIXED), 700) * 2  # not a multiple of a block
+    prompt, answer = [5, 3, 9, 3, 5], [600, 3]
+    histories = []
+    for o in MIXED:
+        history = History(o, prompt)
+        for t in answer:
+            history.push(t)
+        histories.append(history if o.edits else None)
+    sampler, uniforms = Sampler(MIXED), torch.rand(400, len(MIXED))
+    wanted = torch.stack([distribution(z, o, prompt, answer) for z, o in zip(logits, MIXED, strict=True)])
+    rows = torch.arange(len(MIXED))
+    for u in uniforms:
+        drawn = sampler(logits.clone(), u, histories)
+        p = wanted[rows, drawn.tokens]
+        np.testing.assert_allclose(drawn.sampled_logps, p.log(), rtol=0, atol=2e-5)
+        np.testing.assert_allclose(drawn.logps, logits.log_softmax(-1)[rows, drawn.tokens], rtol=0, atol=1e-5)
+    bf16 = sampler(logits.bfloat16(), uniforms[0], histories)
+    assert (wanted[rows, bf16.tokens] > 0).float().mean() > 0.8 and bf16.logps.dtype == torch.float32
+
+
+def test_drawn_tokens_follow_the_distribution_in_two_levels():
+    torch.manual_seed(1)
+    logits = torch.randn(1, 600)
+    drawn = Sampler([Options(temperature=1.5)] * 20000)(logits.expand(20000, -1), (torch.arange(20000) + 0.5) / 20000)
+    observed = torch.bincount(drawn.tokens, minlength=600) / 20000
+    assert (observed - (logits[0] / 1.5).softmax(-1)).abs().max() < 2.5 / 20000  # the uniforms are a grid
+
+
+@pytest.mark.parametrize("u", [0.0, 1 - 2**-24])
+def test_the_ends_of_the_interval_give_tokens_that_can_be(u):
+    logits = torch.full((1, 5000), -torch.inf)
+    logits[0, [700, 701, 2000]] = torch.tensor([1.0, 2.0, 0.5])
+    for o in (Options(), Options(top_k=2), Options(top_p=0.5), Options(min_p=0.9), Options(temperature=0)):
+        assert Sampler([o])(logits, torch.tensor([u])).tokens.item() in (700, 701, 2000)
+
+
+def test_the_likeliest_token_is_the_first_of_equals():
+    logits = torch.zeros(2, 900)
+    logits[0, [300, 600, 299]] = 2.0
+    assert Sampler([Options(temperature=0)] * 2)(logits, torch.zeros(2)).tokens.tolist() == [299, 0]
+
+
+def test_no_ngram_comes_twice(model):
+    (free,) = generate(model, [[1, 2, 3]], max_tokens=50, temperature=0, stop_ids=[])
+    (found,) = generate(model, [[1, 2, 3]], max_tokens=50, temperature=0, stop_ids=[], no_repeat_ngram=2)
+
+    def pairs(ids):
+        return list(zip(ids, ids[1:], strict=False))
+
+    assert len(set(pairs(free.tokens))) < 49
+    ids = [1, 2, 3, *found.tokens]
+    assert len(set(pairs(ids))) == len(ids) - 1
+
+
+class Letters:
+    """A decoder: token i is the i-th letter."""
+
+    def push(self, token: int) -> str:
+        return chr(97 + token % 26)
+
+    def finish(self) -> str:
+        return ""
+
+
+def test_stop_strings_end_a_sequence_and_are_not_shown(model):
+    (free,) = generate(model, [[1, 2, 3]], max_tokens=20, temperature=0, stop_ids=[], decoder=Letters)
+    text = "".join(Letters().push(t) for t in free.tokens)
+    stop = text[4:7]
+    at = text.index(stop)
+    engine, (one,) = engine_for((model, [[1, 2, 3]]), 20, max_tokens=20, temperature=0, stop_ids=[], decoder=Letters,
+                                stop=["~", stop])  # fmt: skip
+    shown = "".join(event.text for event in run(engine))
+    assert shown == one.text.shown == text[:at] and one.completion.finish_reason == "stop"
+    assert one.completion.tokens == free.tokens[: at + 3]
+    with pytest.raises(ValueError, match="needs a decoder"):
+        generate(model, [[1]], stop=["a"])
+
+
+def test_what_may_begin_a_stop_string_is_shown_when_it_does_not():
+    text = Text(Letters(), ["bcd", "cx"])
+    assert [text.push(ord(c) - 97) for c in "abcbcx"] == ["a", "", "", "bc", "", "b"] and text.stopped
+    text = Text(Letters(), ["bcd"])
+    assert [text.push(ord(c) - 97) for c in "abc"] == ["a", "", ""] and text.finish() == "bc" and text.shown == "abc"
+
+
+# Beams ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("length_penalty", [0.0, 1.0])
+def test_wide_beams_find_the_best_of_all(length_penalty):
+    small = Transformer(ModelConfig(6, 16, 16, 1, 2, 1, 8, max_positions=64, init_std=0.6)).initialize(1)
+    asked, stop = [[3, 1], [2] * 17], 5
+    found = beam_search(small, asked, beams=6**3, max_tokens=3, length_penalty=length_penalty, stop_ids=[stop])
+    for prompt, completion in zip(asked, found, strict=True):
+        best = {}
+        for answer in itertools.product(range(6), repeat=3):
+            answer = list(answer[: answer.index(stop) + 1] if stop in answer else answer)
+            logps = small.logits(torch.tensor(prompt + answer)).detach().log_softmax(-1)[len(prompt) - 1 : -1]
+            score = float(logps.gather(1, torch.tensor(answer)[:, None]).sum())
+            best[tuple(answer)] = score / len(answer) ** length_penalty
+        assert tuple(completion.tokens) == max(best, key=best.get)
+        assert sum(completion.logps) / len(completion.tokens) ** length_penalty == pytest.approx(
+            max(best.values()), abs=1e-5
+        )
+
+
+def test_one_beam_is_greedy_and_more_are_no_worse(model):
+    asked = prompts(3)
+    greedy = generate(model, asked, max_tokens=20, temperature=0, stop_ids=[])
+    assert tokens(beam_search(model, asked, beams=1, max_tokens=20, stop_ids=[])) == tokens(greedy)
+    for one, more in zip(greedy, beam_search(model, asked, beams=8, max_tokens=20, stop_ids=[]), strict=True):
+        assert sum(more.logps) >= sum(one.logps) - 1e-4 and len(more.tokens) == 20

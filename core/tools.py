@@ -1,0 +1,61 @@
+"""Tools in a rollout: what the model calls runs, and what it says comes back as tokens that are not learned.
+
+A call is the text between <tool_call> and </tool_call> at the end of a turn; of a JSON object {"name", "arguments"},
+the arguments' "code", or the only one. The tool's answer is a turn of the role "tool" in the model's own chat format,
+followed by the header of the assistant's next. The model's tokens stay as they were sampled.
+"""
+
+import json
+import re
+from collections import Counter
+from collections.abc import Callable
+
+from tritium.core.chat import render, stop_ids
+from tritium.core.tokenizer import Tokenizer
+from tritium.model.generate import Running
+
+Tool = Callable[[str], str]
+
+CALL = re.compile(r"<tool_call>\s*(.*?)\s*</tool_call>\s*\Z", re.DOTALL)
+
+
+def find_call(text: str) -> str | None:
+    """What is to be run at the end of this turn; None where nothing is."""
+    found = CALL.search(text)
+    if found is None:
+        return None
+    try:
+        arguments = json.loads(found[1])["arguments"]
+        return str(arguments["code"] if "code" in arguments else next(iter(arguments.values())))
+    except (ValueError, TypeError, KeyError, StopIteration, AttributeError):
+        return found[1]
+
+
+def observation_ids(tokenizer: Tokenizer, text: str) -> list[int]:
+    """What stands between the end token of a turn that calls and the first token of the next turn."""
+    turns = [{"role": "user", "content": ""}, {"role": "assistant", "content": ""}]
+    before, ends = render(tokenizer, turns).ids, set(stop_ids(tokenizer))
+    ids = render(tokenizer, [*turns, {"role": "tool", "content": text}], generation_prompt=True).ids
+    end = max((i for i, token in enumerate(before) if token in ends), default=len(before) - 1)
+    return ids[end + 1 :]
+
+
+class ToolUse:
+    """The engine's `extend`: at most `max_calls` calls of `tool` in a sequence. A tool that raises says so itself."""
+
+    def __init__(self, tokenizer: Tokenizer, tool: Tool, max_calls: int = 4):
+        self.tokenizer, self.tool, self.max_calls = tokenizer, tool, max_calls
+        self.calls: Counter[Running] = Counter()
+
+    def __call__(self, sequence: Running) -> list[int]:
+        completion = sequence.completion
+        start = max((i + 1 for i, w in enumerate(completion.weights) if not w), default=0)
+        call = find_call(self.tokenizer.decode(completion.tokens[start:]))
+        if call is None or self.calls[sequence] >= self.max_calls:
+            return []
+        self.calls[sequence] += 1
+        try:
+            said = self.tool(call)
+        except Exception as error:
+            said = f"{type(error).__name__}: {error}"
+        return observation_ids(self.tokenizer, said)

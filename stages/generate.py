@@ -1,0 +1,141 @@
+"""Answer a file of prompts, line by line: a file of answers in the same order, resumable.
+
+tritium generate --model=runs/sft --sources=prompts.jsonl --out=answers.jsonl
+
+A record is {"prompt": text} (continued as it is), {"messages": […]} or a problem ({"question", …}, answered in the
+model's chat format). Each line of the answers is its record with "answers": [{"text", "finish_reason", "tokens"}, …].
+The same command again goes on after the last whole line. A record that can't be answered keeps its line, with "error".
+"""
+
+import json
+import sys
+import time
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from tritium.core.chat import render, stop_ids
+from tritium.core.config import REQUIRED, ConfigError, UserError, opt
+from tritium.core.formats import Skipped, read_records
+from tritium.core.output import make_room_for
+from tritium.core.rollout import SamplingConfig, sample_seed
+from tritium.core.setup import load_model, load_tokenizer
+from tritium.core.tokenizer import Tokenizer
+from tritium.core.trainer import Result
+from tritium.model.cache import cache_pages
+from tritium.model.generate import Engine, Running
+from tritium.parallel.mesh import Mesh, local_device
+
+ONE_PROCESS = True
+
+
+@dataclass
+class Config:
+    model: str = opt(REQUIRED, "folder of the model, with its tokenizer")
+    sources: list[str] = opt([], "files of prompts, conversations or questions")
+    out: str = opt("answers.jsonl", "file to write, or to go on with")
+    n: int = opt(1, "answers to each")
+    logprobs: bool = opt(False, "write the log-probability of each token, too")
+    sampling: SamplingConfig = opt(SamplingConfig, "how answers are drawn")
+    seed: int = opt(0, "seed of the answers")
+    dtype: str = opt(
+        "auto", "of the parameters (auto: bf16 where it is fast)", choices=("auto", "bf16", "fp32", "fp64")
+    )
+    device: str = opt("auto", "where to run", choices=("auto", "cpu", "cuda"))
+
+    def __post_init__(self):
+        if self.n < 1:
+            raise ConfigError(f"n={self.n} must be at least 1")
+        if not self.sources:
+            raise ConfigError("sources is empty: name a file of prompts, --sources=prompts.jsonl")
+
+
+def train(config: Config) -> Result:
+    """Write `config.out`. Metrics: `answers`, `failed` records, and `tokens_per_second` of this call."""
+    file = make_room_for(config.out, "out")
+    model = load_model(config.model, config.dtype, Mesh.single(local_device(config.device)), frozen=True)
+    tokenizer, skipped = load_tokenizer(config.model, model), Skipped()
+    records = (record for path in config.sources for _, record in read_records(path, skipped))
+    done = keep_whole_lines(file)
+    sampling, context = config.sampling, model.config.max_positions
+    pages = sampling.pages(model) or cache_pages(sampling.max_batch, context)
+    engine = Engine(model, pages, sampling.max_batch, tokenizer.incremental)
+    start, tokens, answers, failed = time.perf_counter(), 0, 0, 0
+    with file.open("a", encoding="utf-8") as lines:
+        queue: list[tuple[dict[str, Any], list[Running] | str]] = []
+        coming = islice(enumerate(records), done, None)
+        while True:
+            for number, record in islice(coming, max(0, 2 * sampling.max_batch - len(queue) * config.n)):
+                queue.append((record, submit(engine, tokenizer, record, number, config)))
+            if not queue:
+                break
+            engine.step()
+            while queue and is_done(queue[0][1]):
+                record, made = queue.pop(0)
+                row = (
+                    {"error": made}
+                    if isinstance(made, str)
+                    else {"answers": [shown(s, tokenizer, config) for s in made]}
+                )
+                lines.write(json.dumps(record | row, ensure_ascii=False) + "\n")
+                lines.flush()
+                answers, failed = answers + ("answers" in row), failed + ("error" in row)
+                tokens += 0 if isinstance(made, str) else sum(len(s.completion.tokens) for s in made)
+    if skipped.reasons:
+        print(skipped.summary(), file=sys.stderr)
+    rate = tokens / (time.perf_counter() - start)
+    return Result(str(file), {"answers": float(answers), "failed": float(failed), "tokens_per_second": rate})
+
+
+def submit(engine: Engine, tokenizer: Tokenizer, record: Any, number: int, config: Config) -> list[Running] | str:
+    """The samples of a record; or what is wrong with it."""
+    try:
+        ids = prompt_ids(tokenizer, record)
+        seeds = [(sample_seed(config.seed, number, i), 0) for i in range(config.n)]
+        return engine.submit(ids, config.sampling.options(stop_ids(tokenizer)), seeds)
+    except (UserError, ValueError) as error:
+        return str(error)
+
+
+def prompt_ids(tokenizer: Tokenizer, record: Any) -> list[int]:
+    """Raises: ValueError or UserError for a record that is no prompt, conversation or question."""
+    if not isinstance(record, dict):
+        raise ValueError(f"a record must be an object, not {type(record).__name__}")
+    if isinstance(record.get("prompt"), str):
+        return tokenizer.encode(record["prompt"], bos=tokenizer.adds_bos)
+    messages = record.get("messages")
+    if messages is None and isinstance(record.get("question"), str):
+        messages = [{"role": "user", "content": record["question"]}]
+    if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
+        raise ValueError('a record needs "prompt" (text), "messages" (a list) or "question" (text)')
+    return render(tokenizer, messages, generation_prompt=True).ids
+
+
+def is_done(made: list[Running] | str) -> bool:
+    return isinstance(made, str) or all(s.completion.finish_reason for s in made)
+
+
+def shown(sequence: Running, tokenizer: Tokenizer, config: Config) -> dict[str, Any]:
+    completion = sequence.completion
+    row = {"text": sequence.text.shown, "finish_reason": completion.finish_reason, "tokens": len(completion.tokens)}
+    if config.logprobs:
+        row["logprobs"] = [[tokenizer.piece(t), p] for t, p in zip(completion.tokens, completion.logps, strict=True)]
+    return row
+
+
+def keep_whole_lines(file: Path) -> int:
+    """The lines of a file that a run left; one that it did not finish is cut off."""
+    if not file.exists():
+        return 0
+    text = file.read_bytes()
+    whole = text[: text.rfind(b"\n") + 1]
+    if len(whole) < len(text):
+        file.write_bytes(whole)
+    return whole.count(b"\n")
+
+
+if __name__ == "__main__":
+    from tritium.stages.cli import run_stage
+
+    raise SystemExit(run_stage("generate"))

@@ -1,0 +1,419 @@
+"""Serve a model over HTTP: OpenAI's chat and text completions, on the standard library.
+
+tritium serve --model=runs/sft --port=8000
+
+POST /v1/chat/completions and /v1/completions (with "stream": true as server-sent events), GET /v1/models. Each
+connection has a thread; one more thread runs the engine, in which the requests of all advance together. A request that
+can't be served gets a sentence and a status of 4xx; a client that goes away ends its own request, and no other.
+"""
+
+import json
+import queue
+import secrets
+import select
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields, replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+from tritium.core.chat import render, stop_ids
+from tritium.core.config import REQUIRED, ConfigError, UserError, nearest, opt
+from tritium.core.rollout import SamplingConfig
+from tritium.core.setup import load_model, load_tokenizer
+from tritium.core.tokenizer import Tokenizer
+from tritium.core.trainer import Result
+from tritium.model.cache import cache_pages
+from tritium.model.generate import Engine, Event, Running
+from tritium.model.sampling import Options
+from tritium.model.transformer import Transformer
+from tritium.parallel.mesh import Mesh, local_device
+
+SHOWS_ITS_RESULT = True
+ONE_PROCESS = True
+LONGEST_BODY = 16 << 20  # bytes
+PATIENCE = 60.0  # seconds for a client to send its request
+
+
+@dataclass
+class Config:
+    model: str = opt(REQUIRED, "folder of the model, with its tokenizer")
+    host: str = opt(
+        "127.0.0.1", "address to listen on; 0.0.0.0 lets other machines in, and nobody is asked who they are"
+    )
+    port: int = opt(8000, "port to listen on (0: any that is free)")
+    sampling: SamplingConfig = opt(SamplingConfig(max_tokens=256, max_batch=32), "what a request doesn't say itself")
+    dtype: str = opt(
+        "auto", "of the parameters (auto: bf16 where it is fast)", choices=("auto", "bf16", "fp32", "fp64")
+    )
+    device: str = opt("auto", "where to run", choices=("auto", "cpu", "cuda"))
+
+    def __post_init__(self):
+        if not 0 <= self.port < 1 << 16:
+            raise ConfigError(f"port={self.port} must be from 0 to 65535")
+
+
+def train(config: Config) -> Result:
+    """Serve until Ctrl-C."""
+    model = load_model(config.model, config.dtype, Mesh.single(local_device(config.device)), frozen=True)
+    server = Server(config, model, load_tokenizer(config.model, model))
+    print(f"serving {config.model} at http://{config.host}:{server.server_port}/v1 (Ctrl-C ends)", file=sys.stderr)
+    try:
+        server.serve_forever()
+    except KeyboardInterrupt:
+        print("\nstopped", file=sys.stderr)
+    finally:
+        server.close()
+    return Result(config.model)
+
+
+class RequestError(Exception):
+    """A request that can't be served: the sentence, and the HTTP status."""
+
+    def __init__(self, message: str, status: int = 400):
+        super().__init__(message)
+        self.status = status
+
+
+class Worker(threading.Thread):
+    """The thread that runs the engine: it does what the others ask for between two steps, and hands out the events."""
+
+    def __init__(self, engine: Engine):
+        super().__init__(daemon=True, name="engine")
+        self.engine = engine
+        self.asked: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self.waiting: dict[Running, queue.SimpleQueue[Event | Exception]] = {}
+
+    def submit(self, ids: list[int], options: Options, seeds: list[tuple[int, int]]) -> "Samples":
+        """Raises: ValueError, as `Engine.submit`."""
+        events: queue.SimpleQueue = queue.SimpleQueue()
+
+        def enter():
+            try:
+                made = self.engine.submit(ids, options, seeds)
+                self.waiting |= dict.fromkeys(made, events)
+                events.put(made)
+            except Exception as error:
+                events.put(error)
+
+        self.asked.put(enter)
+        if isinstance(made := events.get(), Exception):
+            raise made
+        return Samples(made, events)
+
+    def cancel(self, sequences: list[Running]) -> None:
+        def end():
+            for sequence in sequences:
+                self.waiting.pop(sequence, None)
+                self.engine.cancel(sequence)
+
+        self.asked.put(end)
+
+    def run(self) -> None:
+        while True:
+            while not self.engine.busy or not self.asked.empty():
+                if (action := self.asked.get()) is None:
+                    return
+                action()
+            try:
+                for event in self.engine.step():
+                    self.waiting[event.sequence].put(event)
+                    if event.finish_reason:
+                        del self.waiting[event.sequence]
+            except Exception as error:  # these requests fail; the next ones may be served
+                for sequence, events in self.waiting.items():
+                    self.engine.cancel(sequence)
+                    events.put(error)
+                self.waiting.clear()
+
+
+@dataclass
+class Samples:
+    """The sequences of one request, and their events as they come."""
+
+    sequences: list[Running]
+    queue: "queue.SimpleQueue[Event | Exception]"
+
+    def events(self, connection: socket.socket) -> Iterator[Event]:
+        """Until all have ended. Raises: ConnectionError where the client has gone; RequestError of the engine's."""
+        left = len(self.sequences)
+        while left:
+            try:
+                event = self.queue.get(timeout=0.2)
+            except queue.Empty:
+                event = None
+            if gone(connection):
+                raise ConnectionResetError("the client has gone")
+            if isinstance(event, Exception):
+                raise RequestError(f"generation failed: {type(event).__name__}: {event}", 500)
+            if event is not None:
+                yield event
+                left -= bool(event.finish_reason)
+
+
+def gone(connection: socket.socket) -> bool:
+    """Whether the other side has closed the connection."""
+    try:
+        readable, _, _ = select.select([connection], [], [], 0)
+        return bool(readable) and not connection.recv(1, socket.MSG_PEEK)
+    except OSError:
+        return True
+
+
+# Requests -------------------------------------------------------------------------------------------------------------
+
+NUMBER, WHOLE, FLAG, TEXT = (int, float), (int,), (bool,), (str,)
+FIELDS: dict[str, tuple[type, ...]] = {
+    "model": TEXT, "messages": (list,), "prompt": (str, list), "max_tokens": WHOLE, "max_completion_tokens": WHOLE,
+    "temperature": NUMBER, "top_k": WHOLE, "top_p": NUMBER, "min_p": NUMBER, "repetition_penalty": NUMBER,
+    "presence_penalty": NUMBER, "no_repeat_ngram": WHOLE, "logit_bias": (dict,), "stop": (str, list), "n": WHOLE,
+    "seed": WHOLE, "stream": FLAG, "stream_options": (dict,), "logprobs": (bool, int), "user": TEXT,
+}  # fmt: skip
+MOST_SAMPLES = 64
+
+
+@dataclass
+class Asked:
+    """What one request wants."""
+
+    chat: bool
+    prompts: list[list[int]]
+    options: Options
+    n: int
+    seed: int
+    stream: bool
+    usage: bool  # also at the end of a stream
+    logprobs: bool
+
+
+def read_request(body: Any, chat: bool, tokenizer: Tokenizer, sampling: SamplingConfig) -> Asked:
+    """Raises: RequestError, UserError or ValueError for a request that can't be served."""
+    if not isinstance(body, dict):
+        raise RequestError("the request's body must be a JSON object")
+    for name, value in list(body.items()):
+        if name not in FIELDS or name == ("prompt" if chat else "messages"):
+            guess = nearest(name, list(FIELDS))
+            raise RequestError(f"unknown field {name!r}" + (f"; did you mean {guess}?" if guess else ""))
+        if value is None:
+            del body[name]
+        elif not isinstance(value, FIELDS[name]) or (isinstance(value, bool) and bool not in FIELDS[name]):
+            kinds = " or ".join(kind.__name__ for kind in FIELDS[name])
+            raise RequestError(f"{name} must be {kinds}, not {json.dumps(value)[:40]}")
+    n, stop = body.get("n", 1), body.get("stop", sampling.stop)
+    if not 1 <= n <= MOST_SAMPLES:
+        raise RequestError(f"n={n} must be from 1 to {MOST_SAMPLES}")
+    given = {f.name: body[f.name] for f in fields(Options) if f.name in body}
+    given["max_tokens"] = body.get("max_completion_tokens", body.get("max_tokens", sampling.max_tokens))
+    given["stop"] = [stop] if isinstance(stop, str) else stop
+    try:
+        given["logit_bias"] = {int(token): float(bias) for token, bias in body.get("logit_bias", {}).items()}
+    except (TypeError, ValueError):
+        raise RequestError('logit_bias must give numbers for token ids, as in {"42": -1.5}') from None
+    options = replace(sampling.options(stop_ids(tokenizer)), **given)
+    seed = body.get("seed", secrets.randbits(63))
+    if not 0 <= seed < 1 << 64:
+        raise RequestError(f"seed={seed} must be from 0 to 2^64 - 1")
+    usage = bool(body.get("stream_options", {}).get("include_usage"))
+    prompts = read_prompts(body, chat, tokenizer)
+    logprobs = body.get("logprobs", False)
+    return Asked(chat, prompts, options, n, seed, body.get("stream", False), usage, logprobs is not False)
+
+
+def read_prompts(body: dict[str, Any], chat: bool, tokenizer: Tokenizer) -> list[list[int]]:
+    if chat:
+        messages = body.get("messages")
+        if not messages or not all(isinstance(m, dict) for m in messages):
+            raise RequestError('messages must be a list of {"role", "content"}')
+        return [render(tokenizer, messages, generation_prompt=True).ids]
+    prompts = body.get("prompt", "")
+    prompts = [prompts] if isinstance(prompts, str) or all(isinstance(x, int) for x in prompts) else prompts
+    found = []
+    for prompt in prompts:
+        if isinstance(prompt, str):
+            prompt = tokenizer.encode(prompt, bos=tokenizer.adds_bos)
+        if not isinstance(prompt, list) or not all(isinstance(x, int) for x in prompt):
+            raise RequestError("prompt must be text, a list of token ids, or a list of these")
+        found.append(prompt)
+    return found
+
+
+# Answers --------------------------------------------------------------------------------------------------------------
+
+
+class Server(ThreadingHTTPServer):
+    """Listens once made. Raises: UserError where the address can't be had."""
+
+    daemon_threads = True
+
+    def __init__(self, config: Config, model: Transformer, tokenizer: Tokenizer):
+        sampling = config.sampling
+        pages = sampling.pages(model) or cache_pages(sampling.max_batch, model.config.max_positions)
+        self.tokenizer, self.sampling, self.name = tokenizer, sampling, config.model
+        self.worker = Worker(Engine(model, pages, sampling.max_batch, tokenizer.incremental))
+        try:
+            super().__init__((config.host, config.port), Handler)
+        except OSError as error:
+            raise UserError(f"host={config.host}, port={config.port}: {error.strerror}") from None
+        self.worker.start()
+
+    def close(self) -> None:
+        self.server_close()
+        self.worker.asked.put(None)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A client that has gone is no news; anything else is, in a line."""
+        error = sys.exception()
+        if not isinstance(error, (ConnectionError, TimeoutError)):
+            print(f"{client_address[0]}: {type(error).__name__}: {error}", file=sys.stderr)
+
+
+class Handler(BaseHTTPRequestHandler):
+    """One connection."""
+
+    server: Server
+    protocol_version = "HTTP/1.1"
+    server_version = "tritium"
+    timeout = PATIENCE
+    started = False  # whether the status line has gone out
+
+    def log_message(self, *args: Any) -> None:
+        """Not a line for each request."""
+
+    def do_GET(self) -> None:
+        if self.path.partition("?")[0].rstrip("/") == "/v1/models":
+            model = {"id": self.server.name, "object": "model", "created": 0, "owned_by": "tritium"}
+            self.send(200, {"object": "list", "data": [model]})
+        else:
+            self.send_failure(f"there is no {self.path}: GET /v1/models", 404)
+
+    def do_POST(self) -> None:
+        self.started = False
+        path = self.path.partition("?")[0].rstrip("/")
+        try:
+            body = self.read_body()
+            if path not in ("/v1/chat/completions", "/v1/completions"):
+                raise RequestError(f"there is no {self.path}: POST /v1/chat/completions or /v1/completions", 404)
+            asked = read_request(body, "chat" in path, self.server.tokenizer, self.server.sampling)
+            self.answer(asked)
+        except (RequestError, UserError, ValueError) as error:
+            self.send_failure(str(error), getattr(error, "status", 400))
+
+    def read_body(self) -> Any:
+        """Raises: RequestError for a body that isn't JSON, or is too long."""
+        length = self.headers.get("Content-Length", "")
+        if not length.isdecimal() or int(length) > LONGEST_BODY:
+            self.close_connection = True  # what follows can't be told from a next request
+            raise RequestError(f"Content-Length: {length or 'none'}; up to {LONGEST_BODY} bytes are wanted", 413)
+        try:
+            return json.loads(self.rfile.read(int(length)))
+        except (ValueError, RecursionError) as error:
+            raise RequestError(f"the request's body is not JSON: {error}") from None
+
+    def answer(self, asked: Asked) -> None:
+        """Raises: ValueError where a prompt is impossible; ConnectionError where the client has gone."""
+        worker, made, choices = self.server.worker, [], []
+        head = {
+            "id": f"cmpl-{secrets.token_hex(8)}",
+            "object": "chat.completion" if asked.chat else "text_completion",
+            "created": int(time.time()),
+            "model": self.server.name,
+        }
+        try:
+            for i, ids in enumerate(asked.prompts):
+                made.append(worker.submit(ids, asked.options, [(asked.seed, i * asked.n + j) for j in range(asked.n)]))
+            if asked.stream:
+                self.stream(asked, made, head)
+                return
+            for samples in made:
+                spent = [event for event in samples.events(self.connection)]
+                choices += [self.choice(asked, s, spent) for s in samples.sequences]
+        finally:
+            worker.cancel([s for samples in made for s in samples.sequences])  # nothing, where all have ended
+        numbered = [{"index": i, **choice} for i, choice in enumerate(choices)]
+        self.send(200, {**head, "choices": numbered, "usage": usage(asked, made)})
+
+    def choice(self, asked: Asked, sequence: Running, events: list[Event]) -> dict[str, Any]:
+        text, reason = sequence.text.shown, REASONS[sequence.completion.finish_reason]
+        said = {"message": {"role": "assistant", "content": text}} if asked.chat else {"text": text}
+        own = [event for event in events if event.sequence is sequence]
+        return {**said, "finish_reason": reason, "logprobs": self.logprobs(asked, own)}
+
+    def logprobs(self, asked: Asked, events: list[Event]) -> dict[str, Any] | None:
+        if not asked.logprobs:
+            return None
+        pieces, values = [self.server.tokenizer.piece(e.token) for e in events], [e.logp for e in events]
+        if not asked.chat:
+            return {"tokens": pieces, "token_logprobs": values, "top_logprobs": None}
+        return {
+            "content": [{"token": t, "logprob": p, "top_logprobs": []} for t, p in zip(pieces, values, strict=True)]
+        }
+
+    def stream(self, asked: Asked, made: list[Samples], head: dict[str, Any]) -> None:
+        """Server-sent events, a prompt's samples as they come; what goes wrong on the way is an event, too."""
+        self.send_response(200)
+        self.send_header("Content-Type", "text/event-stream")
+        self.send_header("Cache-Control", "no-cache")
+        self.send_header("Connection", "close")  # the end of the stream
+        self.end_headers()
+        self.started = self.close_connection = True
+        head["object"] += ".chunk" * asked.chat
+        first = 0
+        for samples in made:
+            places = {sequence: first + i for i, sequence in enumerate(samples.sequences)}
+            first += len(places)
+            for place in places.values() if asked.chat else ():
+                self.send_event({**head, "choices": [chunk(place, {"delta": {"role": "assistant", "content": ""}})]})
+            for event in samples.events(self.connection):
+                said = {"delta": {"content": event.text}} if asked.chat else {"text": event.text}
+                reason = REASONS.get(event.finish_reason)
+                found = chunk(places[event.sequence], said, reason) | {"logprobs": self.logprobs(asked, [event])}
+                self.send_event({**head, "choices": [found]})
+        if asked.usage:
+            self.send_event({**head, "choices": [], "usage": usage(asked, made)})
+        self.wfile.write(b"data: [DONE]\n\n")
+
+    def send_event(self, value: dict[str, Any]) -> None:
+        self.wfile.write(b"data: " + json.dumps(value, ensure_ascii=False).encode() + b"\n\n")
+        self.wfile.flush()
+
+    def send_failure(self, message: str, status: int) -> None:
+        error = {"error": {"message": message, "type": "server_error" if status >= 500 else "invalid_request_error"}}
+        if self.started:
+            self.send_event(error)
+        else:
+            self.send(status, error)
+
+    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
+        """What the base class says of malformed HTTP and of methods that are not here."""
+        self.close_connection = True
+        self.send_failure(message or "this is no HTTP request", code)
+
+    def send(self, status: int, value: dict[str, Any]) -> None:
+        body = json.dumps(value, ensure_ascii=False).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+
+REASONS = {"stop": "stop", "length": "length", "context": "length", "cancelled": "stop"}
+
+
+def chunk(index: int, said: dict[str, Any], reason: str | None = None) -> dict[str, Any]:
+    return {"index": index, **said, "finish_reason": reason}
+
+
+def usage(asked: Asked, made: list[Samples]) -> dict[str, int]:
+    prompt = sum(map(len, asked.prompts))
+    answer = sum(len(s.completion.tokens) for samples in made for s in samples.sequences)
+    return {"prompt_tokens": prompt, "completion_tokens": answer, "total_tokens": prompt + answer}
+
+
+if __name__ == "__main__":
+    from tritium.stages.cli import run_stage
+
+    raise SystemExit(run_stage("serve"))

@@ -1,0 +1,75 @@
+"""Rollouts that call a tool: what the model wrote stays, what the tool said is not learned."""
+
+import numpy as np
+import pytest
+import torch
+
+from tritium.core.chat import render, stop_ids
+from tritium.core.rewards import Score
+from tritium.core.rollout import Problem, SamplingConfig, roll_out, sample_document
+from tritium.core.tokenizer import Tokenizer
+from tritium.core.tools import find_call, observation_ids
+from tritium.model.hf import load
+
+pytestmark = pytest.mark.usefixtures("quick")
+
+
+@pytest.mark.parametrize(
+    ("text", "call"),
+    [
+        ("4", None),
+        ("<tool_call>print(1)</tool_call>", "print(1)"),
+        ('So <tool_call>\n{"name": "python", "arguments": {"code": "1 + 1"}}\n</tool_call>\n', "1 + 1"),
+        ('<tool_call>{"name": "x", "arguments": {"q": 3}}</tool_call>', "3"),
+        ('<tool_call>{"arguments": {}}</tool_call>', '{"arguments": {}}'),
+        ("<tool_call>a</tool_call> and so the answer is 4", None),
+        ("<tool_call>unfinished", None),
+    ],
+)
+def test_calls_are_found_at_the_end_of_a_turn(text, call):
+    assert find_call(text) == call
+
+
+def test_an_observation_is_a_turn_of_the_models_format(tiny):
+    tokenizer = Tokenizer.load(tiny.model)
+    turns = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}, {"role": "tool", "content": "12"}]
+    whole = render(tokenizer, turns, generation_prompt=True).ids
+    before = render(tokenizer, turns[:2]).ids
+    end = max(i for i, t in enumerate(before) if t in stop_ids(tokenizer))
+    assert whole == before[: end + 1] + observation_ids(tokenizer, "12")
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_rollout_with_a_tool(tiny, monkeypatch, fails):
+    """The tiny model can't write a call: every turn that it ends counts as one here."""
+    tokenizer, model = Tokenizer.load(tiny.model), load(tiny.model, torch.float32)
+    monkeypatch.setattr("tritium.core.tools.find_call", lambda text: text)
+    asked = []
+
+    def tool(code: str) -> str:
+        asked.append(code)
+        if fails:
+            raise RuntimeError("no sandbox")
+        return "12"
+
+    ids = render(tokenizer, [{"role": "user", "content": "1 + 2"}], generation_prompt=True).ids
+    problem = Problem(0, [{"role": "user", "content": "1 + 2"}], ids, "3")
+    judge = lambda ids, text, **_: Score(1.0)  # noqa: E731
+    sampling = SamplingConfig(max_tokens=30, temperature=2.0)
+    rollout = roll_out(model, tokenizer, [problem], judge, sampling, n=40, tool=tool, max_calls=1)
+    said = observation_ids(tokenizer, "RuntimeError: no sandbox" if fails else "12")
+    used = [s for s in rollout.samples if 0.0 in s.completion.weights]
+    cut = [s for s in rollout.samples if s.completion.finish_reason == "context"]  # no room for what the tool said
+    assert used and len(used) <= len(asked) <= len(used) + len(cut)
+    for sample in used:
+        completion = sample.completion
+        weights = np.array(completion.weights)
+        silent = np.flatnonzero(weights == 0)
+        assert [completion.tokens[i] for i in silent] == said and silent[-1] - silent[0] == len(said) - 1
+        assert completion.tokens[silent[0] - 1] in stop_ids(tokenizer)
+        document = sample_document(sample, {})
+        assert document.weights.tolist() == [0.0] * len(ids) + completion.weights
+        assert document.ids.tolist() == ids + completion.tokens
+        logps = model.logits(torch.tensor(ids + completion.tokens)).detach().log_softmax(-1)[len(ids) - 1 : -1]
+        expected = logps.gather(1, torch.tensor(completion.tokens)[:, None])[:, 0].numpy() * weights
+        np.testing.assert_allclose(completion.logps, expected, rtol=0, atol=2e-5)

@@ -1,0 +1,221 @@
+"""A real server on localhost: what clients ask, ask wrongly, and leave unread; and files of prompts."""
+
+import http.client
+import json
+import socket
+import threading
+import time
+
+import pytest
+
+from tritium.core.config import UserError
+from tritium.core.setup import load_model, load_tokenizer
+from tritium.parallel.mesh import Mesh
+from tritium.stages import generate, serve
+
+pytestmark = pytest.mark.usefixtures("quick")
+
+
+@pytest.fixture(scope="module")
+def server(tiny):
+    config = serve.Config(model=tiny.model, port=0, dtype="fp32")
+    model = load_model(tiny.model, "fp32", Mesh.single(), frozen=True)
+    running = serve.Server(config, model, load_tokenizer(tiny.model, model))
+    threading.Thread(target=running.serve_forever, daemon=True).start()
+    yield running
+    running.shutdown()
+    running.close()
+
+
+def ask(server, path: str, body, method: str = "POST") -> tuple[int, dict]:
+    connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=60)
+    connection.request(method, path, body if isinstance(body, (str, type(None))) else json.dumps(body))
+    response = connection.getresponse()
+    found = response.status, json.loads(response.read())
+    connection.close()
+    return found
+
+
+def stream(server, path: str, body) -> list:
+    connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=60)
+    connection.request("POST", path, json.dumps(body | {"stream": True}))
+    response = connection.getresponse()
+    assert response.status == 200 and response.headers["Content-Type"] == "text/event-stream"
+    lines = [line.removeprefix("data: ") for line in response.read().decode().split("\n\n") if line]
+    connection.close()
+    assert lines.pop() == "[DONE]"
+    return [json.loads(line) for line in lines]
+
+
+CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
+HELLO = [{"role": "user", "content": "What is 1 + 2?"}]
+
+
+def test_chat_completions_and_their_streams_say_the_same(server):
+    body = {"messages": HELLO, "max_tokens": 12, "seed": 4, "n": 2, "logprobs": True}
+    status, whole = ask(server, CHAT, body)
+    assert status == 200 and whole["object"] == "chat.completion" and len(whole["choices"]) == 2
+    chunks = stream(server, CHAT, body | {"stream_options": {"include_usage": True}})
+    assert chunks[-1]["usage"] == whole["usage"] and whole["usage"]["completion_tokens"] > 2
+    for i, choice in enumerate(whole["choices"]):
+        own = [c["choices"][0] for c in chunks[:-1] if c["choices"][0]["index"] == i]
+        assert own[0]["delta"]["role"] == "assistant"
+        assert "".join(c["delta"]["content"] for c in own) == choice["message"]["content"]
+        assert own[-1]["finish_reason"] == choice["finish_reason"] in ("stop", "length")
+        logprobs = [x["logprob"] for c in own[1:] for x in c["logprobs"]["content"]]
+        assert logprobs == pytest.approx([x["logprob"] for x in choice["logprobs"]["content"]], abs=1e-5)
+        assert len(logprobs) >= 1 and max(logprobs) <= 0
+
+
+def test_text_completions_take_texts_and_ids(server):
+    ids = server.tokenizer.encode("1 + 2", bos=server.tokenizer.adds_bos)
+    body = {"max_tokens": 6, "temperature": 0}
+    status, found = ask(server, TEXT, body | {"prompt": ["1 + 2", "7"]})
+    assert status == 200 and [c["index"] for c in found["choices"]] == [0, 1]
+    for prompt in (ids, [ids]):
+        assert ask(server, TEXT, body | {"prompt": prompt})[1]["choices"][0]["text"] == found["choices"][0]["text"]
+    stop = found["choices"][0]["text"][1:3]
+    shorter = ask(server, TEXT, body | {"prompt": ids, "stop": stop})[1]["choices"][0]
+    assert shorter["finish_reason"] == "stop" and stop not in shorter["text"]
+
+
+def test_models_are_listed(server):
+    assert ask(server, "/v1/models", None, "GET")[1]["data"][0]["id"] == server.name
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status", "words"),
+    [
+        (CHAT, "{not json", 400, "not JSON"),
+        (CHAT, "[" * 100_000, 400, "not JSON"),
+        (CHAT, [1], 400, "must be a JSON object"),
+        (CHAT, {"messages": HELLO, "temprature": 1}, 400, "unknown field 'temprature'; did you mean temperature?"),
+        (CHAT, {"messages": HELLO, "prompt": "a"}, 400, "unknown field 'prompt'"),
+        (CHAT, {"messages": HELLO, "temperature": "hot"}, 400, "temperature must be int or float"),
+        (CHAT, {"messages": HELLO, "temperature": -1}, 400, "temperature=-1 must be at least 0"),
+        (CHAT, {"messages": HELLO, "max_tokens": True}, 400, "max_tokens must be int"),
+        (CHAT, {"messages": HELLO, "n": 1000}, 400, "n=1000"),
+        (CHAT, {"messages": HELLO, "logit_bias": {"a": 1}}, 400, "logit_bias must give numbers"),
+        (CHAT, {"messages": HELLO, "logit_bias": {"99999": 1}}, 400, "there is no token 99999"),
+        (CHAT, {"messages": HELLO, "stop": [1]}, 400, "stop"),
+        (CHAT, {"messages": [{"role": "king", "content": "x"}]}, 400, "unknown role 'king'"),
+        (CHAT, {"messages": ["x"]}, 400, "messages must be a list"),
+        (CHAT, {}, 400, "messages must be a list"),
+        (TEXT, {"prompt": ""}, 400, "the prompt is empty"),
+        (TEXT, {"prompt": [1] * 100}, 400, "the prompt has 100 tokens; the model's context is 96"),
+        (TEXT, {"prompt": [-1]}, 400, "the vocabulary has"),
+        (TEXT, {"prompt": [[1], {}]}, 400, "prompt must be text"),
+        ("/v1/completion", {}, 404, "there is no /v1/completion"),
+    ],
+)
+def test_what_cannot_be_served_gets_a_sentence_and_others_go_on(server, path, body, status, words):
+    found, error = ask(server, path, body)
+    assert found == status and words in error["error"]["message"]
+    assert ask(server, TEXT, {"prompt": "1", "max_tokens": 1})[0] == 200
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b"no http at all\r\n\r\n",
+        b"GET /v1/models HTTP/9.9\r\n\r\n",
+        b"POST /v1/completions HTTP/1.1\r\n\r\n",
+        b"POST /v1/completions HTTP/1.1\r\nContent-Length: -5\r\n\r\n",
+        b"POST /v1/completions HTTP/1.1\r\nContent-Length: 99999999999\r\n\r\n",
+        b"DELETE /v1/models HTTP/1.1\r\n\r\n",
+        b"POST /v1/completions HTTP/1.1\r\n" + b"X: y\r\n" * 200 + b"\r\n",
+    ],
+)
+def test_malformed_http_gets_an_error_in_json(server, raw):
+    with socket.create_connection(("127.0.0.1", server.server_port), timeout=60) as client:
+        client.sendall(raw)
+        answer = b"".join(iter(lambda: client.recv(65536), b""))
+    head, _, body = answer.partition(b"\r\n\r\n") if answer.startswith(b"HTTP") else (b" 400 ", b"", answer)
+    assert b" 4" in head or b" 50" in head
+    assert json.loads(body)["error"]["message"]
+
+
+@pytest.mark.parametrize("streaming", [True, False])
+def test_a_client_that_goes_away_ends_its_own_request_only(server, streaming):
+    engine, slow = server.worker.engine, threading.Event()
+    step = engine.step
+    engine.step = lambda: slow.wait(0.02) or step()  # slow enough to leave in the middle
+    try:
+        other: list = []
+        thread = threading.Thread(target=lambda: other.append(ask(server, TEXT, {"prompt": "1", "max_tokens": 60})))
+        client = socket.create_connection(("127.0.0.1", server.server_port), timeout=60)
+        body = json.dumps({"prompt": "2", "max_tokens": 90, "n": 3, "stream": streaming, "logit_bias": {"2": -100}})
+        client.sendall(f"POST {TEXT} HTTP/1.1\r\nContent-Length: {len(body)}\r\n\r\n{body}".encode())
+        if streaming:
+            assert client.recv(64)
+        thread.start()
+        deadline = time.monotonic() + 30
+        while len(engine.running) < 4 and time.monotonic() < deadline:
+            slow.wait(0.005)
+        client.close()
+        while len(engine.running) > 1 and time.monotonic() < deadline:
+            slow.wait(0.005)
+        left = len(engine.running)
+        thread.join(60)
+    finally:
+        engine.step = step
+    assert left <= 1 and other[0][0] == 200
+
+
+def test_a_failing_engine_fails_the_request_and_not_the_server(server, monkeypatch):
+    engine = server.worker.engine
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "decode", lambda: 1 / 0)
+        status, found = ask(server, TEXT, {"prompt": "123", "max_tokens": 4})
+    assert status == 500 and "ZeroDivisionError" in found["error"]["message"]
+    assert ask(server, TEXT, {"prompt": "123", "max_tokens": 4})[0] == 200
+
+
+def test_requests_advance_together(server):
+    engine, most = server.worker.engine, []
+    step = engine.step
+    engine.step = lambda: (time.sleep(0.01), step(), most.append(len(engine.running)))[1]
+    try:
+        threads = [
+            threading.Thread(target=ask, args=(server, TEXT, {"prompt": "1", "max_tokens": 40, "seed": i}))
+            for i in range(6)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+    finally:
+        engine.step = step
+    assert max(most) > 1
+
+
+def test_a_port_in_use_is_a_sentence(server, tiny):
+    with pytest.raises(UserError, match=f"port={server.server_port}: Address already in use"):
+        serve.Server(
+            serve.Config(model=tiny.model, port=server.server_port), server.worker.engine.model, server.tokenizer
+        )
+
+
+# Files ----------------------------------------------------------------------------------------------------------------
+
+
+def test_a_file_of_prompts_becomes_a_file_of_answers_in_order_and_goes_on(tiny, tmp_path):
+    rows = [{"prompt": f"{i} + 1", "id": i} for i in range(5)]
+    rows += [{"messages": HELLO}, {"question": "What is 3 + 4?"}, {"nothing": 1}, {"prompt": "1 " * 200}]
+    (source := tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = generate.Config(model=tiny.model, sources=[str(source)], out=str(tmp_path / "a" / "out.jsonl"), n=2)
+    config.sampling.max_tokens, config.sampling.max_batch, config.dtype, config.logprobs = 6, 3, "fp32", True
+    result = generate.train(config)
+    text = (tmp_path / "a" / "out.jsonl").read_text()
+    found = [json.loads(line) for line in text.splitlines()]
+    assert [{k: v for k, v in row.items() if k not in ("answers", "error")} for row in found] == rows
+    assert all(len(row["answers"]) == 2 and row["answers"][0]["text"] is not None for row in found[:7])
+    assert 'needs "prompt"' in found[7]["error"] and "the model's context is 96" in found[8]["error"]
+    assert result.metrics["answers"] == 7 and result.metrics["failed"] == 2
+    for cut in (0, len(text) // 2, len(text)):  # in the middle of a line
+        (tmp_path / "a" / "out.jsonl").write_text(text[:cut])
+        generate.train(config)
+        again = [json.loads(line) for line in (tmp_path / "a" / "out.jsonl").read_text().splitlines()]
+        assert [[a["text"] for a in row.get("answers", [])] for row in again] == [
+            [a["text"] for a in row.get("answers", [])] for row in found
+        ]
