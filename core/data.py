@@ -15,27 +15,22 @@ import math
 import os
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import lru_cache
-from itertools import count
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
 from tritium.core.batch import Document, Group, PackedBatch, pack, plan_bins
-from tritium.core.chat import THINKING, render
+from tritium.core.chat import THINKING
 from tritium.core.code import fill_in_the_middle, hole_markers
 from tritium.core.config import ConfigError, UserError, opt
 from tritium.core.formats import (
     DataError,
     RecordError,
     Skipped,
-    conversation,
-    feedback,
     fill,
-    preference,
-    ranking,
     read_documents,
     read_records,
 )
@@ -301,97 +296,6 @@ def fit(group: Group, context: int, on_overlong: str) -> Group:
     if any(not d.weights[1:].any() for d in group):
         raise RecordError("a record without a supervised token within the context")
     return group
-
-
-def conversation_group(tokenizer: Tokenizer, config: DataConfig | None = None) -> Callable[[dict], Group]:
-    """record → the conversation, every assistant turn supervised; or, by `config.turns`, its last, or each alone."""
-    config = config or DataConfig()
-
-    def convert(record: dict) -> Group:
-        messages = conversation(record)
-        rendered = [chat_document(tokenizer, m, config.thinking) for m in chosen_turns(messages, config.turns)]
-        return [normalized(document, config.normalize) for document in rendered]
-
-    return convert
-
-
-def chosen_turns(messages: list[dict], turns: str) -> list[list[dict]]:
-    """The conversation as it is ("all"), with its last answer alone to learn, or up to each answer ("unrolled")."""
-    if turns == "all":
-        return [messages]
-    learned = [i for i, m in enumerate(messages) if m["role"] == "assistant" and m.get("weight", 1)]
-    if turns == "last":
-        return [[*silent(messages[: learned[-1]]), messages[learned[-1]]]] if learned else [messages]
-    return [[*silent(messages[:i]), messages[i]] for i in learned]
-
-
-def silent(messages: Sequence[dict]) -> list[dict]:
-    """The messages, their answers read but not learned."""
-    return [m | {"weight": 0.0} if m["role"] == "assistant" else m for m in messages]
-
-
-def normalized(document: Document, by: str) -> Document:
-    """The document with weights that sum, over each turn or over all of it, to what they were on average."""
-    weights, learned = document.weights, document.weights > 0
-    if by == "token" or not learned.any():
-        return document
-    if by == "sequence":
-        return replace(document, weights=weights / np.float32(learned.sum()))
-    edges = np.flatnonzero(np.diff(learned.astype(np.int8), prepend=0, append=0))  # a turn: a run of learned tokens
-    weights = weights.copy()
-    for start, end in zip(edges[::2], edges[1::2], strict=True):
-        weights[start:end] /= np.float32(end - start)
-    return replace(document, weights=weights)
-
-
-def preference_group(tokenizer: Tokenizer) -> Callable[[dict], Group]:
-    """record → [chosen, rejected], only the last answer supervised."""
-
-    def convert(record: dict) -> Group:
-        prompt, chosen, rejected = preference(record)
-        return [answer_document(tokenizer, prompt, answer) for answer in (chosen, rejected)]
-
-    return convert
-
-
-def ranking_group(tokenizer: Tokenizer) -> Callable[[dict], Group]:
-    """record → its answers, best first; `rank` per sequence counts from 0, equal answers have the same."""
-
-    def convert(record: dict) -> Group:
-        prompt, levels = ranking(record)
-        documents = []
-        for rank, answers in enumerate(levels):
-            for answer in answers:
-                documents.append(answer_document(tokenizer, prompt, answer))
-                documents[-1].fields["rank"] = float(rank)
-        return documents
-
-    return convert
-
-
-def feedback_group(tokenizer: Tokenizer) -> Callable[[dict], Group]:
-    """record → its answer, or both of its pair; `good` and `index`, the place among all, per sequence."""
-    places = count()
-
-    def convert(record: dict) -> Group:
-        prompt, answers = feedback(record)
-        documents = []
-        for answer, good in answers:
-            documents.append(answer_document(tokenizer, prompt, answer))
-            documents[-1].fields |= {"good": float(good), "index": float(next(places))}
-        return documents
-
-    return convert
-
-
-def chat_document(tokenizer: Tokenizer, messages: list[dict], thinking: str = "") -> Document:
-    rendered = render(tokenizer, messages, thinking=thinking)
-    return Document(np.array(rendered.ids, np.int32), np.array(rendered.weights, np.float32))
-
-
-def answer_document(tokenizer: Tokenizer, prompt: list[dict], answer: str) -> Document:
-    """The prompt, its earlier answers included, at weight 0; `answer` at weight 1."""
-    return chat_document(tokenizer, [*silent(prompt), {"role": "assistant", "content": answer}])
 
 
 # ---------------------------------------------------------------------------------------------- bins

@@ -8,6 +8,8 @@
     preference     any of these (its answer left out, or ignored) with "chosen" and "rejected"; {"prompt", …} too
     ranking        the same with "ranked": a list of answers, best first; answers of equal worth as a list in the list
     feedback       the same with "completion" and "label": whether it is good
+    score          the same with "completion" and "score", in [0, 1]
+    steps          the same with "completions" and "labels": the steps of an answer, and whether each is right
     problem        {"question", "answer"}; the answer is what follows "####" where there is one; also the shapes of
                    SVAMP, MBPP and HumanEval, and {"question", "tests": [assert, …]} or {"question", "cases": [{"input",
                    "output"}, …]}, as in rewards/code.py
@@ -390,6 +392,24 @@ def feedback(record: dict) -> tuple[list[Message], list[tuple[str, bool]]]:
     if label not in (True, False):
         raise RecordError(f"a label that is neither true nor false: {label!r}")
     return open_prompt(record), [(answer_text(record.get("completion"), "completion"), bool(label))]
+
+
+def scored(record: dict) -> tuple[list[Message], str, float]:
+    """(prompt, answer, score in [0, 1]). Raises: RecordError."""
+    score = record.get("score")
+    if isinstance(score, bool) or not isinstance(score, int | float) or not 0 <= score <= 1:
+        raise RecordError(f"a score that is not a number in [0, 1]: {score!r}")
+    return open_prompt(record), answer_text(record.get("completion"), "completion"), float(score)
+
+
+def steps(record: dict) -> tuple[list[Message], list[tuple[str, bool]]]:
+    """(prompt, [(step, whether it is right)]). Raises: RecordError."""
+    texts, labels = record.get("completions"), record.get("labels")
+    if not isinstance(texts, list) or not isinstance(labels, list) or not texts or len(texts) != len(labels):
+        raise RecordError('a record without "completions" and "labels", two lists of the same length')
+    if any(label not in (True, False) for label in labels):
+        raise RecordError(f"a label that is neither true nor false: {labels}")
+    return open_prompt(record), [(required_text(t, "step"), bool(x)) for t, x in zip(texts, labels, strict=True)]
 
 
 def ranking(record: dict) -> tuple[list[Message], list[list[str]]]:

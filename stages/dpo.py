@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from torch import nn
 
 from tritium.core.config import REQUIRED, ConfigError, UserError, opt
-from tritium.core.data import DataConfig, feedback_group, open_records, preference_group
+from tritium.core.data import DataConfig, open_records
 from tritium.core.formats import Skipped
+from tritium.core.groups import feedback_group, preference_group
 from tritium.core.objectives import KTO, Preference
 from tritium.core.objectives.preference import LOSSES, REFERENCE_FREE, PairOptions
 from tritium.core.optim import OptimConfig

@@ -15,9 +15,10 @@ from torch import nn
 
 from tritium.core.batch import PackedBatch
 from tritium.core.config import REQUIRED, ConfigError, opt
-from tritium.core.data import Bins, DataConfig, conversation_group, record_sources, text_sources
+from tritium.core.data import Bins, DataConfig, record_sources, text_sources
 from tritium.core.experience import Experience, ProblemsConfig, ShapingConfig
 from tritium.core.formats import Skipped
+from tritium.core.groups import conversation_group
 from tritium.core.objectives.policy import PPO, adapted
 from tritium.core.optim import OptimConfig
 from tritium.core.reference import ReferenceConfig, open_policy

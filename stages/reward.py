@@ -1,35 +1,64 @@
-"""Reward models: learn to score answers from preference pairs, or from rankings.
+"""Reward models: learn to score answers from preference pairs, rankings, scores, or steps that are right or wrong.
 
     tritium reward --model=runs/sft/step-00000200 --data.sources=pairs.jsonl --run.out=runs/reward
     tritium reward --model=… --loss=listwise --data.sources=rankings.jsonl
 
+    pairwise     pairs (Bradley-Terry); a record may say its "margin"
+    listwise     rankings, which may hold equal answers (Plackett-Luce); all_pairs: their pairs
+    score        answers with a "score" in [0, 1], which σ of the model's approaches
+    process      the steps of an answer, each right or wrong: the model's value at a step's last token
+    comparison   pairs, both answers shown at once: the model says how far the first is better
+
 The score of an answer is read at its last token; it depends on nothing else in the batch.
 """
 
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from tritium.core.config import REQUIRED, opt
-from tritium.core.data import DataConfig, open_records, preference_group, ranking_group
+import torch
+
+from tritium.core.batch import PackedBatch
+from tritium.core.config import REQUIRED, ConfigError, opt
+from tritium.core.data import DataConfig, open_records
 from tritium.core.formats import Skipped
-from tritium.core.objectives import Listwise, Pairwise
+from tritium.core.groups import comparison_group, preference_group, ranking_group, score_group, step_group
+from tritium.core.objectives import Comparison, Listwise, Objective, Pairwise, Process, Scoring
 from tritium.core.optim import OptimConfig
 from tritium.core.schedule import ScheduleConfig
 from tritium.core.setup import FinetuneConfig, MeshConfig, load_model, load_tokenizer, start
 from tritium.core.trainer import Result, RunConfig, Trainer
 from tritium.model.heads import ScalarModel
+from tritium.parallel.data import all_reduce_counts
+
+KINDS: dict[str, tuple[Callable, str]] = {  # loss → what makes a group of a record, and what counts the groups
+    "pairwise": (preference_group, "pairs"),
+    "listwise": (ranking_group, "rankings"),
+    "all_pairs": (ranking_group, "rankings"),
+    "score": (score_group, "groups"),
+    "process": (step_group, "groups"),
+    "comparison": (comparison_group, "pairs"),
+}
 
 
 @dataclass
 class Config:
     model: str = opt(REQUIRED, "folder of the model to start from, with its tokenizer")
-    loss: str = opt("pairwise", "from pairs, or from rankings", choices=("pairwise", "listwise"))
+    loss: str = opt("pairwise", "what is learned from", choices=tuple(KINDS))
     centering: float = opt(0.01, "pairwise: weight of (chosen + rejected)², which keeps scores around 0")
-    data: DataConfig = opt(DataConfig, "preference pairs, or rankings")
+    label_smoothing: float = opt(0.0, "pairwise: share of labels taken to be wrong")
+    data: DataConfig = opt(DataConfig, "records of the form that the loss wants")
     optim: OptimConfig = opt(OptimConfig(lr=1e-4), "optimizer")
     schedule: ScheduleConfig = opt(ScheduleConfig, "learning rate over the run")
     run: RunConfig = opt(RunConfig, "the run itself")
     mesh: MeshConfig = opt(MeshConfig, "parallelism")
     finetune: FinetuneConfig = opt(FinetuneConfig, "what of the model is trained")
+
+    def __post_init__(self):
+        if not 0 <= self.label_smoothing < 0.5:
+            raise ConfigError(f"label_smoothing={self.label_smoothing} must be in [0, 0.5)")
+        if self.label_smoothing and self.loss != "pairwise":
+            raise ConfigError(f"label_smoothing={self.label_smoothing}: only --loss=pairwise knows wrong labels")
 
 
 def train(config: Config) -> Result:
@@ -39,13 +68,12 @@ def train(config: Config) -> Result:
     tokenizer = load_tokenizer(config.model, decoder, config.data.template)
     model = ScalarModel(decoder).initialize(config.run.seed)
     skipped = Skipped(config.data.on_error)
-    pairwise = config.loss == "pairwise"
-    convert = preference_group(tokenizer) if pairwise else ranking_group(tokenizer)
-    name = "pairs" if pairwise else "rankings"
+    make_convert, name = KINDS[config.loss]
+    convert = make_convert(tokenizer)
     bins, evaluation = open_records(config, convert, model.config.max_positions, mesh, skipped, name)
     trainer = Trainer(
         {"reward": model},
-        Pairwise(config.centering) if pairwise else Listwise(),
+        objective_of(config),
         config,
         mesh,
         name="reward",
@@ -59,7 +87,40 @@ def train(config: Config) -> Result:
         # ------------------------------------------------------------------------------------------------------
         trainer.step(batches)  # −log σ(r_chosen − r_rejected) / pairs, or Plackett-Luce / rankings
         # ------------------------------------------------------------------------------------------------------
+    if config.loss == "pairwise" and evaluation:
+        trainer.say(calibration(trainer, evaluation))
     return trainer.result()
+
+
+def objective_of(config: Config) -> Objective:
+    if config.loss == "pairwise":
+        return Pairwise(config.centering, config.label_smoothing)
+    if config.loss in ("listwise", "all_pairs"):
+        return Listwise(pairs=config.loss == "all_pairs")
+    return {"score": Scoring, "process": Process, "comparison": Comparison}[config.loss]()
+
+
+@torch.no_grad()
+def calibration(trainer: Trainer, batches: Sequence[PackedBatch]) -> str:
+    """A table of the held-out pairs by how sure the model is: σ|margin| says how often it should be right."""
+    sums: dict[str, float] = {}
+    objective = Pairwise()
+    with trainer.whole():
+        for batch in trainer.in_step(batches):
+            if not batch.sequences and trainer.mesh.zero < 3:
+                continue
+            margins = objective.outputs(trainer.networks, batch).view(-1, 2).diff(dim=1)[:, 0].neg().tolist()
+            for margin in margins:
+                sure = 1 / (1 + math.exp(-min(abs(margin), 50.0)))
+                bin = min(int(sure * 10), 9)
+                for key, value in (("n", 1.0), ("sure", sure), ("right", float(margin > 0))):
+                    sums[f"{bin} {key}"] = sums.get(f"{bin} {key}", 0.0) + value
+    sums = all_reduce_counts(sums, trainer.mesh)
+    lines = ["calibration on held-out pairs: how sure, how often right, how many"]
+    for bin in range(5, 10):
+        if n := sums.get(f"{bin} n"):
+            lines.append(f"  {sums[f'{bin} sure'] / n:6.1%} {sums[f'{bin} right'] / n:6.1%} {n:6.0f}")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

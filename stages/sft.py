@@ -9,8 +9,9 @@ documents are packed without padding and do not see each other. See core/formats
 from dataclasses import dataclass
 
 from tritium.core.config import REQUIRED, opt
-from tritium.core.data import DataConfig, conversation_group, open_records
+from tritium.core.data import DataConfig, open_records
 from tritium.core.formats import Skipped
+from tritium.core.groups import conversation_group
 from tritium.core.objectives import CrossEntropy
 from tritium.core.optim import OptimConfig
 from tritium.core.schedule import ScheduleConfig

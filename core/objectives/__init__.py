@@ -13,12 +13,21 @@ from tritium.core.objectives.base import (
 from tritium.core.objectives.likelihood import CrossEntropy
 from tritium.core.objectives.policy import ALGORITHMS, PPO, PolicyGradient
 from tritium.core.objectives.preference import KTO, PairOptions, Preference
-from tritium.core.objectives.reward import Listwise, Pairwise, RewardObjective, plackett_luce
+from tritium.core.objectives.reward import (
+    Comparison,
+    Listwise,
+    Pairwise,
+    Process,
+    RewardObjective,
+    Scoring,
+    plackett_luce,
+)
 
 __all__ = [
     "ALGORITHMS",
     "KTO",
     "PPO",
+    "Comparison",
     "CrossEntropy",
     "Listwise",
     "Loss",
@@ -29,7 +38,9 @@ __all__ = [
     "Pairwise",
     "Preference",
     "PolicyGradient",
+    "Process",
     "RewardObjective",
+    "Scoring",
     "Term",
     "plackett_luce",
     "sequence_sum",

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from tritium.core.batch import PackedBatch
 from tritium.kernels import segment_sum
@@ -68,3 +69,8 @@ def sequence_sum(values: Tensor, batch: PackedBatch) -> Tensor:
 def supervised(values: Tensor, batch: PackedBatch, like: Tensor) -> Tensor:
     """A per-token field [T] at the supervised tokens, [N], in the dtype of `like`."""
     return values.index_select(0, batch.supervised).to(like.dtype)
+
+
+def smoothed(logits: Tensor, smoothing: float) -> Tensor:
+    """−(1 − ε) log σ(x) − ε log σ(−x)"""
+    return -(1 - smoothing) * F.logsigmoid(logits) - smoothing * F.logsigmoid(-logits)

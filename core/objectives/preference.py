@@ -15,7 +15,16 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tritium.core.batch import Document, PackedBatch, pack
-from tritium.core.objectives.base import Loss, Metric, Networks, Objective, Term, sequence_sum, supervised_logprob
+from tritium.core.objectives.base import (
+    Loss,
+    Metric,
+    Networks,
+    Objective,
+    Term,
+    sequence_sum,
+    smoothed,
+    supervised_logprob,
+)
 from tritium.kernels.linear_logprob import LogProb
 from tritium.parallel.data import all_reduce_counts
 
@@ -50,11 +59,6 @@ class PairOptions:
 def difference(values: Tensor) -> Tensor:
     """Chosen − rejected: [pairs, 2] → [pairs]."""
     return values[:, 0] - values[:, 1]
-
-
-def smoothed(logits: Tensor, smoothing: float) -> Tensor:
-    """−(1 − ε) log σ(x) − ε log σ(−x)"""
-    return -(1 - smoothing) * F.logsigmoid(logits) - smoothing * F.logsigmoid(-logits)
 
 
 def dpo(pairs: Pairs, o: PairOptions) -> Tensor:

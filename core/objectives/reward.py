@@ -1,12 +1,13 @@
-"""Reward models: scores from pairs and rankings."""
+"""Reward models: scores from pairs, rankings, scores, and steps that are right or wrong."""
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from tritium.core.batch import PackedBatch
-from tritium.core.objectives.base import Loss, Metric, Networks, Objective, Term
+from tritium.core.objectives.base import Loss, Metric, Networks, Objective, Term, smoothed, supervised
 
 
 class RewardObjective(Objective):
@@ -18,44 +19,107 @@ class RewardObjective(Objective):
 
 @dataclass
 class Pairwise(RewardObjective):
-    """Bradley-Terry: −log σ(r_chosen − r_rejected) (Ouyang et al., arXiv 2203.02155, eq. 1).
+    """Bradley-Terry: −log σ(r_chosen − r_rejected − m) (Ouyang et al., arXiv 2203.02155, eq. 1).
 
-    Documents 2i and 2i+1 are the chosen and the rejected answer of pair i. `centering` · (r_c + r_r)² keeps the
-    scores around 0 (Eisenstein et al., arXiv 2312.09244).
+    Documents 2i and 2i+1 are the chosen and the rejected answer of pair i. The margin m is `fields["margin"]` of the
+    chosen one, where there is that field (Llama 2, arXiv 2307.09288, eq. 2). `centering` · (r_c + r_r)² keeps the
+    scores around 0 (Eisenstein et al., arXiv 2312.09244); a share `label_smoothing` of the labels is taken to be wrong.
     """
 
     centering: float = 0.0
+    label_smoothing: float = 0.0
 
     def loss(self, outputs: Tensor, batch: PackedBatch) -> Loss:
         chosen, rejected = outputs.view(-1, 2).unbind(-1)  # [pairs]
         margin = chosen - rejected
-        terms = {"loss": Term(-F.logsigmoid(margin).sum(), "pairs")}
+        wanted = batch.fields["margin"].view(-1, 2)[:, 0].to(margin.dtype) if "margin" in batch.fields else 0.0
+        terms = {"loss": Term(smoothed(margin - wanted, self.label_smoothing).sum(), "pairs")}
         if self.centering:
             terms["centering"] = Term((chosen + rejected).square().sum(), "pairs", self.centering)
-        metrics = {
-            "accuracy": Metric((margin > 0).sum().detach(), "pairs"),
-            "margin": Metric(margin.sum().detach(), "pairs"),
-        }
-        return terms, metrics
+        return terms, margin_metrics(margin)
 
 
-class Listwise(RewardObjective):
-    """Plackett-Luce over a ranking, best first: −Σ_k [r_k − log Σ_{j ≥ k} exp r_j] (Luce 1959; Cao et al. 2007).
+def margin_metrics(margin: Tensor) -> dict[str, Metric]:
+    return {"accuracy": Metric((margin > 0).sum().detach(), "pairs"), "margin": Metric(margin.sum().detach(), "pairs")}
 
-    `fields["rank"]` [S] counts from 0 in each ranking; documents of a ranking stand side by side, best first.
+
+class Comparison(RewardObjective):
+    """A model that sees both answers: −½ log σ(s(c, r)) − ½ log σ(−s(r, c)), s the log-odds that the first is better
+    (PairRM, Jiang et al., arXiv 2306.02561, section 3.2): both orders, so that no place is favoured.
+
+    Documents 2i and 2i+1 show pair i, the chosen answer first, then the rejected one first.
     """
 
     def loss(self, outputs: Tensor, batch: PackedBatch) -> Loss:
-        starts = (batch.fields["rank"] == 0).nonzero()[:, 0].tolist()
-        lists = [outputs[s:e] for s, e in zip(starts, [*starts[1:], len(outputs)], strict=True)]
-        losses = [plackett_luce(scores) for scores in lists]
-        best = [(scores[0] >= scores.max()).float() for scores in lists]
+        first, second = outputs.view(-1, 2).unbind(-1)  # [pairs]
+        losses = -(F.logsigmoid(first) + F.logsigmoid(-second)) / 2
+        return {"loss": Term(losses.sum(), "pairs")}, margin_metrics((first - second) / 2)
+
+
+class Scoring(RewardObjective):
+    """(σ(r) − s)², s in [0, 1] being `fields["score"]` [S]: a score that somebody gave."""
+
+    def loss(self, outputs: Tensor, batch: PackedBatch) -> Loss:
+        error = outputs.sigmoid() - batch.fields["score"].to(outputs.dtype)
+        return {"loss": Term(error.square().sum(), "sequences")}, {
+            "error": Metric(error.abs().sum().detach(), "sequences")
+        }
+
+
+class Process(Objective):
+    """Cross-entropy of each step being right, read at its last token (Lightman et al., arXiv 2305.20050, section 2.3).
+
+    The weights mark the last tokens of steps; `fields["label"]` [T] is 1 or 0 there.
+    """
+
+    def outputs(self, networks: Networks, batch: PackedBatch) -> Tensor:
+        values = networks["reward"].values(batch.tokens, batch.cu_seqlens, batch.positions)  # [T]
+        return values.index_select(0, batch.supervised)
+
+    def loss(self, outputs: Tensor, batch: PackedBatch) -> Loss:
+        labels = supervised(batch.fields["label"], batch, outputs)  # [N]
+        losses = F.binary_cross_entropy_with_logits(outputs, labels, reduction="sum")
+        right = ((outputs > 0) == (labels > 0)).to(outputs.dtype)
+        return {"loss": Term(losses, "tokens")}, {"accuracy": Metric(right.sum(), "tokens")}
+
+
+@dataclass
+class Listwise(RewardObjective):
+    """Plackett-Luce over a ranking, best first (`plackett_luce`); or with `pairs`, Bradley-Terry's mean over all its
+    pairs of unequal answers (Ouyang et al., eq. 1).
+
+    `fields["rank"]` [S] counts from 0 in each ranking, equal answers having the same; documents of a ranking stand
+    side by side, best first.
+    """
+
+    pairs: bool = False
+
+    def loss(self, outputs: Tensor, batch: PackedBatch) -> Loss:
+        ranks, one = batch.fields["rank"], plackett_luce
+        starts = [i for i, rank in enumerate(ranks.tolist()) if rank == 0 and (i == 0 or ranks[i - 1] != 0)]
+        spans = [slice(s, e) for s, e in zip(starts, [*starts[1:], len(outputs)], strict=True)]
+        if self.pairs:
+            one = all_pairs
+        losses = [one(outputs[span], ranks[span]) for span in spans]
+        best = [outputs[s][ranks[s] == 0].max() >= outputs[s].max() for s in spans]
         zero = outputs.sum() * 0.0
-        metrics = {"accuracy": Metric(sum(best, zero.detach()), "rankings")}
+        metrics = {"accuracy": Metric(sum((b.to(zero.dtype) for b in best), zero.detach()), "rankings")}
         return {"loss": Term(sum(losses, zero), "rankings")}, metrics
 
 
-def plackett_luce(scores: Tensor) -> Tensor:
-    """Negative log-likelihood of the order 0, 1, 2, … of `scores` [n]."""
-    rest = scores.flip(0).logcumsumexp(0).flip(0)  # log Σ_{j ≥ k} exp r_j
-    return (rest - scores).sum()
+def plackett_luce(scores: Tensor, ranks: Tensor | None = None) -> Tensor:
+    """Negative log-likelihood of the order of `ranks` [n], ascending (default: 0, 1, 2, …), of `scores` [n]:
+    −Σ_k [r_k − log(exp r_k + Σ_j exp r_j)] over the answers j that are worse than k (Luce 1959; Cao et al. 2007).
+
+    Equal answers are not compared: each is drawn from itself and what is worse (a partial order).
+    """
+    ranks = torch.arange(len(scores), device=scores.device) if ranks is None else ranks
+    worse = ranks[:, None] < ranks[None, :]  # [n, n]
+    seen = worse | torch.eye(len(scores), dtype=torch.bool, device=scores.device)
+    return (scores[None].masked_fill(~seen, -torch.inf).logsumexp(1) - scores).sum()
+
+
+def all_pairs(scores: Tensor, ranks: Tensor) -> Tensor:
+    """The mean of −log σ(r_i − r_j) over the pairs where i is better than j."""
+    better = ranks[:, None] < ranks[None, :]  # [n, n]
+    return -F.logsigmoid(scores[:, None] - scores[None, :])[better].mean()

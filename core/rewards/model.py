@@ -7,7 +7,7 @@ import torch
 
 from tritium.core.batch import Document, pack, plan_bins
 from tritium.core.config import ConfigError
-from tritium.core.data import answer_document
+from tritium.core.groups import answer_document
 from tritium.core.rewards import Answer, Reward, Score
 from tritium.core.rewards.make import Composed, WeightedSum, make_reward
 from tritium.core.setup import load_tokenizer, read_model

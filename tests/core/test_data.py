@@ -14,16 +14,14 @@ from tritium.core.data import (
     DataConfig,
     Examples,
     Windows,
-    conversation_group,
     fit,
     parse_sources,
-    preference_group,
-    ranking_group,
     record_sources,
     text_sources,
     write_array,
 )
 from tritium.core.formats import DataError, RecordError, Skipped
+from tritium.core.groups import conversation_group, preference_group, ranking_group
 from tritium.core.tokenizer import Tokenizer
 from tritium.parallel.mesh import Mesh
 from tritium.stages.pretrain import replay_weights

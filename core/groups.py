@@ -1,0 +1,159 @@
+"""From a record to the group of documents that an objective takes: what is supervised, and the fields it needs."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from itertools import count
+
+import numpy as np
+
+from tritium.core.batch import Document, Group
+from tritium.core.chat import render
+from tritium.core.data import DataConfig
+from tritium.core.formats import conversation, feedback, preference, ranking, scored, steps
+from tritium.core.tokenizer import Tokenizer
+
+
+def conversation_group(tokenizer: Tokenizer, config: DataConfig | None = None) -> Callable[[dict], Group]:
+    """record → the conversation, every assistant turn supervised; or, by `config.turns`, its last, or each alone."""
+    config = config or DataConfig()
+
+    def convert(record: dict) -> Group:
+        messages = conversation(record)
+        rendered = [chat_document(tokenizer, m, config.thinking) for m in chosen_turns(messages, config.turns)]
+        return [normalized(document, config.normalize) for document in rendered]
+
+    return convert
+
+
+def chosen_turns(messages: list[dict], turns: str) -> list[list[dict]]:
+    """The conversation as it is ("all"), with its last answer alone to learn, or up to each answer ("unrolled")."""
+    if turns == "all":
+        return [messages]
+    learned = [i for i, m in enumerate(messages) if m["role"] == "assistant" and m.get("weight", 1)]
+    if turns == "last":
+        return [[*silent(messages[: learned[-1]]), messages[learned[-1]]]] if learned else [messages]
+    return [[*silent(messages[:i]), messages[i]] for i in learned]
+
+
+def silent(messages: Sequence[dict]) -> list[dict]:
+    """The messages, their answers read but not learned."""
+    return [m | {"weight": 0.0} if m["role"] == "assistant" else m for m in messages]
+
+
+def normalized(document: Document, by: str) -> Document:
+    """The document with weights that sum, over each turn or over all of it, to what they were on average."""
+    weights, learned = document.weights, document.weights > 0
+    if by == "token" or not learned.any():
+        return document
+    if by == "sequence":
+        return replace(document, weights=weights / np.float32(learned.sum()))
+    edges = np.flatnonzero(np.diff(learned.astype(np.int8), prepend=0, append=0))  # a turn: a run of learned tokens
+    weights = weights.copy()
+    for start, end in zip(edges[::2], edges[1::2], strict=True):
+        weights[start:end] /= np.float32(end - start)
+    return replace(document, weights=weights)
+
+
+def preference_group(tokenizer: Tokenizer) -> Callable[[dict], Group]:
+    """record → [chosen, rejected], only the last answer supervised; `margin` per sequence is the record's, or 0."""
+
+    def convert(record: dict) -> Group:
+        prompt, chosen, rejected = preference(record)
+        documents = [answer_document(tokenizer, prompt, answer) for answer in (chosen, rejected)]
+        for document in documents:
+            document.fields["margin"] = float(record.get("margin", 0.0))
+        return documents
+
+    return convert
+
+
+def ranking_group(tokenizer: Tokenizer) -> Callable[[dict], Group]:
+    """record → its answers, best first; `rank` per sequence counts from 0, equal answers have the same."""
+
+    def convert(record: dict) -> Group:
+        prompt, levels = ranking(record)
+        documents = []
+        for rank, answers in enumerate(levels):
+            for answer in answers:
+                documents.append(answer_document(tokenizer, prompt, answer))
+                documents[-1].fields["rank"] = float(rank)
+        return documents
+
+    return convert
+
+
+def comparison_text(prompt: list[dict], first: str, second: str) -> str:
+    """What a model that compares is shown; it answers the user, who quotes the conversation."""
+    said = "\n".join(f"{m['role']}: {m['content']}" for m in prompt)
+    return f"{said}\n\nAnswer A:\n{first}\n\nAnswer B:\n{second}\n\nWhich answer is better, A or B?"
+
+
+def comparison_group(tokenizer: Tokenizer) -> Callable[[dict], Group]:
+    """record → both answers in one document, the chosen one first; and again, the rejected one first."""
+
+    def convert(record: dict) -> Group:
+        prompt, chosen, rejected = preference(record)
+        documents = []
+        for pair in ((chosen, rejected), (rejected, chosen)):
+            message = {"role": "user", "content": comparison_text(prompt, *pair)}
+            ids = render(tokenizer, [message], generation_prompt=True).ids
+            documents.append(Document(np.array(ids, np.int32), np.ones(len(ids), np.float32)))
+        return documents
+
+    return convert
+
+
+def score_group(tokenizer: Tokenizer) -> Callable[[dict], Group]:
+    """record → its answer; `score` per sequence."""
+
+    def convert(record: dict) -> Group:
+        prompt, answer, score = scored(record)
+        document = answer_document(tokenizer, prompt, answer)
+        document.fields["score"] = score
+        return [document]
+
+    return convert
+
+
+def step_group(tokenizer: Tokenizer) -> Callable[[dict], Group]:
+    """record → its steps, a line each, then the newline that ends the answer; the weights mark each step's last
+    token, and `label` there says whether it is right."""
+    newline = tokenizer.encode("\n")
+
+    def convert(record: dict) -> Group:
+        prompt, parts = steps(record)
+        ids, marks = list(render(tokenizer, prompt, generation_prompt=True).ids), {}
+        for text, right in parts:
+            ids += [*tokenizer.encode(text), *newline]
+            marks[len(ids)] = float(right)  # of predicting what comes next: read at the step's last token
+        ids += newline
+        weights, labels = (np.zeros(len(ids), np.float32) for _ in range(2))
+        weights[list(marks)], labels[list(marks)] = 1.0, list(marks.values())
+        return [Document(np.array(ids, np.int32), weights, {"label": labels})]
+
+    return convert
+
+
+def feedback_group(tokenizer: Tokenizer) -> Callable[[dict], Group]:
+    """record → its answer, or both of its pair; `good` and `index`, the place among all, per sequence."""
+    places = count()
+
+    def convert(record: dict) -> Group:
+        prompt, answers = feedback(record)
+        documents = []
+        for answer, good in answers:
+            documents.append(answer_document(tokenizer, prompt, answer))
+            documents[-1].fields |= {"good": float(good), "index": float(next(places))}
+        return documents
+
+    return convert
+
+
+def chat_document(tokenizer: Tokenizer, messages: list[dict], thinking: str = "") -> Document:
+    rendered = render(tokenizer, messages, thinking=thinking)
+    return Document(np.array(rendered.ids, np.int32), np.array(rendered.weights, np.float32))
+
+
+def answer_document(tokenizer: Tokenizer, prompt: list[dict], answer: str) -> Document:
+    """The prompt, its earlier answers included, at weight 0; `answer` at weight 1."""
+    return chat_document(tokenizer, [*silent(prompt), {"role": "assistant", "content": answer}])
