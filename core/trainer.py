@@ -37,7 +37,7 @@ from tritium.core.optim import OptimConfig, Optimizer
 from tritium.core.reference import Follower
 from tritium.core.schedule import ScheduleConfig, learning_rate
 from tritium.core.tokenizer import Tokenizer
-from tritium.model.hf import export
+from tritium.model.hf import decoder_of, export
 from tritium.model.transformer import Transformer
 from tritium.parallel.data import all_reduce_counts, diverged, fingerprint
 from tritium.parallel.files import deal, open_tensors
@@ -58,6 +58,11 @@ class LoopConfig:
         "auto", "of the parameters (auto: bf16 where it is fast)", choices=("auto", "bf16", "fp32", "fp64")
     )
     device: str = opt("auto", "where to run", choices=("auto", "cpu", "cuda"))
+    recompute: str = opt(
+        "none",
+        "what a layer computes again in the backward, to save memory: its MLP (selective), or all of it",
+        choices=("none", "selective", "full"),
+    )
     save_every: int = opt(200, "steps between checkpoints")
     keep: int = opt(2, "checkpoints to keep")
     check_every: int = opt(100, "steps between checks that all replicas hold the same parameters")
@@ -134,6 +139,8 @@ class Trainer:
         self.evaluation, self.skipped = evaluation, skipped or Skipped()
         self.flat = {k: FlatModule(m, mesh) for k, m in networks.items()}
         self.optimizers = {k: Optimizer(flat, self.optim) for k, flat in self.flat.items() if flat.trained}
+        for key in self.optimizers:
+            decoder_of(networks[key]).set_recompute(self.run.recompute)
         self.shares = {k: trained_share(networks[k]) for k in self.optimizers}
         first = next(iter(networks))
         self.followers = {
@@ -259,7 +266,7 @@ class Trainer:
 
     def idle_loss(self, batch: PackedBatch) -> Tensor:
         """Nothing, by way of every trained layer: other ranks wait for this one to gather and to reduce these."""
-        decoders = [getattr(self.networks[key], "backbone", self.networks[key]) for key in self.optimizers]
+        decoders = [decoder_of(self.networks[key]) for key in self.optimizers]
         return sum(d.hidden(batch.tokens, batch.cu_seqlens, positions=batch.positions).sum() * 0.0 for d in decoders)
 
     def in_step(self, batches: Sequence[PackedBatch]) -> list[PackedBatch]:
@@ -541,7 +548,7 @@ def trained_share(network: nn.Module) -> float:
 
 def changed_lines(before: str, after: str) -> str:
     """The settings that differ between two configs in TOML, those aside that may change when a run is resumed."""
-    free = {f"run.{name}" for name in ("save_every", "keep", "check_every", "device", "out", "steps", "epochs")}
+    free = {f"run.{n}" for n in ("save_every", "keep", "check_every", "device", "out", "steps", "epochs", "recompute")}
     free |= {"mesh.tp", "mesh.cp", "mesh.zero", "mesh.shard", "mesh.ring", "mesh.timeout"}
     old, new = (flat(tomllib.loads(text)) for text in (before, after))
     keys = [k for k in {**old, **new} if old.get(k) != new.get(k) and k not in free]

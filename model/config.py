@@ -1,11 +1,14 @@
 """The shape of a decoder, and what a pass through it costs."""
 
+import math
 from dataclasses import dataclass
+
+from tritium.model.rope import RopeScaling
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A Llama-style decoder. H query heads share G key/value heads of D dims; see the README for the letters."""
+    """A decoder of the Llama kind. H query heads share G key/value heads of D dims; see the README for the letters."""
 
     vocab_size: int  # V
     hidden_size: int  # E
@@ -23,8 +26,24 @@ class ModelConfig:
     init_std: float = 0.02
     bos_id: int | None = None
     eos_id: int | None = None
+    more_eos_ids: tuple[int, ...] = ()  # what else ends an answer, where there are several
+    family: str = ""  # Hugging Face's model_type (empty: the first of llama, qwen2 and qwen3 that has all of it)
+    windows: tuple[int | None, ...] = ()  # of each layer: how many keys a query sees at most (empty: all)
+    rotary_dim: int | None = None  # how many of a head's dimensions are rotated (None: all)
+    rope_scaling: RopeScaling | None = None
+    logn_length: int | None = None  # queries after so many tokens are scaled by log_n(position + 1) (Qwen)
+    query_scalar: float | None = None  # scores are divided by its root (None: by that of D)
+    attention_softcap: float | None = None  # scores are softcap · tanh(scores / softcap) (Gemma 2)
+    head_softcap: float | None = None  # logits likewise
+    embedding_scale: float = 1.0  # Gemma, MiniCPM
+    residual_depth: float | None = None  # MiniCPM: blocks' outputs are multiplied by this / √L
+    width_base: int | None = None  # MiniCPM, muP: the head's input is multiplied by this / E
 
     def __post_init__(self):
+        if not self.family:
+            object.__setattr__(self, "family", "qwen2" if self.qkv_bias else "qwen3" if self.qk_norm else "llama")
+        if self.windows and len(self.windows) != self.num_layers:
+            raise ValueError(f"{len(self.windows)} windows for {self.num_layers} layers")
         for name in ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
@@ -32,6 +51,24 @@ class ModelConfig:
             raise ValueError(f"num_heads={self.num_heads} must be a multiple of num_kv_heads={self.num_kv_heads}")
         if self.head_dim % 8 or not 8 <= self.head_dim <= 256:
             raise ValueError(f"head_dim={self.head_dim} must be a multiple of 8 from 8 to 256")
+
+    @property
+    def stop_ids(self) -> list[int]:
+        """The tokens that end an answer."""
+        return [i for i in (self.eos_id, *self.more_eos_ids) if i is not None]
+
+    @property
+    def gemma(self) -> bool:
+        """GeGLU instead of SwiGLU, norms weighted by 1 + w, and a norm after each block as well (arXiv 2408.00118)."""
+        return self.family == "gemma2"
+
+    @property
+    def residual_scale(self) -> float:
+        return 1.0 if self.residual_depth is None else self.residual_depth / math.sqrt(self.num_layers)
+
+    @property
+    def head_scale(self) -> float:
+        return 1.0 if self.width_base is None else self.width_base / self.hidden_size
 
     @property
     def layer_parameters(self) -> int:

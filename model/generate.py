@@ -152,7 +152,7 @@ class Engine:
             raise ValueError(f"stop={list(options.stop)!r} needs a decoder: give generate(…, decoder=…)")
         stops = options.stop_ids
         if stops is None:
-            stops = [] if config.eos_id is None else [config.eos_id]
+            stops = config.stop_ids
         keys = np.array(seeds, np.uint64).reshape(-1, 2)  # left to itself, numpy would round them through float64
         group = Group(len(seeds)) if len(seeds) > 1 and len(prompt) > 1 else None
         made = []

@@ -27,6 +27,10 @@ class ScalarModel(nn.Module):
         return self.backbone.config
 
     @property
+    def dtype(self) -> torch.dtype:
+        return self.backbone.dtype
+
+    @property
     def mesh(self):
         return self.backbone.mesh
 

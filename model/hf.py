@@ -1,18 +1,22 @@
 """Hugging Face folders: `config.json` and `model*.safetensors`, read and written.
 
-Ours and theirs differ in two ways only: q, k, v are one matrix here, and gate, up another. Both use the half-split
-rotary layout, so nothing is permuted. Safetensors only: no pickle is ever read.
+Ours and theirs differ in two ways only: q, k, v are one matrix here, and gate, up another (in Phi-3, there too). Both
+use the half-split rotary layout, so nothing is permuted. Safetensors only: no pickle is ever read.
 """
 
+import difflib
 import json
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tritium.model.config import ModelConfig
 from tritium.model.heads import ScalarModel
+from tritium.model.rope import RopeScaling
 from tritium.model.transformer import Transformer, full_shape
 from tritium.parallel.files import Share, TensorFileError, deal, open_tensors, tensor_files
 from tritium.parallel.mesh import Mesh
@@ -20,7 +24,8 @@ from tritium.parallel.tensor import shard, unshard
 
 ADAPTER_CONFIG = "adapter_config.json"
 INDEX = "model.safetensors.index.json"
-FAMILIES = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3"}  # model_type → class prefix
+FAMILIES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3", "phi3": "Phi3"}
+FAMILIES |= {"gemma2": "Gemma2", "minicpm": "MiniCPM"}  # model_type → class prefix; Yi and DeepSeek-LLM are Llamas
 
 
 class ModelFolderError(ValueError):
@@ -105,54 +110,105 @@ def from_hf_config(raw: dict, path: Path) -> ModelConfig:
     """transformers' names → ours. Raises: ModelFolderError for what this decoder does not compute."""
     family = raw.get("model_type")
     if family not in FAMILIES:
-        raise ModelFolderError(f"{path}: model_type {family!r} is not supported; these are: {', '.join(FAMILIES)}")
-    scaling = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
-    unsupported = {
-        "rope_scaling": scaling.get("rope_type", scaling.get("type", "default")) != "default",
-        "attention_bias": raw.get("attention_bias", False),
-        "mlp_bias": raw.get("mlp_bias", False),
-        "use_sliding_window": raw.get("use_sliding_window", False),
-        "hidden_act": raw.get("hidden_act", "silu") != "silu",
-    }
-    for key, wrong in unsupported.items():
-        if wrong:
-            raise ModelFolderError(f"{path}: {key}={raw.get(key)!r} is not supported yet")
-    try:
-        heads, width = raw["num_attention_heads"], raw["hidden_size"]
-        return ModelConfig(
-            vocab_size=raw["vocab_size"],
-            hidden_size=width,
-            intermediate_size=raw["intermediate_size"],
-            num_layers=raw["num_hidden_layers"],
-            num_heads=heads,
-            num_kv_heads=raw.get("num_key_value_heads") or heads,
-            head_dim=raw.get("head_dim") or width // heads,
-            max_positions=raw.get("max_position_embeddings", 2048),
-            rope_theta=float(raw.get("rope_theta") or scaling.get("rope_theta", 10000.0)),
-            norm_eps=raw.get("rms_norm_eps", 1e-6),
-            tie_embeddings=raw.get("tie_word_embeddings", False),
-            qkv_bias=family == "qwen2",
-            qk_norm=family == "qwen3",
-            init_std=raw.get("initializer_range", 0.02),
-            bos_id=raw.get("bos_token_id"),
-            eos_id=raw.get("eos_token_id"),
+        near = difflib.get_close_matches(str(family), FAMILIES, n=1, cutoff=0.3)
+        hint = f" (the nearest is {near[0]})" if near else ""
+        raise ModelFolderError(
+            f"{path}: model_type {family!r} is not supported; these are: {', '.join(FAMILIES)}{hint}"
         )
+    wrong = {key: raw.get(key) for key in ("attention_bias", "mlp_bias") if raw.get(key)}
+    key, wanted = ("hidden_activation", "gelu_pytorch_tanh") if family == "gemma2" else ("hidden_act", "silu")
+    if raw.get(key) not in (wanted, None):
+        wrong[key] = raw[key]
+    if wrong:
+        raise ModelFolderError(f"{path}: {', '.join(f'{k}={v!r}' for k, v in wrong.items())} is not supported")
+    try:
+        return ModelConfig(**shape_of(raw) | rope_of(raw) | extras_of(raw))
     except KeyError as error:
         raise ModelFolderError(f"{path} has no {error.args[0]!r}") from None
     except (TypeError, ValueError) as error:
         raise ModelFolderError(f"{path}: {error}") from None
 
 
+def shape_of(raw: dict) -> dict:
+    """What every family has."""
+    family, heads, width = raw["model_type"], raw["num_attention_heads"], raw["hidden_size"]
+    eos = raw.get("eos_token_id")
+    eos = eos if isinstance(eos, list) else [eos]
+    return {
+        "family": family,
+        "vocab_size": raw["vocab_size"],
+        "hidden_size": width,
+        "intermediate_size": raw["intermediate_size"],
+        "num_layers": raw["num_hidden_layers"],
+        "num_heads": heads,
+        "num_kv_heads": raw.get("num_key_value_heads") or heads,
+        "head_dim": raw.get("head_dim") or (256 if family == "gemma2" else width // heads),
+        "max_positions": raw.get("max_position_embeddings", 2048),
+        "norm_eps": raw.get("rms_norm_eps", 1e-6),
+        "tie_embeddings": raw.get("tie_word_embeddings", family in ("gemma2", "minicpm")),
+        "qkv_bias": family == "qwen2",
+        "qk_norm": family == "qwen3",
+        "init_std": raw.get("initializer_range", 0.02),
+        "bos_id": raw.get("bos_token_id"),
+        "eos_id": eos[0],
+        "more_eos_ids": tuple(eos[1:]),
+    }
+
+
+def rope_of(raw: dict) -> dict:
+    """The rotary embedding's base, scaling and dimensions. Raises: ValueError for a kind that is not computed."""
+    scaling = dict(raw.get("rope_scaling") or raw.get("rope_parameters") or {})
+    kind = scaling.pop("type", "default")
+    kind = scaling.pop("rope_type", kind)
+    theta = float(raw.get("rope_theta") or scaling.get("rope_theta") or 10000.0)
+    share = raw.get("partial_rotary_factor") or scaling.get("partial_rotary_factor") or 1.0
+    found: dict[str, Any] = {"rope_theta": theta, "logn_length": raw.get("logn_length")}
+    if share != 1:
+        found["rotary_dim"] = int((raw.get("head_dim") or raw["hidden_size"] // raw["num_attention_heads"]) * share)
+    if kind == "default":
+        return found
+    positions, options = raw.get("max_position_embeddings", 2048), {f.name for f in fields(RopeScaling)}
+    scaling = {k: v for k, v in scaling.items() if k not in ("rope_theta", "partial_rotary_factor")}
+    if odd := sorted(set(scaling) - options):
+        raise ValueError(f"rope_scaling of type {kind!r} with {', '.join(odd)} is not supported")
+    if not scaling.get("factor"):
+        raise ValueError(f"rope_scaling of type {kind!r} needs a factor")
+    scaling = {"original_max_position_embeddings": positions} | scaling
+    found["rope_scaling"] = made = RopeScaling(kind, **scaling)
+    if kind in ("yarn", "dynamic"):  # these files give the context before it was stretched
+        found["max_positions"] = max(positions, int(made.original_max_position_embeddings * made.factor))
+    return found
+
+
+def extras_of(raw: dict) -> dict:
+    """What only some families have."""
+    family, layers = raw["model_type"], raw["num_hidden_layers"]
+    found: dict[str, Any] = {}
+    if family == "gemma2":
+        found = {"embedding_scale": raw["hidden_size"] ** 0.5, "query_scalar": raw.get("query_pre_attn_scalar", 256)}
+        found |= {"attention_softcap": raw.get("attn_logit_softcapping", 50.0)}
+        found |= {"head_softcap": raw.get("final_logit_softcapping", 30.0)}
+    if family == "minicpm":
+        found = {"embedding_scale": raw.get("scale_emb", 1.0), "residual_depth": raw.get("scale_depth")}
+        found |= {"width_base": raw.get("dim_model_base")}
+    window = raw.get("sliding_window", 4096 if family in ("mistral", "gemma2") else None)
+    if window is None or family.startswith("qwen") and not raw.get("use_sliding_window"):
+        return found
+    if family in ("mistral", "phi3"):
+        sliding = [True] * layers
+    elif raw.get("layer_types"):
+        sliding = [kind == "sliding_attention" for kind in raw["layer_types"]]
+    else:
+        sliding = [i % 2 == 0 if family == "gemma2" else i >= raw.get("max_window_layers", 28) for i in range(layers)]
+    return found | ({"windows": tuple(window if s else None for s in sliding)} if any(sliding) else {})
+
+
 def to_hf_config(model: Transformer | ScalarModel) -> dict:
-    config = model.config
-    if config.qkv_bias and config.qk_norm:
-        raise ValueError("qkv_bias with qk_norm is no published architecture: it can't be exported")
-    family = "qwen2" if config.qkv_bias else "qwen3" if config.qk_norm else "llama"
-    scalar = isinstance(model, ScalarModel)
-    dtype = next(model.parameters()).dtype
+    """config.json of the model. Raises: ValueError where its family can't say what it computes."""
+    config, scalar = model.config, isinstance(model, ScalarModel)
     raw = {
-        "architectures": [FAMILIES[family] + ("ForSequenceClassification" if scalar else "ForCausalLM")],
-        "model_type": family,
+        "architectures": [FAMILIES[config.family] + ("ForSequenceClassification" if scalar else "ForCausalLM")],
+        "model_type": config.family,
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,
         "intermediate_size": config.intermediate_size,
@@ -165,13 +221,44 @@ def to_hf_config(model: Transformer | ScalarModel) -> dict:
         "rms_norm_eps": config.norm_eps,
         "tie_word_embeddings": config.tie_embeddings,
         "initializer_range": config.init_std,
-        "hidden_act": "silu",
+        "hidden_act": "gelu_pytorch_tanh" if config.gemma else "silu",
         "attention_bias": False,
         "bos_token_id": config.bos_id,
-        "eos_token_id": config.eos_id,
-        "torch_dtype": str(dtype).removeprefix("torch."),
-    }
+        "eos_token_id": [config.eos_id, *config.more_eos_ids] if config.more_eos_ids else config.eos_id,
+        "torch_dtype": str(model.dtype).removeprefix("torch."),
+    } | hf_extras(config)
+    if from_hf_config(raw, Path("config.json")) != config:
+        raise ValueError(f"this is no published architecture: {config.family} can't be exported with {config}")
     return raw | ({"num_labels": 1, "id2label": {"0": "reward"}, "label2id": {"reward": 0}} if scalar else {})
+
+
+def hf_extras(config: ModelConfig) -> dict:
+    """The inverse of `rope_of` and `extras_of`, where there is something to say."""
+    raw: dict[str, Any] = {"logn_length": config.logn_length} if config.logn_length else {}
+    if config.rotary_dim:
+        raw["partial_rotary_factor"] = config.rotary_dim / config.head_dim
+    if scaling := config.rope_scaling:
+        usual = {f.name: f.default for f in fields(scaling) if scaling.rope_type != "llama3" or "freq" not in f.name}
+        raw["rope_scaling"] = {k: v for k, v in asdict(scaling).items() if k not in usual or v != usual[k]}
+        if scaling.rope_type == "dynamic":
+            raw["max_position_embeddings"] = scaling.original_max_position_embeddings
+    windows = {w for w in config.windows if w is not None}
+    raw |= {"sliding_window": None} if config.family in ("mistral", "phi3", "gemma2") else {}
+    if windows:
+        kinds = ["full_attention" if w is None else "sliding_attention" for w in config.windows]
+        raw |= {"sliding_window": windows.pop()} | (
+            {} if config.family in ("mistral", "phi3") else {"layer_types": kinds}
+        )
+        raw |= {"use_sliding_window": True} if config.family.startswith("qwen") else {}
+    if config.gemma:
+        raw |= {"hidden_activation": "gelu_pytorch_tanh", "query_pre_attn_scalar": config.query_scalar}
+        raw |= {"attn_logit_softcapping": config.attention_softcap, "final_logit_softcapping": config.head_softcap}
+    if config.family == "minicpm":
+        raw |= {"scale_emb": config.embedding_scale, "scale_depth": config.residual_depth}
+        raw |= {"dim_model_base": config.width_base}
+    if config.family == "phi3":
+        raw["pad_token_id"] = None
+    return raw
 
 
 def parts(model: Transformer | ScalarModel) -> Iterator[tuple[nn.Module, str, list[tuple[str, int]]]]:
@@ -182,16 +269,23 @@ def parts(model: Transformer | ScalarModel) -> Iterator[tuple[nn.Module, str, li
     width, heads = config.intermediate_size, config.num_heads * config.head_dim
     kv = config.num_kv_heads * config.head_dim
     yield decoder, "embedding", [("model.embed_tokens.weight", config.vocab_size)]
+    fused = config.family == "phi3"
+    qkv = [("qkv", heads + 2 * kv)] if fused else [("q", heads), ("k", kv), ("v", kv)]
+    gate_up = [("gate_up", 2 * width)] if fused else [("gate", width), ("up", width)]
+    norms = {"attention_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
+    if config.gemma:
+        norms |= {"after_attention_norm": "post_attention_layernorm", "mlp_norm": "pre_feedforward_layernorm"}
+        norms |= {"after_mlp_norm": "post_feedforward_layernorm"}
     for i, layer in enumerate(decoder.layers):
         at, attn, mlp = f"model.layers.{i}.", layer.attention, layer.mlp
-        yield layer, "attention_norm", [(at + "input_layernorm.weight", config.hidden_size)]
+        for key, name in norms.items():
+            yield layer, key, [(f"{at}{name}.weight", config.hidden_size)]
         for key, kind in (("qkv", "weight"), ("qkv_bias", "bias"))[: 1 + config.qkv_bias]:
-            yield attn, key, [(f"{at}self_attn.{n}_proj.{kind}", s) for n, s in (("q", heads), ("k", kv), ("v", kv))]
+            yield attn, key, [(f"{at}self_attn.{n}_proj.{kind}", s) for n, s in qkv]
         for key in ("q_norm", "k_norm") if config.qk_norm else ():
             yield attn, key, [(f"{at}self_attn.{key}.weight", config.head_dim)]
         yield attn, "o", [(at + "self_attn.o_proj.weight", config.hidden_size)]
-        yield layer, "mlp_norm", [(at + "post_attention_layernorm.weight", config.hidden_size)]
-        yield mlp, "gate_up", [(f"{at}mlp.{n}_proj.weight", width) for n in ("gate", "up")]
+        yield mlp, "gate_up", [(f"{at}mlp.{n}_proj.weight", s) for n, s in gate_up]
         yield mlp, "down", [(at + "mlp.down_proj.weight", config.hidden_size)]
     yield decoder, "norm", [("model.norm.weight", config.hidden_size)]
     if decoder.head is not None:

@@ -12,13 +12,15 @@ its own tokens (parallel/tensor.py). Context parallel: each rank has its own chu
 these (parallel/context.py); what `logprob` returns is of the whole batch again. With a cache all ranks see all tokens.
 
 Initialisation: every matrix N(0, init_std²); o and down divided by √(2L), so that the residual stream's variance
-does not grow with depth (GPT-2, section 2.3); norms 1, biases 0. Each parameter draws from a generator seeded with
-(seed, name), so that a model starts the same on any mesh.
+does not grow with depth (GPT-2, section 2.3); norms 1, biases 0. With a `width_base`, as in MiniCPM (muP, arXiv
+2404.06395, appendix A.1), all of the layers' matrices are divided by √(E / width_base) instead. Each parameter draws
+from a generator seeded with (seed, name), so that a model starts the same on any mesh.
 """
 
 import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -27,10 +29,12 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
-from tritium.kernels import linear_logprob, rms_norm, rope, swiglu
+from tritium.kernels import geglu, linear_logprob, rms_norm, rope, swiglu
 from tritium.kernels.linear_logprob import LogProb
 from tritium.model.config import ModelConfig
+from tritium.model.rope import dynamic_rope, rope_table
 from tritium.parallel.context import ContextAttention, Split, gather_results
 from tritium.parallel.mesh import Mesh
 from tritium.parallel.tensor import (
@@ -51,9 +55,10 @@ IGNORE = -100  # the target of a token that predicts nothing: linear_logprob lea
 class Stream:
     """What the layers need to know about the tokens they see: all T, or this rank's part of them."""
 
-    cos: Tensor  # [T, D/2], as sin
+    cos: Tensor  # [T, D/2] (of what is rotated), as sin
     sin: Tensor
-    attend: Callable[[int, Tensor, Tensor, Tensor], Tensor]  # layer, q [T, H, D], k and v [T, G, D] → [T, H, D]
+    query_scale: Tensor | None  # [T, 1, 1]: LogN
+    attend: Callable[..., Tensor]  # layer, q [T, H, D], k and v [T, G, D], window, softcap, scale → [T, H, D]
     tp_group: ProcessGroup | None
     cached: bool  # all ranks see all tokens, and nothing has a gradient
 
@@ -87,6 +92,12 @@ class Attention(Block):
     def __init__(self, config: ModelConfig, mesh: Mesh, index: int):
         super().__init__()
         self.index, self.eps, self.head_dim = index, config.norm_eps, config.head_dim
+        self.rotary_dim = config.rotary_dim or config.head_dim
+        self.options = {
+            "window": config.windows[index] if config.windows else None,
+            "softcap": config.attention_softcap,
+            "scale": None if config.query_scalar is None else config.query_scalar**-0.5,
+        }
         self.heads = config.num_heads // mesh.tp
         sizes = tuple(n * config.head_dim for n in (config.num_heads, config.num_kv_heads, config.num_kv_heads))
         shared = config.num_kv_heads < mesh.tp  # then all ranks have all K and V rows, and use one head's
@@ -106,9 +117,18 @@ class Attention(Block):
         q, k, v = qkv.split([self.heads, self.kv_heads, self.kv_heads], 1)  # [T, ·, D]
         if self.q_norm is not None:
             q, k = rms_norm(q, self.q_norm, self.eps), rms_norm(k, self.k_norm, self.eps)
-        q, k = rope(q, k, stream.cos, stream.sin)
-        out = stream.attend(self.index, q, k, v)  # [T, H, D]
+        q, k = self.rotate(q, k, stream)
+        if stream.query_scale is not None:
+            q = q * stream.query_scale.to(q.dtype)
+        out = stream.attend(self.index, q, k, v, **self.options)  # [T, H, D]
         return stream.leave(self.linear(out.flatten(1), "o"))
+
+    def rotate(self, q: Tensor, k: Tensor, stream: Stream) -> tuple[Tensor, Tensor]:
+        if self.rotary_dim == self.head_dim:
+            return rope(q, k, stream.cos, stream.sin)
+        (q, q_rest), (k, k_rest) = (x.tensor_split([self.rotary_dim], -1) for x in (q, k))
+        q, k = rope(q, k, stream.cos, stream.sin)
+        return torch.cat([q, q_rest], -1), torch.cat([k, k_rest], -1)
 
     def used(self, rows: Tensor | None) -> Tensor | None:
         """Of all K and V rows, where ranks share heads, those of this rank's."""
@@ -120,37 +140,51 @@ class Attention(Block):
 
 
 class MLP(Block):
-    """down(silu(gate(x)) * up(x))"""
+    """down(silu(gate(x)) * up(x)), or gelu"""
 
     def __init__(self, config: ModelConfig, mesh: Mesh):
         super().__init__()
-        width = config.intermediate_size
+        width, self.gated = config.intermediate_size, geglu if config.gemma else swiglu
         self.gate_up = parameter(2 * width // mesh.tp, config.hidden_size, sharding=Sharding(0, (width, width)))
         self.down = parameter(config.hidden_size, width // mesh.tp, sharding=Sharding(1))
 
     def forward(self, x: Tensor, stream: Stream) -> Tensor:
-        hidden = swiglu(self.linear(stream.enter(x), "gate_up"))  # [T, F]
+        hidden = self.gated(self.linear(stream.enter(x), "gate_up"))  # [T, F]
         return stream.leave(self.linear(hidden, "down"))
 
 
 class Layer(nn.Module):
     def __init__(self, config: ModelConfig, mesh: Mesh, index: int):
         super().__init__()
-        self.eps = config.norm_eps
+        self.scale = config.residual_scale
+        self.normalize = partial(rms_norm, eps=config.norm_eps, offset=float(config.gemma))
         self.attention_norm = parameter(config.hidden_size)
         self.attention = Attention(config, mesh, index)
         self.mlp_norm = parameter(config.hidden_size)
         self.mlp = MLP(config, mesh)
+        self.after_attention_norm = parameter(config.hidden_size) if config.gemma else None
+        self.after_mlp_norm = parameter(config.hidden_size) if config.gemma else None
+        self.recompute = "none"
 
     def forward(self, x: Tensor, residual: Tensor | None, stream: Stream) -> tuple[Tensor, Tensor]:
         """`x` is the last block's output, not yet added to the residual stream: the norm adds it. Both [T / tp, E]."""
         if residual is None:
-            residual, x = x, rms_norm(x, self.attention_norm, self.eps)
+            residual, x = x, self.normalize(x, self.attention_norm)
         else:
-            x, residual = rms_norm(x, self.attention_norm, self.eps, residual=residual)
-        x = self.attention(x, stream)
-        x, residual = rms_norm(x, self.mlp_norm, self.eps, residual=residual)
-        return self.mlp(x, stream), residual
+            x, residual = self.normalize(x, self.attention_norm, residual=residual)
+        x = self.leaving(self.attention(x, stream), self.after_attention_norm)
+        x, residual = self.normalize(x, self.mlp_norm, residual=residual)
+        mlp = recomputed(self.mlp) if self.recompute == "selective" else self.mlp
+        return self.leaving(mlp(x, stream), self.after_mlp_norm), residual
+
+    def leaving(self, x: Tensor, norm: Tensor | None) -> Tensor:
+        x = x if norm is None else self.normalize(x, norm)
+        return x if self.scale == 1 else x * self.scale
+
+
+def recomputed(module: nn.Module) -> Callable:
+    """The module without what autograd keeps within it: that is computed again in the backward (arXiv 1604.06174)."""
+    return partial(checkpoint, module, use_reentrant=False) if torch.is_grad_enabled() else module
 
 
 class Transformer(nn.Module):
@@ -163,14 +197,16 @@ class Transformer(nn.Module):
         self.config, self.mesh = config, mesh
         self.adapters: dict[str, Any] = {}  # their names → lora.LoraConfig; see model/lora.py
         rows = config.vocab_size // mesh.tp
-        with torch.device(mesh.device):
+        self.rotary_dim = config.rotary_dim or config.head_dim
+        with torch.device(mesh.device), default_dtype(dtype):
             self.embedding = parameter(rows, config.hidden_size, sharding=Sharding(0))
             self.layers = nn.ModuleList(Layer(config, mesh, i) for i in range(config.num_layers))
             self.norm = parameter(config.hidden_size)
             self.head = None if config.tie_embeddings else parameter(rows, config.hidden_size, sharding=Sharding(0))
-            self.register_buffer("cos_sin", rope_table(config), persistent=False)  # [2, positions, D/2] fp32
-        for p in self.parameters():
-            p.data = p.data.to(dtype)
+            table = rope_table(config.rope_theta, self.rotary_dim, config.max_positions, config.rope_scaling)
+            self.register_buffer("cos_sin", table, persistent=False)  # [2, positions, D/2] fp32
+        # As the embedding is rounded, so is what it is multiplied with: √E of Gemma in bf16 is not quite √E.
+        self.embedding_scale = float(torch.tensor(config.embedding_scale, dtype=dtype))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -196,18 +232,46 @@ class Transformer(nn.Module):
             raise ValueError(
                 f"a document has {int(positions.max()) + 1} tokens, this model {self.config.max_positions} positions"
             )
+        lengths = None
+        if self.config.rope_scaling and self.config.rope_scaling.rope_type == "dynamic":
+            lengths = document_lengths(positions, cu_seqlens, cache is None)
         if cache is None:
             split = Split.of(len(tokens), self.mesh)
             tokens, positions = split.take(tokens), split.take(positions)
+            lengths = lengths if lengths is None else split.take(lengths)
             attend = ContextAttention(split, split.fill(cu_seqlens, tokens.device))
         else:
             attend = partial(cache.attend, cu_seqlens=cu_seqlens)
-        cos, sin = self.cos_sin[:, positions]  # [T, D/2]
-        stream = Stream(cos, sin, attend, self.mesh.tp_group, cache is not None)
+        cos, sin = self.cos_sin[:, positions] if lengths is None else self.dynamic_rope(positions, lengths)  # [T, D/2]
+        stream = Stream(cos, sin, self.query_scale(positions), attend, self.mesh.tp_group, cache is not None)
         x, residual = stream.leave(embedding_part(tokens, self.embedding, self.mesh.tp_group)), None
+        x = x if self.embedding_scale == 1 else x * self.embedding_scale
         for layer in self.layers:
-            x, residual = layer(x, residual, stream)
-        return stream.enter(rms_norm(x, self.norm, self.config.norm_eps, residual=residual)[0])
+            x, residual = (recomputed(layer) if layer.recompute == "full" else layer)(x, residual, stream)
+        x = self.layers[-1].normalize(x, self.norm, residual=residual)[0]
+        return stream.enter(x if self.config.head_scale == 1 else x * self.config.head_scale)
+
+    def dynamic_rope(self, positions: Tensor, lengths: Tensor) -> Tensor:
+        config = self.config
+        return dynamic_rope(config.rope_theta, self.rotary_dim, positions, lengths, config.rope_scaling)
+
+    def query_scale(self, positions: Tensor) -> Tensor | None:
+        """LogN scaling: max(1, log_n(position + 1)), [T, 1, 1] fp32 (Su 2021, and Qwen, arXiv 2309.16609)."""
+        if self.config.logn_length is None:
+            return None
+        return ((positions + 1).float().log() / math.log(self.config.logn_length)).clamp_min(1.0)[:, None, None]
+
+    def embed(self, tokens: Tensor, cu_seqlens: Tensor) -> Tensor:
+        """Each document's embedding, [S, E] of length 1: the hidden state of its last token (Qwen3-Embedding, arXiv
+        2506.05176). Documents must not be empty."""
+        hidden = gather_results(self.hidden(tokens, cu_seqlens), Split.of(len(tokens), self.mesh))
+        return F.normalize(hidden[cu_seqlens[1:].long() - 1].float(), dim=-1)
+
+    def set_recompute(self, kind: str) -> None:
+        """What each layer computes again in the backward instead of keeping it: "none", "selective" (the MLP, two
+        thirds of what it keeps) or "full" (all but its input)."""
+        for layer in self.layers:
+            layer.recompute = kind
 
     def logprob(
         self, hidden: Tensor, targets: Tensor, index: Tensor | None = None, *, temperature: float = 1.0
@@ -236,7 +300,8 @@ class Transformer(nn.Module):
             index = F.pad(index, (0, -count % HEAD_ROWS))
             hidden, targets = hidden.index_select(0, index), targets.index_select(0, index)
             targets[count:] = IGNORE
-        result = linear_logprob(hidden, self.head_weight, targets, temperature=temperature, group=self.mesh.tp_group)
+        options = {"temperature": temperature, "softcap": self.config.head_softcap, "group": self.mesh.tp_group}
+        result = linear_logprob(hidden, self.head_weight, targets, **options)
         return LogProb(*(values[:count] for values in result))
 
     def logits(self, tokens: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
@@ -245,7 +310,8 @@ class Transformer(nn.Module):
 
     def project(self, hidden: Tensor) -> Tensor:
         """Logits of hidden states, [N, E] → [N, V], whole on every rank; without a gradient on a vocabulary shard."""
-        logits = F.linear(hidden, self.head_weight)  # [N, V / tp]
+        logits, cap = F.linear(hidden, self.head_weight), self.config.head_softcap  # [N, V / tp]
+        logits = logits if cap is None else cap * torch.tanh(logits / cap)
         return unshard(logits.detach(), Sharding(1), self.mesh) if self.mesh.tp > 1 else logits
 
     def save(self, folder: str) -> None:
@@ -257,14 +323,17 @@ class Transformer(nn.Module):
     @torch.no_grad()
     def initialize(self, seed: int) -> "Transformer":
         """Draw the initial weights, as the module's docstring says. In place; returns self."""
-        out_std = self.config.init_std / math.sqrt(2 * self.config.num_layers)
+        config = self.config
+        out_std = config.init_std / math.sqrt(2 * config.num_layers)
         for name, p in self.named_parameters():
             if name.endswith("norm"):
-                p.fill_(1.0)
+                p.fill_(0.0 if config.gemma else 1.0)
             elif name.endswith("bias"):
                 p.zero_()
             else:
-                std = out_std if name.endswith((".o", ".down")) else self.config.init_std
+                std = out_std if name.endswith((".o", ".down")) else config.init_std
+                if config.width_base is not None:  # muP
+                    std = config.init_std * (math.sqrt(config.head_scale) if "layers." in name else 1.0)
                 digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
                 generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
                 full = torch.empty(full_shape(p, self.mesh.tp)).normal_(0.0, std, generator=generator)
@@ -294,11 +363,23 @@ def packed_positions(length: int, cu_seqlens: Tensor | None, device: torch.devic
     return positions - torch.repeat_interleave(starts, cu_seqlens.diff().long(), output_size=length)
 
 
-def rope_table(config: ModelConfig) -> Tensor:
-    """cos and sin of position · θ^(-2i/D): [2, positions, D/2] fp32, from fp64 angles."""
-    inverse = config.rope_theta ** (-torch.arange(0, config.head_dim, 2, dtype=torch.float64) / config.head_dim)
-    angle = torch.arange(config.max_positions, dtype=torch.float64)[:, None] * inverse
-    return torch.stack([angle.cos(), angle.sin()]).float()
+def document_lengths(positions: Tensor, cu_seqlens: Tensor | None, whole: bool) -> Tensor:
+    """How long each token's document is, [T]; of sequences that are being decoded (not `whole`), so far."""
+    if cu_seqlens is None:
+        return torch.full_like(positions, len(positions)) if whole else positions + 1
+    whole = positions[(cu_seqlens[1:].long() - 1).clamp_min(0)] + 1  # [S]; of a prompt's rest, with what is cached
+    return torch.repeat_interleave(whole, cu_seqlens.diff().long(), output_size=len(positions))
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Within, new tensors have this dtype: no memory is touched to convert them."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def check_divides(config: ModelConfig, tp: int) -> None:

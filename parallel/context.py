@@ -129,14 +129,15 @@ class ContextAttention:
             for a, b in ((c * split.chunk, (c + 1) * split.chunk) for c in split.chunks):
                 self.bounds.append((b, cu_seqlens.clamp(a, b) - a, cu_seqlens.clamp(max=b)))
 
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """q [T'/cp, H, D], k and v [T'/cp, G, D] → as q. (`layer` is of use to a cache, which is called alike.)"""
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, **options) -> Tensor:
+        """q [T'/cp, H, D], k and v [T'/cp, G, D] → as q. `options` are attention's: window, softcap, scale. (`layer`
+        is of use to a cache, which is called alike.)"""
         if self.split.group is None:
-            return attention(q, k, v, cu_seqlens=self.cu_seqlens)
-        if self.split.ring:
+            return attention(q, k, v, cu_seqlens=self.cu_seqlens, **options)
+        if self.split.ring and not any(options.values()):  # windows and softcaps see gathered keys
             return ring_attention(q, k, v, self.split, self.cu_seqlens)
         k, v = gather_parts(torch.stack([k, v], 1), self.split).unbind(1)  # [T', G, D]
         chunks = zip(q.split(self.split.chunk), self.bounds, strict=True)
         return torch.cat(
-            [attention(own, k[:b], v[:b], cu_seqlens=cu, cu_seqlens_k=cu_k) for own, (b, cu, cu_k) in chunks]
+            [attention(own, k[:b], v[:b], cu_seqlens=cu, cu_seqlens_k=cu_k, **options) for own, (b, cu, cu_k) in chunks]
         )

@@ -145,7 +145,10 @@ def test_a_long_list_of_mistakes_is_cut(folder):
     ("changes", "words"),
     [
         ({"model_type": "gpt2"}, "model_type 'gpt2' is not supported"),
-        ({"rope_scaling": {"rope_type": "llama3"}}, "rope_scaling"),
+        ({"model_type": "gemma3"}, "model_type 'gemma3' is not supported.*the nearest is gemma2"),
+        ({"rope_scaling": {"rope_type": "llama3"}}, "rope_scaling of type 'llama3' needs a factor"),
+        ({"rope_scaling": {"type": "longrope", "factor": 2}}, "rope_type='longrope' is not supported"),
+        ({"rope_scaling": {"type": "yarn", "factor": 2, "short_factor": []}}, "with short_factor is not supported"),
         ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
         ({"attention_bias": True}, "attention_bias=True"),
         ({"num_key_value_heads": 3}, "multiple of num_kv_heads=3"),
