@@ -71,8 +71,10 @@ def target_of(device: torch.device) -> Target:
 
 
 def require_one_device(x: Tensor, *others: Tensor | None) -> None:
-    """Raise ValueError for tensors on several devices."""
+    """Raise ValueError for tensors on several devices, and for what is no tensor."""
     for other in others:
+        if other is not None and not isinstance(other, Tensor):
+            raise ValueError(f"got a {type(other).__name__} ({str(other)[:60]}), wanted a tensor on {x.device}")
         if other is not None and other.device != x.device:
             raise ValueError(f"tensors on {x.device} and on {other.device}: move them to one device")
 

@@ -9,17 +9,21 @@ from tritium.kernels.backend import tl, triton
 
 
 def require_float(op: str, **tensors: Tensor | None) -> None:
-    """Raise ValueError, with the name, for a tensor that is not of a floating-point dtype."""
+    """Raise ValueError, with the name, for what is no tensor of a floating-point dtype."""
     for name, x in tensors.items():
-        if x is not None and not x.is_floating_point():
-            raise ValueError(f"{op}: {name} is {x.dtype}, wanted a floating-point dtype")
+        if x is not None and not (isinstance(x, Tensor) and x.is_floating_point()):
+            raise ValueError(f"{op}: {name} is {_kind(x)}, wanted a floating-point dtype")
 
 
 def require_integer(op: str, **tensors: Tensor | None) -> None:
-    """Raise ValueError, with the name, for a tensor that is neither int32 nor int64."""
+    """Raise ValueError, with the name, for what is neither an int32 nor an int64 tensor."""
     for name, x in tensors.items():
-        if x is not None and x.dtype not in (torch.int32, torch.int64):
-            raise ValueError(f"{op}: {name} is {x.dtype}, wanted torch.int32 or torch.int64")
+        if x is not None and not (isinstance(x, Tensor) and x.dtype in (torch.int32, torch.int64)):
+            raise ValueError(f"{op}: {name} is {_kind(x)}, wanted torch.int32 or torch.int64")
+
+
+def _kind(x: object) -> str:
+    return str(x.dtype) if isinstance(x, Tensor) else f"a {type(x).__name__} and no tensor"
 
 
 def unit_stride(x: Tensor) -> Tensor:

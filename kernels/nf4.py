@@ -41,7 +41,12 @@ CODES = (  # quantiles of N(0, 1), normalised to [-1, 1], with an exact zero (ap
 
 @dataclass(frozen=True)
 class NF4Tensor:
-    """A quantised tensor. Two codes a byte, the first in the high half; both vectors are padded to whole blocks."""
+    """A quantised tensor. Two codes a byte, the first in the high half; both vectors are padded to whole blocks.
+
+    In an nn.Module: register the four `parts` as buffers, which its state_dict and `.to` take along, and make
+    `NF4Tensor(*buffers, shape, dtype)` of them where a weight is wanted: that copies nothing.
+    Raises: ValueError for parts whose shapes don't fit `shape`.
+    """
 
     codes: Tensor  # [ceil(N / 64) · 32] uint8
     absmax: Tensor  # [ceil(N / 64)] int8
@@ -60,6 +65,10 @@ class NF4Tensor:
     @property
     def parts(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         return self.codes, self.absmax, self.absmax_scale, self.absmax_mean
+
+    def to(self, device: torch.device | str) -> "NF4Tensor":
+        """The same on another device. Its dtype stays: the codes stand for the same weights."""
+        return NF4Tensor(*(part.to(device) for part in self.parts), self.shape, self.dtype)
 
     @property
     def nbytes(self) -> int:

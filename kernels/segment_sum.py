@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from tritium.kernels.backend import Target, device_assert, operator, require_one_device, tl, triton, use_triton
-from tritium.kernels.blocks import require_float
+from tritium.kernels.blocks import require_float, require_integer
 from tritium.kernels.registry import Launch, OpSpec, Shape, register
 
 
@@ -147,10 +147,10 @@ def check_segments(values: Tensor, cu_seqlens: Tensor) -> None:
     The offsets are read on a CPU only; on a GPU a device assertion checks them, with TRITIUM_DEBUG=1.
     """
     require_float("a packed stream", values=values)
-    is_integer = cu_seqlens.dtype in (torch.int32, torch.int64)
-    if values.dim() != 1 or cu_seqlens.dim() != 1 or not len(cu_seqlens) or not is_integer:
-        shapes = f"{tuple(values.shape)} and {tuple(cu_seqlens.shape)} {cu_seqlens.dtype}"
-        raise ValueError(f"values must be [T] and cu_seqlens [S+1] int32 or int64, got {shapes}")
+    require_integer("a packed stream", cu_seqlens=cu_seqlens)
+    if values.dim() != 1 or cu_seqlens.dim() != 1 or not len(cu_seqlens):
+        shapes = f"{tuple(values.shape)} and {tuple(cu_seqlens.shape)}"
+        raise ValueError(f"values must be [T] and cu_seqlens [S+1], got {shapes}")
     require_one_device(values, cu_seqlens)
     if torch.compiler.is_compiling():
         return

@@ -1,27 +1,31 @@
 """`tritium doctor`: what the compiler makes of each kernel, what this machine has, and which backend each op uses."""
 
-import argparse
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
+from tritium.core.config import UserError, load, opt
 from tritium.kernels import doctor
 from tritium.stages.cli import run_stage
 
 
+@dataclass(frozen=True)
+class Config:
+    json: bool = opt(False, "print JSON: kernels and machine")
+    targets: list[str] = opt([], "the GPUs to compile for; none named: all", choices=tuple(doctor.TARGETS))
+    ops: list[str] = opt([], "only the kernels of these ops")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Print a table, or JSON. Returns 1 if a kernel does not compile or does not fit its target, else 0."""
-    parser = argparse.ArgumentParser(prog="tritium doctor", description=__doc__)
-    parser.add_argument("--json", action="store_true", help="print JSON: kernels and machine")
-    parser.add_argument("--targets", nargs="+", default=list(doctor.TARGETS), choices=doctor.TARGETS, metavar="TARGET")
-    parser.add_argument("--ops", nargs="+", default=[], help="only the kernels of these ops")
-    arguments = parser.parse_args(argv)
-    unknown = set(arguments.ops) - set(doctor.all_ops())
-    if unknown:
-        parser.error(f"--ops: no op is called {', '.join(sorted(unknown))}; there are {', '.join(doctor.all_ops())}")
-    rows = doctor.compile_kernels(arguments.targets, arguments.ops) if doctor.HAS_TRITON else []
+    config = load(Config, argv, "tritium doctor", __doc__)
+    if unknown := set(config.ops) - set(doctor.all_ops()):
+        raise UserError(f"--ops: no op is called {', '.join(sorted(unknown))}; there are {', '.join(doctor.all_ops())}")
+    targets = config.targets or list(doctor.TARGETS)
+    rows = doctor.compile_kernels(targets, config.ops) if doctor.HAS_TRITON else []
     machine = doctor.machine()
-    print(_json(rows, machine) if arguments.json else _table(rows, machine))
+    print(_json(rows, machine) if config.json else _table(rows, machine))
     return 1 if doctor.problems(rows) else 0
 
 

@@ -106,6 +106,27 @@ def test_integers_are_refused(name, arguments):
         OPS[name].function(*arguments)
 
 
+@pytest.mark.parametrize(
+    "name, arguments, options, message",
+    [
+        ("attention", (torch.ones(4, 2, 8),) * 3, {"cu_seqlens": [0, 4]}, "cu_seqlens is a list and no tensor, wanted"),
+        ("segment_sum", (torch.ones(4), [0, 4]), {}, "cu_seqlens is a list and no tensor, wanted torch.int32"),
+        ("gae", (torch.ones(4), torch.ones(4), (0, 4), 0.9, 0.9), {}, "cu_seqlens is a tuple and no tensor"),
+        ("rms_norm", ([1.0, 2.0], torch.ones(2)), {}, "x is a list and no tensor, wanted a floating-point dtype"),
+        (
+            "linear_logprob",
+            (torch.ones(2, 8), torch.ones(3, 8), [0, 1]),
+            {},
+            r"got a list \(\[0, 1\]\), wanted a tensor",
+        ),
+        ("cross_entropy", (torch.ones(2, 8), [0, 1]), {}, r"got a list \(\[0, 1\]\), wanted a tensor on cpu"),
+    ],
+)
+def test_python_lists_are_refused_by_name(name, arguments, options, message):
+    with pytest.raises(ValueError, match=message):
+        OPS[name].function(*arguments, **options)
+
+
 def test_autocast_gives_way_where_it_is_nested(monkeypatch):
     """fp32 stays fp32, also in a backward that runs under autocast."""
     monkeypatch.setenv("TRITIUM_BACKEND", "torch")

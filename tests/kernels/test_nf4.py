@@ -66,6 +66,32 @@ def test_size():
     assert packed.nbytes * 8 / 512**2 == pytest.approx(4 + 8 / 64 + 32 / 64 / 256, abs=1e-3)
 
 
+def test_in_a_module_it_moves_is_saved_and_loaded():
+    class Linear(torch.nn.Module):
+        def __init__(self, weight):
+            super().__init__()
+            self.shape, packed = weight.shape, quantize_nf4(weight)
+            for i, part in enumerate(packed.parts):
+                self.register_buffer(f"part{i}", part)
+
+        def forward(self, x):
+            weight = NF4Tensor(*(getattr(self, f"part{i}") for i in range(4)), self.shape, x.dtype)
+            return x @ dequantize_nf4(weight).t()
+
+    one, two = Linear(torch.randn(3, 70)), Linear(torch.randn(3, 70))
+    two.load_state_dict(one.state_dict())
+    x = torch.randn(2, 70)
+    assert torch.equal(one(x), two(x))
+    assert one.to("meta").part0.is_meta
+
+
+def test_to_another_device_keeps_shape_and_dtype():
+    packed = quantize_nf4(torch.randn(3, 70).bfloat16())
+    moved = packed.to("meta")
+    assert all(part.is_meta for part in moved.parts) and moved.nbytes == packed.nbytes
+    assert (moved.shape, moved.dtype) == ((3, 70), torch.bfloat16)
+
+
 @pytest.mark.parametrize("bad", [torch.zeros(4, dtype=torch.int32), torch.tensor([1.0, torch.nan])])
 def test_bad_input_is_named(bad):
     with pytest.raises(ValueError, match="quantize_nf4"):
