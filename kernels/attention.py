@@ -44,18 +44,10 @@ from tritium.kernels.registry import Launch, OpSpec, Shape, register
 
 
 def attention_reference(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    cu_seqlens: Tensor | None = None,
-    cu_seqlens_k: Tensor | None = None,
-    causal: bool = True,
-    window: int | None = None,
-    softcap: float | None = None,
-    scale: float | None = None,
+    q: Tensor, k: Tensor, v: Tensor, *, cu_seqlens: Tensor | None = None, cu_seqlens_k: Tensor | None = None,
+    causal: bool = True, window: int | None = None, softcap: float | None = None, scale: float | None = None,
     return_lse: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     """`attention` in plain torch."""
     options = Options(causal, window, softcap, q.shape[-1] ** -0.5 if scale is None else scale)
     ends = [0, q.shape[0]] if cu_seqlens is None else cu_seqlens.tolist()

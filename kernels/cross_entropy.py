@@ -34,17 +34,9 @@ def check_loss_options(
 
 
 def token_loss(
-    lse: Tensor,
-    z_target: Tensor,
-    z_total: Tensor | None,
-    kept: Tensor,
-    *,
-    vocab: int,
-    weights: Tensor | None,
-    label_smoothing: float,
-    z_loss: float,
-    reduction: str,
-) -> Tensor:
+    lse: Tensor, z_target: Tensor, z_total: Tensor | None, kept: Tensor, *, vocab: int, weights: Tensor | None,
+    label_smoothing: float, z_loss: float, reduction: str,
+) -> Tensor:  # fmt: skip
     """The loss from a token's statistics (all [T]; z_total = Σ_v z, needed with label smoothing only)."""
     loss = lse - z_target
     if label_smoothing:
@@ -58,16 +50,9 @@ def token_loss(
 
 
 def cross_entropy_reference(
-    logits: Tensor,
-    targets: Tensor,
-    *,
-    weights: Tensor | None = None,
-    label_smoothing: float = 0.0,
-    z_loss: float = 0.0,
-    softcap: float | None = None,
-    ignore_index: int = -100,
-    reduction: str = "sum",
-) -> Tensor:
+    logits: Tensor, targets: Tensor, *, weights: Tensor | None = None, label_smoothing: float = 0.0,
+    z_loss: float = 0.0, softcap: float | None = None, ignore_index: int = -100, reduction: str = "sum",
+) -> Tensor:  # fmt: skip
     z = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if softcap is not None:
         z = softcap * torch.tanh(z / softcap)
@@ -202,15 +187,9 @@ def _(logits, targets, softcap):
 
 @operator("cross_entropy_backward")
 def _backward(
-    logits: Tensor,
-    targets: Tensor,
-    top: Tensor,
-    log_sum: Tensor,
-    g_lse: Tensor,
-    g_picked: Tensor,
-    g_total: Tensor,
+    logits: Tensor, targets: Tensor, top: Tensor, log_sum: Tensor, g_lse: Tensor, g_picked: Tensor, g_total: Tensor,
     softcap: float | None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """dlogits [T, V] in the dtype of the logits."""
     (T, V), rows, config = logits.shape, unit_stride(logits), _config(logits.shape[1])
     dlogits = logits.new_empty(T, V)

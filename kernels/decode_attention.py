@@ -26,16 +26,9 @@ from tritium.kernels.registry import Launch, OpSpec, Shape, register
 
 
 def decode_attention_reference(
-    q: Tensor,
-    k_pages: Tensor,
-    v_pages: Tensor,
-    page_table: Tensor,
-    lengths: Tensor,
-    *,
-    window: int | None = None,
-    softcap: float | None = None,
-    scale: float | None = None,
-) -> Tensor:
+    q: Tensor, k_pages: Tensor, v_pages: Tensor, page_table: Tensor, lengths: Tensor, *, window: int | None = None,
+    softcap: float | None = None, scale: float | None = None,
+) -> Tensor:  # fmt: skip
     (_, H, D), (_, page, G, _) = q.shape, k_pages.shape
     dtype = torch.promote_types(q.dtype, torch.float32)
     o = torch.zeros_like(q)
@@ -155,15 +148,9 @@ def _shares(programs: int, keys: int) -> int:
 
 @operator("decode_attention")
 def _attend_triton(
-    q: Tensor,
-    k_pages: Tensor,
-    v_pages: Tensor,
-    page_table: Tensor,
-    lengths: Tensor,
-    window: int | None,
-    softcap: float | None,
-    scale: float,
-) -> Tensor:
+    q: Tensor, k_pages: Tensor, v_pages: Tensor, page_table: Tensor, lengths: Tensor, window: int | None,
+    softcap: float | None, scale: float,
+) -> Tensor:  # fmt: skip
     """o [B, H, D]; the window is no larger than what the page table can hold."""
     o = _attend_output(q, k_pages, v_pages, page_table, lengths, window, softcap, scale)
     (B, H, D), (_, page, G, _) = q.shape, k_pages.shape

@@ -189,16 +189,9 @@ def pick(z: Tensor, targets: Tensor, options: HeadOptions) -> tuple[Tensor, Tens
 
 
 def raw_gradient(
-    z: Tensor,
-    p: Tensor,
-    here: Tensor,
-    column: Tensor,
-    g_lse: Tensor,
-    g_expected: Tensor | None,
-    g_picked: Tensor | None,
-    g_total: Tensor | None,
-    options: HeadOptions,
-) -> Tensor:
+    z: Tensor, p: Tensor, here: Tensor, column: Tensor, g_lse: Tensor, g_expected: Tensor | None,
+    g_picked: Tensor | None, g_total: Tensor | None, options: HeadOptions,
+) -> Tensor:  # fmt: skip
     """The gradient of hidden @ weight.T, in p's memory, from those of the statistics; `here`, `column` as of `pick`.
 
     d expected / dz_v = p_v (1 + z_v - expected), of which g_lse holds the part without z_v.

@@ -240,15 +240,9 @@ def matmul_fp32(a: Tensor, b: Tensor) -> Tensor:
 
 @operator("head_forward")
 def head_forward(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    temperature: float,
-    softcap: float | None,
-    expected: bool,
-    total: bool,
-    exclude: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, softcap: float | None, expected: bool,
+    total: bool, exclude: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """lse [T], picked [T, K], expected and total ([T], [0] if not asked for), top and Σ e^(z - top) [T]; all fp32."""
     (T, K), V = targets.shape, weight.shape[0]
     hidden, weight = aligned(hidden), aligned(weight)
@@ -280,13 +274,9 @@ def _(hidden, weight, targets, temperature, softcap, expected, total, exclude):
 
 
 def gradients_by_chunks(
-    make_dz: Callable[[slice, Tensor], None],
-    hidden: Tensor,
-    weight: Tensor,
-    block: int,
-    needs_hidden: bool,
+    make_dz: Callable[[slice, Tensor], None], hidden: Tensor, weight: Tensor, block: int, needs_hidden: bool,
     needs_weight: bool,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """dhidden and dweight in the dtype of hidden and weight, [0] where not needed, from dz, a chunk of words at a time.
 
     `make_dz(words, dz)` fills dz [T, whole blocks of `block` words]; its size comes from the byte budget.
@@ -309,22 +299,10 @@ def gradients_by_chunks(
 
 @operator("head_backward")
 def head_backward(
-    g_lse: Tensor | None,
-    g_picked: Tensor | None,
-    g_expected: Tensor | None,
-    g_total: Tensor | None,
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    expected: Tensor,
-    top: Tensor,
-    total_sum: Tensor,
-    temperature: float,
-    softcap: float | None,
-    exclude: bool,
-    needs_hidden: bool,
-    needs_weight: bool,
-) -> tuple[Tensor, Tensor]:
+    g_lse: Tensor | None, g_picked: Tensor | None, g_expected: Tensor | None, g_total: Tensor | None, hidden: Tensor,
+    weight: Tensor, targets: Tensor, expected: Tensor, top: Tensor, total_sum: Tensor, temperature: float,
+    softcap: float | None, exclude: bool, needs_hidden: bool, needs_weight: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """dhidden and dweight in the dtype of hidden and weight; [0] where not needed."""
     (T, K), rows, table = targets.shape, aligned(hidden), aligned(weight)
     config = _config(rows.shape[1], K, hidden.dtype, softcap is not None, target_of(hidden.device))

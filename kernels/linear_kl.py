@@ -94,14 +94,9 @@ def _log_rest(logp: Tensor) -> Tensor:
 
 
 def linear_kl_reference(
-    student: Tensor,
-    student_weight: Tensor,
-    teacher: Tensor | TopK,
-    teacher_weight: Tensor | None,
-    *,
-    temperature: float = 1.0,
-    kind: str = "forward",
-) -> Tensor:
+    student: Tensor, student_weight: Tensor, teacher: Tensor | TopK, teacher_weight: Tensor | None, *,
+    temperature: float = 1.0, kind: str = "forward",
+) -> Tensor:  # fmt: skip
     dtype = torch.promote_types(student.dtype, torch.float32)
     log_q = ((student @ student_weight.t()).to(dtype) / temperature).log_softmax(-1)
     if not isinstance(teacher, TopK):
@@ -308,14 +303,9 @@ def _relative_to(new: Tensor, maxima: Tensor, sums: Tensor) -> Tensor:
 
 @operator("linear_kl_jsd")
 def _jsd(
-    student: Tensor,
-    student_weight: Tensor,
-    teacher: Tensor,
-    teacher_weight: Tensor,
-    norm_q: Tensor,
-    norm_p: Tensor,
+    student: Tensor, student_weight: Tensor, teacher: Tensor, teacher_weight: Tensor, norm_q: Tensor, norm_p: Tensor,
     temperature: float,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """Σ ½ q log(q / m) and Σ ½ p log(p / m)  [2, T], over the words that the weights hold."""
     T, V = student.shape[0], teacher_weight.shape[0]
     if not T:
@@ -337,18 +327,9 @@ def _jsd_output(student, *_):
 
 @operator("linear_kl_backward")
 def _backward(
-    student: Tensor,
-    student_weight: Tensor,
-    teacher: Tensor,
-    teacher_weight: Tensor,
-    norm_q: Tensor,
-    norm_p: Tensor,
-    mean_r: Tensor,
-    grad: Tensor,
-    temperature: float,
-    kind: str,
-    needs: list[bool],
-) -> tuple[Tensor, Tensor]:
+    student: Tensor, student_weight: Tensor, teacher: Tensor, teacher_weight: Tensor, norm_q: Tensor, norm_p: Tensor,
+    mean_r: Tensor, grad: Tensor, temperature: float, kind: str, needs: list[bool],
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """dhidden [T, E_s] and dweight [V, E_s] of the student; [0] where not needed."""
     T = student.shape[0]
     (h, weight, h_t, weight_t), strides, config = _operands(student, student_weight, teacher, teacher_weight)

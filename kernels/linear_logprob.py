@@ -30,14 +30,9 @@ class LogProb(NamedTuple):
 
 
 def linear_logprob_reference(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    *,
-    temperature: float = 1.0,
-    softcap: float | None = None,
+    hidden: Tensor, weight: Tensor, targets: Tensor, *, temperature: float = 1.0, softcap: float | None = None,
     ignore_index: int = -100,
-) -> LogProb:
+) -> LogProb:  # fmt: skip
     z = (hidden @ weight.t()).to(torch.promote_types(hidden.dtype, torch.float32))  # [T, V]
     if softcap is not None:
         z = softcap * torch.tanh(z / softcap)

@@ -41,15 +41,9 @@ MAX_RANK = 256
 
 
 def lora_linear_reference(
-    x: Tensor,
-    weight: Tensor | NF4Tensor,
-    a: Tensor,
-    b: Tensor,
-    scale: float,
-    *,
-    bias: Tensor | None = None,
+    x: Tensor, weight: Tensor | NF4Tensor, a: Tensor, b: Tensor, scale: float, *, bias: Tensor | None = None,
     dropout: float = 0.0,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     packed = isinstance(weight, NF4Tensor)
     dense = dequantize_nf4_reference(replace(weight, dtype=x.dtype)) if packed else weight
     adapted = torch.nn.functional.dropout(x, dropout) @ a.t() @ b.t()
@@ -212,16 +206,9 @@ def _dropped_config(R: int, dtype: torch.dtype) -> dict:
 
 @operator("lora_matmul")
 def _matmul(
-    x: Tensor,
-    weight: list[Tensor],
-    inner: Tensor,
-    b: Tensor,
-    bias: Tensor | None,
-    seed: Tensor | None,
-    scale: float,
-    dropout: float,
-    transposed: bool,
-) -> Tensor:
+    x: Tensor, weight: list[Tensor], inner: Tensor, b: Tensor, bias: Tensor | None, seed: Tensor | None, scale: float,
+    dropout: float, transposed: bool,
+) -> Tensor:  # fmt: skip
     """x Wᵀ + scale · (inner bᵀ) ∘ keep + bias [T, N]; weight is [W], or the parts of an NF4Tensor; transposed: Wᵀ."""
     (T, K), (N, R) = x.shape, b.shape
     y = x.new_empty(T, N)
