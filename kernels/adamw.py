@@ -23,7 +23,7 @@ from torch import Tensor
 from tritium.kernels.backend import Target, operator, require_one_device, target_of, tl, triton, use_triton
 from tritium.kernels.blocks import require_float
 from tritium.kernels.multi_tensor import find_block, groups, in_memory_order, load_pointer
-from tritium.kernels.registry import Launch, OpSpec, Shape, register
+from tritium.kernels.registry import Launch, OpSpec, Shape, launch_of, register
 
 
 def _adamw_reference_one(p, g, m, v, lr, beta1, beta2, eps, weight_decay, step):
@@ -334,16 +334,10 @@ def _bytes(shape: Shape, itemsize: int) -> int:
 
 
 def _launches(target: Target) -> tuple[Launch, ...]:
-    floats = ("lr", "beta1", "beta2", "rest1", "rest2", "log_beta1", "log_beta2", "eps", "weight_decay")
-    scalars = {"p_lr": "*fp32", "p_step": "*fp32", "p_grad_scale": "*fp32", "p_found_inf": "*fp32", "p_seed": "*i64"}
-
     def launch(name, absent, param, grad, average, master):
-        signature = {"p_table": "*i64", "N": "i32"} | scalars | dict.fromkeys(floats, "fp32")
-        constexprs = {"PARAM": param, "GRAD": grad, "AVERAGE": average, "MASTER": master, "ALIGNED": True}
-        constexprs |= _config(target) | dict.fromkeys(absent)
-        signature = {key: kind for key, kind in signature.items() if key not in absent}
-        pointers = tuple(key for key in signature if key.startswith("p_"))
-        return Launch(_adamw, name, signature, constexprs, pointers, num_warps=constexprs.pop("num_warps"))
+        config = {"PARAM": param, "GRAD": grad, "AVERAGE": average, "MASTER": master, "ALIGNED": True}
+        config |= _config(target) | dict.fromkeys(absent)
+        return launch_of(_adamw, name, config, {"p_table": "*i64", "p_seed": "*i64"}, ("N",))
 
     bf16, fp32 = tl.bfloat16, tl.float32
     return (
@@ -363,8 +357,6 @@ register(
         flops=lambda s: 14 * s["N"],
         bytes=_bytes,
         launches=_launches,
-        lean_shape={"N": 1 << 15},
-        traffic=lambda shape, itemsize: (_bytes(shape, itemsize), 0),
         differentiable=False,
     )
 )

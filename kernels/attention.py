@@ -25,7 +25,7 @@ NaN from a matmul, a document with one may reach those that share a block with i
 Must spend 4·D·H FLOPs per visible pair forward and 10·D·H backward; the kernels spend 14·D·H backward, as both make p
 and dp, which is what two kernels without atomics cost. Must move q, k, v, o, lse, and backward the gradients too. The
 kernels move once what a program holds, and what it walks over once per program: k and v per head and block of queries,
-and for dk and dv q, do, lse and delta per block of keys, which the L2 serves (attention_traffic.py). An odd number of
+and for dk and dv q, do, lse and delta per block of keys, which the L2 serves (tests/traffic.py). An odd number of
 heads of 8, 24, 40 … puts tokens no multiple of 16 elements apart, the alignment that Triton knows: such tensors are
 loaded 2 bytes at a time.
 """
@@ -36,11 +36,11 @@ import os
 import torch
 from torch import Tensor
 
-from tritium.kernels import attention_torch, attention_traffic
+from tritium.kernels import attention_costs, attention_torch
 from tritium.kernels.attention_torch import Options, visible
-from tritium.kernels.backend import TARGETS, Target, device_assert, operator, target_of, tl, triton, use_triton
+from tritium.kernels.backend import Target, device_assert, operator, target_of, tl, triton, use_triton
 from tritium.kernels.blocks import require_float, require_integer, tanh, unit_stride
-from tritium.kernels.registry import Launch, OpSpec, Shape, register
+from tritium.kernels.registry import Launch, OpSpec, Shape, launch_of, register
 
 
 def attention_reference(
@@ -597,7 +597,7 @@ def attention_backward(
 
 
 def _example(shape: Shape, dtype: torch.dtype, device: str) -> tuple[tuple, dict]:
-    ends, ends_k = attention_traffic.ends_of(shape)
+    ends, ends_k = attention_costs.ends_of(shape)
     sizes = [(ends[-1], shape["H"]), (ends_k[-1], shape["G"]), (ends_k[-1], shape["G"])]
     q, k, v = (torch.randn(*size, shape["D"], dtype=dtype, device=device, requires_grad=True) for size in sizes)
     cu, cu_k = (torch.tensor(x, dtype=torch.int32, device=device) for x in (ends, ends_k))
@@ -607,34 +607,20 @@ def _example(shape: Shape, dtype: torch.dtype, device: str) -> tuple[tuple, dict
 
 KERNELS = {"forward": _attention_forward, "dq": _attention_dq, "dkv": _attention_dkv}
 DECLARED = [(64, "bf16", False), (128, "bf16", False), (256, "bf16", False), (256, "bf16", True), (128, "fp32", False)]
-KINDS = {"p_keys": "*i32", "p_queries": "*i32"} | dict.fromkeys(("p_lse", "p_dlse", "p_delta"), "*fp32")
-KINDS |= dict.fromkeys(("scale", "softcap"), "fp32")
-
-
-def _traffic(shape: Shape, itemsize: int) -> tuple[int, int]:
-    dtype, target = torch.float32 if itemsize == 4 else torch.bfloat16, TARGETS["sm_80"]  # as under the interpreter
-    configs = {name: _config(name, shape["D"], dtype, target) for name in KERNELS}
-    blocks = {name: configs[name]["BLOCK_N" if name == "dkv" else "BLOCK_M"] for name in KERNELS}
-    heads = _heads(attention_traffic.ends_of(shape)[1][-1], shape["H"], shape["G"], blocks["dkv"])
-    return attention_traffic.traffic(shape, itemsize, blocks, heads)
 
 
 def _launches(target: Target) -> tuple[Launch, ...]:
     def launch(name: str, D: int, short: str, softcap: bool, variant: str = "") -> Launch:
-        kernel, dtype = KERNELS[name], torch.bfloat16 if short == "bf16" else torch.float32
-        flags = {"SOFTCAP": softcap} | ({"HAS_DLSE": True, "NEEDS_DQ": variant != "only delta"} if name == "dq" else {})
-        config = _config(name, D, dtype, target) | flags
-        options = {key: config.pop(key) for key in ("num_warps", "num_stages")}
-        arguments = [x for x in kernel.arg_names if x not in config]
-        kinds = KINDS | dict.fromkeys(("p_dk", "p_dv"), "*fp32" if variant == "partial" else f"*{short}")
-        signature = {x: kinds.get(x, f"*{short}" if x.startswith("p_") else "i32") for x in arguments}
-        aligned = tuple(x for x in arguments if x not in ("H", "GROUP", "HEADS", "scale", "softcap"))
+        config = _config(name, D, torch.bfloat16 if short == "bf16" else torch.float32, target) | {"SOFTCAP": softcap}
+        if name == "dq":
+            config |= {"HAS_DLSE": True, "NEEDS_DQ": variant != "only delta"}
+        types = {"p_keys": "*i32", "p_queries": "*i32"} | dict.fromkeys(("p_lse", "p_dlse", "p_delta"), "*fp32")
+        types |= dict.fromkeys(("p_dk", "p_dv"), "*fp32") if variant == "partial" else {}
         title = " ".join(filter(None, (f"{name} D={D} {short}", "softcap" * softcap, variant)))
-        return Launch(kernel, title, signature, config, aligned, **options)
+        return launch_of(KERNELS[name], title, config, types, ("H", "GROUP", "HEADS"), f"*{short}")
 
-    pointers = dict.fromkeys(("p_cu", "p_cu_k", "p_keys", "p_queries"), "*i32")
-    sizes = dict.fromkeys(("T", "Tk", "S", "STEPS", "left", "right"), "i32")
-    intervals = Launch(_attention_intervals, "intervals", pointers | sizes, {"BLOCK": INTERVALS_BLOCK}, tuple(pointers))
+    sizes, config = ("T", "Tk", "S", "STEPS", "left", "right"), {"BLOCK": INTERVALS_BLOCK, "num_warps": 4}
+    intervals = launch_of(_attention_intervals, "intervals", config, {}, sizes, "*i32")
     variants = launch("dq", 128, "bf16", False, "only delta"), launch("dkv", 128, "bf16", False, "partial")
     return intervals, *(launch(name, *case) for name in KERNELS for case in DECLARED), *variants
 
@@ -654,12 +640,10 @@ register(
             {"T": 0, "N": 1, "H": 2, "G": 1, "D": 8},
             {"T": 4096, "N": 2048, "H": 32, "G": 8, "D": 128},
         ),
-        flops=lambda shape: 4 * shape["D"] * attention_traffic.pairs(shape),
-        bytes=lambda shape, itemsize: attention_traffic.moved(shape, itemsize, 2, 2),
-        backward_flops=lambda shape: 10 * shape["D"] * attention_traffic.pairs(shape),
-        backward_bytes=lambda shape, itemsize: attention_traffic.moved(shape, itemsize, 4, 4),
+        flops=lambda shape: 4 * shape["D"] * attention_costs.pairs(shape),
+        bytes=lambda shape, itemsize: attention_costs.moved(shape, itemsize, 2, 2),
+        backward_flops=lambda shape: 10 * shape["D"] * attention_costs.pairs(shape),
+        backward_bytes=lambda shape, itemsize: attention_costs.moved(shape, itemsize, 4, 4),
         launches=_launches,
-        lean_shape={"T": 512, "N": 256, "H": 2, "G": 1, "D": 64},
-        traffic=_traffic,
     )
 )

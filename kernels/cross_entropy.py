@@ -17,8 +17,8 @@ from torch.autograd.function import once_differentiable
 from tritium.kernels.backend import Target, operator, require_one_device, tl, triton, use_triton, without_autocast
 from tritium.kernels.blocks import require_float, tanh, unit_stride
 from tritium.kernels.head import HeadOptions, check_targets
-from tritium.kernels.head_triton import LOG2_E, PROGRAMS, launch_of, tile_bytes
-from tritium.kernels.registry import Launch, OpSpec, Shape, register
+from tritium.kernels.head_triton import LOG2_E, PROGRAMS, tile_bytes
+from tritium.kernels.registry import Launch, OpSpec, Shape, launch_of, register
 
 
 def check_loss_options(
@@ -342,7 +342,7 @@ def _backward_bytes(shape: Shape, itemsize: int) -> int:
 def _launches(target: Target) -> tuple[Launch, ...]:
     def launch(kernel, V, dtype, cap):
         config = _config(V) | {"HAS_CAP": cap}
-        types = dict.fromkeys(("p_logits", "p_dlogits"), f"*{dtype}")
+        types = dict.fromkeys(("p_logits", "p_dlogits"), f"*{dtype}") | {"p_targets": "*i64"}
         odd = ("V", "stride_logits") if V % 16 else ()
         name = f"{kernel.__name__.split('_')[-1]} V={V} {dtype}" + cap * " softcap"
         return launch_of(kernel, name, config, types, odd)
@@ -373,7 +373,5 @@ register(
         backward_flops=lambda shape: 5 * shape["T"] * shape["V"],
         backward_bytes=_backward_bytes,
         launches=_launches,
-        lean_shape={"T": 20, "V": 1000},
-        traffic=lambda shape, itemsize: (_forward_bytes(shape, itemsize), _backward_bytes(shape, itemsize)),
     )
 )

@@ -22,7 +22,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from tritium.kernels.backend import Target, operator, target_of, tl, triton, use_triton, without_autocast
 from tritium.kernels.blocks import require_float, require_integer, tanh, unit_stride
-from tritium.kernels.registry import Launch, OpSpec, Shape, register
+from tritium.kernels.registry import Launch, OpSpec, Shape, launch_of, register
 
 
 def decode_attention_reference(
@@ -297,24 +297,10 @@ def _bytes(shape: Shape, itemsize: int) -> int:
     return 2 * shape["B"] * shape["D"] * itemsize * (keys * shape["G"] + shape["H"])
 
 
-def _traffic(shape: Shape, itemsize: int) -> tuple[int, int]:
-    """And the page of each key, a length for each program, o_s and lse_s out and in."""
-    B, H, G, D = (shape[x] for x in "BHGD")
-    keys = min(shape["N"] * shape["page"], shape.get("window", shape["N"] * shape["page"]))
-    S = _shares(B * G, keys)
-    parts = 4 * B * H * (2 * S * (D + 1)) if S > 1 else 4 * B * H
-    return _bytes(shape, itemsize) + 4 * B * G * (keys + S) + parts + (S - 1) * B * H * D * itemsize, 0
-
-
 def _launches(target: Target) -> tuple[Launch, ...]:
-    def launch(kernel, name, dtype, constexprs):
-        options = {name: constexprs.pop(name) for name in ("num_warps", "num_stages")}
-        kinds = {"p_table": "*i32", "p_lengths": "*i32", "p_lse": "*fp32", "p_parts": "*fp32"}
-        kinds |= {"scale": "fp32", "softcap": "fp32"}
-        names = [name for name in kernel.arg_names if name not in constexprs]
-        signature = {name: kinds.get(name, f"*{dtype}" if name.startswith("p_") else "i32") for name in names}
-        divisible = tuple(name for name in names if signature[name] != "fp32" and name not in ("window", "S"))
-        return Launch(kernel, f"{name} {dtype}", signature, constexprs, divisible, **options)
+    def launch(kernel, name, dtype, config):
+        types = {"p_table": "*i32", "p_lengths": "*i32", "p_lse": "*fp32", "p_parts": "*fp32"}
+        return launch_of(kernel, f"{name} {dtype}", config, types, ("window", "S"), f"*{dtype}")
 
     def decode(R, D, softcap=False, dtype=torch.bfloat16):
         constexprs = _config(R, D, dtype.itemsize, softcap, target) | {"G": 8, "SOFTCAP": softcap}
@@ -348,8 +334,6 @@ register(
         flops=lambda s: 4 * s["B"] * s["N"] * s["page"] * s["H"] * s["D"],
         bytes=_bytes,
         launches=_launches,
-        lean_shape={"B": 2, "N": 3, "page": 100, "H": 4, "G": 2, "D": 40, "full": 1},
-        traffic=_traffic,
         differentiable=False,
     )
 )

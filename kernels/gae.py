@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tritium.kernels.backend import Target, operator, tl, triton, use_triton
 from tritium.kernels.blocks import require_float
-from tritium.kernels.registry import Launch, OpSpec, Shape, register
+from tritium.kernels.registry import Launch, OpSpec, Shape, launch_of, register
 from tritium.kernels.segment_sum import check_segments, example_segments, load_span, segment_of
 
 
@@ -132,13 +132,9 @@ def _example(shape: Shape, dtype: torch.dtype, device: str) -> tuple[tuple, dict
 
 
 def _launches(target: Target) -> tuple[Launch, ...]:
-    pointers = ("p_rewards", "p_values", "p_cu", "p_advantages", "p_returns")
-
     def launch(dtype):
-        kinds = (f"*{dtype}", f"*{dtype}", "*i32", "*fp32", "*fp32")
-        signature = dict(zip(pointers, kinds, strict=True)) | {"S": "i32", "T": "i32", "gamma": "fp32", "lam": "fp32"}
-        constexprs = {"BLOCK": CONFIG["BLOCK"], "stride_rewards": 1, "stride_values": 1}
-        return Launch(_gae, dtype, signature, constexprs, (*pointers, "T"), num_warps=CONFIG["num_warps"])
+        types = dict.fromkeys(("p_rewards", "p_values"), f"*{dtype}") | {"p_cu": "*i32"}
+        return launch_of(_gae, dtype, CONFIG | {"stride_rewards": 1, "stride_values": 1}, types, ("S",))
 
     return launch("bf16"), launch("fp32")
 
@@ -160,8 +156,6 @@ register(
         flops=lambda s: 8 * s["T"],
         bytes=lambda s, size: s["T"] * (2 * size + 8),
         launches=_launches,
-        lean_shape={"T": 1000, "S": 3},
-        traffic=lambda shape, itemsize: (shape["T"] * (3 * itemsize + 8), 0),
         differentiable=False,
     )
 )

@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from tritium.kernels.backend import operator, tl, triton, use_triton
 from tritium.kernels.blocks import as_rows, require_float
-from tritium.kernels.registry import Launch, Shape
+from tritium.kernels.registry import Launch, Shape, launch_of
 
 # Triton ---------------------------------------------------------------------------------------------------------------
 #
@@ -232,12 +232,8 @@ def gated_example(shape: Shape, dtype: torch.dtype, device: str) -> tuple[tuple,
 
 def gated_launches(gelu: bool) -> tuple[Launch, ...]:
     def launch(kernel, width):
-        constexprs = _config(width) | {"GELU": gelu}
-        warps = constexprs.pop("num_warps")
-        names = [name for name in kernel.arg_names if name not in constexprs]
-        signature = {name: "*bf16" if name.startswith("p_") else "i32" for name in names}
         name = f"{kernel.__name__[7:]} F={width} bf16"
-        return Launch(kernel, name, signature, constexprs, tuple(names), num_warps=warps)
+        return launch_of(kernel, name, _config(width) | {"GELU": gelu}, {}, data="*bf16")
 
     return tuple(launch(kernel, width) for kernel in (_gated_forward, _gated_backward) for width in (128, 14336))
 
@@ -259,5 +255,4 @@ def gated_costs(flops: int) -> dict:
         "bytes": lambda shape, itemsize: 3 * shape["T"] * shape["F"] * itemsize,
         "backward_flops": lambda shape: 2 * flops * shape["T"] * shape["F"],
         "backward_bytes": lambda shape, itemsize: 5 * shape["T"] * shape["F"] * itemsize,
-        "lean_shape": {"T": 37, "F": 1030, "fused": 1},
     }

@@ -14,7 +14,7 @@ from torch import Tensor
 from tritium.kernels.backend import Target, operator, tl, triton, use_triton
 from tritium.kernels.blocks import require_float
 from tritium.kernels.multi_tensor import find_block, groups, in_memory_order, load_pointer
-from tritium.kernels.registry import Launch, OpSpec, Shape, register
+from tritium.kernels.registry import Launch, OpSpec, Shape, launch_of, register
 
 
 def global_norm_reference(tensors: Sequence[Tensor]) -> Tensor:
@@ -115,18 +115,12 @@ def _example(shape: Shape, dtype: torch.dtype, device: str) -> tuple[tuple, dict
 
 
 def _launches(target: Target) -> tuple[Launch, ...]:
-    table = {"p_table": "*i64", "p_partial": "*fp32", "N": "i32"}
-    config = {"ALIGNED": True, "SPAN": SPAN, "BLOCK": BLOCK}
-    return (
-        *(
-            Launch(_square_sums, f"{dtype}", table, {"DTYPE": dtype} | config, ("p_table", "p_partial"), num_warps=8)
-            for dtype in (tl.bfloat16, tl.float32)
-        ),
-        Launch(
-            _norm, "fp32", {"p_partial": "*fp32", "p_norm": "*fp32", "P": "i32"}, {"BLOCK": BLOCK},
-            ("p_partial", "p_norm"), num_warps=8,
-        ),
-    )  # fmt: skip
+    config = {"ALIGNED": True, "SPAN": SPAN, "BLOCK": BLOCK, "num_warps": 8}
+
+    def launch(dtype):
+        return launch_of(_square_sums, f"{dtype}", config | {"DTYPE": dtype}, {"p_table": "*i64"}, ("N",))
+
+    return launch(tl.bfloat16), launch(tl.float32), launch_of(_norm, "fp32", config, {}, ("P",))
 
 
 register(
@@ -139,8 +133,6 @@ register(
         flops=lambda s: 2 * s["N"],
         bytes=lambda s, size: s["N"] * size,
         launches=_launches,
-        lean_shape={"N": 1 << 15},
-        traffic=lambda shape, itemsize: (shape["N"] * itemsize, 0),
         differentiable=False,
     )
 )

@@ -24,9 +24,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tritium.kernels.backend import TARGETS, Target, operator, target_of, tl, triton
+from tritium.kernels.backend import Target, operator, target_of, tl, triton
 from tritium.kernels.blocks import tanh
-from tritium.kernels.registry import Launch, Shape
+from tritium.kernels.registry import Launch, launch_of
 
 # A tile of logits in the torch path, in fp32: on a CPU it should stay in the cache (allocations over 32 MB also go back
 # to the system each time, and the page faults then cost more than the matmul); a GPU wants large matmuls. In the Triton
@@ -354,33 +354,10 @@ def _gradients(ctx, g_lse, g_picked, g_expected, g_total, *_):
 head_forward.register_autograd(_gradients, setup_context=_save)
 
 
-def launch_of(kernel, name: str, config: dict, types: dict[str, str], odd: tuple[str, ...] = ()) -> Launch:
-    """For the doctor: pointers are to fp32 and numbers are integers but for `types`; `odd` are not multiples of 16."""
-    config = dict(config)
-    warps, stages = config.pop("num_warps"), config.pop("num_stages", 2)
-    names = [n for n in kernel.arg_names if n not in config]
-    types = {"softcap": "fp32", "temperature": "fp32", "p_targets": "*i64"} | types
-    signature = {n: types.get(n, "*fp32" if n.startswith("p_") else "i32") for n in names}
-    odd = {*odd, *getattr(kernel, "do_not_specialize", ())}
-    divisible = tuple(n for n in names if signature[n] != "fp32" and n not in odd)
-    return Launch(kernel, name, signature, config, divisible, warps, stages)
-
-
 def head_launches(target: Target, dtype: str, *flags: str, K: int = 1) -> tuple[Launch, Launch]:
     """Forward and dz of a head with E = 4096 and K targets per token, for the doctor."""
     config = _config(4096, K, {"bf16": torch.bfloat16, "fp32": torch.float32}[dtype], "HAS_CAP" in flags, target)
     config |= {flag: flag in flags for flag in ("EXPECTED", "TOTAL", "EXCLUDE", "HAS_CAP")}
-    types = dict.fromkeys(("p_hidden", "p_weight", "p_dz"), f"*{dtype}")
+    types = dict.fromkeys(("p_hidden", "p_weight", "p_dz"), f"*{dtype}") | {"p_targets": "*i64"}
     name = " ".join((dtype, *flags)).lower() + f" K={K}" * (K > 1)
     return launch_of(_head_forward, f"forward {name}", config, types), launch_of(_head_dz, f"dz {name}", config, types)
-
-
-def head_traffic(shape: Shape, itemsize: int) -> tuple[int, int]:
-    """Bytes of the two kernels by the model above, with three [T] from each share of the forward, four to each tile."""
-    T, V, E = shape["T"], shape["V"], shape["E"]
-    config = _config(E, 1, torch.float32 if itemsize == 4 else torch.bfloat16, False, TARGETS["sm_80"])
-    block_t, block_v = config["BLOCK_T"], config["BLOCK_V"]
-    tiles, blocks = triton.cdiv(T, block_t), triton.cdiv(V, block_v)
-    operands = tiles * blocks * (block_t + block_v) * E * itemsize + 8 * T * blocks  # and targets
-    forward = operands + 4 * T * (3 * shares_of(T, V, config)[0] + 1)
-    return forward, operands + T * blocks * block_v * itemsize + 4 * 4 * T * blocks

@@ -28,7 +28,7 @@ from tritium.kernels.head import (
     raw_gradient,
     vocab_size,
 )
-from tritium.kernels.head_triton import head_launches, head_traffic, matmul_fp32, tile_bytes
+from tritium.kernels.head_triton import head_launches, matmul_fp32, tile_bytes
 from tritium.kernels.linear_logprob import example
 from tritium.kernels.registry import Launch, OpSpec, Shape, register
 
@@ -178,7 +178,5 @@ register(
         backward_flops=lambda s: 6 * s["T"] * s["V"] * s["E"],
         backward_bytes=lambda s, size: 2 * size * s["E"] * (s["T"] + s["V"]) + s["T"] * (8 + 4),
         launches=_launches,
-        lean_shape={"T": 256, "E": 128, "V": 512},
-        traffic=head_traffic,
     )
 )

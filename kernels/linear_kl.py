@@ -33,7 +33,6 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from tritium.kernels.backend import (
-    TARGETS,
     Target,
     operator,
     require_one_device,
@@ -59,12 +58,11 @@ from tritium.kernels.head_triton import (
     aligned,
     gradients_by_chunks,
     head_launches,
-    launch_of,
     logits_block,
     shares_of,
     tile_of,
 )
-from tritium.kernels.registry import Launch, OpSpec, Shape, register
+from tritium.kernels.registry import Launch, OpSpec, Shape, launch_of, register
 
 KINDS = ("forward", "reverse", "jsd")
 LOG_2 = 0.6931471805599453
@@ -539,15 +537,6 @@ def _example(shape: Shape, dtype: torch.dtype, device: str) -> tuple[tuple, dict
     return (student, student_weight, *head(2 * shape["E"])), {"temperature": 0.5, "kind": kind}
 
 
-def _traffic(shape: Shape, itemsize: int) -> tuple[int, int]:
-    """Forward and backward bytes of the kernels on the example, by the model of the module's docstring."""
-    T, V, config = shape["T"], shape["V"], _config(itemsize, TARGETS["sm_80"])
-    tiles, blocks = triton.cdiv(T, config["BLOCK_T"]), triton.cdiv(V, config["BLOCK_V"])
-    walk = itemsize * 3 * shape["E"] * tiles * blocks * (config["BLOCK_T"] + config["BLOCK_V"])
-    parts = 4 * T * shares_of(T, V, config, SHARE)[0]
-    return walk + 5 * parts, walk + itemsize * T * blocks * config["BLOCK_V"] + 5 * 4 * T * blocks
-
-
 def _launches(target: Target) -> tuple[Launch, ...]:
     def launch(kernel, dtype, **constexprs):
         widths = {"E_A": 2048, "E_B": 4096} if "E_A" in kernel.arg_names else {"E_S": 2048, "E_T": 4096}
@@ -582,9 +571,6 @@ register(
         bytes=lambda s, size: 3 * size * s["E"] * (s["T"] + s["V"]) + 4 * s["T"],
         backward_flops=lambda s: 10 * s["T"] * s["V"] * s["E"],
         backward_bytes=lambda s, size: 4 * size * s["E"] * (s["T"] + s["V"]) + 4 * s["T"],
-        tolerance=1e-4,  # a difference of log-probabilities
         launches=_launches,
-        lean_shape={"T": 130, "E": 64, "V": 300},
-        traffic=_traffic,
     )
 )

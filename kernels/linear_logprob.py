@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tritium.kernels.backend import Target, require_one_device
 from tritium.kernels.head import HeadOptions, check_head, check_targets, head_statistics, vocab_size
-from tritium.kernels.head_triton import head_launches, head_traffic
+from tritium.kernels.head_triton import head_launches
 from tritium.kernels.registry import Launch, OpSpec, Shape, register
 
 
@@ -112,7 +112,5 @@ register(
         backward_flops=lambda s: 6 * s["T"] * s["V"] * s["E"],
         backward_bytes=lambda s, size: 2 * size * s["E"] * (s["T"] + s["V"]) + s["T"] * (8 + 3 * 4),
         launches=_launches,
-        lean_shape={"T": 256, "E": 128, "V": 512},
-        traffic=head_traffic,
     )
 )

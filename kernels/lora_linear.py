@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from tritium.kernels.backend import TARGETS, Target, operator, target_of, tl, triton, use_triton, without_autocast
+from tritium.kernels.backend import Target, operator, target_of, tl, triton, use_triton, without_autocast
 from tritium.kernels.blocks import require_float, unit_stride
 from tritium.kernels.nf4 import (
     BLOCK,
@@ -35,7 +35,7 @@ from tritium.kernels.nf4 import (
     nf4_tile,
     quantize_nf4,
 )
-from tritium.kernels.registry import Launch, OpSpec, Shape, register
+from tritium.kernels.registry import Launch, OpSpec, Shape, launch_of, register
 
 MAX_RANK = 256
 
@@ -401,44 +401,26 @@ def _backward_bytes(s: Shape, itemsize: int) -> int:
     return 2 * _bytes(s, itemsize) + itemsize * s["T"] * s["R"]
 
 
-def _traffic(s: Shape, itemsize: int) -> tuple[int, int]:
-    """Of the matmul, forward and for dx, with a dense base and the tiles of sm_80."""
-    config = _config(s["T"], s["R"], torch.bfloat16, False, False, False, TARGETS["sm_80"])
-
-    def matmul(T: int, K: int, N: int) -> int:
-        tiles_t, tiles_n = triton.cdiv(T, config["BM"]), triton.cdiv(N, config["BN"])
-        return itemsize * ((K + s["R"]) * (T * tiles_n + N * tiles_t) + T * N)
-
-    return matmul(s["T"], s["E"], s["F"]), matmul(s["T"], s["F"], s["E"])
-
-
-def _launch(kernel, name, kinds, config, odd=(), **constexprs) -> Launch:
-    """kinds: Triton types of the pointers; odd: integers that are no multiples of 16; a stride of 1 is a constant."""
-    warps, stages = config.pop("num_warps"), config.pop("num_stages")
-    constexprs |= config
-    kinds = {p: f"*{kind}" for p, kind in kinds.items()} | {"scale": "fp32", "dropout": "fp32"}
-    signature = {n: kinds.get(n, "i32") for n in kernel.arg_names if n not in constexprs}
-    divisible = tuple(n for n, kind in signature.items() if kind != "fp32" and n not in odd)
-    return Launch(kernel, name, signature, constexprs, divisible, num_warps=warps, num_stages=stages)
-
-
 def _matmul_launch(target, name, dtype, T, R, nf4=False, backward=False, dropout=False, odd=()) -> Launch:
-    kinds = {p: "fp32" if dtype == torch.float32 else "bf16" for p in _lora_matmul.arg_names if p.startswith("p_")}
-    kinds |= {"p_seed": "i64"}
+    types = {"p_seed": "*i64"}
     if nf4:
-        kinds |= {"p_w": "u8", "p_absmax": "i8", "p_absmax_scale": "fp32", "p_absmax_mean": "fp32"}
-    flags = {"NF4": ("columns" if backward else "rows") if nf4 else None, "HAS_BIAS": not backward, "DROPOUT": dropout}
-    flags |= ({"p_bias": None} if backward else {}) | ({} if dropout else {"p_seed": None})
-    flags |= dict.fromkeys(("stride_wn", "stride_bn") if backward else ("stride_wk", "stride_br"), 1)
+        types |= {"p_w": "*u8", "p_absmax": "*i8", "p_absmax_scale": "*fp32", "p_absmax_mean": "*fp32"}
     config = _config(T, R, dtype, nf4, dropout, bool(odd), target)
-    return _launch(_lora_matmul, name, kinds, config, odd, **flags)
+    config |= {
+        "NF4": ("columns" if backward else "rows") if nf4 else None,
+        "HAS_BIAS": not backward,
+        "DROPOUT": dropout,
+    }
+    config |= ({"p_bias": None} if backward else {}) | ({} if dropout else {"p_seed": None})
+    config |= dict.fromkeys(("stride_wn", "stride_bn") if backward else ("stride_wk", "stride_br"), 1)
+    return launch_of(_lora_matmul, name, config, types, odd, "*fp32" if dtype == torch.float32 else "*bf16")
 
 
 def _dropped_launch(name, dtype, R, transposed) -> Launch:
-    kind = "fp32" if dtype == torch.float32 else "bf16"
-    flags = dict.fromkeys(("stride_out", "stride_fr") if transposed else ("stride_or", "stride_f"), 1)
-    kinds = {"p_x": kind, "p_f": kind, "p_seed": "i64", "p_out": "fp32"}
-    return _launch(_lora_dropped, name, kinds, _dropped_config(R, dtype), R=R, TRANSPOSED=transposed, **flags)
+    config = _dropped_config(R, dtype) | {"R": R, "TRANSPOSED": transposed}
+    config |= dict.fromkeys(("stride_out", "stride_fr") if transposed else ("stride_or", "stride_f"), 1)
+    types = dict.fromkeys(("p_x", "p_f"), "*fp32" if dtype == torch.float32 else "*bf16") | {"p_seed": "*i64"}
+    return launch_of(_lora_dropped, name, config, types)
 
 
 def _launches(target: Target) -> tuple[Launch, ...]:
@@ -484,7 +466,5 @@ register(
         backward_flops=lambda s: 2 * _flops(s),
         backward_bytes=_backward_bytes,
         launches=_launches,
-        lean_shape={"T": 256, "E": 128, "F": 256, "R": 16},
-        traffic=_traffic,
     )
 )

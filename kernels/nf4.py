@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tritium.kernels.backend import Target, operator, tl, triton, use_triton
-from tritium.kernels.registry import Launch, OpSpec, register
+from tritium.kernels.registry import Launch, OpSpec, launch_of, register
 
 BLOCK = 64  # weights that share an absmax
 SCALE_BLOCK = 256  # absmax that share a scale
@@ -212,14 +212,8 @@ def _example(shape, dtype, device):
 
 
 def _launches(target: Target) -> tuple[Launch, ...]:
-    pointers = ("p_codes", "p_absmax", "p_absmax_scale", "p_absmax_mean", "p_out")
-    constexprs = {name: CONFIG[name] for name in ("CODES", "ROWS")}
-
-    def launch(dtype: str) -> Launch:
-        signature = dict(zip(pointers, ("*u8", "*i8", "*fp32", "*fp32", f"*{dtype}"), strict=True)) | {"size": "i32"}
-        return Launch(_dequantize_nf4, dtype, signature, constexprs, (*pointers, "size"), num_warps=4)
-
-    return launch("bf16"), launch("fp32")
+    types = {"p_codes": "*u8", "p_absmax": "*i8"}
+    return tuple(launch_of(_dequantize_nf4, x, CONFIG, types | {"p_out": f"*{x}"}) for x in ("bf16", "fp32"))
 
 
 def _must_move(shape, itemsize: int) -> int:
@@ -243,7 +237,6 @@ register(
         flops=lambda s: s["N"] * s["K"],
         bytes=_must_move,
         launches=_launches,
-        lean_shape={"N": 64, "K": 256},
         differentiable=False,
     )
 )

@@ -28,6 +28,27 @@ class Launch:
     num_stages: int = 2
 
 
+FLOATS = {"scale", "softcap", "temperature", "dropout", "eps", "offset", "gamma", "lam"}  # scalar arguments in fp32
+FLOATS |= {"lr", "weight_decay", "beta1", "beta2", "rest1", "rest2", "log_beta1", "log_beta2"}
+
+
+def launch_of(
+    kernel: Any, name: str, config: dict, types: dict[str, str], odd: tuple[str, ...] = (), data: str = "*fp32"
+) -> Launch:
+    """The launch of a kernel under `config`: its constexprs, num_warps and num_stages.
+
+    Pointers are of type `data`, numbers are fp32 (FLOATS) or i32, but for `types`; all but floats and `odd` are
+    multiples of 16.
+    """
+    names = [n for n in kernel.arg_names if n not in config]
+    kinds = {n: data if n.startswith("p_") else "fp32" if n in FLOATS else "i32" for n in names}
+    signature = {n: types.get(n, kind) for n, kind in kinds.items()}
+    odd = {*odd, *getattr(kernel, "do_not_specialize", ())}
+    divisible = tuple(n for n in names if signature[n] != "fp32" and n not in odd)
+    constexprs = {n: config[n] for n in kernel.arg_names if n in config}
+    return Launch(kernel, name, signature, constexprs, divisible, config["num_warps"], config.get("num_stages", 2))
+
+
 def _none(target: Target) -> tuple[Launch, ...]:
     return ()
 
@@ -39,11 +60,9 @@ class OpSpec:
     `function` is the public one and `reference` the same in plain torch, right in any dtype. `example(shape, dtype,
     device)` gives `(args, kwargs)` for both; tensors among `args` that require a gradient are the differentiable
     ones. `flops` and `bytes` are what a call on `shape` must spend and move at the least, forward, with elements of
-    `itemsize` bytes; `backward_flops` and `backward_bytes` likewise. `tolerance` is the allowed relative error in
-    fp32 against the reference in fp64. `launches(target)`: what a launch on that GPU would compile.
-
-    The traffic of the kernels on `lean_shape` is held to `traffic(shape, itemsize)` = (forward, backward) bytes, plus
-    5 %: what must move, or, where tiles are read more than once, the model that the op's docstring derives.
+    `itemsize` bytes; `backward_flops` and `backward_bytes` likewise: tests/traffic.py holds the kernels to them, or,
+    where tiles are read more than once, to the model in the op's docstring. `launches(target)`: what a launch on that
+    GPU would compile.
     """
 
     name: str
@@ -56,10 +75,7 @@ class OpSpec:
     backward_flops: Callable[[Shape], int] | None = None
     backward_bytes: Callable[[Shape, int], int] | None = None
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)
-    tolerance: float = 2e-5
     launches: Callable[[Target], tuple[Launch, ...]] = _none  # none: the op has no Triton kernel
-    lean_shape: Shape | None = None
-    traffic: Callable[[Shape, int], tuple[int, int]] | None = None
     differentiable: bool = True
 
 

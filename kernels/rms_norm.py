@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 
 from tritium.kernels.backend import Target, operator, tl, triton, use_triton, without_autocast
 from tritium.kernels.blocks import as_rows, require_float
-from tritium.kernels.registry import Launch, OpSpec, Shape, register
+from tritium.kernels.registry import Launch, OpSpec, Shape, launch_of, register
 
 
 def rms_norm_reference(
@@ -327,15 +327,10 @@ def _example(shape: Shape, dtype: torch.dtype, device: str) -> tuple[tuple, dict
 
 def _launches(target: Target) -> tuple[Launch, ...]:
     def launch(kernel, E, config, dtype="bf16", **flags):
-        warps = config.pop("num_warps")
-        names = [name for name in kernel.arg_names if name not in config | flags]
-        kinds = {"p_rstd": "*fp32", "p_mean": "*fp32", "p_partial": "*fp32", "eps": "fp32", "offset": "fp32"}
-        signature = {name: kinds.get(name, f"*{dtype}" if name.startswith("p_") else "i32") for name in names}
-        divisible = tuple(name for name in names if signature[name] != "fp32")
-        constexprs = {name: value for name, value in config.items() if name in kernel.arg_names}
+        types = dict.fromkeys(("p_rstd", "p_mean", "p_partial"), "*fp32")
         frozen = " frozen weight" * (not flags.get("HAS_DWEIGHT", True))
         name = f"{kernel.__name__.split('_')[-1]} E={E} {dtype}{frozen}"
-        return Launch(kernel, name, signature, constexprs | flags, divisible, num_warps=warps)
+        return launch_of(kernel, name, config | flags, types, data=f"*{dtype}")
 
     trained = {"HAS_DS": True, "HAS_DWEIGHT": True}
     return (
@@ -360,6 +355,5 @@ register(
         backward_flops=lambda shape: 8 * shape["T"] * shape["E"],
         backward_bytes=lambda shape, itemsize: (3 * shape["T"] + 2) * shape["E"] * itemsize,
         launches=_launches,
-        lean_shape={"T": 2048, "E": 128},
     )
 )

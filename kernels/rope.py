@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from tritium.kernels.backend import Target, operator, tl, triton, use_triton
 from tritium.kernels.blocks import require_float
-from tritium.kernels.registry import Launch, OpSpec, Shape, register
+from tritium.kernels.registry import Launch, OpSpec, Shape, launch_of, register
 
 
 def rope_reference(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
@@ -177,13 +177,9 @@ def _example(shape: Shape, dtype: torch.dtype, device: str) -> tuple[tuple, dict
 
 def _launches(target: Target) -> tuple[Launch, ...]:
     def launch(H, G, D, inverse):
-        constexprs = _config(H, G, D) | {"INVERSE": inverse, "stride_qd": 1, "stride_kd": 1}
-        warps = constexprs.pop("num_warps")
-        names = [name for name in _rope.arg_names if name not in constexprs]
-        kinds = {"p_cos": "*fp32", "p_sin": "*fp32"}
-        signature = {name: kinds.get(name, "*bf16" if name.startswith("p_") else "i32") for name in names}
+        config = _config(H, G, D) | {"INVERSE": inverse, "stride_qd": 1, "stride_kd": 1}
         name = f"{'backward' if inverse else 'forward'} H={H} G={G} D={D} bf16"
-        return Launch(_rope, name, signature, constexprs, tuple(names), num_warps=warps)
+        return launch_of(_rope, name, config, {"p_cos": "*fp32", "p_sin": "*fp32"}, data="*bf16")
 
     shapes = ((32, 8, 128), (12, 12, 80), (4, 2, 64))
     return (*(launch(*shape, False) for shape in shapes), launch(32, 8, 128, True))
@@ -215,6 +211,5 @@ register(
         backward_flops=_flops,
         backward_bytes=_bytes,
         launches=_launches,
-        lean_shape={"T": 37, "H": 6, "G": 2, "D": 40},
     )
 )

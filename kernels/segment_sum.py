@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from tritium.kernels.backend import Target, device_assert, operator, require_one_device, tl, triton, use_triton
 from tritium.kernels.blocks import require_float, require_integer
-from tritium.kernels.registry import Launch, OpSpec, Shape, register
+from tritium.kernels.registry import Launch, OpSpec, Shape, launch_of, register
 
 
 def segment_sum_reference(values: Tensor, cu_seqlens: Tensor) -> Tensor:
@@ -190,21 +190,11 @@ def _example(shape: Shape, dtype: torch.dtype, device: str) -> tuple[tuple, dict
 
 
 def _launches(target: Target) -> tuple[Launch, ...]:
-    constexprs, warps = {"BLOCK": CONFIG["BLOCK"]}, CONFIG["num_warps"]
+    def launch(kernel, half, stride, dtype):
+        return launch_of(kernel, dtype, CONFIG | {stride: 1}, {half: f"*{dtype}", "p_cu": "*i32"}, ("S",))
 
-    def launch(kernel, first, last, stride, dtype):
-        pointers = (first, "p_cu", last)
-        half, full = (first, last) if kernel is _segment_sum else (last, first)
-        signature = {half: f"*{dtype}", full: "*fp32", "p_cu": "*i32"} | dict.fromkeys((stride, "S", "T"), "i32")
-        del signature[stride]  # 1, which a launch folds
-        return Launch(kernel, f"{dtype}", signature, constexprs | {stride: 1}, (*pointers, "T"), num_warps=warps)
-
-    forward, backward = ("p_values", "p_sum", "stride_values"), ("p_dsum", "p_dvalues", "stride_dsum")
-    return tuple(
-        launch(kernel, *names, dtype)
-        for kernel, names in ((_segment_sum, forward), (_segment_fill, backward))
-        for dtype in ("bf16", "fp32")
-    )
+    ends = (_segment_sum, "p_values", "stride_values"), (_segment_fill, "p_dvalues", "stride_dsum")
+    return tuple(launch(*end, dtype) for end in ends for dtype in ("bf16", "fp32"))
 
 
 register(
@@ -225,7 +215,5 @@ register(
         backward_flops=lambda s: s["T"],
         backward_bytes=lambda s, size: s["T"] * size + 8 * s["S"],
         launches=_launches,
-        lean_shape={"T": 20_000, "S": 7, "outside": 3},
-        traffic=lambda shape, itemsize: (shape["T"] * itemsize, shape["T"] * itemsize),
     )
 )

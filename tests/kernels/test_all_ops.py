@@ -14,6 +14,7 @@ import pathlib
 import interpreter
 import pytest
 import torch
+import traffic
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
@@ -205,15 +206,10 @@ def test_the_same_bits_again_and_in_any_order_of_programs(name, backend):
 @pytest.mark.parametrize("name", KERNELS)
 def test_kernels_move_what_they_must(name):
     spec = OPS[name]
-    assert spec.lean_shape, "an op with kernels says on which shape its traffic is measured"
     dtype = torch.bfloat16
-    if spec.traffic:
-        forward, backward = spec.traffic(spec.lean_shape, dtype.itemsize)
-    else:
-        forward = spec.bytes(spec.lean_shape, dtype.itemsize)
-        backward = spec.backward_bytes(spec.lean_shape, dtype.itemsize) if spec.differentiable else 0
+    shape, forward, backward = traffic.allowed(name, dtype.itemsize)
     with running_on("triton") as (_, trace):
-        args, kwargs = arguments(spec, spec.lean_shape, dtype)
+        args, kwargs = arguments(spec, shape, dtype)
         outputs = [y for y in tensors(spec.function(*args, **kwargs)) if y.requires_grad]
         launches = len(trace.launches)
         if outputs:
