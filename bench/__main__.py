@@ -1,11 +1,11 @@
-"""`python -m tritium.bench NAME …`: kernels, parallel, table, train, sandbox. Exit codes as the `tritium` command's."""
+"""`python -m tritium.bench NAME …`; NAME is one of COMMANDS. Exit codes as the `tritium` command's."""
 
 import sys
 from importlib import import_module
 
 from tritium.core.config import UserError, nearest
 
-COMMANDS = ("kernels", "parallel", "table", "train", "sandbox")
+COMMANDS = ("kernels", "parallel", "table", "train", "sandbox", "generate")
 
 
 def main(argv: list[str] | None = None) -> int:
