@@ -17,7 +17,7 @@ from importlib import import_module
 from typing import Any
 
 MEMORY = 2 << 30  # bytes of address space
-STARTING = 60.0  # seconds that a worker's first answer may take longer: it imports
+STARTING = 60.0  # seconds that a worker may take to start, and to import a module: no call is late for these
 
 
 class WorkerError(RuntimeError):
@@ -26,24 +26,27 @@ class WorkerError(RuntimeError):
 
 _lock = threading.Lock()
 _worker: subprocess.Popen | None = None
+_imported: set[str] = set()  # by the worker
 
 
 def call(function: str, arguments: list, seconds: float) -> Any:
     """`module:function(*arguments)`, all of it JSON, in the worker. Raises: WorkerError; ValueError where it raised."""
+    module = function.partition(":")[0]
     with _lock:
-        reply = _exchange(json.dumps([function, arguments]), seconds)
+        if _worker is None or _worker.poll() is not None:
+            start()
+        if module not in _imported:
+            _exchange([f"{__name__}:prepare", [module]], STARTING)
+            _imported.add(module)
+        reply = _exchange([function, arguments], seconds)
     if "error" in reply:
         raise ValueError(reply["error"])
     return reply["value"]
 
 
-def _exchange(request: str, seconds: float) -> dict:
-    global _worker
-    if _worker is None or _worker.poll() is not None:
-        _worker = start()
-        _readline(_worker, STARTING)
+def _exchange(request: list, seconds: float) -> dict:
     try:
-        _worker.stdin.write(request.encode() + b"\n")
+        _worker.stdin.write(json.dumps(request).encode() + b"\n")
         _worker.stdin.flush()
         line = _readline(_worker, seconds)
     except OSError:
@@ -61,11 +64,18 @@ def _readline(worker: subprocess.Popen, seconds: float) -> bytes:
         return worker.stdout.readline() if selector.select(seconds) else b""
 
 
-def start() -> subprocess.Popen:
+def prepare(module: str) -> None:
+    import_module(module)
+
+
+def start() -> None:
+    global _worker
     atexit.register(stop)
     command = [sys.executable, "-m", "tritium.core.rewards.worker"]
     pipe = subprocess.PIPE
-    return subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, start_new_session=True)
+    _worker = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, start_new_session=True)
+    _imported.clear()
+    _readline(_worker, STARTING)
 
 
 def stop() -> None:
