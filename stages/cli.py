@@ -37,6 +37,7 @@ STAGES = {
     "serve": "answer over HTTP, as OpenAI's API does",
     "consolidate": "make one Hugging Face folder of a checkpoint",
     "merge": "merge an adapter into its base",
+    "surgery": "make a model of models: deeper, with another vocabulary, averaged",
     "run": "run several stages from one recipe file",
     "tokenizer": "train a tokenizer on raw text",
     "corpus": "write the ladder's data, which every machine can make",

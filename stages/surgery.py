@@ -1,0 +1,143 @@
+"""Make a model of models: deeper, with another vocabulary, or averaged.
+
+tritium surgery similarity MODEL --text=book.txt --span=4      # which layers change little
+tritium surgery layers MODEL OUT --order=0-23,8-31             # depth up-scaling by duplication
+tritium surgery vocabulary MODEL OUT --size=32064              # cut at its end, or longer
+tritium surgery average OUT MODEL MODEL … [--weights=1,2] [--ema=0.5] [--fisher=book.txt]
+"""
+
+import argparse
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from tritium.core.checkpoint import model_folder
+from tritium.core.config import UserError
+from tritium.core.output import make_folder
+from tritium.core.setup import DTYPES, load_model, load_tokenizer
+from tritium.model.surgery import average, ema_weights, fisher, layer_similarities, with_layers, with_vocabulary
+from tritium.model.transformer import Transformer
+from tritium.parallel.files import tensor_files
+from tritium.parallel.mesh import Mesh
+from tritium.stages.cli import run_stage
+
+DOCUMENTS = 32  # that similarity and Fisher information are measured on
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Do what is asked. Raises: UserError for what can't be."""
+    arguments = parser().parse_args(argv)
+    try:
+        arguments.run(arguments)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(prog="tritium surgery", description=__doc__.partition("\n")[0])
+    made.add_argument("--dtype", choices=DTYPES, default="fp32", help="of the weights that are written (default: fp32)")
+    kinds = made.add_subparsers(required=True, metavar="similarity|layers|vocabulary|average")
+    kind = kinds.add_parser("similarity", help="cosine similarity between what enters some layers and what leaves them")
+    kind.add_argument("model")
+    kind.add_argument("--text", required=True, help="file of text")
+    kind.add_argument("--span", type=int, default=1, help="how many layers are looked at together (default: 1)")
+    kind.set_defaults(run=similarity)
+    kind = kinds.add_parser("layers", help="copy layers in another order, some of them twice")
+    kind.add_argument("model")
+    kind.add_argument("out")
+    kind.add_argument("--order", required=True, help="such as 0-23,8-31")
+    kind.set_defaults(run=layers)
+    kind = kinds.add_parser("vocabulary", help="drop tokens at the end, or add some there")
+    kind.add_argument("model")
+    kind.add_argument("out")
+    kind.add_argument("--size", type=int, required=True, help="tokens of the new model")
+    kind.set_defaults(run=vocabulary)
+    kind = kinds.add_parser("average", help="average the weights of models of one shape, the newest last")
+    kind.add_argument("out")
+    kind.add_argument("models", nargs="+", metavar="model")
+    kind.add_argument("--weights", default="", help="one for each model (default: equal ones)")
+    kind.add_argument("--ema", type=float, help="decay of an exponential moving average over the models")
+    kind.add_argument("--fisher", default="", metavar="TEXT", help="weigh each parameter by its Fisher information")
+    kind.set_defaults(run=averaged)
+    return made
+
+
+def similarity(arguments: argparse.Namespace) -> None:
+    model = opened(arguments.model, arguments.dtype)
+    if not 1 <= arguments.span <= model.config.num_layers:
+        raise UserError(f"--span={arguments.span}: the model has {model.config.num_layers} layers")
+    documents = texts(arguments.text, arguments.model, model)
+    rows = torch.stack([layer_similarities(model, tokens, span=arguments.span) for tokens in documents]).mean(0)
+    for i, value in enumerate(rows.tolist()):
+        mark = "  ← changes least" if i == int(rows.argmax()) else ""
+        print(f"layers {i}-{i + arguments.span - 1}  {value:.4f}{mark}")
+
+
+def layers(arguments: argparse.Namespace) -> None:
+    order: list[int] = []
+    for part in arguments.order.split(","):
+        first, _, last = part.partition("-")
+        if not first.isdigit() or (last and not last.isdigit()):
+            raise UserError(f"--order={arguments.order}: {part!r} is neither a layer nor a range such as 8-31")
+        order += range(int(first), int(last or first) + 1)
+    write(with_layers(opened(arguments.model, arguments.dtype), order), arguments.out, arguments.model)
+
+
+def vocabulary(arguments: argparse.Namespace) -> None:
+    model = opened(arguments.model, arguments.dtype)
+    kept = min(arguments.size, model.config.vocab_size)
+    tokens = load_tokenizer(arguments.model).vocab_size
+    if arguments.size < tokens:
+        raise UserError(f"--size={arguments.size}: the tokenizer has {tokens} tokens")
+    write(with_vocabulary(model, range(kept), arguments.size - kept), arguments.out, arguments.model)
+
+
+def averaged(arguments: argparse.Namespace) -> None:
+    if arguments.weights and arguments.ema is not None:
+        raise UserError("--weights and --ema: one of them says how much each model counts")
+    models = [opened(model, arguments.dtype) for model in arguments.models]
+    try:
+        weights = [float(w) for w in arguments.weights.split(",")] if arguments.weights else [1.0] * len(models)
+    except ValueError:
+        raise UserError(f"--weights={arguments.weights} are not numbers") from None
+    if arguments.ema is not None:
+        weights = ema_weights(len(models), arguments.ema)
+    fishers = []
+    for model, name in zip(models, arguments.models, strict=True) if arguments.fisher else ():
+        fishers.append(fisher(model, texts(arguments.fisher, name, model)))
+    write(average(models, weights, fishers), arguments.out, arguments.models[0])
+
+
+def opened(folder: str, dtype: str) -> Transformer:
+    return load_model(folder, dtype, Mesh.single())
+
+
+def texts(file: str, folder: str, model: Transformer) -> list[torch.Tensor]:
+    """The first documents of a file, cut to the model's context."""
+    try:
+        text = Path(file).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{file} can't be read: {error}") from None
+    size = model.config.max_positions
+    ids = load_tokenizer(folder).encode(text[: 8 * DOCUMENTS * size])
+    if len(ids) < 2:
+        raise UserError(f"{file} has no text")
+    return [t for t in torch.tensor(ids[: DOCUMENTS * size]).split(size) if len(t) > 1]
+
+
+def write(model: Transformer, out: str, source: str) -> None:
+    """The model's folder, with the tokenizer of `source`."""
+    folder = make_folder(out, "OUT")
+    if tensor_files(folder, "model"):
+        raise UserError(f"OUT={folder} holds a model already: name another folder, or delete it")
+    model.save(str(folder))
+    for file in Path(model_folder(source)).glob("*token*"):
+        shutil.copyfile(file, folder / file.name)
+    print(f"{folder}: {sum(p.numel() for p in model.parameters()):,} parameters")
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_stage("surgery"))
