@@ -72,14 +72,17 @@ def write_report(
     curves: Mapping[str, Mapping[str, Points]],
     samples: Sequence[Mapping[str, str]],
     machine: Mapping[str, Any],
+    warnings: Sequence[str] = (),
 ) -> None:
     """Write `report.html` at `path`.
 
     stages: rows with name, metric, before, after, seconds, tokens_per_second, checkpoint (each optional);
-    curves: {chart title: {series name: [(step, value)]}}; samples: {prompt, before, after}; machine: metrics.machine().
+    curves: {chart title: {series name: [(step, value)]}}; samples: {prompt, before, after}; machine: metrics.machine();
+    warnings: sentences, as core/health.py has them.
     """
     sections = [
         _section("Stages", _stage_table(stages)) if stages else "",
+        _section("Warnings", "".join(f"<p>⚠ {_text(warning)}</p>" for warning in warnings)) if warnings else "",
         _section("Curves", _charts(curves)) if curves else "",
         _section("Samples", "".join(map(_sample, samples))) if samples else "",
         _section("Configuration", f"<details><summary>TOML</summary><pre>{_text(config_toml)}</pre></details>"),

@@ -68,6 +68,7 @@ class Config:
     reference: ReferenceConfig = opt(ReferenceConfig, "what grpo.beta holds the policy to")
     reward: str = opt("exact", 'judges in text, e.g. "exact - 0.1*repetition"; see core/rewards/make.py')
     reward_model: str = opt("", "folder of a reward model, with its tokenizer; its score is added")
+    model_weight: float = opt(1.0, "weight of its score")
     grpo: GRPOConfig = opt(GRPOConfig, "the objective")
     sampling: SamplingConfig = opt(SamplingConfig, "how answers are drawn")
     shaping: ShapingConfig = opt(ShapingConfig, "what a score becomes")
@@ -104,7 +105,9 @@ def train(config: Config) -> Result:
     settings = {"name": "grpo", "total_steps": total_steps, "tokenizer": tokenizer, "skipped": skipped}
     settings["followers"] = ["reference"] if moving else []
     trainer = Trainer(networks, objective, config, mesh, **settings)
-    reward = open_reward(config.reward, config.reward_model, options.malformed, config.run.dtype, mesh)
+    reward = open_reward(
+        config.reward, config.reward_model, config.model_weight, options.malformed, config.run.dtype, mesh
+    )
     grouped = objective.baseline in ("mean", "others")
     sizes = {"prompts": options.prompts, "group": options.group, "rounds": options.rounds}
     experience = Experience(

@@ -85,6 +85,7 @@ class Config:
     reference: ReferenceConfig = opt(ReferenceConfig, "what ppo.beta holds the policy to")
     critic: str = opt("", "folder that the critic starts from (default: the reward model, else the model)")
     reward_model: str = opt("", "folder of a reward model, with its tokenizer")
+    model_weight: float = opt(1.0, "weight of its score")
     reward: str = opt("", 'judges in text, e.g. "exact - 0.1*repetition"; added to the reward model\'s score')
     verifier: str = opt("exact", "judge that only measures which answers are right (empty: none)")
     ppo: PPOConfig = opt(PPOConfig, "the objective")
@@ -117,7 +118,9 @@ def train(config: Config) -> Result:
     trainer = Trainer(networks, objective, config, mesh, **settings, tokenizer=tokenizer, skipped=skipped)
     verifier = make_reward(config.verifier, options.malformed) if config.verifier else None
     sizes = {"prompts": options.prompts, "group": options.group, "verifier": verifier}
-    reward = open_reward(config.reward, config.reward_model, options.malformed, config.run.dtype, mesh)
+    reward = open_reward(
+        config.reward, config.reward_model, config.model_weight, options.malformed, config.run.dtype, mesh
+    )
     experience = Experience(trainer, tokenizer, problems, reward, config, **sizes)
     for step in trainer.steps():
         number = step // each

@@ -33,7 +33,8 @@ from types import ModuleType
 from typing import Any
 
 from tritium.core.config import ConfigError, from_dict, nearest, opt, to_toml
-from tritium.core.metrics import machine, peak_memory
+from tritium.core.health import PANEL, diagnose
+from tritium.core.metrics import machine, peak_memory, read_lines
 from tritium.core.output import make_folder
 from tritium.core.report import read_curves, write_report
 from tritium.core.trainer import Result
@@ -272,21 +273,35 @@ class Ladder:
         """results.json and report.html, of the stages so far."""
         text = json.dumps({"stages": self.rows}, indent=2) + "\n"
         (self.out / "results.json").write_text(text, encoding="utf-8")
-        curves = {}
+        curves, warnings = {}, []
         for row in self.rows:
             file = self.out / row["name"] / "metrics.jsonl"
             if file.exists():
-                found = read_curves(file, ("loss", "eval_loss", "eval_accuracy", "right", "reward", "entropy"))
-                curves[row["name"]] = {k: v for k, v in found.items() if len(v) > 1}
+                curves |= self.charts(row["name"], file)
+                warnings += [f"{row['name']}: {said}" for said in diagnose([r for _, r in read_lines(file)]).values()]
         write_report(
             self.out / "report.html",
             title=self.recipe.get("title", "A run"),
             config_toml="\n".join(f"# ── {name} ──\n\n{config}" for name, config in self.configs.items()),
             stages=self.rows,
-            curves={k: v for k, v in curves.items() if v},
+            curves=curves,
+            warnings=warnings,
             samples=self.samples(),
             machine=machine(),
         )
+
+    @staticmethod
+    def charts(name: str, file: Path) -> dict[str, dict]:
+        """A stage's curves, by the titles of their charts; those of reinforcement learning as a panel."""
+        wanted = {name: ("loss", "eval_loss", "eval_accuracy")}
+        names = dict.fromkeys(key for _, values in read_lines(file) for key in values)
+        if "reward" in names:
+            components = tuple(key for key in names if key.startswith("reward/"))
+            wanted |= {f"{name}: {title}": keys for title, keys in PANEL.items()}
+            wanted[f"{name}: reward"] += components
+        found = {title: read_curves(file, keys) for title, keys in wanted.items()}
+        drawn = {title: {k: v for k, v in series.items() if len(v) > 1} for title, series in found.items()}
+        return {title: series for title, series in drawn.items() if series}
 
     def samples(self, count: int = 6) -> list[dict[str, str]]:
         """The first and the last measured model that answers at all, on the same problems."""

@@ -46,8 +46,8 @@ class ModelReward(Composed):
         return answer_document(self.tokenizer, messages, answer.text)
 
 
-def open_reward(text: str, folder: str, malformed: float, dtype: str, mesh: Mesh) -> Reward:
-    """The judges in `text`, the reward model in `folder`, or their sum.
+def open_reward(text: str, folder: str, weight: float, malformed: float, dtype: str, mesh: Mesh) -> Reward:
+    """The judges in `text`, `weight` times the reward model in `folder`, or their sum.
 
     Raises: ConfigError where there is neither, or the folder holds a language model.
     """
@@ -63,4 +63,4 @@ def open_reward(text: str, folder: str, malformed: float, dtype: str, mesh: Mesh
         "reward_model": ModelReward(model.requires_grad_(False), load_tokenizer(folder, model))
     }
     judges |= {"reward": judge} if judge else {}
-    return WeightedSum(judges, dict.fromkeys(judges, 1.0))
+    return WeightedSum(judges, {"reward_model": weight, "reward": 1.0})

@@ -9,7 +9,7 @@ import pytest
 from tritium.core.config import ConfigError
 from tritium.stages import evaluate, run
 
-NAMES = ["corpus", "tokenizer", "pretrain", "cold", "sft", "sample", "reward", "dpo", "grpo"]
+NAMES = ["corpus", "tokenizer", "pretrain", "cold", "sft", "sample", "reward", "dpo", "grpo", "ppo"]
 KEYS = {"name", "metric", "before", "after", "higher_is_better", "seconds", "tokens_per_second", "checkpoint"}
 
 
