@@ -1,30 +1,37 @@
-"""Measure a model: exact match on problems, and bits per byte on text.
+"""Measure a model: problems solved, multiple choice, programs, wins over another's answers, bits per byte on text.
 
     tritium evaluate --model=runs/grpo/step-00000060 --data=problems.jsonl
-    tritium evaluate --model=… --data=problems.jsonl --json          {"exact_match": 0.71, "n": 500, …}
+    tritium evaluate --model=… --data=gsm8k.jsonl --reward=math --shots=4 --json    {"exact_match": 0.71, "n": 500, …}
+    tritium evaluate --model=… --data=HumanEval.jsonl --reward=code --samples=20 --sampling.temperature=0.8    pass@k
+    tritium evaluate --model=… --choices=arc_easy.jsonl --shots=2        ARC, SciQ, LAMBADA, {"question", "choices", …}
+    tritium evaluate --model=… --data=problems.jsonl --against=other.jsonl --reward_model=runs/reward    win rate
     tritium evaluate --model=… --text=book.txt
 
-Problems are records {"question", "answer"}; an answer counts when what follows the reasoning is the reference (for
-numbers: its last number). Answers are the likeliest ones unless `sampling.temperature` says otherwise.
+Problems are records {"question", "answer"}, or with tests; an answer counts when `reward` finds it right. Answers are
+the likeliest ones unless `sampling.temperature` says otherwise. Intervals are of 95 %.
 """
 
 import json
 import math
 import os
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from tritium.core.batch import Document, pack
+from tritium.core.chat import render
 from tritium.core.config import REQUIRED, ConfigError, opt, to_toml
-from tritium.core.formats import DataError, Skipped, read_documents
+from tritium.core.evaluate import Choice, Likelihood, bootstrap, likelihoods, pass_at_k, read_choices, wilson
+from tritium.core.formats import DataError, Skipped, read_documents, read_records
 from tritium.core.objectives import supervised_logprob
 from tritium.core.output import make_room_for
-from tritium.core.rewards.exact import ExactMatch
-from tritium.core.rollout import Rollout, SamplingConfig, gather, load_problems, roll_out, share
+from tritium.core.rewards import judge
+from tritium.core.rewards.make import make_reward
+from tritium.core.rewards.model import open_reward
+from tritium.core.rollout import Problem, Rollout, SamplingConfig, gather, load_problems, roll_out, share
 from tritium.core.setup import MeshConfig, join, load_model, load_tokenizer
 from tritium.core.tokenizer import Tokenizer
 from tritium.core.trainer import Result
@@ -38,7 +45,13 @@ SHOWS_ITS_RESULT = True  # the command line need not
 class Config:
     model: str = opt(REQUIRED, "folder of the model, with its tokenizer")
     data: str = opt("", 'problems to solve: {"question", "answer"} records')
+    reward: str = opt("exact", "which answers are right, e.g. math or code; see core/rewards/make.py")
+    choices: str = opt("", "multiple choice, by the likelihood of each; or the last words of LAMBADA")
     text: str = opt("", "text to predict")
+    shots: int = opt(0, "solve the file's first problems before each of the others")
+    samples: int = opt(1, "answers to each problem: more give pass@k")
+    against: str = opt("", "another's answers to the same problems, as `save` writes them: gives win_rate")
+    reward_model: str = opt("", "folder of a reward model that says which answer wins (default: `reward`)")
     limit: int | None = opt(None, "use only the first problems")
     sampling: SamplingConfig = opt(SamplingConfig(temperature=0.0), "how answers are drawn")
     json: bool = opt(False, "print one JSON object")
@@ -53,6 +66,13 @@ class Config:
     def __post_init__(self):
         if self.limit is not None and self.limit < 1:
             raise ConfigError(f"limit={self.limit} must be at least 1")
+        if self.shots < 0 or self.samples < 1:
+            raise ConfigError(f"shots={self.shots} must be at least 0, and samples={self.samples} at least 1")
+        if self.samples > 1 and not self.sampling.temperature:
+            raise ConfigError(
+                f"samples={self.samples}: equal answers, at temperature 0; set --sampling.temperature=0.8"
+            )
+        make_reward(self.reward)
 
 
 def train(config: Config) -> Result:
@@ -66,9 +86,10 @@ def train(config: Config) -> Result:
 
 def measure(config: Config) -> Result:
     """`train` without the print."""
-    if not config.data and not config.text:
-        raise ConfigError("give --data=problems.jsonl, --text=file.txt, or both")
-    for key, file in (("data", config.data), ("text", config.text)):
+    if not config.data and not config.text and not config.choices:
+        raise ConfigError("give --data=problems.jsonl, --choices=questions.jsonl or --text=file.txt")
+    for key in ("data", "text", "choices", "against"):
+        file = getattr(config, key)
         if file and not Path(file).is_file():
             raise DataError(f"{key}: {file} does not exist")
     if config.save:
@@ -80,8 +101,12 @@ def measure(config: Config) -> Result:
     if config.data:
         rollout = solve(config, model, tokenizer)
         metrics |= problem_metrics(rollout)
+        if config.against:
+            metrics |= win_rate(config, rollout, mesh)
         if config.save and mesh.main:
             write_answers(config.save, rollout)
+    if config.choices:
+        metrics |= choice_metrics(config, model, tokenizer)
     if config.text:
         metrics |= text_metrics(model, tokenizer, config.text)
     mesh.close()
@@ -92,10 +117,35 @@ def solve(config: Config, model: Transformer, tokenizer: Tokenizer) -> Rollout:
     """The model's answers to all problems, judged, on every rank."""
     skipped = Skipped()
     context = model.config.max_positions
-    problems = load_problems([config.data], tokenizer, context, skipped, key="data")[: config.limit]
+    problems = load_problems([config.data], tokenizer, context, skipped, key="data")
+    problems = with_shots(problems, config.shots, tokenizer, context, skipped)[: config.limit]
     tell(skipped, model.mesh)
-    mine = share(problems, model.mesh)
-    return gather(roll_out(model, tokenizer, mine, ExactMatch(), config.sampling, seed=(config.seed,)), model.mesh)
+    mine, reward = share(problems, model.mesh), make_reward(config.reward)
+    rollout = roll_out(model, tokenizer, mine, reward, config.sampling, n=config.samples, seed=(config.seed,))
+    return gather(rollout, model.mesh)
+
+
+def with_shots(
+    problems: list[Problem], shots: int, tokenizer: Tokenizer, context: int, skipped: Skipped
+) -> list[Problem]:
+    """The problems after the first `shots`, each with those, solved, as turns before it.
+
+    Raises: ConfigError where none fits the context.
+    """
+    if not shots:
+        return problems
+    pairs = [(*p.messages, {"role": "assistant", "content": p.reference}) for p in problems[:shots]]
+    made = []
+    for p in problems[shots:]:
+        messages = [*(turn for pair in pairs for turn in pair), *p.messages]
+        ids = render(tokenizer, messages, generation_prompt=True).ids
+        if len(ids) < context:
+            made.append(replace(p, index=len(made), messages=messages, ids=ids))
+        else:
+            skipped.add("a question longer than the context, with its shots", f"problem {p.index}")
+    if not made:
+        raise ConfigError(f"shots={shots}: no problem fits the context of {context} tokens with them; take fewer")
+    return made
 
 
 def tell(skipped: Skipped, mesh: Mesh) -> None:
@@ -104,19 +154,71 @@ def tell(skipped: Skipped, mesh: Mesh) -> None:
 
 
 def problem_metrics(rollout: Rollout) -> dict[str, float]:
-    """Exact match with its 95 % interval (Wilson's); a sample whose judge failed counts as unsolved, and is told."""
-    right = [s.right for s in rollout.samples]
-    n, p, z = len(right), float(np.mean(right)), 1.96
-    middle, spread = (p + z * z / (2 * n)) / (1 + z * z / n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return {
-        "exact_match": p,
-        "n": n,
-        "low_95": max(middle - spread / (1 + z * z / n), 0.0),
-        "high_95": middle + spread / (1 + z * z / n),
-        "answer_tokens": float(np.mean([len(s.completion.tokens) for s in rollout.samples])),
-        "cut_off": float(np.mean([s.completion.finish_reason != "stop" for s in rollout.samples])),
+    """The share of right answers; a sample whose judge failed counts as unsolved, and is told."""
+    samples, per_problem = rollout.samples, [[s.right for s in group] for group in rollout.groups]
+    p, k = float(np.mean([s.right for s in samples])), len(per_problem[0])
+    # The samples of one problem are not independent.
+    low, high = wilson(p, len(samples)) if k == 1 else bootstrap([float(np.mean(group)) for group in per_problem])
+    metrics = {"exact_match": p, "n": len(per_problem), "low_95": low, "high_95": high}
+    for size in (size for size in (1, 2, 4, 5, 8, 10, 16, 32, 50, 64, 100) if size <= k > 1):
+        values = [pass_at_k(k, sum(group), size) for group in per_problem]
+        low, high = bootstrap(values)
+        metrics |= {f"pass@{size}": float(np.mean(values)), f"pass@{size}_low": low, f"pass@{size}_high": high}
+    return metrics | {
+        "answer_tokens": float(np.mean([len(s.completion.tokens) for s in samples])),
+        "cut_off": float(np.mean([s.completion.finish_reason != "stop" for s in samples])),
         "verifier_failures": float(sum(rollout.failures.values())),
     }
+
+
+def win_rate(config: Config, rollout: Rollout, mesh: Mesh) -> dict[str, float]:
+    """How often the first answer scores higher than the other's to the same problem; equal scores count half.
+
+    Raises: DataError where the other's answers are of other problems.
+    """
+    skipped = Skipped("raise")
+    others = {json.dumps(r.get("messages")): r.get("answer") for _, r in read_records(config.against, skipped)}
+    mine = [group[0].shown() for group in rollout.groups]
+    theirs = [replace(a, ids=(), text=others.get(json.dumps(list(a.messages)))) for a in mine]
+    if missing := sum(not isinstance(answer.text, str) for answer in theirs):
+        raise DataError(
+            f"against: {config.against} lacks {missing} of {len(mine)} problems: save it from the same data"
+        )
+    reward = open_reward("" if config.reward_model else config.reward, config.reward_model, 0.0, config.dtype, mesh)
+    scores = [judge(reward, answers).scores for answers in (mine, theirs)]
+    wins = [0.5 * (np.sign(a.value - b.value) + 1) for a, b in zip(*scores, strict=True) if a and b]
+    if not wins:
+        raise DataError("the judge failed on every pair of answers")
+    low, high = bootstrap(wins)
+    return {"win_rate": float(np.mean(wins)), "win_rate_low": low, "win_rate_high": high, "compared": len(wins)}
+
+
+def choice_metrics(config: Config, model: Transformer, tokenizer: Tokenizer) -> dict[str, float]:
+    """Accuracy by the likelihood of each choice, and by that per byte; of a single one, whether it is the likeliest."""
+    skipped = Skipped()
+    choices = read_choices(config.choices, config.shots, skipped)[: config.limit]
+    tell(skipped, model.mesh)
+    if not choices:
+        raise DataError(f"choices: {config.choices} holds no usable question\n{skipped.summary()}")
+    mine = choices[model.mesh.dp_rank :: model.mesh.dp]
+    found = iter(likelihoods(model, tokenizer, [(c.prompt, option) for c in mine for option in c.options]))
+    scored = [(c, [next(found) for _ in c.options]) for c in mine]
+    rows = [row for part in model.mesh.gather_objects(scored)[:: model.mesh.cp * model.mesh.tp] for row in part]
+    if config.save and model.mesh.main:
+        lines = [asdict(c) | {"likelihoods": [asdict(x) for x in given]} for c, given in rows]
+        write_rows(f"{config.save}.choices.jsonl" if config.data else config.save, lines)
+    right, by_byte = np.array([verdict(*row) for row in rows], dtype=float).mean(0).tolist()
+    low, high = wilson(right, len(rows))
+    metrics = {"accuracy": right, "accuracy_low": low, "accuracy_high": high, "accuracy_per_byte": by_byte}
+    return metrics | {"questions": len(rows)}
+
+
+def verdict(asked: Choice, given: list[Likelihood]) -> tuple[bool, bool]:
+    """Whether the right choice is the likeliest; and per byte of its text."""
+    if len(given) == 1:
+        return given[0].greedy, given[0].greedy
+    per_byte = [x.logp / len(option.encode()) for x, option in zip(given, asked.options, strict=True)]
+    return int(np.argmax([x.logp for x in given])) == asked.answer, int(np.argmax(per_byte)) == asked.answer
 
 
 @torch.no_grad()
@@ -145,8 +247,11 @@ def write_answers(path: str, rollout: Rollout) -> None:
         | ({"score": asdict(s.score)} if s.score else {})
         for s in rollout.samples
     ]
-    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    Path(path).write_text(text, encoding="utf-8")
+    write_rows(path, rows)
+
+
+def write_rows(path: str, rows: list[dict]) -> None:
+    Path(path).write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
 
 
 if __name__ == "__main__":

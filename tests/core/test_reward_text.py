@@ -104,7 +104,7 @@ def test_a_reference_that_is_missing_is_the_judges_failure():
 
 
 def test_a_catastrophic_pattern_is_killed_counted_and_the_next_answer_is_judged():
-    pattern = make_reward("regex('^(a+)+$', seconds=0.2)")
+    pattern = make_reward("regex('^(a+)+$', seconds=0.5)")
     judged = judge(pattern, [Answer([], "a" * 40 + "b"), Answer([], "aaa"), Answer([], "b")])
     assert [score and score.value for score in judged.scores] == [None, 1.0, 0.0]
     assert [name.partition(":")[0] for name in judged.failures] == [WorkerError.__name__]
