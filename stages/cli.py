@@ -27,9 +27,9 @@ STAGES = {
     "sft": "fine-tune a model on conversations",
     "reward": "train a reward model on preference pairs",
     "dpo": "align a model with preference pairs, without a reward model",
-    # distill: its stage comes with a later issue, and its line with it.
     "grpo": "align a model with rewards, by reinforcement learning on groups of samples",
     "ppo": "align a model with rewards, by reinforcement learning with a critic",
+    "distill": "teach a model what a larger one would say",
     "sample": "draw several answers to each problem, verify and rank them",
     "evaluate": "measure perplexity and accuracy of a model",
     "chat": "talk to a model in the terminal",

@@ -10,6 +10,7 @@ from tritium.core.objectives.base import (
     supervised,
     supervised_logprob,
 )
+from tritium.core.objectives.distill import Distill, DualLevel
 from tritium.core.objectives.likelihood import CrossEntropy
 from tritium.core.objectives.policy import ALGORITHMS, PPO, PolicyGradient
 from tritium.core.objectives.preference import KTO, PairOptions, Preference
@@ -29,6 +30,8 @@ __all__ = [
     "PPO",
     "Comparison",
     "CrossEntropy",
+    "Distill",
+    "DualLevel",
     "Listwise",
     "Loss",
     "Metric",

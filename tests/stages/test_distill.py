@@ -1,0 +1,72 @@
+"""Distillation from the command line, in its three modes; a teacher with another vocabulary is refused."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+import tritium
+from tritium.core.rewards import Score
+from tritium.core.rewards.exact import ExactMatch
+from tritium.stages import cli, tokenizer
+
+pytestmark = pytest.mark.usefixtures("quick")
+
+
+@pytest.fixture(scope="module")
+def teacher(tiny, tmp_path_factory) -> str:
+    """The tiny model with its weights moved, so that there is something to learn."""
+    folder = tmp_path_factory.mktemp("teacher")
+    shutil.copytree(tiny.model, folder, dirs_exist_ok=True)
+    model = tritium.load(tiny.model, dtype=torch.float32)
+    with torch.no_grad():
+        for i, p in enumerate(model.parameters()):
+            p += 0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(i))
+    model.save(str(folder))
+    return str(folder)
+
+
+def run(tiny, out, teacher: str, *settings: str) -> list[dict]:
+    fixed = [f"--model={tiny.model}", f"--teacher={teacher}", f"--run.out={out}", "--run.dtype=fp32"]
+    fixed += ["--data.bin_tokens=512", "--optim.lr=3e-3", "--run.eval_bins=1", "--sampling.max_tokens=6"]
+    assert cli.main(["distill", *fixed, *settings]) == 0
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("setting", ["--kind=forward", "--kind=reverse", "--top_k=8"])
+def test_the_student_comes_closer_to_the_teacher_on_given_answers(tiny, tmp_path, teacher, setting):
+    rows = run(tiny, tmp_path, teacher, setting, f"--data.sources={tiny.data('chats.jsonl')}", "--run.epochs=3")
+    before, *_, after = [row["eval_loss"] for row in rows if "eval_loss" in row]
+    assert 0 < after < before
+
+
+def test_the_student_comes_closer_to_the_teacher_on_its_own_answers(tiny, tmp_path, teacher):
+    source = f"--data.sources={tiny.data('problems.jsonl')}"
+    rows = run(tiny, tmp_path, teacher, source, "--mode=on_policy", "--prompts=6", "--run.steps=8", "--k=4")
+    losses = [row["loss"] for row in rows if "loss" in row]
+    assert sum(losses[-2:]) < sum(losses[:2])
+
+
+def test_pairs_and_both_kls_together(tiny, tmp_path, teacher, monkeypatch):
+    def odd(self, ids, text, *, prompt="", reference="") -> Score:
+        return Score(float(ids[0] % 2))
+
+    monkeypatch.setattr(ExactMatch, "__call__", odd)
+    source = f"--data.sources={tiny.data('problems.jsonl')}"
+    rows = run(tiny, tmp_path, teacher, source, "--mode=dual", "--prompts=6", "--run.steps=4", "--round=2")
+    steps = [row for row in rows if "kl_positive" in row]
+    assert len(steps) == 4 and all(row["pairs_kept"] > 0 and row["kl_negative"] > 0 for row in steps)
+    assert steps[0]["margin"] == 0.0 and steps[1]["margin"] != 0.0  # the reference is the student of the round's start
+    assert steps[2]["margin"] == pytest.approx(0.0, abs=1e-5)
+
+
+def test_a_teacher_with_another_vocabulary_is_refused(tiny, tmp_path, capsys):
+    other = tmp_path / "other"
+    shutil.copytree(tiny.model, other)
+    tokenizer.train(tokenizer.Config(sources=[tiny.data("text.jsonl")], vocab_size=330, out=str(tmp_path / "t")))
+    for file in (tmp_path / "t").iterdir():
+        shutil.copy(file, other)
+    arguments = [f"--model={tiny.model}", f"--teacher={other}", f"--data.sources={tiny.data('chats.jsonl')}"]
+    assert cli.main(["distill", *arguments, f"--run.out={tmp_path / 'run'}"]) == 2
+    assert f"teacher={other} has another vocabulary" in capsys.readouterr().err
