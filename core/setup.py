@@ -119,7 +119,7 @@ def load_model(
     """A language model from a folder, in a dtype named as in RunConfig; with `finetune`, to be trained as that says:
     the folder's own adapter, if it is one, is first merged. Raises: UserError saying what is wrong.
     """
-    model = read_model(folder, dtype, mesh)
+    model = read_model(folder, dtype, mesh, streamed=finetune is not None and finetune.kind != "qlora")
     if not isinstance(model, Transformer):
         raise UserError(f"{folder} is a reward model; this needs a language model")
     if finetune is None:
@@ -147,15 +147,17 @@ def prepare_training(model: Transformer, finetune: FinetuneConfig, base: str, se
 
 def load_reference(folder: str, dtype: str, mesh: Mesh, policy: Transformer) -> nn.Module:
     """The model that `policy` started from, frozen; where only an adapter is trained, its base: no second copy."""
-    return Base(policy) if policy.adapters else load_model(folder, dtype, mesh, frozen=True)
+    return Base(policy) if policy.adapters else read_model(folder, dtype, mesh, streamed=True).requires_grad_(False)
 
 
-def read_model(folder: str, dtype: str, mesh: Mesh) -> Transformer | ScalarModel:
+def read_model(folder: str, dtype: str, mesh: Mesh, streamed: bool = False) -> Transformer | ScalarModel:
+    """A model from a folder; with `streamed`, at ZeRO-3 read when a trainer cuts it. Raises: UserError, ConfigError."""
     folder = model_folder(folder)
     if not Path(folder).is_dir():
         raise UserError(f"model: the folder {folder!r} does not exist")
     try:
-        return load(folder, parameter_dtype(dtype, mesh), mesh=mesh)
+        streamed &= mesh.zero == 3
+        return load(folder, parameter_dtype(dtype, mesh), mesh=mesh, streamed=streamed)
     except ModelFolderError as error:
         raise UserError(str(error)) from None
     except ValueError as error:  # a mesh that does not divide the model

@@ -7,7 +7,9 @@ use the half-split rotary layout, so nothing is permuted. Safetensors only: no p
 import difflib
 import json
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import asdict, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +19,10 @@ from torch import Tensor, nn
 from tritium.model.config import ModelConfig
 from tritium.model.heads import ScalarModel
 from tritium.model.rope import RopeScaling
-from tritium.model.transformer import Transformer, full_shape
+from tritium.model.transformer import Transformer, come_from, full_shape
 from tritium.parallel.files import Share, TensorFileError, deal, open_tensors, tensor_files
 from tritium.parallel.mesh import Mesh
-from tritium.parallel.tensor import shard, unshard
+from tritium.parallel.tensor import Sharding, shard, unshard
 
 ADAPTER_CONFIG = "adapter_config.json"
 INDEX = "model.safetensors.index.json"
@@ -33,12 +35,17 @@ class ModelFolderError(ValueError):
 
 
 def load(
-    folder: str, dtype: torch.dtype = torch.bfloat16, device: str = "cpu", mesh: Mesh | None = None
+    folder: str,
+    dtype: torch.dtype = torch.bfloat16,
+    device: str = "cpu",
+    mesh: Mesh | None = None,
+    streamed: bool = False,
 ) -> Transformer | ScalarModel:
     """Read a model: a `Transformer`, or a `ScalarModel` where the folder holds a sequence classifier with one label.
     A folder of a peft adapter is its base with the adapter attached.
 
-    `dtype` is that of the parameters. On a `mesh`, each rank keeps its shards.
+    `dtype` is that of the parameters. On a `mesh`, each rank keeps its shards. Files are mapped into memory, and read
+    tensor by tensor: at once, or for a `streamed` model (see `Transformer`) when it is cut over the ranks.
     Raises: ModelFolderError naming every missing, unexpected and mis-shaped tensor.
     """
     path = Path(folder)
@@ -48,12 +55,14 @@ def load(
         return load_adapted(path, dtype, mesh or Mesh.single(device))
     raw = read_json(path / "config.json")
     config = from_hf_config(raw, path / "config.json")
-    model = Transformer(config, mesh or Mesh.single(device), dtype)
+    model = Transformer(config, mesh or Mesh.single(device), dtype, streamed)
     if any(name.endswith("ForSequenceClassification") for name in raw.get("architectures") or []):
         model = ScalarModel(model)
     try:
-        with open_tensors(path, "model") as tensors:
+        with ExitStack() as stack:
+            tensors = stack.enter_context(open_tensors(path, "model"))
             fill(model, tensors, path)
+            tensors.open = stack.pop_all() if streamed else None  # as long as a parameter comes from it
     except TensorFileError as error:
         raise ModelFolderError(str(error)) from None
     return model
@@ -306,12 +315,18 @@ def hf_tensors(
             yield name, piece
 
 
+def joined(tensors: Mapping[str, Tensor], names: list[tuple[str, int]], cut: Sharding | None, mesh: Mesh) -> Tensor:
+    """This rank's shard of the matrix that the tensors are together."""
+    pieces = [tensors[name] for name, _ in names]
+    return shard(torch.cat(pieces) if len(pieces) > 1 else pieces[0], cut, mesh)
+
+
 @torch.no_grad()
 def fill(model: Transformer | ScalarModel, tensors: Mapping[str, Tensor], path: Path) -> None:
     """Copy every tensor into its parameter; complain about all that is wrong at once."""
     problems, used = [], set()
     for module, key, names in parts(model):
-        p, pieces = getattr(module, key), []
+        p = getattr(module, key)
         for name, rows in names:
             used.add(name)
             if name not in tensors:
@@ -320,9 +335,8 @@ def fill(model: Transformer | ScalarModel, tensors: Mapping[str, Tensor], path: 
             piece, wanted = tensors[name], (rows, *full_shape(p, model.mesh.tp)[1:])
             if tuple(piece.shape) != wanted:
                 problems.append(f"{name} is {list(piece.shape)}, config.json wants {list(wanted)}")
-            pieces.append(piece)
         if not problems:
-            p.copy_(shard(torch.cat(pieces) if len(pieces) > 1 else pieces[0], p.sharding, model.mesh))
+            come_from(p, partial(joined, tensors, names, p.sharding, model.mesh))
     ignored = {"lm_head.weight"}  # a tied head written out, or the head of a backbone that becomes a reward model
     extra = [name for name in tensors if name not in used | ignored and not name.endswith("rotary_emb.inv_freq")]
     problems += [f"{name} is not part of this model" for name in extra]

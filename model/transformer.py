@@ -188,9 +188,15 @@ def recomputed(module: nn.Module) -> Callable:
 
 
 class Transformer(nn.Module):
-    """The language model. Built on `mesh`, it holds this rank's shards; parameters start on `mesh.device`."""
+    """The language model. Built on `mesh`, it holds this rank's shards; parameters start on `mesh.device`.
 
-    def __init__(self, config: ModelConfig, mesh: Mesh | None = None, dtype: torch.dtype = torch.float32):
+    A `streamed` one has no memory yet: `initialize` or model/hf.py only note where each parameter comes from, and
+    ZeRO-3's `FlatModule` gets them unit by unit (parallel/zero.py). Until then it is of no other use.
+    """
+
+    def __init__(
+        self, config: ModelConfig, mesh: Mesh | None = None, dtype: torch.dtype = torch.float32, streamed: bool = False
+    ):
         super().__init__()
         mesh = mesh or Mesh.single()
         check_divides(config, mesh.tp)
@@ -198,11 +204,15 @@ class Transformer(nn.Module):
         self.adapters: dict[str, Any] = {}  # their names → lora.LoraConfig; see model/lora.py
         rows = config.vocab_size // mesh.tp
         self.rotary_dim = config.rotary_dim or config.head_dim
-        with torch.device(mesh.device), default_dtype(dtype):
+        with torch.device("meta" if streamed else mesh.device), default_dtype(dtype):
             self.embedding = parameter(rows, config.hidden_size, sharding=Sharding(0))
             self.layers = nn.ModuleList(Layer(config, mesh, i) for i in range(config.num_layers))
             self.norm = parameter(config.hidden_size)
             self.head = None if config.tie_embeddings else parameter(rows, config.hidden_size, sharding=Sharding(0))
+        for module in self.modules() if streamed else ():
+            for name, p in module.named_parameters(recurse=False):
+                setattr(module, name, hollow(p, mesh.device))
+        with torch.device(mesh.device):
             table = rope_table(config.rope_theta, self.rotary_dim, config.max_positions, config.rope_scaling)
             self.register_buffer("cos_sin", table, persistent=False)  # [2, positions, D/2] fp32
         # As the embedding is rounded, so is what it is multiplied with: √E of Gemma in bf16 is not quite √E.
@@ -323,22 +333,23 @@ class Transformer(nn.Module):
     @torch.no_grad()
     def initialize(self, seed: int) -> "Transformer":
         """Draw the initial weights, as the module's docstring says. In place; returns self."""
-        config = self.config
-        out_std = config.init_std / math.sqrt(2 * config.num_layers)
         for name, p in self.named_parameters():
-            if name.endswith("norm"):
-                p.fill_(0.0 if config.gemma else 1.0)
-            elif name.endswith("bias"):
-                p.zero_()
-            else:
-                std = out_std if name.endswith((".o", ".down")) else config.init_std
-                if config.width_base is not None:  # muP
-                    std = config.init_std * (math.sqrt(config.head_scale) if "layers." in name else 1.0)
-                digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
-                generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
-                full = torch.empty(full_shape(p, self.mesh.tp)).normal_(0.0, std, generator=generator)
-                p.copy_(shard(full, p.sharding, self.mesh))
+            come_from(p, partial(self.drawn, name, p, seed))
         return self
+
+    def drawn(self, name: str, p: nn.Parameter, seed: int) -> Tensor:
+        """A parameter's initial weights, of this rank's shape."""
+        config = self.config
+        if name.endswith(("norm", "bias")):
+            return torch.full(p.shape, float(name.endswith("norm") and not config.gemma))
+        out_std = config.init_std / math.sqrt(2 * config.num_layers)
+        std = out_std if name.endswith((".o", ".down")) else config.init_std
+        if config.width_base is not None:  # muP
+            std = config.init_std * (math.sqrt(config.head_scale) if "layers." in name else 1.0)
+        digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+        full = torch.empty(full_shape(p, self.mesh.tp)).normal_(0.0, std, generator=generator)
+        return shard(full, p.sharding, self.mesh)
 
 
 def parameter(*shape: int, sharding: Sharding | None = None) -> nn.Parameter:
@@ -346,6 +357,21 @@ def parameter(*shape: int, sharding: Sharding | None = None) -> nn.Parameter:
     p = nn.Parameter(torch.empty(*shape))
     p.sharding, p.partial = sharding, sharding is None
     return p
+
+
+def hollow(p: nn.Parameter, device: torch.device) -> nn.Parameter:
+    """A parameter like p with the memory of one element: see `come_from`."""
+    made = nn.Parameter(torch.zeros(1, dtype=p.dtype, device=device).expand(p.shape))
+    made.sharding, made.partial, made.source = p.sharding, p.partial, None
+    return made
+
+
+def come_from(p: nn.Parameter, source: Callable[[], Tensor]) -> None:
+    """Take this rank's values from `source`: at once, or where p is hollow, when `FlatModule` wants them."""
+    if hasattr(p, "source"):
+        p.source = source
+    else:
+        p.copy_(source())
 
 
 def full_shape(p: nn.Parameter, tp: int) -> tuple[int, ...]:

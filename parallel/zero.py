@@ -59,7 +59,8 @@ class Flat:
         self.size = -(-sum(p.numel() for _, p in members) // self.parts)  # of a part
         self.full = torch.zeros(self.size * self.parts, dtype=first.dtype, device=first.device)
         for (_, p), view in zip(members, self.views(self.full), strict=True):
-            view.copy_(p.detach())
+            source = p.__dict__.pop("source", None)  # of a streamed model
+            view.copy_(source() if source else p.detach())
             p.data = view
         self.part = self.own(self.full) if level < 3 else self.own(self.full).clone()
         self.present, self.gathering = True, None
@@ -211,7 +212,11 @@ class FlatModule:
         root = [(name, p) for name, p in module.named_parameters() if p not in inside]
         names = {p: name for name, p in module.named_parameters()}
         members = [root, *([(names[p], p) for p in layer.parameters()] for layer in layers)]
-        self.units = [self.flats_of(unit, layer=i > 0) for i, unit in enumerate(members)]
+        self.units: list[list[Flat]] = []
+        for i, unit in enumerate(members):
+            self.units.append(self.flats_of(unit, layer=i > 0))
+            for flat in self.units[i]:
+                flat.release()
         self.flats = [flat for unit in self.units for flat in unit]
         self.trained = [flat for flat in self.flats if flat.trained]
         for flat in self.trained:
@@ -219,7 +224,6 @@ class FlatModule:
         if self.level == 3:
             for i, layer in enumerate(layers, 1):
                 self.hook(layer, i)
-            self.release()
 
     def flats_of(self, members: list[tuple[str, nn.Parameter]], layer: bool) -> list[Flat]:
         kinds: dict[tuple, list[tuple[str, nn.Parameter]]] = {}

@@ -153,7 +153,7 @@ def open_model(config: Config, tokenizer: Tokenizer, mesh: Mesh) -> Transformer:
             bos_id=tokenizer.bos_id,
             eos_id=tokenizer.eos_id,
         )
-        model = Transformer(built, mesh, parameter_dtype(config.run.dtype, mesh))
+        model = Transformer(built, mesh, parameter_dtype(config.run.dtype, mesh), streamed=mesh.zero == 3)
     except ValueError as error:
         named = re.sub(r"\w+", lambda word: OPTIONS.get(word[0], word[0]), str(error))
         raise ConfigError(named) from None

@@ -4,15 +4,18 @@
 """
 
 import os
+from unittest import mock
 
 import pytest
 import torch
 from torch import nn
 
-from tritium.model.transformer import parameter
+from tritium.model.config import ModelConfig
+from tritium.model.hf import load
+from tritium.model.transformer import Transformer, parameter
 from tritium.parallel.mesh import Mesh, init_mesh
 from tritium.parallel.tensor import Sharding, shard
-from tritium.parallel.zero import FlatModule, grad_norm, sum_over_tp
+from tritium.parallel.zero import Flat, FlatModule, grad_norm, sum_over_tp
 
 
 class Layer(nn.Module):
@@ -156,6 +159,42 @@ def test_what_is_saved_is_made_whole_unit_by_unit(pool2):
     for same, peak, after in pool2.run(walk, 3):
         assert same and peak <= ROOT + 1 and after == 0  # the largest unit, filled up to equal parts
     assert all(same for same, _, _ in pool2.run(walk, 1))
+
+
+def stream(folder: str | None, zero: int = 3) -> tuple[int, int, int, bool]:
+    """Bytes that a streamed model holds before it is cut, at most while it is, and of its largest unit; whether it is
+    the plain one."""
+    mesh = init_mesh(zero=zero)
+    shape = ModelConfig(64, 32, 64, 4, num_heads=2, num_kv_heads=1, head_dim=16, max_positions=32)
+    if folder:
+        plain, model = load(folder, torch.float32), load(folder, torch.float32, mesh=mesh, streamed=True)
+    else:
+        plain, model = Transformer(shape).initialize(3), Transformer(shape, mesh, streamed=True).initialize(3)
+
+    def held() -> int:
+        storages = [p.untyped_storage() for p in model.parameters()]
+        return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+    before, peak, make = held(), 0, Flat.__init__
+
+    def measured(*args):
+        nonlocal peak
+        make(*args)
+        peak = max(peak, held())
+
+    with mock.patch.object(Flat, "__init__", measured):
+        flat = FlatModule(model, mesh)
+    after = held()
+    with flat.whole(layers=True):
+        same = all(torch.equal(p, q) for p, q in zip(model.parameters(), plain.parameters(), strict=True))
+        largest = max(sum(f.full.untyped_storage().nbytes() for f in unit) for unit in flat.units)
+    return before, peak - before, largest, same and after == 0
+
+
+@pytest.mark.parametrize("from_folder", [True, False])
+def test_a_streamed_model_is_cut_unit_by_unit_and_never_whole(pool2, tiny, from_folder):
+    for before, more, largest, same in pool2.run(stream, tiny.model if from_folder else None):
+        assert same and before < 400 and 0 < more <= largest
 
 
 def norm(cut: list[torch.Tensor], whole: list[torch.Tensor], parts: bool, zero: int = 0) -> torch.Tensor:
