@@ -100,7 +100,7 @@ def _plan(config: Config) -> tuple[str, list[Case]]:
     ops = all_ops()
     names = [_known("--ops", name, sorted(ops)) for name in config.ops] or sorted(ops)
     for letter in config.shape:
-        _known("--shape", letter, sorted({x for name in names for x in ops[name].shapes[-1]}))
+        _known("--shape", letter, sorted({x for name in names for x in ops[name].shape}))
     for option, least, value in (("threads", 0, config.threads), ("shape", 1, min(config.shape.values(), default=1))):
         if value < least:
             raise UserError(f"--{option}: got {value}, wanted {least} or more")
@@ -112,7 +112,7 @@ def _plan(config: Config) -> tuple[str, list[Case]]:
     wanted = {*asked} or {*every} - ({COMPILED} if config.quick and device == "cpu" else set())
     cases = []
     for name in names:
-        shape = ops[name].shapes[-1] | (CPU_SHAPES.get(name, {}) if device == "cpu" else {})
+        shape = ops[name].shape | (CPU_SHAPES.get(name, {}) if device == "cpu" else {})
         shape = {letter: config.shape.get(letter, value) for letter, value in shape.items()}
         chosen = tuple(provider for provider in offered[name] if provider.name in wanted)
         cases += [Case(ops[name], shape, dtype, device, chosen) for dtype in dtypes if dtype in ops[name].dtypes]

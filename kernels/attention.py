@@ -40,7 +40,7 @@ from tritium.kernels import attention_costs, attention_torch
 from tritium.kernels.attention_torch import Options, visible
 from tritium.kernels.backend import Target, device_assert, operator, target_of, tl, triton, use_triton
 from tritium.kernels.blocks import require_float, require_integer, tanh, unit_stride
-from tritium.kernels.registry import Launch, OpSpec, Shape, launch_of, register
+from tritium.kernels.registry import Launch, Shape, launch_of, register
 
 
 def attention_reference(
@@ -225,8 +225,6 @@ def _attention_forward(
 
 
 # Triton: backward -----------------------------------------------------------------------------------------------------
-
-
 @triton.jit
 def _attention_dq(
     p_do, p_dlse, p_q, p_k, p_v, p_keys, p_o, p_lse, p_dq, p_delta,
@@ -492,8 +490,6 @@ _forward.register_autograd(_triton_gradients, setup_context=_save)
 
 
 # Public ---------------------------------------------------------------------------------------------------------------
-
-
 def _check(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, cu_seqlens_k: Tensor | None,
     causal: bool, window: int | None, softcap: float | None, scale: float | None,
@@ -594,8 +590,6 @@ def attention_backward(
 
 
 # Registry -------------------------------------------------------------------------------------------------------------
-
-
 def _example(shape: Shape, dtype: torch.dtype, device: str) -> tuple[tuple, dict]:
     ends, ends_k = attention_costs.ends_of(shape)
     sizes = [(ends[-1], shape["H"]), (ends_k[-1], shape["G"]), (ends_k[-1], shape["G"])]
@@ -626,24 +620,14 @@ def _launches(target: Target) -> tuple[Launch, ...]:
 
 
 register(
-    OpSpec(
-        name="attention",
-        function=attention,
-        reference=attention_reference,
-        example=_example,
-        shapes=(
-            {"T": 1, "N": 1, "M": 17, "H": 4, "G": 2, "D": 8},
-            {"T": 37, "N": 11, "H": 4, "G": 2, "D": 40},
-            {"T": 300, "N": 140, "H": 3, "G": 1, "D": 16},
-            {"T": 127, "N": 64, "M": 33, "H": 2, "G": 1, "D": 80, "softcap": 3},
-            {"T": 129, "N": 43, "M": 60, "H": 2, "G": 2, "D": 24, "causal": 0, "window": 9},
-            {"T": 0, "N": 1, "H": 2, "G": 1, "D": 8},
-            {"T": 4096, "N": 2048, "H": 32, "G": 8, "D": 128},
-        ),
-        flops=lambda shape: 4 * shape["D"] * attention_costs.pairs(shape),
-        bytes=lambda shape, itemsize: attention_costs.moved(shape, itemsize, 2, 2),
-        backward_flops=lambda shape: 10 * shape["D"] * attention_costs.pairs(shape),
-        backward_bytes=lambda shape, itemsize: attention_costs.moved(shape, itemsize, 4, 4),
-        launches=_launches,
-    )
+    name="attention",
+    function=attention,
+    reference=attention_reference,
+    example=_example,
+    shape={"T": 4096, "N": 2048, "H": 32, "G": 8, "D": 128},
+    flops=lambda shape: 4 * shape["D"] * attention_costs.pairs(shape),
+    bytes=lambda shape, itemsize: attention_costs.moved(shape, itemsize, 2, 2),
+    backward_flops=lambda shape: 10 * shape["D"] * attention_costs.pairs(shape),
+    backward_bytes=lambda shape, itemsize: attention_costs.moved(shape, itemsize, 4, 4),
+    launches=_launches,
 )

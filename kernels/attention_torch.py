@@ -71,8 +71,6 @@ def visible(rows: slice, keys: slice, offset: int, options: Options, device: tor
 
 
 # ---- which documents go together -------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class _Bucket:
     """`count` documents with n queries and m keys each, at these places of the padded streams."""
@@ -168,8 +166,6 @@ def _plan(
 
 
 # ---- one block of scores ---------------------------------------------------------------------------------------------
-
-
 @lru_cache(maxsize=16)
 def _bias(rows: int, keys: int, offset: int, group: int, options: Options, dtype: torch.dtype, device: str) -> Tensor:
     """[rows · group, keys]: 0 where a query sees a key, else -inf. `offset`: the first query's place among the keys."""
@@ -251,8 +247,6 @@ def _from_bucket(x: Tensor, count: int, length: int, key_heads: int, group: int)
 
 
 # ---- forward and backward --------------------------------------------------------------------------------------------
-
-
 def _block_forward(q: Tensor, k: Tensor, v: Tensor, block: _Block, options: Options) -> tuple[Tensor, Tensor, Tensor]:
     """o [B, rows, D], lse [B, rows, 1] and the probabilities [B, rows, keys] of a block."""
     s = _mask_(_scores(q, k, options), block, options)
@@ -362,8 +356,6 @@ class _Attention(torch.autograd.Function):
 
 
 # ---- entries ---------------------------------------------------------------------------------------------------------
-
-
 def documents(
     cu_seqlens: Tensor | None, cu_seqlens_k: Tensor | None, T: int, Tk: int
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -22,7 +22,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from tritium.kernels.backend import Target, operator, target_of, tl, triton, use_triton, without_autocast
 from tritium.kernels.blocks import require_float, require_integer, tanh, unit_stride
-from tritium.kernels.registry import Launch, OpSpec, Shape, launch_of, register
+from tritium.kernels.registry import Launch, Shape, launch_of, register
 
 
 def decode_attention_reference(
@@ -220,8 +220,6 @@ def _attend_torch(
 
 
 # Public ---------------------------------------------------------------------------------------------------------------
-
-
 def _check(q, k_pages, v_pages, page_table, lengths, window, softcap) -> None:
     if q.dim() != 3 or k_pages.dim() != 4 or k_pages.shape != v_pages.shape or q.shape[2] != k_pages.shape[3]:
         shapes = f"{tuple(q.shape)}, {tuple(k_pages.shape)}, {tuple(v_pages.shape)}"
@@ -279,8 +277,6 @@ def decode_attention(
 
 
 # The registry's entry -------------------------------------------------------------------------------------------------
-
-
 def _example(shape: Shape, dtype: torch.dtype, device: str) -> tuple[tuple, dict]:
     """Lengths are random, or with "full" all that the pages hold; "window" and "softcap" as given."""
     B, N, page, H, G, D = (shape[x] for x in ("B", "N", "page", "H", "G", "D"))
@@ -319,21 +315,13 @@ def _launches(target: Target) -> tuple[Launch, ...]:
 
 
 register(
-    OpSpec(
-        name="decode_attention",
-        function=decode_attention,
-        reference=decode_attention_reference,
-        example=_example,
-        shapes=(
-            {"B": 1, "N": 1, "page": 1, "H": 1, "G": 1, "D": 8},
-            {"B": 5, "N": 3, "page": 7, "H": 6, "G": 2, "D": 40},
-            {"B": 2, "N": 5, "page": 100, "H": 4, "G": 2, "D": 16, "window": 300, "softcap": 3},
-            {"B": 0, "N": 1, "page": 8, "H": 2, "G": 1, "D": 8},
-            {"B": 64, "N": 256, "page": 16, "H": 32, "G": 8, "D": 128, "full": 1},
-        ),
-        flops=lambda s: 4 * s["B"] * s["N"] * s["page"] * s["H"] * s["D"],
-        bytes=_bytes,
-        launches=_launches,
-        differentiable=False,
-    )
+    name="decode_attention",
+    function=decode_attention,
+    reference=decode_attention_reference,
+    example=_example,
+    shape={"B": 64, "N": 256, "page": 16, "H": 32, "G": 8, "D": 128, "full": 1},
+    flops=lambda s: 4 * s["B"] * s["N"] * s["page"] * s["H"] * s["D"],
+    bytes=_bytes,
+    launches=_launches,
+    differentiable=False,
 )

@@ -155,8 +155,6 @@ def _backend(spec: OpSpec) -> str:
 
 
 # The process that compiles --------------------------------------------------------------------------------------------
-
-
 def _row(op: str, launch: Launch, target: Target) -> dict[str, Any]:
     names = {"op": op, "kernel": launch.kernel.__name__, "config": launch.name, "target": target.name}
     file = _cache_folder() / f"{_key(launch, target)}.json"

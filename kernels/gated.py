@@ -150,8 +150,6 @@ _forward.register_autograd(_triton_gradients, setup_context=_save)
 
 
 # Torch ----------------------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Activation:
     name: str
@@ -203,8 +201,6 @@ class _TorchGatedFused(torch.autograd.Function):
 
 
 # Public ---------------------------------------------------------------------------------------------------------------
-
-
 def gated(gate: Tensor, up: Tensor | None, activation: Activation) -> Tensor:
     """act(gate) · up [..., F]; without `up`, gate is [gate | up] of width 2F.
 
@@ -222,8 +218,6 @@ def gated(gate: Tensor, up: Tensor | None, activation: Activation) -> Tensor:
 
 
 # The registry's entries -----------------------------------------------------------------------------------------------
-
-
 def gated_example(shape: Shape, dtype: torch.dtype, device: str) -> tuple[tuple, dict]:
     """Example inputs: gate and up, [T, F] each, or with "fused" one gate_up [T, 2F]."""
     widths = (2 * shape["F"],) if shape.get("fused") else (shape["F"],) * 2
@@ -238,19 +232,10 @@ def gated_launches(gelu: bool) -> tuple[Launch, ...]:
     return tuple(launch(kernel, width) for kernel in (_gated_forward, _gated_backward) for width in (128, 14336))
 
 
-GATED_SHAPES = (
-    {"T": 1, "F": 1},
-    {"T": 7, "F": 33},
-    {"T": 0, "F": 8},
-    {"T": 3, "F": 1029, "fused": 1},
-    {"T": 17, "F": 40, "fused": 1},
-    {"T": 8192, "F": 14336},
-)
-
-
 def gated_costs(flops: int) -> dict:
     """What the entries of `swiglu` and `geglu` say alike; about `flops` an element forward, twice that backward."""
     return {
+        "shape": {"T": 8192, "F": 14336},
         "flops": lambda shape: flops * shape["T"] * shape["F"],
         "bytes": lambda shape, itemsize: 3 * shape["T"] * shape["F"] * itemsize,
         "backward_flops": lambda shape: 2 * flops * shape["T"] * shape["F"],

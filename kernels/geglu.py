@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tritium.kernels.gated import GATED_SHAPES, Activation, gated, gated_costs, gated_example, gated_launches
-from tritium.kernels.registry import OpSpec, register
+from tritium.kernels.gated import Activation, gated, gated_costs, gated_example, gated_launches
+from tritium.kernels.registry import register
 
 
 def geglu_reference(gate: Tensor, up: Tensor | None = None) -> Tensor:
@@ -28,13 +28,10 @@ def geglu(gate: Tensor, up: Tensor | None = None) -> Tensor:
 
 
 register(
-    OpSpec(
-        name="geglu",
-        function=geglu,
-        reference=geglu_reference,
-        example=gated_example,
-        shapes=GATED_SHAPES,
-        launches=lambda target: gated_launches(gelu=True),
-        **gated_costs(flops=10),
-    )
+    name="geglu",
+    function=geglu,
+    reference=geglu_reference,
+    example=gated_example,
+    launches=lambda target: gated_launches(gelu=True),
+    **gated_costs(flops=10),
 )

@@ -192,8 +192,6 @@ def _head_dz(
 
 
 # Launchers ------------------------------------------------------------------------------------------------------------
-
-
 def _config(E: int, K: int, dtype: torch.dtype, has_cap: bool, target: Target) -> dict:
     """Launch parameters: the largest tile whose logits stay in registers beside what is made of them.
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from tritium.kernels.backend import Target, require_one_device
 from tritium.kernels.head import HeadOptions, check_head, check_targets, head_statistics, vocab_size
 from tritium.kernels.head_triton import head_launches
-from tritium.kernels.registry import Launch, OpSpec, Shape, register
+from tritium.kernels.registry import Launch, Shape, register
 
 
 class LogProb(NamedTuple):
@@ -94,23 +94,14 @@ def _launches(target: Target) -> tuple[Launch, ...]:
 
 
 register(
-    OpSpec(
-        name="linear_logprob",
-        function=linear_logprob,
-        reference=linear_logprob_reference,
-        example=example,
-        shapes=(
-            {"T": 1, "E": 8, "V": 2},
-            {"T": 13, "E": 24, "V": 101},
-            {"T": 129, "E": 72, "V": 300, "temperature": 2, "softcap": 3},
-            {"T": 2, "E": 1, "V": 1},
-            {"T": 0, "E": 8, "V": 5},
-            {"T": 8192, "E": 4096, "V": 128256},
-        ),
-        flops=lambda s: 2 * s["T"] * s["V"] * s["E"],
-        bytes=lambda s, size: size * s["E"] * (s["T"] + s["V"]) + s["T"] * (8 + 3 * 4 + 1),
-        backward_flops=lambda s: 6 * s["T"] * s["V"] * s["E"],
-        backward_bytes=lambda s, size: 2 * size * s["E"] * (s["T"] + s["V"]) + s["T"] * (8 + 3 * 4),
-        launches=_launches,
-    )
+    name="linear_logprob",
+    function=linear_logprob,
+    reference=linear_logprob_reference,
+    example=example,
+    shape={"T": 8192, "E": 4096, "V": 128256},
+    flops=lambda s: 2 * s["T"] * s["V"] * s["E"],
+    bytes=lambda s, size: size * s["E"] * (s["T"] + s["V"]) + s["T"] * (8 + 3 * 4 + 1),
+    backward_flops=lambda s: 6 * s["T"] * s["V"] * s["E"],
+    backward_bytes=lambda s, size: 2 * size * s["E"] * (s["T"] + s["V"]) + s["T"] * (8 + 3 * 4),
+    launches=_launches,
 )

@@ -35,7 +35,7 @@ from tritium.kernels.nf4 import (
     nf4_tile,
     quantize_nf4,
 )
-from tritium.kernels.registry import Launch, OpSpec, Shape, launch_of, register
+from tritium.kernels.registry import Launch, Shape, launch_of, register
 
 MAX_RANK = 256
 
@@ -52,8 +52,6 @@ def lora_linear_reference(
 
 
 # Triton ---------------------------------------------------------------------------------------------------------------
-
-
 @triton.jit
 def _keep(seed, dropout, i_t, i_quad, K):
     """Which elements [M, 4·Q] of x [T, K] stay, in rows i_t [M] and columns 4·i_quad + 0…3 (i_quad [Q], a run).
@@ -271,8 +269,6 @@ def _dropped_output(x, f, seed, dropout, transposed):
 
 
 # Autograd, for both paths ---------------------------------------------------------------------------------------------
-
-
 def _dense(weight: tuple[Tensor, ...], x: Tensor, shape: tuple[int, int]) -> Tensor:
     return weight[0] if len(weight) == 1 else dequantize_parts(weight, shape, x.dtype)
 
@@ -332,8 +328,6 @@ def _torch_da(x, dinner, keep, dropout):
 
 
 # Public ---------------------------------------------------------------------------------------------------------------
-
-
 def _check(x, weight, a, b, bias, dropout) -> None:
     given = {"x": x, "weight": weight, "a": a, "b": b, "bias": bias}
     given = {name: tensor for name, tensor in given.items() if tensor is not None}
@@ -447,24 +441,14 @@ def _launches(target: Target) -> tuple[Launch, ...]:
 
 
 register(
-    OpSpec(
-        name="lora_linear",
-        function=lora_linear,
-        reference=lora_linear_reference,
-        example=_example,
-        shapes=(
-            {"T": 1, "E": 1, "F": 1, "R": 1},
-            {"T": 5, "E": 48, "F": 31, "R": 4},
-            {"T": 17, "E": 64, "F": 144, "R": 16, "nf4": 1},
-            {"T": 0, "E": 8, "F": 8, "R": 2},
-            {"T": 127, "E": 130, "F": 127, "R": 100},
-            {"T": 70, "E": 127, "F": 3, "R": 1, "nf4": 1},
-            {"T": 8192, "E": 4096, "F": 4096, "R": 16},
-        ),
-        flops=_flops,
-        bytes=_bytes,
-        backward_flops=lambda s: 2 * _flops(s),
-        backward_bytes=_backward_bytes,
-        launches=_launches,
-    )
+    name="lora_linear",
+    function=lora_linear,
+    reference=lora_linear_reference,
+    example=_example,
+    shape={"T": 8192, "E": 4096, "F": 4096, "R": 16},
+    flops=_flops,
+    bytes=_bytes,
+    backward_flops=lambda s: 2 * _flops(s),
+    backward_bytes=_backward_bytes,
+    launches=_launches,
 )

@@ -69,7 +69,7 @@ class OpSpec:
     function: Callable
     reference: Callable
     example: Callable[[Shape, torch.dtype, str], tuple[tuple, dict]]
-    shapes: tuple[Shape, ...]  # awkward ones for tests first; the last is a realistic one for benchmarks
+    shape: Shape  # a realistic one, for benchmarks
     flops: Callable[[Shape], int]
     bytes: Callable[[Shape, int], int]
     backward_flops: Callable[[Shape], int] | None = None
@@ -82,11 +82,12 @@ class OpSpec:
 OPS: dict[str, OpSpec] = {}
 
 
-def register(spec: OpSpec) -> OpSpec:
-    """Add an op to the list, once.
+def register(**fields: Any) -> OpSpec:
+    """Add an op to the list, once: `fields` are those of its OpSpec.
 
     Raises: ValueError if the name is taken, which means that the package was imported under two names.
     """
+    spec = OpSpec(**fields)
     if spec.name in OPS:
         raise ValueError(f"op {spec.name!r} is registered twice: import it as tritium.kernels, never as kernels")
     OPS[spec.name] = spec

@@ -147,7 +147,7 @@ def test_an_unknown_benchmark(capsys):
 def test_the_shapes_for_cpus_are_shapes_of_the_ops():
     assert set(kernels.CPU_SHAPES) == set(OPS)
     for name, shape in kernels.CPU_SHAPES.items():
-        assert set(shape) <= set(OPS[name].shapes[-1])
+        assert set(shape) <= set(OPS[name].shape)
     assert set(providers.LOOPS) <= set(OPS) and set(providers.OPTIONS) <= set(OPS)
 
 

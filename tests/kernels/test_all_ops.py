@@ -15,6 +15,7 @@ import interpreter
 import pytest
 import torch
 import traffic
+from shapes import SHAPES
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
@@ -102,7 +103,7 @@ def cases():
         if backend != "torch" and name not in KERNELS:
             continue
         spec = OPS[name]
-        shapes = spec.shapes[:-1]  # the last is for benchmarks
+        shapes = SHAPES[name]
         full = [i for i, shape in enumerate(shapes) if all(shape.values())]
         rounds = range(max(len(full), len(spec.dtypes), len(LAYOUTS)))
         cover = {(full[-1 - i % len(full)], i % len(spec.dtypes), (i + i // 3) % len(LAYOUTS)) for i in rounds}
@@ -164,7 +165,7 @@ def test_gradcheck(name, monkeypatch):
     monkeypatch.setenv("TRITIUM_BACKEND", "torch")
     torch.manual_seed(0)
     spec = OPS[name]
-    args, kwargs = spec.example(spec.shapes[1], torch.float64, "cpu")
+    args, kwargs = spec.example(SHAPES[spec.name][1], torch.float64, "cpu")
     places = [i for i, x in enumerate(args) if isinstance(x, torch.Tensor) and x.requires_grad]
 
     def function(*leaves):
@@ -180,8 +181,8 @@ def test_gradcheck(name, monkeypatch):
 def test_exact_in_fp64_with_any_layout(name, monkeypatch):
     monkeypatch.setenv("TRITIUM_BACKEND", "torch")
     spec = OPS[name]
-    actual = results(spec.function, *arguments(spec, spec.shapes[1], torch.float64, change=strided), "strided")
-    expected = results(spec.reference, *arguments(spec, spec.shapes[1], torch.float64), "strided")
+    actual = results(spec.function, *arguments(spec, SHAPES[spec.name][1], torch.float64, change=strided), "strided")
+    expected = results(spec.reference, *arguments(spec, SHAPES[spec.name][1], torch.float64), "strided")
     for key, e in expected.items():
         torch.testing.assert_close(actual[key].double(), e.double(), rtol=1e-9, atol=1e-9, msg=key)
 
@@ -193,7 +194,7 @@ def test_exact_in_fp64_with_any_layout(name, monkeypatch):
 @pytest.mark.parametrize("backend", ["triton", pytest.param("cuda", marks=needs_gpu)])
 def test_the_same_bits_again_and_in_any_order_of_programs(name, backend):
     spec = OPS[name]
-    shape = max(spec.shapes[:-1], key=spec.flops)
+    shape = max(SHAPES[spec.name], key=spec.flops)
 
     def run(seed):
         with running_on(backend, seed) as (device, _):
@@ -245,7 +246,7 @@ def test_opcheck(name):
     spec = OPS[name]
     with running_on("triton"):
         with _Calls() as calls:
-            results(spec.function, *arguments(spec, spec.shapes[1], torch.float32))
+            results(spec.function, *arguments(spec, SHAPES[spec.name][1], torch.float32))
         assert calls.kept, "no operator of namespace tritium was called"
         for operator, args in {call[0]: call for call in calls.kept}.values():
             checks = ("test_schema", "test_faketensor", "test_aot_dispatch_static")
@@ -258,19 +259,19 @@ def test_torch_compile_sees_one_graph(name):
     torch._dynamo.reset()
     with running_on("triton"):
         compiled = torch.compile(spec.function, backend="aot_eager", fullgraph=True)
-        actual = results(compiled, *arguments(spec, spec.shapes[1], torch.float32))
-        expected = results(spec.function, *arguments(spec, spec.shapes[1], torch.float32))
+        actual = results(compiled, *arguments(spec, SHAPES[spec.name][1], torch.float32))
+        expected = results(spec.function, *arguments(spec, SHAPES[spec.name][1], torch.float32))
     for key, e in expected.items():
         torch.testing.assert_close(actual[key], e, msg=key)
 
 
-DYNAMIC = [name for name in KERNELS if "T" in OPS[name].shapes[0] and OPS[name].differentiable]
+DYNAMIC = [name for name in KERNELS if "T" in SHAPES[name][0] and OPS[name].differentiable]
 
 
 @pytest.mark.parametrize("name", DYNAMIC)
 def test_a_new_number_of_tokens_is_no_new_graph(name):
     spec, graphs = OPS[name], []
-    shape = max(spec.shapes[:-1], key=spec.flops)
+    shape = max(SHAPES[spec.name], key=spec.flops)
     torch._dynamo.reset()
 
     def backend(graph, inputs):
@@ -291,8 +292,8 @@ def test_torch_compile_sees_through_the_torch_path(name, monkeypatch):
     spec = OPS[name]
     torch._dynamo.reset()
     compiled = torch.compile(spec.function, backend="aot_eager", fullgraph=True)
-    actual = results(compiled, *arguments(spec, spec.shapes[1], torch.float64))
-    expected = results(spec.function, *arguments(spec, spec.shapes[1], torch.float64))
+    actual = results(compiled, *arguments(spec, SHAPES[spec.name][1], torch.float64))
+    expected = results(spec.function, *arguments(spec, SHAPES[spec.name][1], torch.float64))
     for key, e in expected.items():
         torch.testing.assert_close(actual[key], e, msg=key)
 
@@ -300,7 +301,7 @@ def test_torch_compile_sees_through_the_torch_path(name, monkeypatch):
 @pytest.mark.parametrize("name", OPS)
 def test_costs_are_positive_and_grow_with_the_shape(name):
     spec = OPS[name]
-    small, large = spec.shapes[0], spec.shapes[-1]
+    small, large = SHAPES[spec.name][0], spec.shape
     assert 0 < spec.flops(small) < spec.flops(large)
     assert 0 < spec.bytes(small, 2) < spec.bytes(large, 2) < spec.bytes(large, 4)
     if spec.differentiable:

@@ -6,6 +6,7 @@ import importlib
 import interpreter
 import pytest
 import torch
+from shapes import SHAPES
 from torch.utils._pytree import tree_leaves, tree_map
 
 from tritium.kernels import all_ops, rms_norm
@@ -36,9 +37,9 @@ def test_autocast_changes_no_bit(name, backend, monkeypatch):
         pytest.skip("no kernel")
     monkeypatch.setenv("TRITIUM_BACKEND", backend)
     with interpreter.checked() if backend == "triton" else contextlib.nullcontext():
-        expected = results(OPS[name], OPS[name].shapes[1])
+        expected = results(OPS[name], SHAPES[name][1])
         with torch.autocast("cpu", torch.bfloat16):
-            actual = results(OPS[name], OPS[name].shapes[1])
+            actual = results(OPS[name], SHAPES[name][1])
     for a, e in zip(actual, expected, strict=True):
         assert a.dtype == e.dtype and torch.equal(a, e)
 
@@ -63,7 +64,7 @@ def test_kernels_are_launched_on_the_device_of_their_tensors(name, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_of", device_of)
     monkeypatch.setattr(interpreter, "LaunchTrace", Trace)
     with interpreter.checked() as trace:
-        results(OPS[name], OPS[name].shapes[1])
+        results(OPS[name], SHAPES[name][1])
     assert trace.launches
 
 
@@ -78,7 +79,7 @@ def test_fp64_anywhere_takes_the_torch_path():
 @pytest.mark.parametrize("name", ["rms_norm", "swiglu", "rope", "segment_sum", "gae", "lora_linear", "adamw"])
 def test_tensors_on_several_devices_are_named(name):
     spec = OPS["adamw_" if name == "adamw" else name]
-    (first, *rest), kwargs = spec.example(spec.shapes[1], torch.float32, "cpu")
+    (first, *rest), kwargs = spec.example(SHAPES[spec.name][1], torch.float32, "cpu")
     moved = tree_map(lambda x: x.to("meta") if isinstance(x, torch.Tensor) else x, rest)
     with pytest.raises(ValueError, match="tensors on cpu and on meta"):
         spec.function(first, *moved, **kwargs)
