@@ -145,6 +145,16 @@ def test_the_base_of_an_adapter_is_the_reference(tiny, tmp_path, odd_is_right):
         ppo.train(config(tiny, tmp_path / "b", 2, finetune={"kind": "lora"}, reference={"every": 1}))
 
 
+def test_a_reward_that_also_pays_for_length_is_named(tiny, tmp_path, monkeypatch, capsys):
+    """A planted hack: what is verified does not improve, while answers grow and are paid for it."""
+    long = lambda ids, text, **_: Score(len(ids) / 12, parts={"length": len(ids) / 12})  # noqa: E731
+    monkeypatch.setattr("tritium.stages.ppo.open_reward", lambda *_: long)
+    settings = {"prompts": 6, "group": 8, "epochs": 1, "beta": 0.0}
+    made = config(tiny, tmp_path, 28, ppo=settings, sampling={"max_tokens": 12}, optim={"lr": 5e-3})
+    ppo.train(made)
+    assert "likely reward hacking; what grows is length" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

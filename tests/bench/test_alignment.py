@@ -1,0 +1,23 @@
+"""The comparison of alignment methods, at the smallest size: each runs, and the table says what was measured."""
+
+import pytest
+
+from tritium.bench import __main__ as bench
+from tritium.core.rewards import Score
+
+pytestmark = pytest.mark.usefixtures("quick")
+
+
+def test_a_table_of_two_methods(tiny, tmp_path, monkeypatch, capsys):
+    odd = lambda ids, text, **_: Score(float(ids[-1] % 2))  # noqa: E731
+    monkeypatch.setattr("tritium.stages.grpo.open_reward", lambda *_: odd)
+    monkeypatch.setattr("tritium.stages.sample.ExactMatch", lambda malformed: odd)
+    monkeypatch.setattr("tritium.bench.alignment.PROBE", 1)
+    problems, out = tiny.data("problems.jsonl"), tmp_path / "a.md"
+    arguments = [f"--model={tiny.model}", f"--problems={problems}", f"--test={problems}", f"--out={out}"]
+    arguments += ["--seeds=1", "--max_steps=2", "--max_tokens=6", "--methods=rft,rloo"]
+    assert bench.main(["alignment", *arguments]) == 1  # two steps teach nothing, and that is said
+    lines = out.read_text().splitlines()
+    assert [line.split(" | ")[0] for line in lines[-2:]] == ["| rft", "| rloo"] and "1 seed(s)" in out.read_text()
+    assert bench.main(["alignment", *arguments[:1], "--problems=none", "--test=none"]) == 2
+    assert "--problems=none does not exist" in capsys.readouterr().err
