@@ -90,7 +90,7 @@ def pack(groups: Iterable[Group], counts: dict[str, float] | None = None, multip
     last = np.arange(len(tokens)) == ends - 1
     weights = np.where(last, 0.0, np.roll(concatenate([d.weights for d in documents], np.float32), -1))
     names = real[0].fields if real else ()
-    known = {"tokens": float(weights.sum()), "stream": float(size)}
+    known = {"tokens": float(weights.sum(dtype=np.float64)), "stream": float(size)}
     known |= {"sequences": float(len(real)), "groups": float(len(groups))}
     return PackedBatch(
         tokens=torch.from_numpy(tokens),

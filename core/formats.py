@@ -296,7 +296,7 @@ def one_message(turn: dict) -> Message:
     for key in ("reasoning_content", "reasoning"):
         if turn.get(key):
             message["reasoning_content"] = required_text(turn[key], key)
-    if not calls:
+    if role == "assistant" and not calls:
         required_text(message["content"], "turn")
     weight = turn.get("weight", turn.get("loss_weight"))
     if weight is not None:

@@ -35,6 +35,7 @@ STAGES = {
     "chat": "talk to a model in the terminal",
     "generate": "answer a file of prompts",
     "serve": "answer over HTTP, as OpenAI's API does",
+    "inspect": "show which tokens a stage would learn, its documents, weights and denominators",
     "consolidate": "make one Hugging Face folder of a checkpoint",
     "merge": "merge an adapter into its base",
     "surgery": "make a model of models: deeper, with another vocabulary, averaged",

@@ -1,0 +1,204 @@
+"""Show what a stage trains on: which tokens are learned, where documents begin, weights and denominators.
+
+    tritium inspect sft --model=runs/pretrain --data.sources=chats.jsonl
+
+The options are the stage's own, its --config too. The first records of each file are read, as many as make a
+micro-batch (training shuffles); neither the rest of the files nor the model's weights are, so that large ones take
+seconds. On a terminal, learned tokens are green, those of another weight than 1 yellow, and what is only read is grey;
+elsewhere, learned tokens stand in ⟦ ⟧.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tritium.core.batch import Document, Group, PackedBatch, pack, plan_bins
+from tritium.core.chat import find_template, render
+from tritium.core.checkpoint import model_folder
+from tritium.core.config import ConfigError, UserError, load, nearest
+from tritium.core.data import encode_documents, fit, parse_sources
+from tritium.core.formats import RecordError, Skipped, open_text, problem, read_documents, read_records, unreadable
+from tritium.core.groups import conversation_group, preference_group, ranking_group
+from tritium.core.setup import load_tokenizer
+from tritium.core.tokenizer import Tokenizer
+
+GREEN, YELLOW, GREY, BOLD, OFF = "\x1b[32m", "\x1b[33m", "\x1b[90m", "\x1b[1m", "\x1b[0m"
+STAGES = ("pretrain", "sft", "reward", "dpo", "grpo", "ppo")
+CHARACTERS = 64  # read for a token, at most: of text files
+
+
+@dataclass
+class Inspected:
+    """The first micro-batch, with its tokenizer."""
+
+    batch: PackedBatch
+    tokenizer: Tokenizer
+    skipped: Skipped
+    template: str  # empty for plain text
+
+
+def main(argv: list[str]) -> int:
+    """`tritium inspect STAGE …`. Raises: UserError for a stage without data, and as the stage itself would."""
+    name, *rest = argv or ["--help"]
+    if name in ("--help", "-h"):
+        print(f"usage: tritium inspect {'|'.join(STAGES)} [--config FILE.toml] [--name=value …]\n\n{__doc__}")
+        return 0
+    if name not in STAGES:
+        guess = nearest(name, STAGES)
+        hint = f"did you mean {guess}? " if guess else ""
+        raise ConfigError(f"no data to inspect of a stage {name!r}; {hint}There are: {', '.join(STAGES)}")
+    config = load(import_module(f"tritium.stages.{name}").Config, rest, f"tritium inspect {name}", __doc__)
+    colour = bool(os.environ.get("FORCE_COLOR")) or (sys.stdout.isatty() and "NO_COLOR" not in os.environ)
+    print("\n".join(report(inspect(name, config), colour)))
+    return 0
+
+
+def inspect(stage: str, config: Any) -> Inspected:
+    """The first micro-batch of a stage with this config. Raises: UserError where nothing can be read."""
+    folder = config.model if stage != "pretrain" else config.tokenizer or config.init
+    if not folder:
+        raise ConfigError(
+            "pretrain trains a tokenizer first: name one with --tokenizer, as made by `tritium tokenizer`"
+        )
+    tokenizer, skipped = load_tokenizer(folder, template=config.data.template), Skipped(config.data.on_error)
+    context = context_of(model_folder(folder) if stage != "pretrain" or config.init else None, config)
+    groups = first_groups(stage, config, tokenizer, context, skipped)
+    if not groups:
+        raise UserError(f"{', '.join(config.data.sources)}: no usable record at the beginning\n{skipped.summary()}")
+    members = plan_bins([sum(map(len, group)) for group in groups], config.data.bin_tokens)[0]
+    batch = pack([groups[i] for i in members])
+    return Inspected(batch, tokenizer, skipped, "" if stage == "pretrain" else find_template(tokenizer))
+
+
+def context_of(folder: str | None, config: Any) -> int:
+    """The longest document, by the model's config.json or the shape of the new one."""
+    if folder is None:
+        return config.model.context
+    try:
+        return json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))["max_position_embeddings"]
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{folder}/config.json can't be read ({type(error).__name__}: {error})") from None
+
+
+def first_groups(stage: str, config: Any, tokenizer: Tokenizer, context: int, skipped: Skipped) -> list[Group]:
+    """Groups from each file in turn, until they fill a micro-batch."""
+    data, length, groups = config.data, 0, []
+    paths = [path for path, _ in parse_sources(data.sources)]
+    if stage == "pretrain":
+        readers = [text_groups(path, config, tokenizer, context, skipped) for path in paths]
+    else:
+        convert = converter(stage, config, tokenizer)
+        readers = [record_groups(path, config, convert, context, skipped) for path in paths]
+    while readers and length < data.bin_tokens:
+        for reader in list(readers):
+            group = next(reader, None)
+            if group is None:
+                readers.remove(reader)
+                continue
+            groups.append(group)
+            length += sum(map(len, group))
+    return groups
+
+
+def converter(stage: str, config: Any, tokenizer: Tokenizer) -> Callable[[dict], Group]:
+    """What the stage makes of a record; of a problem, the prompt that is answered."""
+    if stage == "sft":
+        return conversation_group(tokenizer, config.data)
+    if stage in ("reward", "dpo"):
+        return (ranking_group if getattr(config, "loss", "") == "listwise" else preference_group)(tokenizer)
+
+    def prompt(record: dict) -> Group:
+        ids = render(tokenizer, problem(record)[0], generation_prompt=True).ids
+        return [Document(np.array(ids, np.int32), np.zeros(len(ids), np.float32))]
+
+    return prompt
+
+
+def record_groups(
+    path: str, config: Any, convert: Callable[[dict], Group], context: int, skipped: Skipped
+) -> Iterator[Group]:
+    filled = getattr(config.data, "filled", lambda record: record)
+    for place, record in read_records(path, skipped):
+        try:
+            group = convert(filled(record))
+            learned = any(document.weights.any() for document in group)
+            yield fit(group, context, getattr(config.data, "on_overlong", "skip")) if learned else group
+        except (RecordError, UserError, KeyError, TypeError, ValueError) as error:
+            skipped.add(str(error), place)
+
+
+def text_groups(path: str, config: Any, tokenizer: Tokenizer, context: int, skipped: Skipped) -> Iterator[Group]:
+    """The windows that a text's first documents are cut into."""
+    if Path(path.removesuffix(".gz")).suffix in (".json", ".jsonl"):
+        texts = read_documents(path, skipped, config.data.repositories)
+    else:
+        try:
+            with open_text(Path(path)) as file:
+                texts = iter([file.read(CHARACTERS * config.data.bin_tokens)])
+        except (OSError, EOFError, ValueError) as error:
+            raise unreadable(path, error) from None
+    while batch := list(islice(texts, 16)):
+        for ids in encode_documents(batch, tokenizer, config.data):
+            for start in range(0, len(ids), context):
+                piece = ids[start : start + context].astype(np.int32)
+                yield [Document(piece, np.ones(len(piece), np.float32))]
+
+
+def report(found: Inspected, colour: bool) -> list[str]:
+    """The lines that are shown."""
+    batch, lines = found.batch, []
+    cu = batch.cu_seqlens.tolist()
+    for s in range(batch.sequences):
+        start, end = cu[s], cu[s + 1]
+        weights = [0.0, *batch.weights[start : end - 1].tolist()]  # of the tokens themselves, as targets
+        fields = "".join(
+            f", {name} {values[s]:g}" for name, values in batch.fields.items() if len(values) == batch.sequences
+        )
+        learned = sum(map(bool, weights))
+        head = f"── document {s}: stream {start}–{end - 1}, {end - start} tokens, {learned} learned, "
+        head += f"Σ weight {sum(weights):g}{fields} "
+        lines.append((BOLD if colour else "") + head + "─" * max(0, 100 - len(head)) + (OFF if colour else ""))
+        lines.append(shown(found.tokenizer, batch.tokens[start:end].tolist(), weights, colour))
+    counts = ", ".join(f"{name} {value:g}" for name, value in batch.counts.items())
+    lines += ["", f"denominators of this micro-batch: {counts}"]
+    lines += [f"chat template: {found.template}"] if found.template else []
+    stream = batch.counts["stream"]
+    lines.append(f"{len(batch.supervised)} of {stream:g} tokens are learned ({len(batch.supervised) / stream:.1%})")
+    return lines + ([found.skipped.summary()] if found.skipped.reasons else [])
+
+
+def shown(tokenizer: Tokenizer, ids: Sequence[int], weights: Sequence[float], colour: bool) -> str:
+    """The text of the tokens, by weight; a newline shows as ⏎ too where it is learned."""
+    decoder, runs = tokenizer.incremental(keep_special=True), []
+    for id, weight in zip(ids, weights, strict=True):
+        text = decoder.push(id)
+        if runs and runs[-1][0] == weight:
+            runs[-1][1] += text
+        else:
+            runs.append([weight, text])
+    runs[-1][1] += decoder.finish()
+    return "".join(painted(text, weight, colour) for weight, text in runs)
+
+
+def painted(text: str, weight: float, colour: bool) -> str:
+    text = "".join(c if c == "\n" or c.isprintable() else f"\\x{ord(c):02x}" for c in text)  # no escapes from data
+    if weight:
+        text = text.replace("\n", "⏎\n")
+    if not colour:
+        mark = "" if weight in (0, 1) else f"{weight:.3g}·"
+        return f"⟦{mark}{text}⟧" if weight else text
+    return f"{GREY if not weight else GREEN if weight == 1 else YELLOW}{text}{OFF}"
+
+
+if __name__ == "__main__":
+    from tritium.stages.cli import run_stage
+
+    raise SystemExit(run_stage("inspect"))

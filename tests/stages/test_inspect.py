@@ -1,0 +1,70 @@
+"""`tritium inspect`: what a stage would learn, without its model and without reading whole files."""
+
+import gzip
+import json
+
+import pytest
+
+from tritium.core.tokenizer import train_tokenizer
+from tritium.stages.cli import main
+
+RECORD = {"messages": [{"role": "user", "content": "ask\x1b[2J"}, {"role": "assistant", "content": "tell\nit"}]}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> str:
+    folder = tmp_path_factory.mktemp("model")
+    train_tokenizer(["ask tell it user assistant\n" * 3], 290, folder)
+    (folder / "config.json").write_text('{"max_position_embeddings": 64}')
+    return str(folder)
+
+
+def shown(capsys, *argv: str, code: int = 0) -> str:
+    assert main(["inspect", *argv]) == code
+    said = capsys.readouterr()
+    return said.err if code else said.out
+
+
+def test_conversations_show_what_is_learned_and_the_denominators(model, tmp_path, capsys, monkeypatch):
+    (path := tmp_path / "a.jsonl").write_text(json.dumps(RECORD) + "\n{bad\n" + json.dumps(RECORD) + "\n")
+    out = shown(capsys, "sft", f"--model={model}", f"--data.sources={path}")
+    assert "<|im_start|>assistant\n⟦tell⏎\nit<|im_end|>⟧" in out and "── document 1: stream " in out
+    assert "sequences 2" in out and "chat template: chatml" in out and "skipped 1 × malformed JSON" in out
+    assert "\x1b" not in out and "ask\\x1b[2J" in out  # a record can't write to the terminal
+    out = shown(capsys, "sft", f"--model={model}", f"--data.sources={path}", "--data.normalize=sequence")
+    assert "tokens 2," in out and "Σ weight 1" in out
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    out = shown(capsys, "sft", f"--model={model}", f"--data.sources={path}", "--data.template=plain")
+    assert "\x1b[32mtell⏎\nit" in out and "\x1b[90m" in out and "chat template: plain" in out
+
+
+def test_pairs_and_prompts_and_text(model, tmp_path, capsys):
+    (pairs := tmp_path / "pairs.jsonl").write_text(json.dumps({"prompt": "ask", "chosen": "tell", "rejected": "it"}))
+    out = shown(capsys, "dpo", f"--model={model}", f"--data.sources={pairs}")
+    assert "⟦tell<|im_end|>⟧" in out and "⟦it<|im_end|>⟧" in out and "sequences 2, groups 1" in out
+    (problems := tmp_path / "problems.jsonl").write_text(json.dumps({"question": "ask", "answer": "it"}))
+    out = shown(capsys, "grpo", f"--model={model}", f"--data.sources={problems}")
+    assert "⟦" not in out and out.split("assistant\n")[0].endswith("<|im_start|>")
+    (text := tmp_path / "a.txt").write_text("ask tell " * 100)
+    out = shown(capsys, "pretrain", f"--init={model}", f"--data.sources={text}", "--data.bin_tokens=100")
+    assert "── document 0: stream 0–63, 64 tokens, 63 learned" in out
+
+
+def test_only_the_beginning_of_a_file_is_read(model, tmp_path, capsys):
+    packed = gzip.compress(b"".join(json.dumps(RECORD).encode() + b"\n" for _ in range(200_000)))
+    (path := tmp_path / "a.jsonl.gz").write_bytes(packed[: len(packed) // 2])  # an error lies where it is cut off
+    assert "sequences" in shown(capsys, "sft", f"--model={model}", f"--data.sources={path}")
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["sfd"], "no data to inspect of a stage 'sfd'; did you mean sft?"),
+        (["pretrain", "--data.sources={a}"], "name one with --tokenizer"),
+        (["sft", "--model={m}", "--data.sources={a}", "--data.template=lama3"], "did you mean llama3"),
+        (["sft", "--model={m}", "--data.sources={a}"], "no usable record"),
+    ],
+)
+def test_mistakes_are_sentences(model, tmp_path, capsys, argv, words):
+    (path := tmp_path / "a.jsonl").write_text('{"x": 1}\n')
+    assert words in shown(capsys, *(a.format(a=path, m=model) for a in argv), code=2)
