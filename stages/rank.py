@@ -1,0 +1,275 @@
+"""Rank answers by hand: a local web page, or the terminal; writes what `reward --loss=listwise` reads.
+
+    tritium evaluate --model=… --data=problems.jsonl --samples=4 --sampling.temperature=1 --save=answers.jsonl
+    tritium rank --data=answers.jsonl --out=rankings.jsonl                 http://127.0.0.1:8808
+    tritium rank --data=answers.jsonl --out=rankings.jsonl --terminal --who=anna
+
+Records hold a prompt and "answers": [text, …], and perhaps "scores": a number for each, or a list of numbers (one of
+each model of an ensemble). `evaluate --save` and its answers to one prompt are read as such too. First come the prompts
+on whose answers the ensemble disagrees most, then those with the smallest margin between two scores.
+"""
+
+import getpass
+import json
+import random
+import re
+import sys
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import combinations
+from pathlib import Path
+from urllib.parse import parse_qs, urlsplit
+
+from tritium.core.config import REQUIRED, ConfigError, UserError, opt
+from tritium.core.formats import DataError, Message, RecordError, Skipped, open_prompt, read_records
+from tritium.core.output import make_room_for
+from tritium.core.trainer import Result
+
+SHOWS_ITS_RESULT = True
+ONE_PROCESS = True
+LONGEST = 1 << 20  # bytes of a request
+
+
+@dataclass
+class Config:
+    data: str = opt(REQUIRED, "prompts with their answers")
+    out: str = opt("rankings.jsonl", "file that rankings are added to; what is in it is not asked again")
+    who: str = opt("", "who ranks (default: the user's name)")
+    terminal: bool = opt(False, "ask in the terminal, without a web page")
+    port: int = opt(8808, "of the web page")
+
+
+@dataclass
+class Item:
+    """A prompt and its answers; `scores[i]` are those of answer i, one of each model."""
+
+    messages: list[Message]
+    answers: list[str]
+    scores: list[list[float]] = field(default_factory=list)
+
+    @property
+    def key(self) -> str:
+        return json.dumps(self.messages, ensure_ascii=False)
+
+    @property
+    def urgency(self) -> tuple[float, float]:
+        """Least first: minus the ensemble's disagreement on a pair (0 … ¼), then the smallest margin."""
+        if not self.scores:
+            return 0.0, float("inf")
+        doubt, margin = 0.0, float("inf")
+        for a, b in combinations(self.scores, 2):
+            share = sum((x > y) + 0.5 * (x == y) for x, y in zip(a, b, strict=True)) / len(a)
+            doubt = max(doubt, share * (1 - share) if len(a) > 1 else 0.0)
+            margin = min(margin, abs(sum(a) - sum(b)) / len(a))
+        return -doubt, margin
+
+
+def read_items(path: str, skipped: Skipped) -> list[Item]:
+    """The prompts of a file, most urgent first; different answers only. Raises: DataError where there is none."""
+    items: dict[str, Item] = {}
+    for place, record in read_records(path, skipped):
+        try:
+            answers = record.get("answers", [record.get("answer")])
+            if not isinstance(answers, list) or not all(isinstance(a, str) and a.strip() for a in answers):
+                raise RecordError('a record without "answers", a list of texts')
+            score = record.get("score", {}).get("value") if isinstance(record.get("score"), dict) else None
+            scores = record.get("scores", [] if score is None else [score])
+            scores = [[float(x) for x in (row if isinstance(row, list) else [row])] for row in scores]
+            if scores and (len(scores) != len(answers) or len({len(row) for row in scores}) != 1):
+                raise RecordError('a record whose "scores" are not one (of each model) for each answer')
+            item = Item(open_prompt({k: v for k, v in record.items() if k != "answer"}), answers, scores)
+        except (RecordError, TypeError, ValueError) as error:
+            skipped.add(str(error), place)
+            continue
+        known = items.setdefault(item.key, Item(item.messages, []))
+        for i, answer in enumerate(answers):
+            if answer not in known.answers:
+                known.answers.append(answer)
+                known.scores += scores[i : i + 1]
+    usable = [item for item in items.values() if 2 <= len(item.answers) <= 26]
+    for item in usable:
+        if len({len(row) for row in item.scores}) != 1 or len(item.scores) != len(item.answers):
+            item.scores = []  # of some answers only
+    if not usable:
+        raise DataError(f"data: {path} holds no prompt with two different answers\n{skipped.summary()}")
+    return sorted(usable, key=lambda item: item.urgency)
+
+
+def parse_verdict(text: str, count: int) -> list[list[int]]:
+    """Answers by level, best first: "B>A=C" (all of them), "5 3 4" (scores), or "B" (the best; the others tie).
+
+    Raises: UserError saying what is wrong with it.
+    """
+    text, letters = text.strip().upper(), [chr(65 + i) for i in range(count)]
+    if text in letters:
+        best = letters.index(text)
+        return [[best], [i for i in range(count) if i != best]]
+    if re.fullmatch(r"[A-Z](\s*[>=]\s*[A-Z])+", text):
+        levels = [[letters.index(c) if c in letters else -1 for c in re.split(r"\s*=\s*", part.strip())]
+                  for part in text.split(">")]  # fmt: skip
+        if sorted(i for level in levels for i in level) != list(range(count)):
+            raise UserError(f"{text!r} must name each of {', '.join(letters)} once")
+        return levels
+    try:
+        scores = [float(word) for word in text.replace(",", " ").split()]
+    except ValueError:
+        scores = []
+    if len(scores) != count or not all(abs(s) < float("inf") for s in scores):
+        raise UserError(f"write a ranking (B>A=C), {count} scores (5 3 …) or the best ({'/'.join(letters)})")
+    return [[i for i, s in enumerate(scores) if s == value] for value in sorted(set(scores), reverse=True)]
+
+
+class Session:
+    """Which items are left for whom, and the file that verdicts are added to. Safe in threads."""
+
+    def __init__(self, items: Sequence[Item], out: Path):
+        self.items, self.out, self.lock = items, out, threading.Lock()
+        self.done: set[tuple[str, str]] = set()
+        self.skipped: set[tuple[str, int]] = set()
+        if out.is_file() and out.stat().st_size:
+            rows = read_records(str(out), Skipped("raise"))
+            self.done = {(str(r.get("who")), json.dumps(r.get("prompt"), ensure_ascii=False)) for _, r in rows}
+
+    def left(self, who: str) -> list[int]:
+        """Places of the items that `who` has neither ranked nor skipped."""
+        return [
+            i for i, item in enumerate(self.items) if not {(who, item.key)} & self.done and (who, i) not in self.skipped
+        ]
+
+    def order(self, place: int, who: str) -> list[int]:
+        """The order in which `who` sees the answers: where one stands should say nothing about it."""
+        order = list(range(len(self.items[place].answers)))
+        random.Random(f"{who} {self.items[place].key}").shuffle(order)
+        return order
+
+    def shown(self, place: int, who: str) -> list[str]:
+        return [self.items[place].answers[i] for i in self.order(place, who)]
+
+    def record(self, place: int, who: str, verdict: str) -> None:
+        """Add a verdict on the answers as `shown`. Raises: UserError."""
+        if not who.strip():
+            raise UserError("say who you are first")
+        shown = self.shown(place, who)
+        levels = [[shown[i] for i in level] for level in parse_verdict(verdict, len(shown))]
+        ranked = [level[0] if len(level) == 1 else level for level in levels]
+        row = {"prompt": self.items[place].messages, "ranked": ranked, "who": who, "verdict": verdict}
+        row["when"] = datetime.now(UTC).isoformat(timespec="seconds")
+        with self.lock, self.out.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            self.done.add((who, self.items[place].key))
+
+
+def train(config: Config) -> Result:
+    """Serve the page until Ctrl-C, or ask in the terminal until nothing is left; `ranked` counts the new rankings."""
+    skipped = Skipped()
+    session = Session(read_items(config.data, skipped), make_room_for(config.out, "out"))
+    if skipped.reasons:
+        print(skipped.summary(), file=sys.stderr)
+    before, who = len(session.done), config.who or getpass.getuser()
+    if config.terminal:
+        ask(session, who)
+    else:
+        serve(session, config.port, who)
+    return Result(config.out, {"ranked": float(len(session.done) - before)})
+
+
+def ask(session: Session, who: str) -> None:
+    """In the terminal: one line for each prompt; an empty one skips, Ctrl-D ends."""
+    for place in session.left(who):
+        for message in session.items[place].messages:
+            print(f"\n[{message['role']}] {message['content']}")
+        shown = session.shown(place, who)
+        for i, answer in enumerate(shown):
+            print(f"\n── {chr(65 + i)} ──\n{answer}")
+        while True:
+            try:
+                line = input("\nB>A=C, scores, or the best (empty: skip)> ").strip()
+                if line:
+                    session.record(place, who, line)
+                break
+            except UserError as error:
+                print(error)
+            except EOFError:
+                return
+
+
+def serve(session: Session, port: int, who: str) -> None:
+    """The page, on this machine only. Raises: ConfigError where the port is taken."""
+    try:
+        server = make_server(session, port, who)
+    except OSError as error:
+        raise ConfigError(f"port={port}: {error.strerror}; take another") from None
+    print(f"http://127.0.0.1:{server.server_port}  (Ctrl-C ends; rankings go to {session.out})", file=sys.stderr)
+    try:
+        server.serve_forever()
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+    finally:
+        server.server_close()
+
+
+def make_server(session: Session, port: int, who: str) -> ThreadingHTTPServer:
+    page = Path(__file__).with_name("rank.html").read_text("utf-8")
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            address = urlsplit(self.path)
+            if not self.local():
+                self.reply(403, {"error": "this page is for this machine only"})
+            elif address.path == "/":
+                self.reply(200, page, "text/html; charset=utf-8")
+            elif address.path == "/next":
+                query = parse_qs(address.query)
+                name = query.get("who", [""])[0].strip() or who
+                if (skip := query.get("skip", [""])[0]).isdigit():
+                    session.skipped.add((name, int(skip)))
+                left = session.left(name)
+                item = {"id": left[0], "messages": session.items[left[0]].messages} if left else {}
+                self.reply(
+                    200, item | ({"answers": session.shown(left[0], name)} if left else {}) | {"left": len(left)}
+                )
+            else:
+                self.reply(404, {"error": f"there is no {address.path}"})
+
+        def local(self) -> bool:
+            """Not a page from elsewhere whose name was made to mean this machine."""
+            return self.headers.get("Host", "").partition(":")[0] in ("127.0.0.1", "localhost")
+
+        def do_POST(self):
+            try:
+                size = int(self.headers.get("Content-Length", 0))
+                typed = self.headers.get("Content-Type") == "application/json"  # which another site's form can't send
+                if self.path != "/rank" or not typed or not self.local() or not 0 <= size <= LONGEST:
+                    raise UserError("POST JSON to /rank")
+                body = json.loads(self.rfile.read(size))
+                place, name = int(body["id"]), str(body.get("who", "")).strip() or who
+                if not 0 <= place < len(session.items):
+                    raise UserError(f"there is no item {place}")
+                session.record(place, name, str(body["verdict"]))
+                self.reply(200, {"left": len(session.left(name))})
+            except UserError as error:
+                self.reply(400, {"error": str(error)})
+            except (KeyError, TypeError, ValueError) as error:
+                self.reply(400, {"error": f"malformed request ({type(error).__name__}: {error})"})
+
+        def reply(self, code: int, body: dict | str, kind: str = "application/json"):
+            data = (body if isinstance(body, str) else json.dumps(body)).encode()
+            self.send_response(code)
+            self.send_header("Content-Type", kind)
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
+
+        def log_message(self, *arguments):
+            pass
+
+    return ThreadingHTTPServer(("127.0.0.1", port), Handler)
+
+
+if __name__ == "__main__":
+    from tritium.stages.cli import run_stage
+
+    raise SystemExit(run_stage("rank"))
