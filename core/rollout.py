@@ -13,7 +13,7 @@ from tritium.core.data import parse_sources
 from tritium.core.formats import DataError, Message, RecordError, Skipped, problem, read_records
 from tritium.core.rewards import Answer, Judged, Reward, Score, judge
 from tritium.core.tokenizer import Tokenizer
-from tritium.core.tools import Tool, ToolUse
+from tritium.core.tools import TOOLS, Tool, ToolUse
 from tritium.model.cache import PagedCache
 from tritium.model.generate import Completion, generate
 from tritium.model.sampling import Options
@@ -33,6 +33,8 @@ class SamplingConfig:
     presence_penalty: float = opt(0.0, "is subtracted from the logits of tokens in the answer")
     no_repeat_ngram: int = opt(0, "no so many tokens in a row come twice (0: off)")
     stop: list[str] = opt([], "strings that end an answer, besides its end token")
+    tool: str = opt("", "what an answer may call, in <tool_call> tags at a turn's end", choices=("", *TOOLS))
+    max_calls: int = opt(4, "calls of the tool in an answer, at most")
     max_tokens: int = opt(128, "longest answer")
     max_batch: int = opt(256, "sequences generated together: bounds the key/value cache")
     cache_mb: float = opt(
@@ -40,7 +42,7 @@ class SamplingConfig:
     )
 
     def __post_init__(self):
-        for name, least in (("max_batch", 1), ("cache_mb", 0)):
+        for name, least in (("max_batch", 1), ("cache_mb", 0), ("max_calls", 0)):
             if not getattr(self, name) >= least:
                 raise ConfigError(f"sampling.{name}={getattr(self, name)} must be at least {least}")
         try:
@@ -50,7 +52,7 @@ class SamplingConfig:
 
     def options(self, stop_ids: Sequence[int] | None = None) -> Options:
         """What the sampler is told of each request."""
-        own = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("max_batch", "cache_mb")}
+        own = {f.name: getattr(self, f.name) for f in fields(Options) if hasattr(self, f.name)}
         return Options(stop_ids=stop_ids, **own)
 
     def pages(self, model: Transformer) -> int | None:
@@ -150,15 +152,15 @@ def roll_out(
     seed: Sequence[int] = (0,),
     verifier: Reward | None = None,
     tool: Tool | None = None,
-    max_calls: int = 4,
 ) -> Rollout:
     """`n` judged answers to each problem of this data-parallel rank's `share`; a `verifier` says which are right,
-    where that is not what is rewarded. With a `tool`, an answer may call it `max_calls` times (see core/tools.py).
+    where that is not what is rewarded. With a `tool` (default: that of `sampling`) see core/tools.py.
 
     A sample's randomness depends on `seed`, its problem's place among those of all ranks, and its number: neither on
     the number of ranks, nor the same for a problem that comes twice.
     """
     places = [model.mesh.dp_rank + model.mesh.dp * i for i in range(len(problems))]  # as `share` dealt them
+    tool = tool or TOOLS.get(sampling.tool)
     seeds = [sample_seed(*seed, place, i) for place in places for i in range(n)]
     completions = generate(
         model,
@@ -169,7 +171,7 @@ def roll_out(
         max_batch=sampling.max_batch,
         pages=sampling.pages(model),
         decoder=tokenizer.incremental if sampling.stop else None,
-        extend=ToolUse(tokenizer, tool, max_calls) if tool else None,
+        extend=ToolUse(tokenizer, tool, sampling.max_calls) if tool else None,
     )
     samples = [Sample(problems[i // n], c, tokenizer.decode(c.tokens)) for i, c in enumerate(completions)]
     answers = [sample.shown() for sample in samples]

@@ -11,11 +11,13 @@ from collections import Counter
 from collections.abc import Callable
 
 from tritium.core.chat import render, stop_ids
+from tritium.core.sandbox import run_python
 from tritium.core.tokenizer import Tokenizer
 from tritium.model.generate import Running
 
 Tool = Callable[[str], str]
 
+LONGEST = 2000  # characters of what a tool says
 CALL = re.compile(r"<tool_call>\s*(.*?)\s*</tool_call>\s*\Z", re.DOTALL)
 
 
@@ -38,6 +40,17 @@ def observation_ids(tokenizer: Tokenizer, text: str) -> list[int]:
     ids = render(tokenizer, [*turns, {"role": "tool", "content": text}], generation_prompt=True).ids
     end = max((i for i, token in enumerate(before) if token in ends), default=len(before) - 1)
     return ids[end + 1 :]
+
+
+def python(code: str) -> str:
+    """What a program prints, run in the sandbox, and the last line of its error; the end of what is too long."""
+    outcome = run_python(code)
+    error = (outcome.stderr.strip().splitlines() or [f"exit code {outcome.returncode}"])[-1]
+    wrong = f"stopped: {outcome.killed}" if outcome.killed else error
+    return (outcome.stdout + ("" if outcome.ok else wrong)).strip()[-LONGEST:] or "(no output)"
+
+
+TOOLS: dict[str, Tool] = {"python": python}
 
 
 class ToolUse:

@@ -2,20 +2,28 @@
 
     tritium chat --model=runs/ladder/grpo/step-00000060
 
-/reset starts a new conversation, /quit (or Ctrl-D) ends the session.
+/reset starts a new conversation, /save FILE.jsonl appends this one to a file (as training data), /adapter FOLDER lets
+a LoRA adapter act (/adapter none: none), /quit (or Ctrl-D) ends the session. With --sampling.tool=python the model may
+run programs, in the sandbox.
 """
 
+import json
 import sys
 import time
 from dataclasses import dataclass
+from itertools import groupby, zip_longest
 
 from tritium.core.chat import render, stop_ids
-from tritium.core.config import REQUIRED, opt
+from tritium.core.checkpoint import model_folder
+from tritium.core.config import REQUIRED, UserError, opt
 from tritium.core.rollout import SamplingConfig
 from tritium.core.setup import load_model, load_tokenizer
 from tritium.core.tokenizer import Tokenizer
+from tritium.core.tools import TOOLS, ToolUse
 from tritium.core.trainer import Result
-from tritium.model.generate import generate
+from tritium.model.cache import cache_pages
+from tritium.model.generate import Engine, run
+from tritium.model.lora import load_adapter, use
 from tritium.model.transformer import Transformer
 from tritium.parallel.mesh import Mesh, local_device
 
@@ -43,17 +51,40 @@ def train(config: Config) -> Result:
     opening = [{"role": "system", "content": config.system}] if config.system else []
     messages, turn = list(opening), 0
     while (question := ask()) is not None:
-        if question == "/reset":
+        command, _, argument = question.partition(" ")
+        if command == "/reset":
             messages = list(opening)
+        elif command in COMMANDS:
+            try:
+                print(COMMANDS[command](argument.strip(), messages, model))
+            except (UserError, ValueError, OSError) as error:
+                print(f"({error})")
         elif question:
             messages.append({"role": "user", "content": question})
-            answer = reply(model, tokenizer, messages, config, config.seed + turn)
-            if answer is None:
-                messages = list(opening)
-            else:
-                messages.append({"role": "assistant", "content": answer})
+            said = reply(model, tokenizer, messages, config, config.seed + turn)
+            messages = messages + said if said else list(opening)
             turn += 1
     return Result(config.model)
+
+
+def save(file: str, messages: list[dict], model: Transformer) -> str:
+    if not file:
+        raise ValueError("/save needs the name of a file: /save chats.jsonl")
+    with open(file, "a", encoding="utf-8") as lines:
+        lines.write(json.dumps({"messages": messages}, ensure_ascii=False) + "\n")
+    return f"(saved to {file})"
+
+
+def switch(folder: str, messages: list[dict], model: Transformer) -> str:
+    """Raises: ValueError for a folder that holds no adapter of this model."""
+    if folder and folder != "none" and folder not in model.adapters:
+        load_adapter(model, model_folder(folder), name=folder)
+    elif folder:
+        use(model, None if folder == "none" else folder)
+    return f"(adapters: {', '.join(model.adapters) or 'none'})"
+
+
+COMMANDS = {"/save": save, "/adapter": switch}
 
 
 def ask() -> str | None:
@@ -65,25 +96,38 @@ def ask() -> str | None:
     return None if line == "/quit" else line
 
 
-def reply(model: Transformer, tokenizer: Tokenizer, messages: list[dict], config: Config, seed: int) -> str | None:
-    """Stream one answer; None where the conversation has outgrown the model's context."""
+def reply(model: Transformer, tokenizer: Tokenizer, messages: list[dict], config: Config, seed: int) -> list[dict]:
+    """Stream one answer; its turns, the tool's between them. none where the conversation is too long."""
     ids = render(tokenizer, messages, generation_prompt=True).ids
     if len(ids) >= model.config.max_positions:
         print(f"(the conversation has {len(ids)} tokens, the context {model.config.max_positions}: starting anew)")
-        return None
-    decoder, start = tokenizer.incremental(), time.perf_counter()
-    completion = generate(
-        model,
-        [ids],
-        options=config.sampling.options(stop_ids(tokenizer)),
-        decoder=tokenizer.incremental,
-        seed=seed,
-        on_token=lambda _, token: print(decoder.push(token), end="", flush=True),
-    )[0]
-    rate = len(completion.tokens) / (time.perf_counter() - start)
-    print(f"{decoder.finish()}\n", flush=True)
-    print(f"({len(completion.tokens)} tokens, {rate:.0f}/s, {completion.finish_reason})", file=sys.stderr)
-    return tokenizer.decode(completion.tokens)
+        return []
+    observations: list[str] = []
+
+    def tool(code: str) -> str:
+        observations.append(TOOLS[config.sampling.tool](code))
+        print(f"\n[{config.sampling.tool}] {observations[-1]}", flush=True)
+        return observations[-1]
+
+    extend = ToolUse(tokenizer, tool, config.sampling.max_calls) if config.sampling.tool else None
+    pages = config.sampling.pages(model) or cache_pages(1, model.config.max_positions)
+    engine, start = Engine(model, pages, 1, tokenizer.incremental, extend), time.perf_counter()
+    (sequence,) = engine.submit(ids, config.sampling.options(stop_ids(tokenizer)), [(seed, 0)])
+    for event in run(engine):
+        print(event.text, end="", flush=True)
+    print("\n", flush=True)
+    completion, rate = sequence.completion, sequence.drawn / (time.perf_counter() - start)
+    print(f"({sequence.drawn} tokens, {rate:.0f}/s, {completion.finish_reason})", file=sys.stderr)
+    if not observations:
+        return [{"role": "assistant", "content": sequence.text.shown}]
+    turns = [
+        [token for token, _ in part]
+        for learned, part in groupby(zip(completion.tokens, completion.weights, strict=True), lambda x: x[1])
+        if learned
+    ]
+    answers = [{"role": "assistant", "content": tokenizer.decode(turn)} for turn in turns]
+    between = [{"role": "tool", "content": text} for text in observations[: len(turns) - 1]]
+    return [x for pair in zip_longest(answers, between) for x in pair if x]
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from tritium.core.output import make_room_for
 from tritium.core.rollout import SamplingConfig, sample_seed
 from tritium.core.setup import load_model, load_tokenizer
 from tritium.core.tokenizer import Tokenizer
+from tritium.core.tools import TOOLS, ToolUse
 from tritium.core.trainer import Result
 from tritium.model.cache import cache_pages
 from tritium.model.generate import Engine, Running
@@ -60,7 +61,8 @@ def train(config: Config) -> Result:
     done = keep_whole_lines(file)
     sampling, context = config.sampling, model.config.max_positions
     pages = sampling.pages(model) or cache_pages(sampling.max_batch, context)
-    engine = Engine(model, pages, sampling.max_batch, tokenizer.incremental)
+    extend = ToolUse(tokenizer, TOOLS[sampling.tool], sampling.max_calls) if sampling.tool else None
+    engine = Engine(model, pages, sampling.max_batch, tokenizer.incremental, extend)
     start, tokens, answers, failed = time.perf_counter(), 0, 0, 0
     with file.open("a", encoding="utf-8") as lines:
         queue: list[tuple[dict[str, Any], list[Running] | str]] = []

@@ -8,7 +8,7 @@ from tritium.core.chat import render, stop_ids
 from tritium.core.rewards import Score
 from tritium.core.rollout import Problem, SamplingConfig, roll_out, sample_document
 from tritium.core.tokenizer import Tokenizer
-from tritium.core.tools import find_call, observation_ids
+from tritium.core.tools import find_call, observation_ids, python
 from tritium.model.hf import load
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -28,6 +28,11 @@ pytestmark = pytest.mark.usefixtures("quick")
 )
 def test_calls_are_found_at_the_end_of_a_turn(text, call):
     assert find_call(text) == call
+
+
+def test_the_python_tool_says_what_a_program_prints_or_how_it_failed():
+    assert python("print(6 * 7)") == "42" and python("x = 1") == "(no output)"
+    assert python("print('a')\n1 / 0") == "a\nZeroDivisionError: division by zero"
 
 
 def test_an_observation_is_a_turn_of_the_models_format(tiny):
@@ -55,8 +60,8 @@ def test_a_rollout_with_a_tool(tiny, monkeypatch, fails):
     ids = render(tokenizer, [{"role": "user", "content": "1 + 2"}], generation_prompt=True).ids
     problem = Problem(0, [{"role": "user", "content": "1 + 2"}], ids, "3")
     judge = lambda ids, text, **_: Score(1.0)  # noqa: E731
-    sampling = SamplingConfig(max_tokens=30, temperature=2.0)
-    rollout = roll_out(model, tokenizer, [problem], judge, sampling, n=40, tool=tool, max_calls=1)
+    sampling = SamplingConfig(max_tokens=30, temperature=2.0, max_calls=1)
+    rollout = roll_out(model, tokenizer, [problem], judge, sampling, n=40, tool=tool)
     said = observation_ids(tokenizer, "RuntimeError: no sandbox" if fails else "12")
     used = [s for s in rollout.samples if 0.0 in s.completion.weights]
     cut = [s for s in rollout.samples if s.completion.finish_reason == "context"]  # no room for what the tool said

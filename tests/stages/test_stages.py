@@ -265,15 +265,43 @@ def test_evaluate_needs_something_to_measure(tiny):
         evaluate.train(evaluate.Config(model=tiny.model))
 
 
-def test_chat_answers_each_line_until_the_end(tiny, monkeypatch, capsys):
+def test_chat_answers_each_line_until_the_end(tiny, tmp_path, monkeypatch, capsys):
     long = "and " * 100  # does not fit the context, and must not end the session
-    lines = ["What is 1 + 2?", "", "And 2 + 3?", "/reset", long, "Hi", "/quit", "never asked"]
+    lines = ["What is 1 + 2?", "", "And 2 + 3?", "/reset", long, "Hi", f"/save {tmp_path}/a.jsonl"]
+    lines += [
+        "/save",
+        f"/save {tmp_path}/none/a.jsonl",
+        f"/adapter {tmp_path}",
+        "/adapter none",
+        "/quit",
+        "never asked",
+    ]
     monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(lines)))
     config = chat.Config(model=tiny.model, seed=3)
     config.sampling.max_tokens = 8
     chat.train(config)
     shown = capsys.readouterr()
     assert shown.err.count("tokens, ") == 3 and "starting anew" in shown.out
+    (saved,) = (json.loads(line)["messages"] for line in (tmp_path / "a.jsonl").read_text().splitlines())
+    assert [m["role"] for m in saved] == ["user", "assistant"] and saved[0]["content"] == "Hi"
+    assert "/save needs the name" in shown.out and "No such file" in shown.out and "adapter_config.json" in shown.out
+    assert "adapters: none" in shown.out
+
+
+def test_chat_runs_programs_and_keeps_their_turns(tiny, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("tritium.core.tools.find_call", lambda text: "print(6 * 7)")
+    monkeypatch.setattr(sys, "stdin", io.StringIO(f"Hi\n/save {tmp_path}/a.jsonl"))
+    config = chat.Config(model=tiny.model, seed=1)
+    config.sampling.max_tokens, config.sampling.tool, config.sampling.temperature = 40, "python", 2.0
+    config.sampling.max_calls = 1
+    for seed in range(30):  # until an answer ends by itself
+        config.seed = seed
+        monkeypatch.setattr(sys, "stdin", io.StringIO(f"Hi\n/save {tmp_path}/a.jsonl"))
+        chat.train(config)
+        if "[python] 42" in capsys.readouterr().out:
+            break
+    saved = json.loads((tmp_path / "a.jsonl").read_text().splitlines()[-1])["messages"]
+    assert [m["role"] for m in saved][:3] == ["user", "assistant", "tool"] and saved[2]["content"] == "42"
 
 
 def test_a_tokenizer_is_trained_and_measured(tiny, tmp_path):
