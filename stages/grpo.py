@@ -105,9 +105,8 @@ def train(config: Config) -> Result:
     settings = {"name": "grpo", "total_steps": total_steps, "tokenizer": tokenizer, "skipped": skipped}
     settings["followers"] = ["reference"] if moving else []
     trainer = Trainer(networks, objective, config, mesh, **settings)
-    reward = open_reward(
-        config.reward, config.reward_model, config.model_weight, options.malformed, config.run.dtype, mesh
-    )
+    judged_by = (config.reward, config.reward_model, options.malformed, config.run.dtype, mesh)
+    reward = open_reward(*judged_by, config.model_weight)
     grouped = objective.baseline in ("mean", "others")
     sizes = {"prompts": options.prompts, "group": options.group, "rounds": options.rounds}
     experience = Experience(

@@ -118,9 +118,8 @@ def train(config: Config) -> Result:
     trainer = Trainer(networks, objective, config, mesh, **settings, tokenizer=tokenizer, skipped=skipped)
     verifier = make_reward(config.verifier, options.malformed) if config.verifier else None
     sizes = {"prompts": options.prompts, "group": options.group, "verifier": verifier}
-    reward = open_reward(
-        config.reward, config.reward_model, config.model_weight, options.malformed, config.run.dtype, mesh
-    )
+    judged_by = (config.reward, config.reward_model, options.malformed, config.run.dtype, mesh)
+    reward = open_reward(*judged_by, config.model_weight)
     experience = Experience(trainer, tokenizer, problems, reward, config, **sizes)
     for step in trainer.steps():
         number = step // each

@@ -46,7 +46,7 @@ class ModelReward(Composed):
         return answer_document(self.tokenizer, messages, answer.text)
 
 
-def open_reward(text: str, folder: str, weight: float, malformed: float, dtype: str, mesh: Mesh) -> Reward:
+def open_reward(text: str, folder: str, malformed: float, dtype: str, mesh: Mesh, weight: float = 1.0) -> Reward:
     """The judges in `text`, `weight` times the reward model in `folder`, or their sum.
 
     Raises: ConfigError where there is neither, or the folder holds a language model.

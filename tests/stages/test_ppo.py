@@ -60,7 +60,7 @@ def scorer(tiny, tmp_path_factory) -> str:
 
 
 def test_a_reward_model_judges_each_answer_by_itself_and_counts_what_it_cannot_read(tiny, scorer):
-    judged = open_reward("", scorer, 1.0, 0.0, "fp32", Mesh.single())
+    judged = open_reward("", scorer, 0.0, "fp32", Mesh.single())
     answers = [Answer([1], "7", "What is 3 + 4?"), Answer([1], "it is 12", "What is 5 + 7?", "12")]
     both = judge(judged, answers).scores
     for answer, score in zip(answers, both, strict=True):
@@ -68,7 +68,7 @@ def test_a_reward_model_judges_each_answer_by_itself_and_counts_what_it_cannot_r
         assert alone.value == pytest.approx(score.value, abs=1e-6) and alone.parts == {"reward_model": alone.value}
     failed = judge(judged, [Answer([1], "and " * 200, "?")])
     assert failed.scores == [None] and "longer than the reward model's context of 96" in str(failed.failures)
-    total = judge(open_reward("exact", scorer, 0.5, 0.0, "fp32", Mesh.single()), answers).scores[1]
+    total = judge(open_reward("exact", scorer, 0.0, "fp32", Mesh.single(), 0.5), answers).scores[1]
     assert total.value == pytest.approx(0.5 * both[1].value + total.parts["reward"])
 
 
