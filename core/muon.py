@@ -12,6 +12,7 @@ rank has about one layer whole. Matrices that are also cut over tp are joined an
 """
 
 from collections.abc import Sequence
+from itertools import accumulate
 
 import torch
 import torch.distributed as dist
@@ -49,17 +50,20 @@ def direction(x: Tensor, sharding: Sharding | None, mesh: Mesh) -> Tensor:
     return shard(whole_direction(unshard(x, sharding, mesh), sharding and sharding.sections), sharding, mesh)
 
 
-def matrices(flat: Flat) -> list[tuple[Tensor, list[int]]]:
-    """The flat buffer's matrices, which lie at its start, each with how many of its elements every part has."""
-    found, offset = [], 0
-    for _, p in flat.members:
-        if p.dim() >= 2:
-            bounds = [
-                (max(offset, r * flat.size), min(offset + p.numel(), (r + 1) * flat.size)) for r in range(flat.parts)
-            ]
-            found.append((p, [max(0, stop - start) for start, stop in bounds]))
-            offset += p.numel()
+def matrices(flats: Sequence[Flat]) -> list[tuple[Tensor, list[int]]]:
+    """The matrices of the flat buffers, at whose starts they lie, each with its elements in every part."""
+    found = []
+    for flat in flats:
+        members = [p for _, p in flat.members if p.dim() >= 2]
+        found += zip(members, pieces([p.numel() for p in members], flat.size, flat.parts), strict=True)
     return found
+
+
+def pieces(sizes: Sequence[int], part: int, parts: int) -> list[list[int]]:
+    """How many elements of each of the tensors that lie one after the other are in each part of `part` elements."""
+    spans = list(zip(accumulate(sizes, initial=0), accumulate(sizes), strict=False))
+    edges = [(r * part, (r + 1) * part) for r in range(parts)]
+    return [[max(0, min(stop, end) - max(start, begin)) for begin, end in edges] for start, stop in spans]
 
 
 def owners(sizes: Sequence[int], parts: int) -> list[int]:
@@ -77,25 +81,25 @@ def directions(flats: Sequence[Flat], parts: Sequence[Tensor], mesh: Mesh) -> li
     `parts` [matrix elements of this rank's part of each flat]; the result is like it. A collective.
     """
     ranks, me, group = flats[0].parts, flats[0].rank, flats[0].group
-    found = [matrix for flat in flats for matrix in matrices(flat)]
+    found = matrices(flats)
     owner = owners([p.numel() for p, _ in found], ranks)
     order = sorted(range(len(found)), key=owner.__getitem__)  # stable: each owner's in the order of the network
     own = [i for i in order if owner[i] == me]
-    pieces = list(torch.cat(list(parts)).split([lengths[me] for _, lengths in found]))
+    mine = list(torch.cat(list(parts)).split([lengths[me] for _, lengths in found]))
     sent = [sum(found[i][1][me] for i in order if owner[i] == r) for r in range(ranks)]
     received = [sum(found[i][1][r] for i in own) for r in range(ranks)]
-    mine = exchange(torch.cat([pieces[i] for i in order]), received, sent, group if ranks > 1 else None)
-    by_rank = [x.split([found[i][1][r] for i in own]) for r, x in enumerate(mine.split(received))]
+    joined = exchange(torch.cat([mine[i] for i in order]), received, sent, group if ranks > 1 else None)
+    by_rank = [x.split([found[i][1][r] for i in own]) for r, x in enumerate(joined.split(received))]
     results = []
     for place, i in enumerate(own):
         p, lengths = found[i]
-        whole = torch.cat([pieces[place] for pieces in by_rank]).view(p.shape)
+        whole = torch.cat([split[place] for split in by_rank]).view(p.shape)
         results.append(direction(whole, p.sharding, mesh).flatten().split(lengths))
     back = [result[r] for r in range(ranks) for result in results]
-    back = exchange(torch.cat(back) if back else mine, sent, received, group if ranks > 1 else None)
+    back = exchange(torch.cat(back) if back else joined, sent, received, group if ranks > 1 else None)
     for i, piece in zip(order, back.split([found[i][1][me] for i in order]), strict=True):
-        pieces[i] = piece
-    return list(torch.cat(pieces).split([len(part) for part in parts]))
+        mine[i] = piece
+    return list(torch.cat(mine).split([len(part) for part in parts]))
 
 
 def exchange(x: Tensor, received: list[int], sent: list[int], group: dist.ProcessGroup | None) -> Tensor:

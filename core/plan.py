@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
 
+from tritium.core.muon import owners, pieces
 from tritium.kernels.attention_torch import KEPT_BYTES, ROWS
 from tritium.kernels.head import TILE_ROWS
 from tritium.kernels.head_triton import TILE_BYTES
@@ -93,6 +94,7 @@ class Work:
     micro_batches: int = 1
     supervised: int | None = None  # tokens of this rank that meet the head (all of them where not given)
     dtype: str = "bf16"  # of the parameters
+    muon: bool = False  # moves the layers' matrices
     passes: int = 0  # forward passes of the trained model without a gradient, per micro-batch (old log-probs)
     frozen: int = 0  # other models of its shape, each with one such pass (a reference)
     sequences: int = 0  # that are sampled together, and how long their caches are
@@ -103,7 +105,9 @@ class Collective(NamedTuple):
     """What a rank's group does `count` times in a step. `payload` is the whole tensor's bytes: what is summed, what
     there is after a gather, what there is before a scatter. `behind` is the work that it hides behind, if any."""
 
-    kind: str  # "all-reduce", "all-gather", "reduce-scatter", "send", "objects" (a few bytes, on the host)
+    kind: (
+        str  # "all-reduce", "all-gather", "reduce-scatter", "all-to-all", "send", "objects" (a few bytes, on the host)
+    )
     axis: str  # "dp", "cp", "tp", "data", "shard", "replica" or "world"
     count: int
     payload: int
@@ -151,6 +155,13 @@ def layer_of(model: ModelConfig, tp: int) -> Unit:
     runs = [Run(q * e, False), Run(kv * e, shared), Run(rest, False)]
     runs += [Run(q, False), Run(kv, shared)] if model.qkv_bias else []
     return Unit((*runs, Run(2 * e + (2 * d if model.qk_norm else 0), True)))
+
+
+def matrices_of(model: ModelConfig, tp: int) -> list[int]:
+    """Elements of a layer's matrices on a rank, in their order: qkv, o, gate and up, down."""
+    q, kv, rest = (run.elements for run in layer_of(model, tp).runs[:3])
+    mlp = model.hidden_size * model.intermediate_size // tp
+    return [q + kv, rest - 3 * mlp, 2 * mlp, mlp]
 
 
 @dataclass(frozen=True)
@@ -216,7 +227,7 @@ class Plan:
         held = {
             "parameters": b * self.total(self.part if level == 3 else self.whole),
             "gradients": WIDE * self.total(self.part if level >= 2 else self.whole),
-            "optimizer": WIDE * masters * self.total(self.part),
+            "optimizer": WIDE * (masters * self.total(self.part) - self.without_second_moments),
         }
         frozen = self.total(self.part) if level == 3 else self.total(lambda unit: unit.elements)
         held["frozen models"] = b * self.work.frozen * frozen
@@ -227,6 +238,17 @@ class Plan:
         if self.model.num_layers > 1:  # a layer later: one gradient is on its way while the next is made
             working.append(in_layer + self.reduced(2) - self.saved_by_layer)
         return held | {"working": max(working), "kv cache": self.cache}
+
+    @property
+    def without_second_moments(self) -> int:
+        """Elements of a rank's parts that Muon moves."""
+        found = pieces(matrices_of(self.model, self.mesh.tp), self.part(self.layer), self.mesh.parts)
+        return self.model.num_layers * sum(lengths[self.rank] for lengths in found) if self.work.muon else 0
+
+    @property
+    def rank(self) -> int:
+        """Of those over which ZeRO cuts."""
+        return (self.mesh.dp_rank * self.mesh.cp + self.mesh.cp_rank) % self.mesh.parts
 
     @property
     def peak(self) -> int:
@@ -333,7 +355,13 @@ class Plan:
     @cached_property
     def collectives(self) -> list[Collective]:
         """All of `Trainer.step`, the second step or a later one, with cross-entropy's counts."""
-        found = [*self.of_tensor_parallel(), *self.of_context_parallel(), *self.of_zero(), *self.of_update()]
+        found = [
+            *self.of_tensor_parallel(),
+            *self.of_context_parallel(),
+            *self.of_zero(),
+            *self.of_update(),
+            *self.of_muon(),
+        ]
         found += self.of_host()
         return [c for c in found if c.count]
 
@@ -393,8 +421,7 @@ class Plan:
     def of_update(self) -> Iterator[Collective]:
         """The sum of partial gradients over tp, and the norm (`sum_over_tp`, `grad_norm`)."""
         if self.mesh.tp > 1:
-            rank = (self.mesh.dp_rank * self.mesh.cp + self.mesh.cp_rank) % self.mesh.parts
-            size = self.part
+            rank, size = self.rank, self.part
             partial = self.total(lambda unit: unit.partial_in(rank * size(unit), (rank + 1) * size(unit)))
             yield Collective(
                 "all-reduce", "tp", 1 if partial else 0, WIDE * partial, "gradients of norms, shared K and V"
@@ -402,6 +429,18 @@ class Plan:
             yield Collective("all-reduce", "tp", 1, WIDE, "gradient norm")
         if self.mesh.parts > 1:
             yield Collective("all-reduce", "shard" if self.mesh.shard else "data", 1, 2 * WIDE, "gradient norm")
+
+    def of_muon(self) -> Iterator[Collective]:
+        """To whoever orthogonalises, and back (core/muon.py), of a window of layers; over tp, a matrix made whole."""
+        parts, layers, sizes = self.mesh.parts, self.model.num_layers, matrices_of(self.model, self.mesh.tp)
+        axis = "shard" if self.mesh.shard else "data"
+        for start in range(0, layers, parts) if self.work.muon else ():
+            count = min(parts, layers - start)
+            sent = count * sum(lengths[self.rank] for lengths in pieces(sizes, self.part(self.layer), parts))
+            own = [n for n, rank in zip(count * sizes, owners(count * sizes, parts), strict=True) if rank == self.rank]
+            yield Collective("all-to-all", axis, 2 * (parts > 1), WIDE * max(sent, sum(own)), "Muon's directions")
+            for n in own if self.mesh.tp > 1 else ():
+                yield Collective("all-gather", "tp", 1, WIDE * n * self.mesh.tp, "Muon's matrices")
 
     def of_host(self) -> Iterator[Collective]:
         """Counts before the step and metrics after it; with levels 2 and 3 also how many micro-batches there are."""

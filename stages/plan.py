@@ -40,6 +40,7 @@ class Config:
     step_tokens: int = opt(1 << 22, "tokens of a step, over all ranks")
     bin_tokens: int = opt(0, "tokens of a micro-batch, on `mesh` (0: find the best meshes and micro-batches)")
     mesh: MeshConfig = opt(MeshConfig, "parallelism, where bin_tokens is given")
+    muon: bool = opt(False, "Muon moves the layers' matrices")
     dtype: str = opt("bf16", "of the parameters", choices=("bf16", "fp32"))
     sequences: int = opt(256, "sequences that grpo samples together, of `context` tokens")
     table: bool = opt(False, "print the README's table of presets and meshes instead")
@@ -58,7 +59,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     machine = this_machine() if config.machine == "here" else replace(MACHINES[config.machine], reached=config.reached)
     config, model = from_settings(config)
-    work = Work(config.bin_tokens or config.context, config.context, dtype=config.dtype, **passes(config))
+    work = Work(
+        config.bin_tokens or config.context, config.context, dtype=config.dtype, muon=config.muon, **passes(config)
+    )
     if config.bin_tokens:
         found = [plan_of(model, config, work, machine)]
     else:
@@ -130,6 +133,7 @@ def planned(settings: Any) -> dict[str, Any]:
     if dtype not in ("bf16", "fp32"):
         raise ConfigError(f"run.dtype={dtype}: only bf16 and fp32 are planned")
     found = {"mesh": settings.mesh, "dtype": dtype, "bin_tokens": settings.data.bin_tokens}
+    found["muon"] = settings.optim.kind == "muon"
     found["step_tokens"] = bins * settings.data.bin_tokens
     if hasattr(settings, "sampling"):
         found["sequences"] = settings.sampling.max_batch

@@ -32,7 +32,7 @@ LENGTHS = (5, 30, 9, 6)  # of a micro-batch's documents: two pairs, 50 tokens
 MICRO_BATCHES = 2
 
 KINDS = {"allreduce_": "all-reduce", "_allgather_base_": "all-gather", "_reduce_scatter_base_": "reduce-scatter"}
-KINDS |= {"send": "send", "recv_": "send"}  # counted once, where it is sent
+KINDS |= {"alltoall_base_": "all-to-all", "send": "send", "recv_": "send"}  # counted once, where it is sent
 OBJECTS = "allgather_"  # twice: how long they are, and what they are
 
 
@@ -80,12 +80,13 @@ def step(
 ) -> tuple[Counter, Counter]:
     """What the second step sends, and what the plan says, on this rank."""
     mesh = init_mesh(tp, cp, zero, device="cpu", shard=shard, ring=ring)
+    optim = OptimConfig(kind="muon" if stage == "muon" else "adamw")
     networks, objective = {"policy": Transformer(config, mesh, DTYPES[dtype]).initialize(0)}, CrossEntropy()
     if stage == "dpo":
         networks["reference"] = Transformer(config, mesh, DTYPES[dtype]).initialize(1).requires_grad_(False)
         objective = Preference()
     with tempfile.TemporaryDirectory() as out:
-        settings = Settings(RunConfig(out=out, dtype=dtype), OptimConfig(), ScheduleConfig())
+        settings = Settings(RunConfig(out=out, dtype=dtype), optim, ScheduleConfig())
         trainer = QuickTrainer(networks, objective, settings, mesh, name=stage, total_steps=9)
         trainer.stepped_at = 0.0
         trainer.step([micro_batch(i) for i in range(MICRO_BATCHES)])
@@ -95,7 +96,7 @@ def step(
         trainer.metrics.close()
     split = Split.of(sum(LENGTHS), mesh)
     own = int((split.place(batches[0].supervised) >= 0).sum())
-    work = Work(sum(LENGTHS), 30, MICRO_BATCHES, own, dtype, frozen=int(stage == "dpo"))
+    work = Work(sum(LENGTHS), 30, MICRO_BATCHES, own, dtype, stage == "muon", frozen=int(stage == "dpo"))
     return found.seen, planned(Plan(config, mesh, work, MACHINES["h100"]), mesh)
 
 
@@ -150,3 +151,9 @@ def test_hybrid_ranks_send_what_the_plan_says(pool4, tp, cp, zero, shard):
 def test_a_ring_sends_what_the_plan_says(pool4, cp, dtype, stage):
     for found, expected in pool4.run(step, MODEL, 1, cp, 0, dtype, stage, 0, True):
         assert found == expected and any(kind == "send" for kind, *_ in found)
+
+
+@pytest.mark.parametrize("config,tp,zero,dtype", [(MODEL, 1, 1, "fp32"), (SHARED, 4, 0, "fp32"), (TIED, 2, 3, "bf16")])
+def test_muon_sends_what_the_plan_says(pool4, config, tp, zero, dtype):
+    for found, expected in pool4.run(step, config, tp, 1, zero, dtype, "muon"):
+        assert found == expected and (zero == 0 or any(kind == "all-to-all" for kind, *_ in found))
