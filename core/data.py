@@ -68,9 +68,11 @@ class DataConfig(SourcesConfig):
     holdout: float = opt(0.01, "share of each source that is kept for evaluation")
     difficulty: str = opt("", "curriculum: order records by this numeric key, easiest first (empty: shuffle)")
     on_overlong: str = opt("skip", "what happens to records longer than the context", choices=("skip", "truncate"))
-    turns: str = opt("all", "answers learned: all in one pass, the last, or each alone", choices=TURNS)
-    normalize: str = opt("token", "what counts the same: every token, turn or sequence", choices=NORMALIZE)
-    thinking: str = opt("", "<think> sections: keep, drop from history, mask (empty: as the model)", choices=THINKING)
+    turns: str = opt("all", "sft: answers learned, all in one pass, the last, or each alone", choices=TURNS)
+    normalize: str = opt("token", "sft: what counts the same, every token, turn or sequence", choices=NORMALIZE)
+    thinking: str = opt(
+        "", "sft: <think> sections, keep, drop from history, mask (empty: as the model)", choices=THINKING
+    )
     variables: list[str] = opt([], "NAME=VALUE: what {{NAME}} in a record stands for")
     fim: float = opt(0.0, "text: share of documents with their middle moved to the end, to be filled in")
     fim_spm: float = opt(0.5, "text: share of these in the order suffix, prefix, middle")

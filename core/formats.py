@@ -7,7 +7,7 @@
                    {"question", "answer"}                                      GSM8K and friends
     preference     any of these (its answer left out, or ignored) with "chosen" and "rejected"; {"prompt", …} too
     ranking        the same with "ranked": a list of answers, best first; answers of equal worth as a list in the list
-    feedback       the same with "completion" and "label": whether it is good
+    feedback       the same with "label": whether its answer, or "completion", is good
     score          the same with "completion" and "score", in [0, 1]
     steps          the same with "completions" and "labels": the steps of an answer, and whether each is right
     problem        {"question", "answer"}; the answer is what follows "####" where there is one; also the shapes of
@@ -391,7 +391,8 @@ def feedback(record: dict) -> tuple[list[Message], list[tuple[str, bool]]]:
     label = record["label"]
     if label not in (True, False):
         raise RecordError(f"a label that is neither true nor false: {label!r}")
-    return open_prompt(record), [(answer_text(record.get("completion"), "completion"), bool(label))]
+    answer = next((record[key] for key in ("completion", "messages", "conversations") if key in record), None)
+    return open_prompt(record), [(answer_text(answer, "completion"), bool(label))]
 
 
 def scored(record: dict) -> tuple[list[Message], str, float]:

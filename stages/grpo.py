@@ -97,7 +97,7 @@ def train(config: Config) -> Result:
     options, moving = config.grpo, bool(config.grpo.beta and config.reference.every)
     reference = config.reference if options.beta else None
     networks = open_policy(config.model, config.run.dtype, mesh, config.finetune, config.run.seed, reference)
-    tokenizer = load_tokenizer(config.model, networks["policy"])
+    tokenizer = load_tokenizer(config.model, networks["policy"], config.data.template)
     skipped = Skipped(config.data.on_error)
     problems = load_problems(config.data.sources, tokenizer, networks["policy"].config.max_positions, skipped)
     objective = objective_of(options, config.sampling)

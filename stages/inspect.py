@@ -26,12 +26,13 @@ from tritium.core.checkpoint import model_folder
 from tritium.core.config import ConfigError, UserError, load, nearest
 from tritium.core.data import encode_documents, fit, parse_sources
 from tritium.core.formats import RecordError, Skipped, open_text, problem, read_documents, read_records, unreadable
-from tritium.core.groups import conversation_group, preference_group, ranking_group
+from tritium.core.groups import conversation_group, feedback_group, preference_group
 from tritium.core.setup import load_tokenizer
 from tritium.core.tokenizer import Tokenizer
+from tritium.stages.reward import KINDS
 
 GREEN, YELLOW, GREY, BOLD, OFF = "\x1b[32m", "\x1b[33m", "\x1b[90m", "\x1b[1m", "\x1b[0m"
-STAGES = ("pretrain", "sft", "reward", "dpo", "grpo", "ppo")
+STAGES = ("pretrain", "sft", "reward", "dpo", "grpo", "ppo", "distill")
 CHARACTERS = 64  # read for a token, at most: of text files
 
 
@@ -110,10 +111,12 @@ def first_groups(stage: str, config: Any, tokenizer: Tokenizer, context: int, sk
 
 def converter(stage: str, config: Any, tokenizer: Tokenizer) -> Callable[[dict], Group]:
     """What the stage makes of a record; of a problem, the prompt that is answered."""
-    if stage == "sft":
+    if stage == "sft" or (stage == "distill" and config.mode == "logit"):
         return conversation_group(tokenizer, config.data)
-    if stage in ("reward", "dpo"):
-        return (ranking_group if getattr(config, "loss", "") == "listwise" else preference_group)(tokenizer)
+    if stage == "dpo":
+        return (feedback_group if config.loss == "kto" else preference_group)(tokenizer)
+    if stage == "reward":
+        return KINDS[config.loss][0](tokenizer)
 
     def prompt(record: dict) -> Group:
         ids = render(tokenizer, problem(record)[0], generation_prompt=True).ids

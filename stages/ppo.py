@@ -108,7 +108,8 @@ def train(config: Config) -> Result:
     mesh = start(config, "ppo")
     options, networks = config.ppo, open_networks(config, mesh)
     moving = ["reference"] if options.beta and config.reference.every else []
-    tokenizer, context = load_tokenizer(config.model, networks["policy"]), networks["policy"].config.max_positions
+    tokenizer = load_tokenizer(config.model, networks["policy"], config.data.template)
+    context = networks["policy"].config.max_positions
     skipped = Skipped(config.data.on_error)
     problems = load_problems(config.data.sources, tokenizer, context, skipped)
     text, objective = open_text(config, tokenizer, context, mesh, skipped), objective_of(config)

@@ -12,7 +12,16 @@ from tritium.core.batch import Document, pack
 from tritium.core.code import fill_in_the_middle, hole_markers, repository
 from tritium.core.config import ConfigError, UserError
 from tritium.core.data import DataConfig, encode_documents, record_sources
-from tritium.core.formats import RecordError, Skipped, conversation, fill, problem, read_documents, read_records
+from tritium.core.formats import (
+    RecordError,
+    Skipped,
+    conversation,
+    feedback,
+    fill,
+    problem,
+    read_documents,
+    read_records,
+)
 from tritium.core.groups import conversation_group, normalized, preference_group
 from tritium.core.tokenizer import Tokenizer, train_tokenizer
 
@@ -58,7 +67,7 @@ USABLE = {
 @pytest.mark.parametrize("file", USABLE)
 def test_every_usable_record_of_real_files_is_used(tokenizer, file):
     convert = {"sft": conversation_group(tokenizer), "preference": preference_group(tokenizer), "reasoning": problem}
-    convert = convert["sft" if "kto" in file else file.partition("/")[0]]
+    convert = feedback if "kto" in file else convert[file.partition("/")[0]]
     used = 0
     for _, record in read_records(str(DATA / file), Skipped("raise")):
         try:

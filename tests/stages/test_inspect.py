@@ -42,6 +42,11 @@ def test_pairs_and_prompts_and_text(model, tmp_path, capsys):
     (pairs := tmp_path / "pairs.jsonl").write_text(json.dumps({"prompt": "ask", "chosen": "tell", "rejected": "it"}))
     out = shown(capsys, "dpo", f"--model={model}", f"--data.sources={pairs}")
     assert "⟦tell<|im_end|>⟧" in out and "⟦it<|im_end|>⟧" in out and "sequences 2, groups 1" in out
+    out = shown(capsys, "dpo", f"--model={model}", f"--data.sources={pairs}", "--loss=kto")
+    assert "good 1" in out and "good 0" in out
+    (ranks := tmp_path / "ranks.jsonl").write_text(json.dumps({"prompt": "ask", "ranked": ["tell", ["it", "ask"]]}))
+    out = shown(capsys, "reward", f"--model={model}", f"--data.sources={ranks}", "--loss=listwise")
+    assert out.count("rank 1") == 2 and out.count("rank 0") == 1
     (problems := tmp_path / "problems.jsonl").write_text(json.dumps({"question": "ask", "answer": "it"}))
     out = shown(capsys, "grpo", f"--model={model}", f"--data.sources={problems}")
     assert "⟦" not in out and out.split("assistant\n")[0].endswith("<|im_start|>")
