@@ -3,7 +3,8 @@
     python -m tritium.bench alignment --model=runs/ladder/sft --problems=rl.jsonl --test=test.jsonl
 
 dpo and rft (rejection-sampling fine-tuning) train on answers that are sampled and verified first, outside the clock;
-grpo, rloo and ppo sample as they go, within it. A short run measures how many steps fit into `seconds`.
+grpo, rloo, ppo and distill (dual-level, from a teacher) sample as they go, within it. A short run measures how many
+steps fit into `seconds`.
 """
 
 import json
@@ -27,9 +28,9 @@ from tritium.core.rewards.exact import ExactMatch
 from tritium.core.rollout import SamplingConfig, load_problems, roll_out, sample_document
 from tritium.core.setup import load_model, load_tokenizer
 from tritium.parallel.mesh import Mesh
-from tritium.stages import dpo, evaluate, grpo, ppo, sample, sft
+from tritium.stages import distill, dpo, evaluate, grpo, ppo, sample, sft
 
-STAGES = {"dpo": dpo, "rft": sft, "grpo": grpo, "rloo": grpo, "ppo": ppo}
+STAGES = {"dpo": dpo, "rft": sft, "grpo": grpo, "rloo": grpo, "ppo": ppo, "distill": distill}
 PROBE = 3  # steps of the run that measures a step
 
 
@@ -38,7 +39,8 @@ class Config:
     model: str = opt(REQUIRED, "folder of the SFT model that all start from")
     problems: str = opt(REQUIRED, "problems to train on")
     test: str = opt(REQUIRED, "held-out problems")
-    methods: list[str] = opt(list(STAGES), "what to compare", choices=tuple(STAGES))
+    methods: list[str] = opt(["dpo", "rft", "grpo", "rloo", "ppo"], "what to compare", choices=tuple(STAGES))
+    teacher: str = opt("", "distill: folder of the teacher")
     seconds: float = opt(60.0, "of training, for each")
     max_steps: int = opt(200, "optimizer steps of a method, at most")
     seeds: int = opt(3, "runs of each")
@@ -53,6 +55,8 @@ def main(argv: list[str]) -> int:
     for key in ("problems", "test"):
         if not Path(getattr(config, key)).is_file():
             raise UserError(f"--{key}={getattr(config, key)} does not exist")
+    if "distill" in config.methods and not config.teacher:
+        raise UserError("--methods=distill needs --teacher=FOLDER")
     file, before = make_room_for(config.out, "--out"), exact_match(config.model, config)
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
@@ -102,6 +106,8 @@ def settings_of(method: str, config: Config, answers: str) -> dict[str, Any]:
     if method == "ppo":
         options = {"prompts": 64, "group": 4, "epochs": 2, "beta": 0.01, "value_warmup": 1, "critic_lr": 2.0}
         return rl | {"reward": "exact", "ppo": options}
+    if method == "distill":
+        return rl | {"mode": "dual", "teacher": config.teacher, "prompts": 32, "optim": {"lr": 1e-4}}
     return rl | {"grpo": {"algorithm": {"grpo": "dapo"}.get(method, method), "prompts": 32, "group": 8}}
 
 

@@ -19,5 +19,7 @@ def test_a_table_of_two_methods(tiny, tmp_path, monkeypatch, capsys):
     assert bench.main(["alignment", *arguments]) == 1  # two steps teach nothing, and that is said
     lines = out.read_text().splitlines()
     assert [line.split(" | ")[0] for line in lines[-2:]] == ["| rft", "| rloo"] and "1 seed(s)" in out.read_text()
+    assert bench.main(["alignment", *arguments, f"--teacher={tiny.model}", "--methods=distill"]) == 1
+    assert bench.main(["alignment", *arguments, "--methods=distill"]) == 2
     assert bench.main(["alignment", *arguments[:1], "--problems=none", "--test=none"]) == 2
     assert "--problems=none does not exist" in capsys.readouterr().err
