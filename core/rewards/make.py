@@ -17,8 +17,10 @@ from typing import Any
 from tritium.core.chat import parse_reasoning
 from tritium.core.config import ConfigError, nearest
 from tritium.core.rewards import Answer, Reward, Score, scores
+from tritium.core.rewards.classifier import Rules
 from tritium.core.rewards.code import Code
 from tritium.core.rewards.exact import ExactMatch, NumberMatch
+from tritium.core.rewards.judge import LLMJudge
 from tritium.core.rewards.maths import MathMatch
 from tritium.core.rewards.text import Json, Language, Length, Regex, Repetition, Tags, Words
 
@@ -142,6 +144,8 @@ JUDGES: dict[str, Any] = {
     "repetition": Repetition,
     "language": Language,
     "words": Words,
+    "rules": Rules,
+    "judge": LLMJudge,
     "gate": Gate,
     "clip": Clip,
     "abstain": Abstain,
