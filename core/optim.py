@@ -51,6 +51,24 @@ class OptimConfig:
                 raise ConfigError(f"optim.{name}={getattr(self, name)} must be in [0, 1)")
 
 
+class LossScale:
+    """What a loss is multiplied with so that gradients in fp16 do not vanish: halved where one is not finite, doubled
+    after `patience` steps in which all were (arXiv 1710.03740). Tensors: nothing here waits for the device."""
+
+    def __init__(self, device: torch.device, start: float = 2.0**14, patience: int = 2000):
+        self.value, self.good = torch.tensor(start, device=device), torch.zeros((), device=device)
+        self.patience = patience
+
+    def update(self, found_inf: Tensor | float) -> None:
+        """`found_inf`: not 0 where the step was skipped."""
+        bad = torch.as_tensor(found_inf, device=self.good.device) > 0
+        self.good = torch.where(bad, 0.0, self.good + 1)
+        full = self.good >= self.patience
+        factor = torch.where(bad, 0.5, torch.where(full, 2.0, 1.0))
+        self.value = (self.value * factor).clamp(1.0, 2.0**24)
+        self.good = torch.where(full, 0.0, self.good)
+
+
 class State:
     """What the optimizer keeps for this rank's part of a flat buffer, on `device`."""
 
@@ -109,16 +127,19 @@ class Optimizer:
         self.step_count = torch.zeros((), device="cpu" if config.offload else self.mesh.device)
 
     @torch.no_grad()
-    def step(self, lr: float) -> tuple[Tensor, Tensor]:
+    def step(self, lr: float, loss_scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Clip and update, once every gradient has been reduced. Returns (gradient norm, 1.0 if skipped).
 
+        Gradients are those of the loss times `loss_scale`, if that is given; the norm is that of the loss's.
         A gradient that is not finite changes nothing but the count of skipped steps.
         """
         sum_over_tp(self.network.trained, self.mesh)
         gradients = [state.fetch() for state in self.states]
         norm = grad_norm(self.network.trained, self.mesh).to(self.step_count.device)  # with offload, waits for all
         found_inf = (~norm.isfinite()).float()
-        scale = (self.config.clip / (norm + 1e-6)).clamp_max(1.0)
+        unscale = 1.0 if loss_scale is None else loss_scale.to(norm.device).reciprocal()
+        norm = norm * unscale
+        scale = (self.config.clip / (norm + 1e-6)).clamp_max(1.0) * unscale
         self.step_count += 1.0 - found_inf
         chosen = list(zip(self.states, gradients, strict=True))
         self.move_matrices([pair for pair in chosen if pair[0].orthogonal], lr, scale, found_inf)

@@ -22,7 +22,7 @@ from tritium.model.transformer import Transformer
 from tritium.parallel.data import check_same
 from tritium.parallel.mesh import Mesh, init_mesh
 
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
 
 
 @dataclass
@@ -50,8 +50,12 @@ class FinetuneConfig:
     rslora: bool = opt(False, "lora: by alpha / √rank instead")
     targets: list[str] = opt([], "lora: matrices with an adapter, such as q_proj,v_proj (default: all of the layers')")
     dropout: float = opt(0.0, "lora: share of an adapter's inputs that are dropped in training")
+    block_dropout: float = opt(0.0, "share of the blocks' outputs that are dropped in training")
+    neftune: float = opt(0.0, "NEFTune: α of the noise on the embeddings in training (5 is usual)")
 
     def __post_init__(self):
+        if not 0 <= self.block_dropout < 1 or self.neftune < 0:
+            raise ConfigError("finetune.block_dropout must be in [0, 1), and finetune.neftune not negative")
         if (self.kind == "freeze") != bool(self.train):
             raise ConfigError("finetune.kind=freeze goes with finetune.train: patterns of what is trained")
         try:
@@ -132,6 +136,7 @@ def load_model(
 
 def prepare_training(model: Transformer, finetune: FinetuneConfig, base: str, seed: int) -> None:
     """Freeze what is not trained, or attach an adapter. Raises: ConfigError for names that the model does not have."""
+    model.set_noise(finetune.block_dropout, finetune.neftune)
     try:
         if finetune.kind in ("lora", "qlora"):
             attach(model, finetune.lora(base), seed=seed)

@@ -33,7 +33,7 @@ from tritium.core.config import ConfigError, UserError, opt, to_toml
 from tritium.core.formats import Skipped
 from tritium.core.metrics import Clock, Metrics, gpu_stats, matmul_rate, peak_memory
 from tritium.core.objectives import Objective
-from tritium.core.optim import OptimConfig, Optimizer
+from tritium.core.optim import LossScale, OptimConfig, Optimizer
 from tritium.core.reference import Follower
 from tritium.core.schedule import ScheduleConfig, learning_rate
 from tritium.core.tokenizer import Tokenizer
@@ -55,7 +55,7 @@ class LoopConfig:
     epochs: float = opt(1.0, "passes over the data, where `steps` is not given")
     seed: int = opt(0, "seed of everything random")
     dtype: str = opt(
-        "auto", "of the parameters (auto: bf16 where it is fast)", choices=("auto", "bf16", "fp32", "fp64")
+        "auto", "of the parameters (auto: bf16 where it is fast)", choices=("auto", "bf16", "fp16", "fp32", "fp64")
     )
     device: str = opt("auto", "where to run", choices=("auto", "cpu", "cuda"))
     recompute: str = opt(
@@ -141,6 +141,8 @@ class Trainer:
         self.optimizers = {k: Optimizer(flat, self.optim) for k, flat in self.flat.items() if flat.trained}
         for key in self.optimizers:
             decoder_of(networks[key]).set_recompute(self.run.recompute)
+        halves = [p for n in networks.values() for p in n.parameters() if p.dtype == torch.float16]
+        self.loss_scale = LossScale(mesh.device) if halves else None
         self.shares = {k: trained_share(networks[k]) for k in self.optimizers}
         first = next(iter(networks))
         self.followers = {
@@ -222,6 +224,7 @@ class Trainer:
         with self.phase("count"):
             counts, batches = self.global_counts(batches), self.in_step(batches)
         self.prepare(batches)
+        torch.manual_seed(hash((self.run.seed, self.index, self.mesh.rank)) % 2**63)  # of dropout, when resumed too
         sums: dict[str, Tensor] = {}
         for i, batch in enumerate(batches or [None]):
             with self.whole():
@@ -229,7 +232,7 @@ class Trainer:
                     loss = None if batch is None else self.micro_loss(batch, counts, sums)
                 with self.phase("backward"), self.reducing(last=i + 1 >= len(batches)):
                     if loss is not None:
-                        loss.backward()
+                        (loss if self.loss_scale is None else loss * self.loss_scale.value).backward()
         rate = learning_rate(self.schedule, self.optim.lr, self.index, self.total_steps)
         values: dict[str, Any] = {"lr": rate}
         with self.phase("optimizer"):
@@ -307,8 +310,13 @@ class Trainer:
         for key, optimizer in self.optimizers.items():
             suffix = "" if len(self.optimizers) == 1 else f".{key}"
             if self.lr_scale[key]:
-                values["grad_norm" + suffix], values["skipped" + suffix] = optimizer.step(rate * self.lr_scale[key])
+                values["grad_norm" + suffix], values["skipped" + suffix] = optimizer.step(
+                    rate * self.lr_scale[key], self.loss_scale and self.loss_scale.value
+                )
             optimizer.network.zero_grad()
+        if self.loss_scale:
+            values["loss_scale"] = self.loss_scale.value
+            self.loss_scale.update(sum(v for k, v in values.items() if k.startswith("skipped")))
         return values
 
     @torch.no_grad()
@@ -455,6 +463,8 @@ class Trainer:
             kept = self.optimizers | self.followers
             shares = [deal(o.tensors(), f"trainer/{key}", self.mesh) for key, o in kept.items()]
             state = {"step": self.index, "before": self.before, "last": self.last, "config": self.config_toml}
+            if self.loss_scale:
+                state["loss_scale"] = [float(self.loss_scale.value), float(self.loss_scale.good)]
             state["notes"] = self.notes
             texts |= {"trainer/state.json": json.dumps(state, indent=2) + "\n"}
 
@@ -521,6 +531,9 @@ class Trainer:
         except ValueError as error:
             raise CheckpointError(f"{folder} does not fit this model: {error}") from None
         self.index = self.saved = state["step"]
+        if self.loss_scale and "loss_scale" in state:
+            self.loss_scale.value.fill_(state["loss_scale"][0])
+            self.loss_scale.good.fill_(state["loss_scale"][1])
         self.before, self.last, self.notes = state["before"], state["last"], state["notes"]
         self.metrics.resume(self.index + 1 if self.index else 0)  # step 0 is evaluated again
         if self.index:

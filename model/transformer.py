@@ -164,7 +164,7 @@ class Layer(nn.Module):
         self.mlp = MLP(config, mesh)
         self.after_attention_norm = parameter(config.hidden_size) if config.gemma else None
         self.after_mlp_norm = parameter(config.hidden_size) if config.gemma else None
-        self.recompute = "none"
+        self.recompute, self.dropout = "none", 0.0
 
     def forward(self, x: Tensor, residual: Tensor | None, stream: Stream) -> tuple[Tensor, Tensor]:
         """`x` is the last block's output, not yet added to the residual stream: the norm adds it. Both [T / tp, E]."""
@@ -179,6 +179,8 @@ class Layer(nn.Module):
 
     def leaving(self, x: Tensor, norm: Tensor | None) -> Tensor:
         x = x if norm is None else self.normalize(x, norm)
+        if self.dropout and torch.is_grad_enabled():
+            x = F.dropout(x, self.dropout)
         return x if self.scale == 1 else x * self.scale
 
 
@@ -201,6 +203,7 @@ class Transformer(nn.Module):
         mesh = mesh or Mesh.single()
         check_divides(config, mesh.tp)
         self.config, self.mesh = config, mesh
+        self.neftune = 0.0
         self.adapters: dict[str, Any] = {}  # their names → lora.LoraConfig; see model/lora.py
         rows = config.vocab_size // mesh.tp
         self.rotary_dim = config.rotary_dim or config.head_dim
@@ -242,9 +245,9 @@ class Transformer(nn.Module):
             raise ValueError(
                 f"a document has {int(positions.max()) + 1} tokens, this model {self.config.max_positions} positions"
             )
-        lengths = None
-        if self.config.rope_scaling and self.config.rope_scaling.rope_type == "dynamic":
-            lengths = document_lengths(positions, cu_seqlens, cache is None)
+        dynamic = self.config.rope_scaling is not None and self.config.rope_scaling.rope_type == "dynamic"
+        noisy = bool(self.neftune) and torch.is_grad_enabled()
+        lengths = document_lengths(positions, cu_seqlens, cache is None) if dynamic or noisy else None
         if cache is None:
             split = Split.of(len(tokens), self.mesh)
             tokens, positions = split.take(tokens), split.take(positions)
@@ -252,10 +255,11 @@ class Transformer(nn.Module):
             attend = ContextAttention(split, split.fill(cu_seqlens, tokens.device))
         else:
             attend = partial(cache.attend, cu_seqlens=cu_seqlens)
-        cos, sin = self.cos_sin[:, positions] if lengths is None else self.dynamic_rope(positions, lengths)  # [T, D/2]
+        cos, sin = self.dynamic_rope(positions, lengths) if dynamic else self.cos_sin[:, positions]  # [T, D/2]
         stream = Stream(cos, sin, self.query_scale(positions), attend, self.mesh.tp_group, cache is not None)
         x, residual = stream.leave(embedding_part(tokens, self.embedding, self.mesh.tp_group)), None
         x = x if self.embedding_scale == 1 else x * self.embedding_scale
+        x = x + self.noise(x, lengths) if noisy else x
         for layer in self.layers:
             x, residual = (recomputed(layer) if layer.recompute == "full" else layer)(x, residual, stream)
         x = self.layers[-1].normalize(x, self.norm, residual=residual)[0]
@@ -276,6 +280,18 @@ class Transformer(nn.Module):
         2506.05176). Documents must not be empty."""
         hidden = gather_results(self.hidden(tokens, cu_seqlens), Split.of(len(tokens), self.mesh))
         return F.normalize(hidden[cu_seqlens[1:].long() - 1].float(), dim=-1)
+
+    def noise(self, x: Tensor, lengths: Tensor) -> Tensor:
+        """NEFTune's (arXiv 2310.05914): U(-1, 1) · α / √(document's length · E), as x [T / tp, E]."""
+        own = len(x) * self.mesh.tp_rank if len(x) < len(lengths) else 0
+        scale = self.neftune * (lengths[own : own + len(x), None].clamp_min(1) * x.shape[1]) ** -0.5
+        return (torch.rand_like(x, dtype=torch.float32) * 2 - 1).mul_(scale).to(x.dtype)
+
+    def set_noise(self, dropout: float = 0.0, neftune: float = 0.0) -> None:
+        """What acts where gradients are recorded: dropout of the blocks' outputs, and noise on the embeddings."""
+        self.neftune = neftune
+        for layer in self.layers:
+            layer.dropout = dropout
 
     def set_recompute(self, kind: str) -> None:
         """What each layer computes again in the backward instead of keeping it: "none", "selective" (the MLP, two
