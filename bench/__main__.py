@@ -5,7 +5,7 @@ from importlib import import_module
 
 from tritium.core.config import UserError, nearest
 
-COMMANDS = ("data", "alignment", "kernels", "parallel", "table", "train", "sandbox", "generate")
+COMMANDS = ("data", "alignment", "kernels", "parallel", "scaling", "table", "train", "sandbox", "generate")
 
 
 def main(argv: list[str] | None = None) -> int:

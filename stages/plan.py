@@ -22,7 +22,6 @@ from tritium.parallel.mesh import Mesh
 from tritium.stages.pretrain import ShapeConfig
 
 STAGES = ("pretrain", "sft", "dpo", "grpo")
-TABLE_GPUS = (8, 64, 256, 1024)
 
 
 @dataclass
@@ -43,7 +42,6 @@ class Config:
     muon: bool = opt(False, "Muon moves the layers' matrices")
     dtype: str = opt("bf16", "of the parameters", choices=("bf16", "fp32"))
     sequences: int = opt(256, "sequences that grpo samples together, of `context` tokens")
-    table: bool = opt(False, "print the README's table of presets and meshes instead")
 
     def __post_init__(self):
         for name in ("gpus", "context", "step_tokens", "sequences", "reached"):
@@ -54,9 +52,6 @@ class Config:
 def main(argv: Sequence[str] | None = None) -> int:
     """Print a plan. Returns 0, and 1 where nothing fits."""
     config = load(Config, argv or [], "tritium plan", __doc__.partition("\n\n")[0])
-    if config.table:
-        print(scaling_table(), end="")
-        return 0
     machine = this_machine() if config.machine == "here" else replace(MACHINES[config.machine], reached=config.reached)
     config, model = from_settings(config)
     work = Work(
@@ -234,26 +229,6 @@ def aligned(rows: Sequence[Sequence[str]], left: Sequence[int]) -> list[str]:
         ).rstrip()
         for row in rows
     ]
-
-
-def scaling_table() -> str:
-    """Presets by numbers of H100s: the best mesh of each, in Markdown."""
-    rows = ["| model | " + " | ".join(f"{n} GPUs" for n in TABLE_GPUS) + " |", "|---" * (1 + len(TABLE_GPUS)) + "|"]
-    for name, model in PRESETS.items():
-        cells = [scaling_cell(replace(model, max_positions=8192), gpus) for gpus in TABLE_GPUS]
-        rows.append(f"| {name.upper()} | " + " | ".join(cells) + " |")
-    return "\n".join(rows) + "\n"
-
-
-def scaling_cell(model: ModelConfig, gpus: int) -> str:
-    defaults = Config()
-    work = Work(defaults.context, defaults.context)
-    plan = best(plans(model, MACHINES["h100"], gpus, work, defaults.step_tokens), 1)[0]
-    if not plan.fits:
-        return f"does not fit: {plan.peak / GIB:.0f} GiB"
-    cut = [f"{axis} {getattr(plan.mesh, axis)}" for axis in ("tp", "cp") if getattr(plan.mesh, axis) > 1]
-    cut.append(f"zero {plan.mesh.zero}" + f" over {plan.mesh.shard}" * (plan.mesh.shard > 0))
-    return f"{', '.join(cut)}: {plan.peak / GIB:.0f} GiB, {plan.mfu:.0%}"
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
 import tritium
+from tritium.bench.scaling import scaling_table
 from tritium.core.batch import Document, pack
 from tritium.core.config import ConfigError, opt
 from tritium.core.objectives import CrossEntropy
@@ -272,4 +273,4 @@ def test_this_machine_can_be_planned_for(monkeypatch):
 
 def test_the_readme_shows_the_table():
     readme = (pathlib.Path(tritium.__file__).parent / "README.md").read_text(encoding="utf-8")
-    assert f"<!-- tritium plan --table -->\n{stage.scaling_table()}<!-- end -->" in readme, "tritium plan --table"
+    assert f"<!-- python -m tritium.bench scaling -->\n{scaling_table()}<!-- end -->" in readme
