@@ -6,7 +6,7 @@ that too; a chain of them, as Hugging Face's `tokenizer.json` may hold (DeepSeek
 
 import unicodedata
 from collections.abc import Callable, Sequence
-from functools import reduce
+from functools import cached_property, reduce
 from typing import Any
 
 import regex
@@ -50,7 +50,11 @@ class BytePairs:
 
     def piece_id(self, piece: str) -> int | None:
         """The id of the token that is this text. Only added tokens are looked up by name otherwise."""
-        return next((i for i, token in self.surface.items() if token == piece.encode()), None)
+        return self._by_bytes.get(piece.encode())
+
+    @cached_property
+    def _by_bytes(self) -> dict[bytes, int]:
+        return {token: i for i, token in self.surface.items()}
 
     def encode(self, text: str, first: bool = True) -> list[int]:
         """Ids of ordinary text. `first` makes no difference to a byte-level vocabulary."""

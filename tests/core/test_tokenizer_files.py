@@ -182,3 +182,37 @@ def test_a_template_that_was_named_is_kept(tmp_path):
 
     train_tokenizer(["hello world\n" * 3], 280, tmp_path / "a").with_template("llama3").save(tmp_path / "b")
     assert Tokenizer.load(tmp_path / "b").template == "llama3"
+
+
+def test_tokens_added_to_a_sentencepiece_model_by_its_configuration(tmp_path):
+    from tritium.core.tokenizer import train_tokenizer
+
+    base = train_tokenizer(["hello world user\n" * 3], 280, tmp_path)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    flags = {"lstrip": False, "normalized": False, "single_word": False}
+    config["added_tokens_decoder"] |= {
+        "280": {"content": "<|user|>", "rstrip": True, "special": True, **flags},
+        "281": {"content": "<note>", "rstrip": False, "special": False, **flags},
+    }
+    config["eos_token"] = "<|user|>"
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    tokenizer = Tokenizer.load(tmp_path)
+    assert tokenizer.vocab_size == 282 and tokenizer.eos_id == 280
+    assert tokenizer.encode("<note>hello") == [281, *base.encode("hello")]
+    assert tokenizer.encode("<|user|>\nhello", special=True) == [280, *base.encode("hello")]  # rstrip takes the newline
+    assert 280 not in tokenizer.encode("<|user|>\nhello")
+    assert (
+        tokenizer.decode([280, 281], keep_special=True) == "<|user|><note>" and tokenizer.decode([280, 281]) == "<note>"
+    )
+
+
+def test_a_tokenizer_larger_than_the_model_is_refused(tmp_path):
+    from types import SimpleNamespace
+
+    from tritium.core.config import UserError
+    from tritium.core.setup import load_tokenizer
+    from tritium.core.tokenizer import train_tokenizer
+
+    train_tokenizer(["hello world user\n" * 3], 280, tmp_path)
+    with pytest.raises(UserError, match="the tokenizer has 280 tokens, the model only 270"):
+        load_tokenizer(str(tmp_path), SimpleNamespace(config=SimpleNamespace(vocab_size=270)))
