@@ -2,8 +2,13 @@
 
 tritium sample --model=runs/sft/step-00000200 --sources=problems.jsonl --k=8 --out=runs/sample
 
-sft.jsonl        the right answers (one of each problem), as conversations: rejection sampling
-pairs.jsonl      a right and a wrong answer of the same problem: for `reward` and `dpo`
+sft.jsonl        answers to learn, as conversations; by `learn`:
+                   right        at most `paths` right ones of each problem, that compute differently: rejection sampling
+                   reward       all, weighted by exp(score / β): reward-weighted regression (Peters & Schaal 2007)
+                   advantage    all, weighted by exp((score − the problem's mean) / β) (AWR, arXiv 1910.00177, eq. 8)
+                   condition    all, after a system's message that says how good they are (arXiv 2302.08582, section 2)
+pairs.jsonl      a right and a wrong answer of the same problem: for `reward` and `dpo`; with `rso`, of the answers that
+                 statistical rejection sampling leaves (arXiv 2309.06657)
 rankings.jsonl   answers of different score, best first: for `reward --loss=listwise`
 """
 
@@ -20,14 +25,21 @@ from tritium.core.formats import Skipped
 from tritium.core.output import make_folder
 from tritium.core.rewards.exact import ExactMatch
 from tritium.core.rollout import Rollout, Sample, SamplingConfig, gather, load_problems, roll_out, share
+from tritium.core.select import distinct_paths, rejection_sample
 from tritium.core.setup import MeshConfig, join, load_model, load_tokenizer
 from tritium.core.trainer import Result
+from tritium.stages.dpo import check_same_vocabulary
 
 
 @dataclass
 class Config:
     model: str = opt(REQUIRED, "folder of the model, with its tokenizer")
+    others: list[str] = opt([], "folders of further models with the same tokenizer: each answers, too")
     sources: list[str] = opt([], "files of problems")
+    learn: str = opt("right", "what sft.jsonl holds", choices=("right", "reward", "advantage", "condition"))
+    paths: int = opt(1, "right answers to each problem, at most")
+    beta: float = opt(1.0, "of the weights, and of rso")
+    rso: int = opt(0, "pairs: so many answers left by statistical rejection sampling (0: all)")
     k: int = opt(8, "answers to each problem")
     pairs: int = opt(2, "pairs written for a problem, at most")
     chosen: str = opt("right", "a pair's better answer: a right one, or the best there is", choices=("right", "best"))
@@ -44,6 +56,8 @@ class Config:
     def __post_init__(self):
         if self.k < 2 or self.pairs < 1:
             raise ConfigError(f"k={self.k} must be at least 2, and pairs={self.pairs} at least 1")
+        if self.paths < 1 or self.rso < 0 or self.rso == 1 or not self.beta > 0:
+            raise ConfigError(f"paths={self.paths} must be ≥ 1, rso={self.rso} 0 or ≥ 2, beta={self.beta} positive")
         if self.limit is not None and self.limit < 1:
             raise ConfigError(f"limit={self.limit} must be at least 1")
 
@@ -62,6 +76,8 @@ def train(config: Config) -> Result:
     problems = load_problems(config.sources, tokenizer, context, skipped, key="sources")[: config.limit]
     mine, reward, start = share(problems, mesh), ExactMatch(malformed=-0.5), time.perf_counter()
     rollout = roll_out(model, tokenizer, mine, reward, config.sampling, n=config.k, seed=(config.seed,))
+    for i, folder in enumerate(config.others, 1):
+        rollout = more_answers(config, folder, tokenizer, mine, reward, rollout, (config.seed, i), mesh)
     rollout = gather(rollout, mesh)
     seconds = time.perf_counter() - start
     if mesh.main:
@@ -76,6 +92,15 @@ def train(config: Config) -> Result:
     return Result(config.out, metrics)
 
 
+def more_answers(config: Config, folder, tokenizer, problems, reward, rollout: Rollout, seed, mesh) -> Rollout:
+    """The rollout with the answers of another model beside. Raises: UserError for another vocabulary."""
+    check_same_vocabulary(config.model, folder, "others")
+    model = load_model(folder, config.dtype, mesh, frozen=True)
+    found = roll_out(model, tokenizer, problems, reward, config.sampling, n=config.k, seed=seed)
+    groups = [a + b for a, b in zip(rollout.groups, found.groups, strict=True)]
+    return Rollout(groups, rollout.failures + found.failures)
+
+
 def write(config: Config, rollout: Rollout) -> None:
     """The three files, each in the order of the problems."""
     folder = Path(config.out)
@@ -85,8 +110,10 @@ def write(config: Config, rollout: Rollout) -> None:
         if not levels:
             continue
         prompt, (best, *worse) = group[0].problem.messages, levels
-        if best[0].right:
-            put(files["sft"], {"messages": [*prompt, {"role": "assistant", "content": best[0].text}]})
+        for messages in to_learn(config, prompt, levels):
+            put(files["sft"], {"messages": messages})
+        if config.rso:
+            (best, *worse) = rso_levels(config, levels, group[0].problem.index)
         if best[0].right or config.chosen == "best":
             wrong = [sample for level in worse for sample in level]
             for chosen, rejected in list(zip(best, wrong, strict=False))[: config.pairs]:
@@ -95,6 +122,32 @@ def write(config: Config, rollout: Rollout) -> None:
             put(files["rankings"], {"prompt": prompt, "ranked": [level[0].text for level in levels]})
     for file in files.values():
         file.close()
+
+
+def to_learn(config: Config, prompt: list[dict], levels: list[list[Sample]]) -> list[list[dict]]:
+    """What sft.jsonl holds of a problem: conversations."""
+    if config.learn == "right":
+        right = [s.text for s in levels[0] if s.right]
+        return [[*prompt, {"role": "assistant", "content": right[i]}] for i in distinct_paths(right)[: config.paths]]
+    answers = [sample for level in levels for sample in level]
+    if config.learn == "condition":
+        marks = [{"role": "system", "content": f"Quality: {'right' if s.right else 'wrong'}"} for s in answers]
+        rest = [m for m in prompt if m["role"] != "system"]
+        return [[m, *rest, {"role": "assistant", "content": s.text}] for m, s in zip(marks, answers, strict=True)]
+    scores = np.array([s.score.value for s in answers])
+    scores = scores - scores.mean() if config.learn == "advantage" else scores
+    weights = np.exp(np.minimum(scores / config.beta, 3.0)).tolist()  # AWR, section 5: at most e³ ≈ 20
+    return [
+        [*prompt, {"role": "assistant", "content": s.text, "weight": weight}]
+        for s, weight in zip(answers, weights, strict=True)
+    ]
+
+
+def rso_levels(config: Config, levels: list[list[Sample]], index: int) -> list[list[Sample]]:
+    """The levels, of the answers that statistical rejection sampling leaves."""
+    answers = [sample for level in levels for sample in level]
+    kept = rejection_sample([s.score.value for s in answers], config.beta, config.rso, (config.seed, index))
+    return by_score([answers[i] for i in sorted(kept)])
 
 
 def by_score(group: list[Sample]) -> list[list[Sample]]:

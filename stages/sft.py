@@ -11,18 +11,21 @@ from dataclasses import dataclass
 from tritium.core.config import REQUIRED, opt
 from tritium.core.data import DataConfig, open_records
 from tritium.core.formats import Skipped
-from tritium.core.groups import conversation_group
-from tritium.core.objectives import CrossEntropy
+from tritium.core.groups import conversation_group, feedback_group
+from tritium.core.objectives import CrossEntropy, DynamicFineTuning, Unlikelihood
 from tritium.core.optim import OptimConfig
 from tritium.core.schedule import ScheduleConfig
 from tritium.core.setup import FinetuneConfig, MeshConfig, load_model, load_tokenizer, start
 from tritium.core.trainer import Result, RunConfig, Trainer
 
+LOSSES = {"cross_entropy": CrossEntropy, "dft": DynamicFineTuning, "unlikelihood": Unlikelihood}
+
 
 @dataclass
 class Config:
     model: str = opt(REQUIRED, "folder of the model to start from, with its tokenizer")
-    data: DataConfig = opt(DataConfig, "conversations")
+    loss: str = opt("cross_entropy", "of a token; unlikelihood: of good and bad answers", choices=tuple(LOSSES))
+    data: DataConfig = opt(DataConfig, "conversations; unlikelihood: answers with a label, or pairs")
     optim: OptimConfig = opt(OptimConfig, "optimizer")
     schedule: ScheduleConfig = opt(ScheduleConfig, "learning rate over the run")
     run: RunConfig = opt(RunConfig, "the run itself")
@@ -36,11 +39,12 @@ def train(config: Config) -> Result:
     model = load_model(config.model, config.run.dtype, mesh, finetune=config.finetune, seed=config.run.seed)
     tokenizer = load_tokenizer(config.model, model, config.data.template)
     skipped = Skipped(config.data.on_error)
-    convert = conversation_group(tokenizer, config.data)
+    bad_too = config.loss == "unlikelihood"
+    convert = feedback_group(tokenizer) if bad_too else conversation_group(tokenizer, config.data)
     bins, evaluation = open_records(config, convert, model.config.max_positions, mesh, skipped, atomic=False)
     trainer = Trainer(
         {"policy": model},
-        CrossEntropy(),
+        LOSSES[config.loss](),
         config,
         mesh,
         name="sft",

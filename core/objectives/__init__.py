@@ -11,7 +11,7 @@ from tritium.core.objectives.base import (
     supervised_logprob,
 )
 from tritium.core.objectives.distill import Distill, DualLevel
-from tritium.core.objectives.likelihood import CrossEntropy
+from tritium.core.objectives.likelihood import CrossEntropy, DynamicFineTuning, Unlikelihood
 from tritium.core.objectives.policy import ALGORITHMS, PPO, PolicyGradient
 from tritium.core.objectives.preference import KTO, PairOptions, Preference
 from tritium.core.objectives.reward import (
@@ -32,6 +32,7 @@ __all__ = [
     "CrossEntropy",
     "Distill",
     "DualLevel",
+    "DynamicFineTuning",
     "Listwise",
     "Loss",
     "Metric",
@@ -45,6 +46,7 @@ __all__ = [
     "RewardObjective",
     "Scoring",
     "Term",
+    "Unlikelihood",
     "plackett_luce",
     "sequence_sum",
     "supervised",

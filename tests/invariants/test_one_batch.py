@@ -10,6 +10,7 @@ from torch import nn
 
 from tritium.core.batch import Document, pack
 from tritium.core.objectives import (
+    KTO,
     PPO,
     CrossEntropy,
     Listwise,
@@ -17,6 +18,8 @@ from tritium.core.objectives import (
     Pairwise,
     PolicyGradient,
     Preference,
+    RewardObjective,
+    Unlikelihood,
     supervised_logprob,
 )
 from tritium.model.config import ModelConfig
@@ -36,6 +39,10 @@ OBJECTIVES = {
     "cross-entropy": (CrossEntropy(), 1, "groups"),
     "pairwise": (Pairwise(centering=0.1), 2, "pairs"),
     "listwise": (Listwise(), 3, "rankings"),
+    "unlikelihood": (Unlikelihood(), 2, "groups"),
+    "all pairs": (Listwise(pairs=True), 3, "rankings"),
+    "kto": (KTO(0.5), 2, "groups"),
+    "orpo": (Preference("orpo", PairOptions(beta=0.3)), 2, "pairs"),
     "dpo": (Preference(options=PairOptions(beta=0.3), sft=0.5), 2, "pairs"),
     "grpo by token": (PolicyGradient(beta=0.1, normalization="token"), 4, "groups"),
     "grpo by sequence": (PolicyGradient(beta=0.1), 4, "groups"),
@@ -57,7 +64,13 @@ def groups(size: int, count: int = 8, seed: int = 0) -> list[list[Document]]:
         for rank in range(size):
             n = int(rng.integers(2, 31))
             weights = (np.arange(n) >= rng.integers(1, n)).astype(np.float32)
-            fields = {"rank": float(rank), "number": float(rank), "sampler_logp": np.zeros(n, np.float32)}
+            fields = {
+                "rank": float(rank),
+                "number": float(rank),
+                "good": float(rank),
+                "index": float(n + 100 * len(made)),
+                "sampler_logp": np.zeros(n, np.float32),
+            }
             fields["scored"] = (np.arange(n) == n - 1).astype(np.float32)
             fields["rewards"] = fields["scored"] * np.float32(rng.normal())
             group.append(Document(rng.integers(0, 40, n).astype(np.int32), weights, fields))
@@ -102,7 +115,8 @@ def gradients(objective, networks: nn.ModuleDict, batches, parameters) -> tuple[
 def test_eight_bins_of_one_group_are_one_bin_of_eight(name):
     objective, size, counted = OBJECTIVES[name]
     model = build(MODELS["tied head, biases"])
-    trained = ScalarModel(model).initialize(2) if counted in ("pairs", "rankings") and "wise" in name else model
+    of_scores = isinstance(objective, RewardObjective)
+    trained = ScalarModel(model).initialize(2) if of_scores else model
     reference = build(MODELS["tied head, biases"], seed=5).requires_grad_(False)
     critic = ScalarModel(build(MODELS["own head, normed heads"], seed=3)).initialize(4)
     networks = nn.ModuleDict({"policy": model, "reward": trained, "reference": reference, "critic": critic})

@@ -1,10 +1,12 @@
 """The stages that learn from preferences: their objectives train from the command line, and bad input is refused."""
 
 import json
+import math
 import shutil
 
 import pytest
 
+from tritium.core.rewards import Score
 from tritium.stages import cli, tokenizer
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -75,3 +77,46 @@ def test_pairs_of_equal_answers_are_counted(tiny, tmp_path, capsys):
     source = f"--data.sources={write(tmp_path / 'pairs.jsonl', *rows)}"
     assert cli.main(["dpo", f"--model={tiny.model}", source, *QUICK, f"--run.out={tmp_path / 'run'}"]) == 0
     assert "skipped 1 × a pair whose answers are equal" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("loss", ["dft", "unlikelihood"])
+def test_sft_by_another_loss(tiny, tmp_path, loss):
+    data = tiny.data("chats.jsonl" if loss == "dft" else "pairs.jsonl")
+    arguments = [f"--model={tiny.model}", f"--loss={loss}", f"--data.sources={data}", f"--run.out={tmp_path}"]
+    assert cli.main(["sft", *arguments, *QUICK, "--run.steps=6"]) == 0
+    before, *_, after = [row["eval_loss"] for row in metrics(tmp_path) if "eval_loss" in row]
+    assert after != before and all(row["skipped"] == 0 for row in metrics(tmp_path) if "skipped" in row)
+
+
+class Odd:
+    """Judges by the first token: 1 where it is odd."""
+
+    def __init__(self, malformed: float = 0.0):
+        pass
+
+    def __call__(self, ids, text, *, prompt="", reference=""):
+        return Score(float(ids[0] % 2))
+
+
+@pytest.mark.parametrize("learn", ["right", "reward", "advantage", "condition"])
+def test_what_is_learned_from_scored_answers(tiny, tmp_path, monkeypatch, learn):
+    monkeypatch.setattr("tritium.stages.sample.ExactMatch", Odd)
+    arguments = [f"--model={tiny.model}", f"--others={tiny.model}", f"--sources={tiny.data('problems.jsonl')}"]
+    arguments += [f"--learn={learn}", "--paths=3", "--beta=0.5", "--rso=4", "--k=4", f"--out={tmp_path / 'out'}"]
+    assert cli.main(["sample", *arguments, "--sampling.max_tokens=4", "--dtype=fp32"]) == 0
+    file = tmp_path / "out" / "sft.jsonl"
+    turns = [json.loads(line)["messages"] for line in file.read_text().splitlines()]
+    asked = [next(m["content"] for m in t if m["role"] == "user") for t in turns]
+    assert max(map(asked.count, asked)) > 1  # more answers than one to a problem; of two models, up to eight
+    if learn == "right":
+        assert max(map(asked.count, asked)) <= 3
+    if learn == "condition":
+        assert {t[0]["content"] for t in turns} == {"Quality: right", "Quality: wrong"}
+    if learn == "reward":
+        assert {round(t[-1]["weight"], 3) for t in turns} == {1.0, round(math.exp(2), 3)}
+    if learn == "advantage":
+        assert min(t[-1]["weight"] for t in turns) < 1 < max(t[-1]["weight"] for t in turns)
+    code = ["sft", f"--model={tiny.model}", f"--data.sources={file}", *QUICK, "--run.steps=1"]
+    assert cli.main([*code, f"--run.out={tmp_path / 'run'}"]) == 0
+    pairs = [json.loads(line) for line in (tmp_path / "out" / "pairs.jsonl").read_text().splitlines()]
+    assert all(pair["chosen"] != pair["rejected"] for pair in pairs)

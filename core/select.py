@@ -1,0 +1,73 @@
+"""Which answers and records to learn from: filters and samplers over numbers that others computed."""
+
+import re
+from collections.abc import Callable, Hashable, Sequence
+
+import numpy as np
+
+NUMBER = r"\d+(?:\.\d+)?"
+CALCULATION = re.compile(rf"{NUMBER}(?:\s*[-+*/×÷]\s*{NUMBER})+(?:\s*=\s*{NUMBER})?")
+
+
+def distinct_paths(texts: Sequence[str]) -> list[int]:
+    """The first answer of each way to compute: those with the same list of calculations are one (RFT, Yuan et al.,
+    arXiv 2308.01825, section 3.2). Answers without any are told apart by their words."""
+    seen: dict[str, int] = {}
+    for i, text in enumerate(texts):
+        steps = CALCULATION.findall(text)
+        seen.setdefault(";".join("".join(s.split()) for s in steps) or " ".join(text.split()), i)
+    return list(seen.values())
+
+
+def rejection_sample(rewards: Sequence[float], beta: float, count: int, seed: Sequence[int]) -> list[int]:
+    """Indices drawn without replacement, each accepted with probability exp((r − r_max) / β), r_max of those left:
+    samples of the optimal policy from those of the present one (RSO, Liu et al., arXiv 2309.06657, algorithm 1)."""
+    rng, left, chosen = np.random.default_rng(list(seed)), list(range(len(rewards))), []
+    while left and len(chosen) < count:
+        best = max(rewards[i] for i in left)
+        accepted = [i for i in left if rng.random() < np.exp((rewards[i] - best) / beta)]
+        chosen += accepted
+        left = [i for i in left if i not in accepted]
+    return chosen[:count]
+
+
+def agreed_pairs(margins: np.ndarray, margin: float, agreement: float) -> np.ndarray:
+    """Of pairs whose margins several reward models gave, [models, pairs]: those whose mean is above `margin`, and whose
+    chosen answer at least a share `agreement` of the models prefers. Indices, ascending."""
+    return np.flatnonzero((margins.mean(0) > margin) & ((margins > 0).mean(0) >= agreement))
+
+
+def instruction_following_difficulty(conditioned: np.ndarray, alone: np.ndarray, count: int) -> np.ndarray:
+    """The `count` records of the highest IFD = loss of the answer given the question / loss of the answer alone,
+    leaving out those ≥ 1, where the question does not help (Li et al., arXiv 2308.12032, section 2.3). Indices, the
+    highest first."""
+    ratio = conditioned / np.maximum(alone, 1e-9)
+    order = np.argsort(-ratio, kind="stable")
+    return order[ratio[order] < 1][:count]
+
+
+def pass_band(rates: Sequence[float], low: float, high: float) -> list[int]:
+    """The problems whose share of right answers is in [low, high]: neither hopeless nor mastered."""
+    return [i for i, rate in enumerate(rates) if low <= rate <= high]
+
+
+def spread_out(vectors: np.ndarray, count: int) -> list[int]:
+    """`count` rows of [n, E], far apart: each next one is the farthest from those before (k-center greedy, Sener &
+    Savarese, arXiv 1708.00489, algorithm 1), from the row nearest to the mean on."""
+    if not len(vectors):
+        return []
+    chosen = [int(np.linalg.norm(vectors - vectors.mean(0), axis=1).argmin())]
+    nearest = np.linalg.norm(vectors - vectors[chosen[0]], axis=1)
+    while len(chosen) < min(count, len(vectors)):
+        chosen.append(int(np.argmax(np.where(np.isin(np.arange(len(vectors)), chosen), -1.0, nearest))))
+        nearest = np.minimum(nearest, np.linalg.norm(vectors - vectors[chosen[-1]], axis=1))
+    return chosen
+
+
+def balanced(records: Sequence, tag: Callable[..., Hashable], count: int) -> list[int]:
+    """`count` indices, the tags in turn: each gives one, in the order of the records, until it has no more."""
+    piles: dict[Hashable, list[int]] = {}
+    for i, record in enumerate(records):
+        piles.setdefault(tag(record), []).append(i)
+    rounds = [(turn, pile[turn]) for pile in piles.values() for turn in range(len(pile))]
+    return [i for _, i in sorted(rounds, key=lambda pair: pair[0])][:count]
