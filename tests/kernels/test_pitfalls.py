@@ -46,7 +46,7 @@ def gradients(spec, args, kwargs):
 def test_only_axis_x_grows_with_the_tokens(name):
     """The axes y and z of a grid stop at 65,535."""
     spec, letter = OPS[name], "T" if "T" in LEAN[name] else "B"
-    least = max(SHAPES[name], key=spec.flops)
+    least = SHAPES[name][1]
 
     def other_axes(times):
         torch.manual_seed(0)
@@ -55,7 +55,7 @@ def test_only_axis_x_grows_with_the_tokens(name):
             gradients(spec, args, kwargs)
         return [launch.grid[1:] for launch in trace.launches]
 
-    for few, many in zip(other_axes(1), other_axes(3), strict=True):
+    for few, many in zip(other_axes(1), other_axes(8), strict=True):
         assert all(a >= b for a, b in zip(few, many, strict=True))
 
 
