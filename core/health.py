@@ -73,91 +73,58 @@ def components(history: Sequence[Mapping[str, float]]) -> list[str]:
     return list(dict.fromkeys(name for row in history for name in row if name.startswith("reward/")))
 
 
-def kl_blow_up(of: Callable[[str], Trend | None], _) -> str | None:
-    kl = of("kl_k3")
-    if kl and kl.after > max(0.5, 5 * kl.before):
-        return f"the KL to the reference blew up ({kl.before:.3g} → {kl.after:.3g} per token): raise beta, or lower lr"
-    return None
-
-
-def entropy_collapse(of: Callable[[str], Trend | None], _) -> str | None:
-    entropy = of("entropy")
-    if entropy and entropy.falls and entropy.after < 0.2 * entropy.before:
-        return (
-            f"entropy collapsed ({entropy.before:.3g} → {entropy.after:.3g}): answers hardly vary any more; raise "
-            "clip_high or entropy, or lower lr"
-        )
-    return None
-
-
-def sampler_gap(of: Callable[[str], Trend | None], _) -> str | None:
-    gap = of("sampler_gap")
-    if gap and gap.after > 0.1:
-        return (
-            f"sampler and trainer disagree by {gap.after:.2g} in the log-prob of a token: what is sampled is not the "
-            "policy that is trained; see importance"
-        )
-    return None
-
-
-def clipping(of: Callable[[str], Trend | None], _) -> str | None:
-    clipped = of("clip_fraction")
-    if clipped and clipped.after > 0.3:
-        return f"{clipped.after:.0%} of the tokens are clipped: fewer updates on a rollout, or a lower lr"
-    return None
-
-
-def endings(of: Callable[[str], Trend | None], _) -> str | None:
-    ended = of("ended")
-    if ended and ended.falls and ended.after < 0.7:
-        return (
-            f"only {ended.after:.0%} of the answers end by themselves ({ended.before:.0%} at first): raise "
-            "sampling.max_tokens, or let shaping.missing_eos cost something"
-        )
-    return None
-
-
-def nothing_to_learn(of: Callable[[str], Trend | None], _) -> str | None:
-    varied = of("varied_groups")
-    if varied and varied.after < 0.1:
-        return (
-            f"answers differ in only {varied.after:.0%} of the groups: the problems are too easy or too hard; see "
-            "data.band"
-        )
-    return None
-
-
-def critic(of: Callable[[str], Trend | None], _) -> str | None:
-    explained = of("explained_variance")
-    if explained and explained.after < -0.1:
-        return (
-            f"the critic explains less than a constant would (explained variance {explained.after:.2g}): give it "
-            "value_warmup, or a higher critic_lr"
-        )
-    return None
-
-
-def failures(_, history: Sequence[Mapping[str, float]]) -> str | None:
+def failures(history: Sequence[Mapping[str, float]]) -> str | None:
     failed = sum(row.get("verifier_failures", 0.0) for row in history)
-    if failed:
-        return f"the judge failed {failed:.0f} times: these answers took part in nothing"
-    return None
+    return f"the judge failed {failed:.0f} times: these answers took part in nothing" if failed else None
 
 
-CHECKS = (
-    reward_hacking,
-    kl_blow_up,
-    entropy_collapse,
-    sampler_gap,
-    clipping,
-    endings,
-    nothing_to_learn,
-    critic,
-    failures,
-)
+# kind → (metric, when its trend is a trouble, the sentence)
+TROUBLES: dict[str, tuple[str, Callable[[Trend], bool], str]] = {
+    "KL": (
+        "kl_k3",
+        lambda t: t.after > max(0.5, 5 * t.before),
+        "the KL to the reference blew up ({t.before:.3g} → {t.after:.3g} per token): raise beta, or lower lr",
+    ),
+    "entropy": (
+        "entropy",
+        lambda t: t.falls and t.after < 0.2 * t.before,
+        "entropy collapsed ({t.before:.3g} → {t.after:.3g}): answers hardly vary any more; raise clip_high, or lower lr",
+    ),
+    "sampler": (
+        "sampler_gap",
+        lambda t: t.after > 0.1,
+        "sampler and trainer disagree by {t.after:.2g} in the log-prob of a token: see importance",
+    ),
+    "clipping": (
+        "clip_fraction",
+        lambda t: t.after > 0.3,
+        "{t.after:.0%} of the tokens are clipped: fewer updates on a rollout, or a lower lr",
+    ),
+    "endings": (
+        "ended",
+        lambda t: t.falls and t.after < 0.7,
+        "only {t.after:.0%} of the answers end by themselves ({t.before:.0%} at first): raise sampling.max_tokens, or "
+        "shaping.missing_eos",
+    ),
+    "groups": (
+        "varied_groups",
+        lambda t: t.after < 0.1,
+        "answers differ in only {t.after:.0%} of the groups: the problems are too easy or too hard; see data.band",
+    ),
+    "critic": (
+        "explained_variance",
+        lambda t: t.after < -0.1,
+        "the critic explains less than a constant would (explained variance {t.after:.2g}): give it value_warmup",
+    ),
+}
 
 
 def diagnose(history: Sequence[Mapping[str, float]]) -> dict[str, str]:
     """{kind: warning} about a run, from its metrics so far; empty where all is well, or too little is known."""
-    found = {check.__name__: check(lambda name: trend(history, name), history) for check in CHECKS}
+    of = lambda name: trend(history, name)  # noqa: E731
+    found = {"hacking": reward_hacking(of, history)}
+    for kind, (name, troubled, sentence) in TROUBLES.items():
+        seen = of(name)
+        found[kind] = sentence.format(t=seen) if seen and troubled(seen) else None
+    found["failures"] = failures(history)
     return {kind: sentence for kind, sentence in found.items() if sentence}

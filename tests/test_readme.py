@@ -40,14 +40,14 @@ def test_every_command_is_a_valid_configuration(command):
 
 def test_commands_pasted_one_by_one_do_not_meet():
     """Each writes to a folder of its own, and reads a model that one before it wrote."""
-    written = {"runs/ladder/grpo"}
+    written = {"runs/ladder/ppo"}
     for command in COMMANDS:
         name, *arguments = shlex.split(command)
         given = dict(argument.lstrip("-").split("=", 1) for argument in arguments if "=" in argument)
         for folder in (given.get("model"), given.get("init")):
             assert folder is None or folder in written, command
         out = given.get("run.out") or given.get("out")
-        if out or name in ("pretrain", "sft", "reward", "dpo", "grpo"):
+        if out or name in ("pretrain", "sft", "reward", "dpo", "grpo", "ppo"):
             assert out and out not in written, f"{command}: {out}"
             written.add(out)
 
