@@ -88,7 +88,7 @@ TROUBLES: dict[str, tuple[str, Callable[[Trend], bool], str]] = {
     "entropy": (
         "entropy",
         lambda t: t.falls and t.after < 0.2 * t.before,
-        "entropy collapsed ({t.before:.3g} → {t.after:.3g}): answers hardly vary any more; raise clip_high, or lower lr",
+        "entropy collapsed ({t.before:.3g} → {t.after:.3g}): answers hardly vary; raise clip_high, or lower lr",
     ),
     "sampler": (
         "sampler_gap",
