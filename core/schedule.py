@@ -35,7 +35,7 @@ def learning_rate(config: ScheduleConfig, peak: float, step: int, total: int) ->
         return peak * (step + 1) / warmup
     if config.kind == "constant":
         return peak
-    start = max(warmup, total - steps_of(config.decay, total)) if config.kind == "wsd" else warmup
+    start = decay_start(config, total) if config.kind == "wsd" else warmup
     progress = min(max(step - start, 0) / max(total - start, 1), 1.0)  # 0 … 1 over the decay
     shape = {
         "linear": lambda x: 1.0 - x,
@@ -43,6 +43,11 @@ def learning_rate(config: ScheduleConfig, peak: float, step: int, total: int) ->
         "wsd": DECAYS[config.decay_shape],
     }[config.kind]
     return peak * (config.floor + (1.0 - config.floor) * shape(progress))
+
+
+def decay_start(config: ScheduleConfig, total: int) -> int:
+    """The step at which WSD's final decay begins."""
+    return max(steps_of(config.warmup, total), total - steps_of(config.decay, total))
 
 
 def steps_of(value: float, total: int) -> int:

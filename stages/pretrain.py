@@ -18,7 +18,7 @@ from tritium.core.data import Bins, DataConfig, Source, open_bins, parse_sources
 from tritium.core.formats import Skipped
 from tritium.core.objectives import CrossEntropy
 from tritium.core.optim import OptimConfig
-from tritium.core.schedule import ScheduleConfig
+from tritium.core.schedule import ScheduleConfig, decay_start
 from tritium.core.setup import FinetuneConfig, MeshConfig, load_model, load_tokenizer, parameter_dtype, start
 from tritium.core.tokenizer import Tokenizer
 from tritium.core.trainer import Result, RunConfig, Trainer
@@ -69,11 +69,14 @@ class Config:
     schedule: ScheduleConfig = opt(ScheduleConfig, "learning rate over the run")
     run: RunConfig = opt(RunConfig, "the run itself")
     mesh: MeshConfig = opt(MeshConfig, "parallelism")
+    anneal: list[str] = opt([], "text files that take over in the final decay (schedule.kind=wsd); FILE@W as in data")
     finetune: FinetuneConfig = opt(FinetuneConfig, "what of the model is trained")
 
     def __post_init__(self):
         if self.finetune.kind != "full" and not self.init:
             raise ConfigError(f"finetune.kind={self.finetune.kind} needs `init`: a model to go on from")
+        if self.anneal and self.schedule.kind != "wsd":
+            raise ConfigError(f"anneal goes with schedule.kind=wsd, which has a final decay; not {self.schedule.kind}")
         if not 0 <= self.replay_share < 1:
             raise ConfigError(f"replay_share={self.replay_share} must be in [0, 1)")
 
@@ -81,8 +84,9 @@ class Config:
 def train(config: Config) -> Result:
     """Train on text; the result's metrics hold `eval_loss` in nats per token."""
     mesh = start(config, "pretrain")
-    if config.replay:
-        parse_sources(config.replay, "replay")  # a mistake is told before the tokenizer is trained
+    for name in ("replay", "anneal"):
+        if sources := getattr(config, name):
+            parse_sources(sources, name)  # a mistake is told before the tokenizer is trained
     tokenizer = open_tokenizer(config, mesh)
     model = open_model(config, tokenizer, mesh)
     skipped = Skipped(config.data.on_error)
@@ -100,8 +104,10 @@ def train(config: Config) -> Result:
     )
     parameters = sum(math.prod(full_shape(p, mesh.tp)) for p in model.parameters())
     trainer.say(f"{parameters:,} parameters, {bins.tokens:,} tokens an epoch")
+    annealing = open_annealing(config, tokenizer, model.config.max_positions, mesh, skipped)
+    start_annealing = decay_start(config.schedule, trainer.total_steps) if annealing else trainer.total_steps
     for step in trainer.steps():
-        batches = bins.step(step)
+        batches = bins.step(step) if step < start_annealing else annealing.step(step - start_annealing)
         # ------------------------------------------------------------------------------------------------------
         trainer.step(batches)  # cross-entropy over every token / their number in the whole step
         # ------------------------------------------------------------------------------------------------------
@@ -175,6 +181,18 @@ def open_data(
                 train, held_out = train + old, held_out + old_held_out
         mesh.barrier()
     return open_bins(train, held_out, weights, config, mesh)
+
+
+def open_annealing(config: Config, tokenizer: Tokenizer, context: int, mesh: Mesh, skipped: Skipped) -> Bins | None:
+    """The bins of the final decay, where it has sources of its own (MiniCPM, arXiv 2404.06395, section 5)."""
+    if not config.anneal:
+        return None
+    settings, cache = replace(config.data, sources=config.anneal, holdout=0.0), str(Path(config.run.out) / "tokens")
+    for turn in (True, False):
+        if mesh.main == turn:
+            train, _, weights = text_sources(settings, tokenizer, context, cache, skipped)
+        mesh.barrier()
+    return Bins(train, weights, config.data, mesh, config.run.seed)
 
 
 def replay_weights(

@@ -7,11 +7,12 @@ import tritium
 from tritium.core.config import ConfigError
 from tritium.core.data import DataConfig
 from tritium.core.optim import LossScale, OptimConfig
+from tritium.core.schedule import ScheduleConfig
 from tritium.core.setup import FinetuneConfig
-from tritium.core.trainer import RunConfig
+from tritium.core.trainer import RunConfig, Trainer
 from tritium.model.config import ModelConfig
 from tritium.model.transformer import Transformer
-from tritium.stages import sft
+from tritium.stages import pretrain, sft
 
 pytestmark = pytest.mark.usefixtures("quick")
 CONFIG = ModelConfig(48, 16, 24, 2, 4, 2, 8, max_positions=40, init_std=0.3)
@@ -80,3 +81,20 @@ def test_fp16_learns_as_fp32_does(tiny, tmp_path):
 def test_options_that_cannot_be():
     with pytest.raises(ConfigError, match="block_dropout"):
         FinetuneConfig(block_dropout=1.0)
+
+
+def test_the_final_decay_has_its_own_data(tiny, tmp_path, monkeypatch):
+    """Text of one word takes over in the last two of six steps, and not before."""
+    (tmp_path / "good.txt").write_text("zq " * 4000)
+    seen = []
+    step = Trainer.step
+    monkeypatch.setattr(Trainer, "step", lambda self, batches: (seen.append(batches), step(self, batches))[1])
+    data = DataConfig([tiny.data("text.jsonl")], bin_tokens=256)
+    run = RunConfig(out=str(tmp_path / "run"), steps=6, dtype="fp32", eval_bins=1)
+    schedule = ScheduleConfig("wsd", warmup=0.0, decay=2.0)
+    options = {"init": tiny.model, "anneal": [str(tmp_path / "good.txt")], "data": data, "run": run}
+    pretrain.train(pretrain.Config(**options, schedule=schedule))
+    common = [max(b.tokens.bincount().max().item() / len(b.tokens) for b in s) for s in seen]
+    assert min(common[4:]) > max(common[:4])
+    with pytest.raises(ConfigError, match="anneal goes with schedule.kind=wsd"):
+        pretrain.Config(**options)
