@@ -13,8 +13,10 @@ from tritium.core.objectives import KTO, PairOptions, Preference
 from tritium.core.objectives.preference import LOSSES, REFERENCE_FREE, Pairs
 from tritium.model.config import ModelConfig
 from tritium.model.transformer import Transformer
+from tritium.parallel.data import all_reduce_counts
+from tritium.parallel.mesh import init_mesh
 
-SHAPE = ModelConfig(40, 16, 24, 2, 2, 1, 8, max_positions=32, init_std=0.3)
+SHAPE = ModelConfig(40, 16, 24, 2, 2, 2, 8, max_positions=32, init_std=0.3)
 OPTIONS = PairOptions(beta=0.3, label_smoothing=0.1, margin=0.7, penalty=2.0)
 pytestmark = pytest.mark.usefixtures("quick")
 
@@ -284,3 +286,22 @@ def test_z0_does_not_depend_on_the_bins():
     whole = total(KTO(0.3), networks, pack([[d] for d in documents]))
     cut = [pack([[documents[i]] for i in part], multiple_of=32) for part in ((3,), (0, 4), (2, 1))]
     assert_same(policy, total(KTO(0.3), networks, *cut), whole)
+
+
+def kto_on_ranks(tp: int) -> float:
+    """The step's KTO loss on this rank's share of the documents, as the trainer adds it up over dp."""
+    mesh = init_mesh(tp=tp, device="cpu")
+    reference, policy = (Transformer(SHAPE, mesh, torch.float64).initialize(seed) for seed in (9, 3))
+    networks = torch.nn.ModuleDict({"policy": closer(policy, reference, 0.5), "reference": reference})
+    batch, objective = pack([[d] for d in feedback()[mesh.dp_rank :: mesh.dp]]), KTO(0.3)
+    objective.prepare(networks, [batch])
+    terms, _ = objective.loss(objective.outputs(networks, batch), batch)
+    return all_reduce_counts({"loss": terms["loss"].sum.item()}, mesh)["loss"] / len(feedback())
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+def test_kto_does_not_depend_on_the_ranks(pool2, tp):
+    reference = model(9).requires_grad_(False)
+    networks = {"policy": closer(model(3), reference, 0.5), "reference": reference}
+    alone = total(KTO(0.3), networks, pack([[d] for d in feedback()])).item()
+    assert pool2.run(kto_on_ranks, tp) == pytest.approx([alone, alone], abs=1e-9)
