@@ -19,8 +19,8 @@ from tritium.core.config import ConfigError, nearest
 from tritium.core.rewards import Answer, Reward, Score, scores
 from tritium.core.rewards.classifier import Rules
 from tritium.core.rewards.code import Code
+from tritium.core.rewards.endpoint import LLMJudge
 from tritium.core.rewards.exact import ExactMatch, NumberMatch
-from tritium.core.rewards.judge import LLMJudge
 from tritium.core.rewards.maths import MathMatch
 from tritium.core.rewards.text import Json, Language, Length, Regex, Repetition, Tags, Words
 

@@ -12,6 +12,7 @@ import tritium
 from tritium.core.config import ConfigError
 from tritium.core.evaluate import bootstrap, choice, likelihoods, pass_at_k, read_choices, wilson
 from tritium.core.formats import DataError, RecordError, Skipped
+from tritium.model.heads import ScalarModel
 from tritium.stages import evaluate
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -102,6 +103,23 @@ def test_samples_give_pass_at_k_and_an_answer_against_itself_wins_half(tiny, tmp
     metrics = evaluate.measure(again).metrics
     assert metrics["win_rate"] == 0.5 and metrics["compared"] == first["n"] == 6
     assert 0 <= metrics["pass@1"] <= metrics["pass@2"] <= 1
+
+
+def test_a_reward_model_says_who_wins(tiny, tmp_path):
+    scorer = ScalarModel(tritium.load(tiny.model, dtype=torch.float32)).initialize(0)
+    scorer.save(str(tmp_path / "scorer"))
+    tritium.Tokenizer.load(tiny.model).save(str(tmp_path / "scorer"))
+    saved = tmp_path / "a.jsonl"
+    evaluate.measure(config(tiny, data=tiny.data("problems.jsonl"), save=str(saved)))
+    rows = [json.loads(line) for line in saved.read_text().splitlines()]
+    shuffled = [
+        row | {"answer": text} for row, text in zip(rows, ["7", "Hello", "x y", "12", "= 3", "no"], strict=True)
+    ]
+    saved.write_text("".join(json.dumps(row) + "\n" for row in shuffled))
+    options = {"data": tiny.data("problems.jsonl"), "against": str(saved), "reward_model": str(tmp_path / "scorer")}
+    metrics = evaluate.measure(config(tiny, **options)).metrics
+    assert metrics["compared"] == 6 and metrics["win_rate_low"] <= metrics["win_rate"] <= metrics["win_rate_high"]
+    assert (metrics["win_rate"] * 6) % 1 == pytest.approx(0)  # scores of different answers differ
 
 
 def test_shots_come_as_turns_and_what_no_longer_fits_is_told(tiny, tmp_path, capsys):

@@ -9,7 +9,7 @@ import pytest
 from tritium.core.config import ConfigError
 from tritium.core.rewards import Answer, judge
 from tritium.core.rewards.classifier import train_classifier
-from tritium.core.rewards.judge import LLMJudge
+from tritium.core.rewards.endpoint import LLMJudge
 from tritium.core.rewards.make import make_reward
 
 
