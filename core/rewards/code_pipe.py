@@ -63,6 +63,7 @@ def candidate():
         "name": lambda name: space[name],
         "call": lambda function, args, kwargs: function(*args, **kwargs),
         "attribute": getattr,
+        "set": setattr,
         "item": operator.getitem,
         "length": len,
         "list": lambda items: list(itertools.islice(items, 100_000)),
@@ -102,7 +103,10 @@ class Remote:
     """Something of the program's that is no plain data."""
 
     def __init__(self, number):
-        self._number = number
+        object.__setattr__(self, "_number", number)
+
+    def __setattr__(self, name, value):
+        ask("set", self, name, value)
 
     def __getattr__(self, name):
         if name.startswith("__"):

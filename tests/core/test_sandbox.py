@@ -110,6 +110,7 @@ def code(program: str, tests: list | None = None, spec: str = "code", **record) 
         ("def f(n): yield from range(n)", "assert list(f(3)) == [0, 1, 2]"),
         ("class P:\n    def __init__(s, a): s.a = a\ndef f(p): return p[1].a", "assert f([P(1), P(2)]) == 2"),
         ("import collections\ndef f(s): return collections.Counter(s)", "assert f('aab') == {'a': 2, 'b': 1}"),
+        ("class N: pass\ndef f(n): return n.left.x", "n = N(); n.left = N(); n.left.x = 3; assert f(n) == 3"),
         ("import re\ndef f(s): return re.match('a', s)", "assert f('a') and not f('b')"),
         ("def f(x): raise ValueError('no')", "try:\n    f(1); assert 0\nexcept ValueError as e: assert str(e) == 'no'"),
         ("def helper(x): return x\ndef f(x): return -x", "assert helper(f(2)) == -2"),
