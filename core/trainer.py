@@ -268,8 +268,8 @@ class Trainer:
             return self.objective.estimate(self.networks, self.in_step(batches), self.mesh)
 
     def idle_loss(self, batch: PackedBatch) -> Tensor:
-        """Nothing, by way of every trained layer: other ranks wait for this one to gather and to reduce these."""
-        decoders = [decoder_of(self.networks[key]) for key in self.optimizers]
+        """Nothing, by way of every layer that the others' losses need: they wait for this rank to gather and reduce."""
+        decoders = [decoder_of(self.networks[key]) for key in (*self.optimizers, *self.objective.asks)]
         return sum(d.hidden(batch.tokens, batch.cu_seqlens, positions=batch.positions).sum() * 0.0 for d in decoders)
 
     def in_step(self, batches: Sequence[PackedBatch]) -> list[PackedBatch]:

@@ -43,6 +43,8 @@ Networks = nn.ModuleDict  # "policy", and what else the stage has
 class Objective:
     """The protocol; `prepare` may stay empty."""
 
+    asks: tuple[str, ...] = ()  # frozen networks that `outputs` runs, after the trained one
+
     def prepare(self, networks: Networks, batches: Sequence[PackedBatch]) -> None:
         """Fill `batch.fields`, without a gradient, with what must be fixed before the parameters move."""
 

@@ -34,6 +34,8 @@ class Distill(Objective):
     With `top_k`, the teacher's k likeliest tokens are kept over epochs by document, and the rest is one bucket.
     """
 
+    asks = ("teacher",)
+
     kind: str = "forward"
     temperature: float = 1.0
     sft: float = 0.0
@@ -107,6 +109,8 @@ class DualLevel(Preference):
     L is a loss of pairs (`Preference`); KL(teacher ‖ student) is at the tokens of the positive (chosen) and of the
     negative answers, each with a denominator of its own: "positive_tokens" and "negative_tokens".
     """
+
+    asks = ("teacher",)
 
     weights: tuple[float, float, float] = (1.0, 1.0, 1.0)
     kind: str = "forward"

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 import tritium
 from tritium.core.batch import Document, PackedBatch, pack
 from tritium.core.config import from_dict, opt
-from tritium.core.objectives import CrossEntropy, Objective, PairOptions, Pairwise, Preference
+from tritium.core.objectives import CrossEntropy, Distill, Objective, PairOptions, Pairwise, Preference
 from tritium.core.optim import OptimConfig
 from tritium.core.rewards import Score
 from tritium.core.schedule import ScheduleConfig
@@ -84,6 +84,9 @@ def networks_of(stage: str, config: ModelConfig, mesh: Mesh, dtype: torch.dtype)
     if stage == "dpo":
         reference = Transformer(config, mesh, dtype).initialize(seed=3).requires_grad_(False)
         return {"policy": model, "reference": reference}, Preference(options=PairOptions(beta=0.5), sft=0.2)
+    if stage == "distill":
+        teacher = Transformer(config, mesh, dtype).initialize(seed=3).requires_grad_(False)
+        return {"policy": model, "teacher": teacher}, Distill("reverse", temperature=1.5, sft=0.2)
     if stage == "lora":
         attach(model, LoraConfig(rank=4, alpha=8.0))
         with torch.no_grad():
@@ -162,6 +165,9 @@ RUNS_OF_TWO = [  # stage, model, tp, cp, zero; the rest is dp
     ("reward", TIED, 2, 1, 0),
     ("reward", OWN, 1, 1, 3),
     ("muon", OWN, 2, 1, 0),
+    ("distill", OWN, 2, 1, 0),
+    ("distill", TIED, 1, 2, 0),
+    ("distill", OWN, 1, 1, 3),
     ("lora", OWN, 2, 1, 0),
     ("lora", TIED, 1, 2, 3),
     ("muon", TIED, 1, 1, 1),
@@ -181,6 +187,7 @@ RUNS_OF_FOUR = [
     ("muon", TIED, 1, 1, 2),
     ("muon", SHARED, 4, 1, 0),
     ("lora", SHARED, 4, 1, 0),
+    ("distill", OWN, 2, 2, 0),
     ("lora", SHARED, 2, 1, 3),
     ("muon", SHARED, 2, 1, 3),
 ]
