@@ -1,5 +1,6 @@
 """From a record to the group of documents that an objective takes: what is supervised, and the fields it needs."""
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import count
@@ -115,21 +116,37 @@ def score_group(tokenizer: Tokenizer) -> Callable[[dict], Group]:
     return convert
 
 
-def step_group(tokenizer: Tokenizer) -> Callable[[dict], Group]:
-    """record → its steps, a line each, then the newline that ends the answer; the weights mark each step's last
-    token, and `label` there says whether it is right."""
+def split_steps(text: str) -> list[tuple[str, int]]:
+    """(step, where it ends in the text): a step is a line that is not blank, without the space around it."""
+    return [(found[0], found.end()) for found in re.finditer(r"\S(?:[^\n]*\S)?", text)]
+
+
+def step_document(tokenizer: Tokenizer, prompt: list[dict], parts: Sequence[str]) -> tuple[Document, list[int]]:
+    """(the prompt and the steps, a line each, then the newline that ends the answer; the places that the weights mark).
+
+    A mark stands after its step, whose value is read at the step's last token: of predicting what comes next.
+    """
     newline = tokenizer.encode("\n")
+    ids, marks = list(render(tokenizer, prompt, generation_prompt=True).ids), []
+    for text in parts:
+        ids += [*tokenizer.encode(text), *newline]
+        marks.append(len(ids))
+    ids += newline
+    weights = np.zeros(len(ids), np.float32)
+    weights[marks] = 1.0
+    return Document(np.array(ids, np.int32), weights), marks
+
+
+def step_group(tokenizer: Tokenizer) -> Callable[[dict], Group]:
+    """record → its `step_document`; a step of several lines becomes one. `label` at a mark says whether it is right."""
 
     def convert(record: dict) -> Group:
         prompt, parts = steps(record)
-        ids, marks = list(render(tokenizer, prompt, generation_prompt=True).ids), {}
-        for text, right in parts:
-            ids += [*tokenizer.encode(text), *newline]
-            marks[len(ids)] = float(right)  # of predicting what comes next: read at the step's last token
-        ids += newline
-        weights, labels = (np.zeros(len(ids), np.float32) for _ in range(2))
-        weights[list(marks)], labels[list(marks)] = 1.0, list(marks.values())
-        return [Document(np.array(ids, np.int32), weights, {"label": labels})]
+        lines = [" ".join(line for line, _ in split_steps(text)) for text, _ in parts]
+        document, marks = step_document(tokenizer, prompt, lines)
+        document.fields["label"] = np.zeros(len(document), np.float32)
+        document.fields["label"][marks] = [float(right) for _, right in parts]
+        return [document]
 
     return convert
 

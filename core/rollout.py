@@ -1,7 +1,7 @@
 """Sampling answers to problems, and judging them: what `sample`, `grpo` and `evaluate` have in common."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 
 import numpy as np
@@ -84,11 +84,11 @@ class Sample:
     score: Score | None = None
     verified: Score | None = None  # by a judge that only measures
 
-    def shown(self) -> Answer:
+    def shown(self, decoder: Callable | None = None) -> Answer:
         """What a judge gets to see."""
         problem = self.problem
         prompt = problem.messages[-1]["content"]
-        return Answer(self.completion.tokens, self.text, prompt, problem.reference, problem.messages)
+        return Answer(self.completion.tokens, self.text, prompt, problem.reference, problem.messages, decoder)
 
     @property
     def right(self) -> bool:
@@ -174,7 +174,7 @@ def roll_out(
         extend=ToolUse(tokenizer, tool, sampling.max_calls) if tool else None,
     )
     samples = [Sample(problems[i // n], c, tokenizer.decode(c.tokens)) for i, c in enumerate(completions)]
-    answers = [sample.shown() for sample in samples]
+    answers = [sample.shown(tokenizer.incremental) for sample in samples]
     judged = judge(reward, answers)
     verdicts = judge(verifier, answers) if verifier else Judged([None] * len(answers))
     for sample, score, verdict in zip(samples, judged.scores, verdicts.scores, strict=True):

@@ -9,9 +9,9 @@ model, sandboxes side by side) also has `batch`. `make.make_reward` builds judge
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,7 @@ class Answer:
     prompt: str = ""
     reference: str = ""
     messages: Sequence[dict] = ()  # the whole conversation up to the answer, where there is more than a prompt
+    decoder: Callable[[], Any] | None = None  # makes an incremental decoder of `ids`, e.g. Tokenizer.incremental
 
 
 @dataclass
@@ -81,6 +82,16 @@ def scores(reward: Reward, answers: Sequence[Answer]) -> list[Score | Exception]
         return [checked(score) for score in given]
     except Exception as error:  # a judge may fail in any way
         return [error] * len(answers)
+
+
+class Composed:
+    """A judge of many answers at once, by `batch`: one answer is a batch of one."""
+
+    def __call__(self, ids: Sequence[int], text: str, *, prompt: str = "", reference: str = "") -> Score:
+        (score,) = self.batch([Answer(ids, text, prompt, reference)])
+        if isinstance(score, Exception):
+            raise score
+        return score
 
 
 def score_one(reward: Reward, answer: Answer) -> Score | Exception:

@@ -5,6 +5,7 @@
     gate(json("name"), math)                     math where the first is 1, else 0
     clip(math - 0.01*length(100, 200), -1, 1)    bounded
     abstain(math, right=1, abstained=0, wrong=-4)
+    model("runs/reward") + process("runs/steps")  trained by `tritium reward`: of the answer, of each of its steps
 
 The text is Python's syntax, read but never run: names, calls with constants, +, −, and * with a number.
 """
@@ -16,30 +17,22 @@ from typing import Any
 
 from tritium.core.chat import parse_reasoning
 from tritium.core.config import ConfigError, nearest
-from tritium.core.rewards import Answer, Reward, Score, scores
+from tritium.core.rewards import Answer, Composed, Reward, Score, scores
 from tritium.core.rewards.classifier import Rules
 from tritium.core.rewards.code import Code
 from tritium.core.rewards.endpoint import LLMJudge
 from tritium.core.rewards.exact import ExactMatch, NumberMatch
 from tritium.core.rewards.maths import MathMatch
+from tritium.core.rewards.scorer import ModelReward, ProcessReward
 from tritium.core.rewards.text import Json, Language, Length, Regex, Repetition, Tags, Words
-
-
-class Composed:
-    """A judge made of judges: one answer is a batch of one."""
-
-    def __call__(self, ids: Sequence[int], text: str, *, prompt: str = "", reference: str = "") -> Score:
-        (score,) = self.batch([Answer(ids, text, prompt, reference)])
-        if isinstance(score, Exception):
-            raise score
-        return score
 
 
 @dataclass(frozen=True)
 class WeightedSum(Composed):
     """Σ weight · judge. `parts` are the judges' own values; an answer is right where the first judge says so.
 
-    Where one judge fails, the sum fails, with its name.
+    Where one judge fails, the sum fails, with its name. Where one scores steps, the sum does too: what the others say
+    of the whole answer comes at its last token.
     """
 
     judges: dict[str, Reward]
@@ -47,9 +40,10 @@ class WeightedSum(Composed):
 
     def batch(self, answers: Sequence[Answer]) -> list[Score | Exception]:
         columns = {name: scores(judge, answers) for name, judge in self.judges.items()}
-        return [self.total({name: column[i] for name, column in columns.items()}) for i in range(len(answers))]
+        rows = [{name: column[i] for name, column in columns.items()} for i in range(len(answers))]
+        return [self.total(row, len(a.ids) - 1) for row, a in zip(rows, answers, strict=True)]
 
-    def total(self, given: dict[str, Score | Exception]) -> Score | Exception:
+    def total(self, given: dict[str, Score | Exception], last: int) -> Score | Exception:
         for name, score in given.items():
             if isinstance(score, Exception):
                 return type(score)(f"{name}: {score}") if type(score) in (ValueError, RuntimeError) else score
@@ -59,7 +53,19 @@ class WeightedSum(Composed):
             parts |= score.parts
         first = next(iter(given.values()))
         reason = "; ".join(f"{name}: {score.reason}" for name, score in given.items() if score.reason)
-        return Score(value, reason, first.steps, parts, first.ends, first.solved)
+        total = Score(value, reason, first.steps, parts, right=first.solved)
+        return replace(total, **self.steps(given, last)) if any(s.ends for s in given.values()) else total
+
+    def steps(self, given: dict[str, Score], last: int) -> dict[str, tuple]:
+        at: dict[int, float] = {}
+        for name, score in given.items():
+            places = zip(score.ends, score.steps, strict=True) if score.ends else [(last, score.value)]
+            for end, value in places:
+                at[end] = at.get(end, 0.0) + self.weights[name] * value
+        return {"ends": tuple(sorted(at)), "steps": tuple(at[end] for end in sorted(at))}
+
+
+WHOLE: dict[str, tuple] = {"steps": (), "ends": ()}  # of a score that speaks of no steps
 
 
 @dataclass(frozen=True)
@@ -74,13 +80,14 @@ class Gate(Composed):
         given = scores(self.condition, answers)
         is_open = [i for i, score in enumerate(given) if isinstance(score, Score) and score.value >= 1]
         asked = dict(zip(is_open, scores(self.judge, [answers[i] for i in is_open]), strict=True))
-        shut = [s if isinstance(s, Exception) else replace(s, value=self.closed, right=False) for s in given]
+        closed = {"value": self.closed, "right": False} | WHOLE
+        shut = [s if isinstance(s, Exception) else replace(s, **closed) for s in given]
         return [asked.get(i, shut[i]) for i in range(len(answers))]
 
 
 @dataclass(frozen=True)
 class Clip(Composed):
-    """The judge's value, held between `low` and `high`."""
+    """The judge's value, held between `low` and `high`; each step's, where it scores steps."""
 
     judge: Reward
     low: float = -1.0
@@ -90,7 +97,8 @@ class Clip(Composed):
         def clipped(score: Score | Exception) -> Score | Exception:
             if isinstance(score, Exception):
                 return score
-            return replace(score, value=min(max(score.value, self.low), self.high), right=score.solved)
+            value, *steps = (min(max(v, self.low), self.high) for v in (score.value, *score.steps))
+            return replace(score, value=value, steps=tuple(steps), right=score.solved)
 
         return [clipped(score) for score in scores(self.judge, answers)]
 
@@ -121,7 +129,7 @@ class Abstain(Composed):
             if abstains(answer.text)
             else score
             if isinstance(score, Exception)
-            else replace(score, value=self.right if score.solved else self.wrong, right=score.solved)
+            else replace(score, value=self.right if score.solved else self.wrong, right=score.solved, **WHOLE)
             for answer, score in zip(answers, scores(self.judge, answers), strict=True)
         ]
 
@@ -145,6 +153,8 @@ JUDGES: dict[str, Any] = {
     "language": Language,
     "words": Words,
     "rules": Rules,
+    "model": lambda folder: ModelReward(folder),
+    "process": lambda folder, over="min": ProcessReward(folder, over=over),
     "judge": LLMJudge,
     "gate": Gate,
     "clip": Clip,
