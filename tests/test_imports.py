@@ -14,7 +14,7 @@ ROOT = pathlib.Path(tritium.__file__).parent
 LAYERS = ("kernels", "parallel", "model", "core", "stages", "bench")  # each may import those before it
 FILES = sorted(file for layer in LAYERS for file in (ROOT / layer).rglob("*.py"))
 LINES = 15_000
-OVERRUN = 6_000  # while five areas are being built at once; paid back before the end of it
+OVERRUN = 10_200  # alignment, generation, judges and open models came at once: to be paid back by deleting
 
 
 def module_name(file):

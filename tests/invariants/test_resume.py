@@ -20,7 +20,7 @@ class Killed(Exception):
 def sft_run(tiny, out: Path, dtype: str) -> None:
     data = DataConfig([tiny.data("chats.jsonl")], bin_tokens=256, bins_per_step=2, holdout=0.1)
     run = RunConfig(out=str(out), steps=6, dtype=dtype, save_every=2, eval_every=3, keep=9)
-    sft.train(sft.Config(data, run=run, model=tiny.model))
+    sft.train(sft.Config(data=data, run=run, model=tiny.model))
 
 
 def dpo_run(tiny, out: Path, dtype: str) -> None:

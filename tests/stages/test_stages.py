@@ -80,7 +80,9 @@ def test_continued_pretraining_replays_old_text(tiny, tmp_path):
 
 
 def test_sft_learns(tiny, tmp_path):
-    result = sft.train(sft.Config(data(tiny.data("chats.jsonl")), LR, run=run(tmp_path, 8), model=tiny.model))
+    result = sft.train(
+        sft.Config(data=data(tiny.data("chats.jsonl")), optim=LR, run=run(tmp_path, 8), model=tiny.model)
+    )
     assert_finished(result, tmp_path, 8)
     assert result.metrics["eval_loss"] < result.before["eval_loss"] - 0.3
 
