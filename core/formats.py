@@ -23,7 +23,7 @@ import json
 import re
 import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -395,12 +395,16 @@ def feedback(record: dict) -> tuple[list[Message], list[tuple[str, bool]]]:
     return open_prompt(record), [(answer_text(answer, "completion"), bool(label))]
 
 
-def scored(record: dict) -> tuple[list[Message], str, float]:
-    """(prompt, answer, score in [0, 1]). Raises: RecordError."""
-    score = record.get("score")
-    if isinstance(score, bool) or not isinstance(score, int | float) or not 0 <= score <= 1:
-        raise RecordError(f"a score that is not a number in [0, 1]: {score!r}")
-    return open_prompt(record), answer_text(record.get("completion"), "completion"), float(score)
+def scored(
+    record: dict, names: Sequence[str] = ("score",), highest: float = 1.0
+) -> tuple[list[Message], str, dict[str, float]]:
+    """(prompt, answer, the scores of these names in [0, highest], as shares of that). Raises: RecordError."""
+    scores = {name: record.get(name) for name in names}
+    for name, score in scores.items():
+        if isinstance(score, bool) or not isinstance(score, int | float) or not 0 <= score <= highest:
+            raise RecordError(f"a {name} that is not a number in [0, {highest:g}]: {score!r}")
+    answer = answer_text(record.get("completion", record.get("response")), "completion")
+    return open_prompt(record), answer, {name: score / highest for name, score in scores.items()}
 
 
 def steps(record: dict) -> tuple[list[Message], list[tuple[str, bool]]]:

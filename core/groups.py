@@ -104,13 +104,15 @@ def comparison_group(tokenizer: Tokenizer) -> Callable[[dict], Group]:
     return convert
 
 
-def score_group(tokenizer: Tokenizer) -> Callable[[dict], Group]:
-    """record → its answer; `score` per sequence."""
+def score_group(
+    tokenizer: Tokenizer, names: Sequence[str] = ("score",), highest: float = 1.0
+) -> Callable[[dict], Group]:
+    """record → its answer; the scores of these names per sequence, as shares of the highest possible."""
 
     def convert(record: dict) -> Group:
-        prompt, answer, score = scored(record)
+        prompt, answer, scores = scored(record, names, highest)
         document = answer_document(tokenizer, prompt, answer)
-        document.fields["score"] = score
+        document.fields |= scores
         return [document]
 
     return convert

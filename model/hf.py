@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from tritium.model.config import ModelConfig
-from tritium.model.heads import ScalarModel
+from tritium.model.heads import ScalarModel, head_names
 from tritium.model.rope import RopeScaling
 from tritium.model.transformer import Transformer, come_from, full_shape
 from tritium.parallel.files import Share, TensorFileError, deal, open_tensors, tensor_files
@@ -41,7 +41,7 @@ def load(
     mesh: Mesh | None = None,
     streamed: bool = False,
 ) -> Transformer | ScalarModel:
-    """Read a model: a `Transformer`, or a `ScalarModel` where the folder holds a sequence classifier with one label.
+    """Read a model: a `Transformer`, or a `ScalarModel` where the folder holds a sequence classifier .
     A folder of a peft adapter is its base with the adapter attached.
 
     `dtype` is that of the parameters. On a `mesh`, each rank keeps its shards. Files are mapped into memory, and read
@@ -56,8 +56,8 @@ def load(
     raw = read_json(path / "config.json")
     config = from_hf_config(raw, path / "config.json")
     model = Transformer(config, mesh or Mesh.single(device), dtype, streamed)
-    if any(name.endswith("ForSequenceClassification") for name in raw.get("architectures") or []):
-        model = ScalarModel(model)
+    if classifies(raw):
+        model = ScalarModel.described(model, raw)
     try:
         with ExitStack() as stack:
             tensors = stack.enter_context(open_tensors(path, "model"))
@@ -66,6 +66,18 @@ def load(
     except TensorFileError as error:
         raise ModelFolderError(str(error)) from None
     return model
+
+
+def classifies(raw: dict) -> bool:
+    names = raw.get("architectures") or []
+    return raw.get("task_type") == "SEQ_CLS" or any(name.endswith("ForSequenceClassification") for name in names)
+
+
+def heads_in(folder: str) -> tuple[str, ...]:
+    """The names of a `ScalarModel`'s heads, without reading it; none of a language model. Raises: ModelFolderError."""
+    adapter = Path(folder) / ADAPTER_CONFIG
+    raw = read_json(adapter if adapter.exists() else Path(folder) / "config.json")
+    return head_names(raw) if classifies(raw) else ()
 
 
 def save(model: Transformer | ScalarModel, folder: str) -> None:
@@ -238,7 +250,7 @@ def to_hf_config(model: Transformer | ScalarModel) -> dict:
     } | hf_extras(config)
     if from_hf_config(raw, Path("config.json")) != config:
         raise ValueError(f"this is no published architecture: {config.family} can't be exported with {config}")
-    return raw | ({"num_labels": 1, "id2label": {"0": "reward"}, "label2id": {"reward": 0}} if scalar else {})
+    return raw | (model.description() if scalar else {})
 
 
 def hf_extras(config: ModelConfig) -> dict:
@@ -300,7 +312,7 @@ def parts(model: Transformer | ScalarModel) -> Iterator[tuple[nn.Module, str, li
     if decoder.head is not None:
         yield decoder, "head", [("lm_head.weight", config.vocab_size)]
     if isinstance(model, ScalarModel):
-        yield model, "score", [("score.weight", 1)]
+        yield model, "score", [("score.weight", len(model.heads))]
 
 
 def hf_tensors(

@@ -295,25 +295,31 @@ def export_adapter(model: Model, make_whole: Callable[[nn.Parameter], None]) -> 
             yield f"{PREFIX}score.weight", model.score.detach()
 
     targets = sorted({m.rpartition(".")[2] for _, _, h in adapted(model) for m in h.pairs[name].names})
-    text = json.dumps(to_peft(config, targets, isinstance(model, ScalarModel)), indent=2) + "\n"
+    text = json.dumps(to_peft(config, targets, model), indent=2) + "\n"
     return deal(tensors(), "adapter_model", model.mesh, one_file=True), {ADAPTER_CONFIG: text}
 
 
-def to_peft(config: LoraConfig, targets: list[str], scalar: bool) -> dict:
-    return {
-        "peft_type": "LORA",
-        "task_type": "SEQ_CLS" if scalar else "CAUSAL_LM",
-        "base_model_name_or_path": config.base,
-        "inference_mode": True,
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "r": config.rank,
-        "lora_alpha": config.alpha,
-        "lora_dropout": config.dropout,
-        "use_rslora": config.rslora,
-        "target_modules": targets,
-        "modules_to_save": ["score"] if scalar else None,
-    } | ({"base_quantization": "nf4"} if config.quantized else {})
+def to_peft(config: LoraConfig, targets: list[str], model: Model) -> dict:
+    scalar = isinstance(model, ScalarModel)
+    more = model.description() if scalar else {}
+    return (
+        more
+        | {
+            "peft_type": "LORA",
+            "task_type": "SEQ_CLS" if scalar else "CAUSAL_LM",
+            "base_model_name_or_path": config.base,
+            "inference_mode": True,
+            "bias": "none",
+            "fan_in_fan_out": False,
+            "r": config.rank,
+            "lora_alpha": config.alpha,
+            "lora_dropout": config.dropout,
+            "use_rslora": config.rslora,
+            "target_modules": targets,
+            "modules_to_save": ["score"] if scalar else None,
+        }
+        | ({"base_quantization": "nf4"} if config.quantized else {})
+    )
 
 
 def from_peft(raw: dict, path: Path) -> LoraConfig:
@@ -344,7 +350,7 @@ def load_adapted(path: Path, dtype: torch.dtype, mesh: Mesh) -> Model:
     if decoder_of(model).adapters:  # an adapter on an adapter
         merge(model)
     if raw.get("task_type") == "SEQ_CLS" and isinstance(model, Transformer):
-        model = ScalarModel(model)
+        model = ScalarModel.described(model, raw)
     load_adapter(model, str(path))
     return model
 

@@ -30,6 +30,7 @@ from tritium.core.setup import FinetuneConfig, MeshConfig, load_tokenizer, read_
 from tritium.core.tokenizer import Tokenizer
 from tritium.core.trainer import LoopConfig, Result, Trainer
 from tritium.model.heads import ScalarModel
+from tritium.model.hf import decoder_of
 from tritium.parallel.mesh import Mesh
 from tritium.stages.grpo import check_sampling
 
@@ -162,7 +163,7 @@ def open_networks(config: Config, mesh: Mesh) -> dict[str, nn.Module]:
     dtype, reference = config.run.dtype, config.reference if config.ppo.beta else None
     networks = open_policy(config.model, dtype, mesh, config.finetune, config.run.seed, reference)
     critic = read_model(config.critic or config.reward_model or config.model, dtype, mesh)
-    networks["critic"] = critic if isinstance(critic, ScalarModel) else ScalarModel(critic)
+    networks["critic"] = ScalarModel(decoder_of(critic))
     networks["critic"].score.data.zero_()
     if networks["critic"].config.vocab_size != networks["policy"].config.vocab_size:
         raise ConfigError("the critic reads the policy's tokens: it must have the same vocabulary; set critic=")

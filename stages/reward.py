@@ -5,7 +5,7 @@
 
     pairwise     pairs (Bradley-Terry); a record may say its "margin"
     listwise     rankings, which may hold equal answers (Plackett-Luce); all_pairs: their pairs
-    score        answers with a "score" in [0, 1], which σ of the model's approaches
+    score        answers with a "score" in [0, 1], which σ of the model's approaches; or several, `heads`
     process      the steps of an answer, each right or wrong: the model's value at a step's last token
     comparison   pairs, both answers shown at once: the model says how far the first is better
 
@@ -47,6 +47,9 @@ class Config:
     loss: str = opt("pairwise", "what is learned from", choices=tuple(KINDS))
     centering: float = opt(0.01, "pairwise: weight of (chosen + rejected)², which keeps scores around 0")
     label_smoothing: float = opt(0.0, "pairwise: share of labels taken to be wrong")
+    heads: list[str] = opt(["score"], "score: the keys of the scores, a head each, e.g. helpfulness,verbosity")
+    highest: float = opt(1.0, "score: the best score that a record can have; the worst is 0")
+    pooling: str = opt("last", "an answer's score: of its last token, or all tokens' mean", choices=("last", "mean"))
     data: DataConfig = opt(DataConfig, "records of the form that the loss wants")
     optim: OptimConfig = opt(OptimConfig(lr=1e-4), "optimizer")
     schedule: ScheduleConfig = opt(ScheduleConfig, "learning rate over the run")
@@ -59,6 +62,14 @@ class Config:
             raise ConfigError(f"label_smoothing={self.label_smoothing} must be in [0, 0.5)")
         if self.label_smoothing and self.loss != "pairwise":
             raise ConfigError(f"label_smoothing={self.label_smoothing}: only --loss=pairwise knows wrong labels")
+        if not self.heads or len(set(self.heads)) < len(self.heads) or not all(h.isidentifier() for h in self.heads):
+            raise ConfigError(f"heads={','.join(self.heads)}: give one name or more, all different, each a word")
+        if (self.heads != ["score"] or self.highest != 1) and self.loss != "score":
+            raise ConfigError(f"heads and highest are for --loss=score, not --loss={self.loss}")
+        if self.highest <= 0 or (self.pooling == "mean" and self.loss == "process"):
+            raise ConfigError(
+                f"highest={self.highest} must be above 0; and --loss=process pools nothing: --pooling=last"
+            )
 
 
 def train(config: Config) -> Result:
@@ -66,10 +77,11 @@ def train(config: Config) -> Result:
     mesh = start(config, "reward")
     decoder = load_model(config.model, config.run.dtype, mesh, finetune=config.finetune, seed=config.run.seed)
     tokenizer = load_tokenizer(config.model, decoder, config.data.template)
-    model = ScalarModel(decoder).initialize(config.run.seed)
+    heads = config.heads if config.loss == "score" else ["reward"]
+    model = ScalarModel(decoder, heads, config.pooling).initialize(config.run.seed)
     skipped = Skipped(config.data.on_error)
     make_convert, name = KINDS[config.loss]
-    convert = make_convert(tokenizer)
+    convert = make_convert(tokenizer, *((heads, config.highest) if config.loss == "score" else ()))
     bins, evaluation = open_records(config, convert, model.config.max_positions, mesh, skipped, name)
     trainer = Trainer(
         {"reward": model},
@@ -97,7 +109,9 @@ def objective_of(config: Config) -> Objective:
         return Pairwise(config.centering, config.label_smoothing)
     if config.loss in ("listwise", "all_pairs"):
         return Listwise(pairs=config.loss == "all_pairs")
-    return {"score": Scoring, "process": Process, "comparison": Comparison}[config.loss]()
+    if config.loss == "score":
+        return Scoring(tuple(config.heads))
+    return {"process": Process, "comparison": Comparison}[config.loss]()
 
 
 @torch.no_grad()

@@ -56,14 +56,21 @@ class Comparison(RewardObjective):
         return {"loss": Term(losses.sum(), "pairs")}, margin_metrics((first - second) / 2)
 
 
+@dataclass
 class Scoring(RewardObjective):
-    """(σ(r) − s)², s in [0, 1] being `fields["score"]` [S]: a score that somebody gave."""
+    """(σ(r) − s)², s in [0, 1] being `fields["score"]` [S]: a score that somebody gave. Of several heads, the mean,
+    each with its own score (HelpSteer, arXiv 2311.09528, section 3.1)."""
+
+    heads: tuple[str, ...] = ("score",)
 
     def loss(self, outputs: Tensor, batch: PackedBatch) -> Loss:
-        error = outputs.sigmoid() - batch.fields["score"].to(outputs.dtype)
-        return {"loss": Term(error.square().sum(), "sequences")}, {
-            "error": Metric(error.abs().sum().detach(), "sequences")
-        }
+        given = torch.stack([batch.fields[name] for name in self.heads], -1)  # [S, K]
+        error = outputs.view(given.shape).sigmoid() - given.to(outputs.dtype)
+        metrics = {"error": Metric(error.abs().mean(-1).sum().detach(), "sequences")}
+        if len(self.heads) > 1:
+            each = error.abs().sum(0).detach()
+            metrics |= {f"error/{name}": Metric(e, "sequences") for name, e in zip(self.heads, each, strict=True)}
+        return {"loss": Term(error.square().mean(-1).sum(), "sequences")}, metrics
 
 
 class Process(Objective):

@@ -6,6 +6,8 @@
     clip(math - 0.01*length(100, 200), -1, 1)    bounded
     abstain(math, right=1, abstained=0, wrong=-4)
     model("runs/reward") + process("runs/steps")  trained by `tritium reward`: of the answer, of each of its steps
+    model("runs/heads", helpfulness=0.7, verbosity=-0.2)    a weighted sum of its heads
+    ensemble(model("runs/a"), model("runs/b"), k=0.5)       mean − k · standard deviation
 
 The text is Python's syntax, read but never run: names, calls with constants, +, −, and * with a number.
 """
@@ -13,6 +15,7 @@ The text is Python's syntax, read but never run: names, calls with constants, +,
 import ast
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from statistics import fmean, pstdev
 from typing import Any
 
 from tritium.core.chat import parse_reasoning
@@ -103,6 +106,30 @@ class Clip(Composed):
         return [clipped(score) for score in scores(self.judge, answers)]
 
 
+@dataclass(frozen=True)
+class Ensemble(Composed):
+    """The judges' mean less `k` standard deviations: where they disagree, an answer may only look good (Coste et al.,
+    arXiv 2310.02743, section 3.2, with the variance's root). Where one fails, all do."""
+
+    judges: tuple[Reward, ...]
+    k: float = 0.0
+
+    def __post_init__(self):
+        if len(self.judges) < 2 or self.k < 0:
+            raise ConfigError(f"reward: an ensemble of {len(self.judges)}, k={self.k}: give two judges or more, k ≥ 0")
+
+    def batch(self, answers: Sequence[Answer]) -> list[Score | Exception]:
+        columns = [scores(judge, answers) for judge in self.judges]
+        return [self.together(row) for row in zip(*columns, strict=True)]
+
+    def together(self, row: Sequence[Score | Exception]) -> Score | Exception:
+        if failed := [score for score in row if isinstance(score, Exception)]:
+            return failed[0]
+        values = [score.value for score in row]
+        mean, std = fmean(values), pstdev(values)
+        return Score(mean - self.k * std, parts={"mean": mean, "std": std}, right=all(s.solved for s in row))
+
+
 ABSTENTIONS = (
     "i don't know",
     "i do not know",
@@ -153,11 +180,12 @@ JUDGES: dict[str, Any] = {
     "language": Language,
     "words": Words,
     "rules": Rules,
-    "model": lambda folder: ModelReward(folder),
+    "model": lambda folder, **weights: ModelReward(folder, weights=weights),
     "process": lambda folder, over="min": ProcessReward(folder, over=over),
     "judge": LLMJudge,
     "gate": Gate,
     "clip": Clip,
+    "ensemble": lambda *judges, k=0.0: Ensemble(judges, k),
     "abstain": Abstain,
 }
 

@@ -17,6 +17,6 @@ def open_reward(text: str, folder: str, malformed: float, dtype: str, mesh: Mesh
         if judge is None:
             raise ConfigError("nothing is rewarded: give --reward_model=FOLDER, --reward=exact, or both")
         return judge
-    judges: dict[str, Reward] = {"reward_model": ModelReward(folder, dtype, mesh).check()}
+    judges: dict[str, Reward] = {"reward_model": ModelReward(folder, dtype, mesh)}
     judges |= {"reward": judge} if judge else {}
     return WeightedSum(judges, {"reward_model": weight, "reward": 1.0})

@@ -4,20 +4,21 @@ tokenizer and template."""
 import math
 from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from tritium.core.batch import Document, PackedBatch, pack, plan_bins
+from tritium.core.checkpoint import CheckpointError, model_folder
 from tritium.core.config import ConfigError
 from tritium.core.groups import answer_document, split_steps, step_document
 from tritium.core.rewards import Answer, Composed, Score
 from tritium.core.setup import load_tokenizer, read_model
 from tritium.core.tokenizer import Tokenizer
 from tritium.model.heads import ScalarModel
+from tritium.model.hf import ModelFolderError, heads_in
 from tritium.model.transformer import Transformer
 from tritium.parallel.mesh import Mesh
 
@@ -33,8 +34,10 @@ class FolderJudge(Composed):
     mesh: Mesh | None = None
 
     def __post_init__(self):
-        if not Path(self.folder).is_dir():
-            raise ConfigError(f"reward: there is no folder {self.folder!r}")
+        try:
+            self.heads = heads_in(model_folder(self.folder))
+        except (ModelFolderError, CheckpointError) as error:
+            raise ConfigError(f"reward: {error}") from None
 
     @cached_property
     def model(self) -> ScalarModel | Transformer:
@@ -48,20 +51,25 @@ class FolderJudge(Composed):
 
 @dataclass
 class ModelReward(FolderJudge):
-    """The score of the whole conversation, rendered and tokenized as the reward model was trained.
+    """The score of the whole conversation, rendered and tokenized as the reward model was trained; Σ weight · head
+    where it has several, whose values `parts` keep.
 
     An answer that does not fit its context fails: it is counted, and teaches nothing.
     """
 
-    def check(self) -> "ModelReward":
-        """Raises: ConfigError where the folder holds no reward model."""
-        if not isinstance(self.model, ScalarModel):
-            raise ConfigError(f"reward_model={self.folder} is a language model: train one with `tritium reward`")
-        return self
+    weights: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not self.heads:
+            raise ConfigError(f"reward: {self.folder} is a language model: train one with `tritium reward`")
+        if (len(self.heads) > 1 and not self.weights) or not set(self.weights) <= set(self.heads):
+            example = ", ".join(f"{name}={1 / len(self.heads):.2g}" for name in self.heads)
+            raise ConfigError(f"reward: weigh the heads of {self.folder}: model({self.folder!r}, {example})")
 
     @torch.no_grad()
     def batch(self, answers: Sequence[Answer]) -> list[Score | Exception]:
-        context, found = self.check().model.config.max_positions, {}
+        context, found = self.model.config.max_positions, {}
         documents = [self.document(answer) for answer in answers]
         fitting = [i for i, document in enumerate(documents) if len(document) <= context]
         for members in plan_bins([len(documents[i]) for i in fitting], BIN_TOKENS):
@@ -79,8 +87,11 @@ class ModelReward(FolderJudge):
         """What the model says of each document."""
         return self.model.scores(batch.tokens, batch.cu_seqlens, batch.positions)[: batch.sequences]
 
-    def score(self, answer: Answer, value: float) -> Score:
-        return Score(value, right=False)
+    def score(self, answer: Answer, value: float | list[float]) -> Score:
+        if not self.weights:
+            return Score(value, right=False)
+        parts = dict(zip(self.heads, value if isinstance(value, list) else [value], strict=True))
+        return Score(sum(w * parts[name] for name, w in self.weights.items()), parts=parts, right=False)
 
 
 def conversation_of(answer: Answer) -> list[dict]:

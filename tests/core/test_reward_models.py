@@ -8,7 +8,7 @@ import torch
 from tritium.core.chat import render
 from tritium.core.config import ConfigError
 from tritium.core.rewards import Answer, Score, judge
-from tritium.core.rewards.make import WeightedSum, make_reward
+from tritium.core.rewards.make import Ensemble, WeightedSum, make_reward
 from tritium.core.setup import read_model
 from tritium.core.tokenizer import Tokenizer
 from tritium.parallel.mesh import Mesh
@@ -74,10 +74,80 @@ def test_grpo_learns_from_steps(tiny, steps_judge, tmp_path):
     assert 0 < row[f"reward/process({steps_judge!r})"] < 1 and row["verifier_failures"] == 0
 
 
-def test_a_folder_that_is_none_or_holds_no_judge_is_explained(tiny):
-    with pytest.raises(ConfigError, match="no folder '/no/such'"):
+HEADS = ("helpfulness", "verbosity")
+
+
+@pytest.fixture(scope="module")
+def heads_judge(tiny, tmp_path_factory) -> str:
+    says = {"yes": (4, 0), "no": (0, 0), "yes and yes": (4, 3)}
+    rows = [
+        {"prompt": f"{i} = ?", "response": text} | dict(zip(HEADS, marks, strict=True))
+        for i in range(12)
+        for text, marks in says.items()
+    ] + [{"prompt": "Q", "response": "no", "helpfulness": 5, "verbosity": 0}]
+    options = ("--loss=score", f"--heads={','.join(HEADS)}", "--highest=4", "--pooling=mean", "--run.steps=60")
+    return train(tiny, tmp_path_factory.mktemp("heads"), rows, *options)
+
+
+def test_heads_learn_their_own_scores_and_are_weighed(heads_judge):
+    reward = make_reward(f"model({heads_judge!r}, helpfulness=1, verbosity=-0.5)")
+    texts = ("yes", "no", "yes and yes")
+    yes, no, both = judge(reward, [Answer([], text, "5 = ?") for text in texts]).scores
+    assert yes.parts["helpfulness"] > 0 > no.parts["helpfulness"] and both.parts["helpfulness"] > 0
+    assert both.parts["verbosity"] > 0 > max(yes.parts["verbosity"], no.parts["verbosity"])
+    assert both.value == pytest.approx(both.parts["helpfulness"] - 0.5 * both.parts["verbosity"])
+
+
+def test_heads_and_pooling_come_back_from_the_folder_and_the_mean_knows_its_document_alone(heads_judge, tmp_path):
+    network = read_model(heads_judge, "fp32", Mesh.single())
+    assert (network.heads, network.pooling) == (HEADS, "mean")
+    ids, ends = torch.arange(9), torch.tensor([0, 4, 9, 9], dtype=torch.int32)
+    pooled = network.scores(ids, ends)
+    for i, (a, b) in enumerate(((0, 4), (4, 9))):
+        torch.testing.assert_close(pooled[i], network.values(ids[a:b]).mean(0), atol=1e-5, rtol=1e-5)
+    assert pooled.shape == (3, 2) and not pooled[2].any()
+
+
+def test_an_adapter_keeps_its_heads(tiny, tmp_path):
+    rows = [{"prompt": "Q", "completion": str(i), "a": i / 9, "b": 0} for i in range(10)]
+    more = ("--finetune.kind=lora", "--finetune.rank=2", "--loss=score", "--heads=a,b", "--pooling=mean")
+    folder = train(tiny, tmp_path, rows, *more, "--run.steps=1")
+    network = read_model(folder, "fp32", Mesh.single())
+    assert (network.heads, network.pooling, len(network.score)) == (("a", "b"), "mean", 2)
+
+
+def test_an_ensemble_doubts_what_its_members_disagree_on():
+    one, two = (lambda ids, text, v=v, **_: Score(v * len(text)) for v in (1.0, 3.0))
+    score = Ensemble((one, two), 0.5)([], "x")
+    assert score.value == 2.0 - 0.5 * 1.0 and score.parts == {"mean": 2.0, "std": 1.0} and score.solved
+    broken = lambda ids, text, **_: 1 / 0  # noqa: E731
+    assert "ZeroDivisionError" in str(judge(Ensemble((one, broken)), [Answer([], "x")]).failures)
+    doubted = make_reward("ensemble(exact, gate(exact, exact, closed=1), k=1)")([1], "x", reference="y")
+    assert doubted.parts["std"] == 0.5 and doubted.value == 0.0
+    with pytest.raises(ConfigError, match="two judges or more"):
+        make_reward("ensemble(exact)")
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["--heads=a,a", "--loss=score"], "all different"),
+        (["--heads=a,b"], "heads and highest are for --loss=score"),
+        (["--loss=process", "--pooling=mean"], "pools nothing"),
+    ],
+)
+def test_heads_that_can_not_be_are_explained(tiny, capsys, options, told):
+    assert cli.main(["reward", f"--model={tiny.model}", "--data.sources=x", *options]) == 2
+    assert told in capsys.readouterr().err
+
+
+def test_a_folder_that_holds_no_such_judge_is_explained(tiny, heads_judge, steps_judge):
+    with pytest.raises(ConfigError, match="/no/such.*does not exist"):
         make_reward("process('/no/such')")
     with pytest.raises(ConfigError, match="min or product"):
-        make_reward(f"process({tiny.model!r}, over='mean')")
-    failed = judge(make_reward(f"model({tiny.model!r})"), [Answer([1], "x")])
-    assert "train one with `tritium reward`" in str(failed.failures)
+        make_reward(f"process({steps_judge!r}, over='mean')")
+    with pytest.raises(ConfigError, match="train one with `tritium reward`"):
+        make_reward(f"model({tiny.model!r})")
+    for wrong in ("", ", honesty=1"):
+        with pytest.raises(ConfigError, match="helpfulness=0.5, verbosity=0.5"):
+            make_reward(f"model({heads_judge!r}{wrong})")
