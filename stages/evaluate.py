@@ -5,6 +5,7 @@
     tritium evaluate --model=… --data=HumanEval.jsonl --reward=code --samples=20 --sampling.temperature=0.8    pass@k
     tritium evaluate --model=… --choices=arc_easy.jsonl --shots=2        ARC, SciQ, LAMBADA, {"question", "choices", …}
     tritium evaluate --model=… --data=problems.jsonl --against=other.jsonl --reward_model=runs/reward    win rate
+    tritium evaluate --model=… --data=problems.jsonl --against=other.jsonl --judge=FOLDER        a language model's
     tritium evaluate --model=… --text=book.txt
 
 Problems are records {"question", "answer"}, or with tests; an answer counts when `reward` finds it right. Answers are
@@ -28,7 +29,8 @@ from tritium.core.evaluate import Choice, Likelihood, bootstrap, likelihoods, pa
 from tritium.core.formats import DataError, Skipped, read_documents, read_records
 from tritium.core.objectives import supervised_logprob
 from tritium.core.output import make_room_for
-from tritium.core.rewards import judge
+from tritium.core.rewards import Answer, judge
+from tritium.core.rewards.llm import open_judge
 from tritium.core.rewards.make import make_reward
 from tritium.core.rewards.model import open_reward
 from tritium.core.rollout import Problem, Rollout, SamplingConfig, gather, load_problems, roll_out, share
@@ -52,6 +54,7 @@ class Config:
     samples: int = opt(1, "answers to each problem: more give pass@k")
     against: str = opt("", "another's answers to the same problems, as `save` writes them: gives win_rate")
     reward_model: str = opt("", "folder of a reward model that says which answer wins (default: `reward`)")
+    judge: str = opt("", "folder or address of a language model that says it instead, shown both in either order")
     limit: int | None = opt(None, "use only the first problems")
     sampling: SamplingConfig = opt(SamplingConfig(temperature=0.0), "how answers are drawn")
     json: bool = opt(False, "print one JSON object")
@@ -72,6 +75,9 @@ class Config:
             raise ConfigError(
                 f"samples={self.samples}: equal answers, at temperature 0; set --sampling.temperature=0.8"
             )
+        if self.judge and not self.against:
+            raise ConfigError(f"judge={self.judge}: it compares with another's answers: give --against=FILE")
+        self.judge and open_judge(self.judge)
         make_reward(self.reward)
 
 
@@ -172,7 +178,8 @@ def problem_metrics(rollout: Rollout) -> dict[str, float]:
 
 
 def win_rate(config: Config, rollout: Rollout, mesh: Mesh) -> dict[str, float]:
-    """How often the first answer scores higher than the other's to the same problem; equal scores count half.
+    """How often the first answer scores higher than the other's to the same problem, or the `judge` prefers it; equal
+    ones count half.
 
     Raises: DataError where the other's answers are of other problems.
     """
@@ -184,13 +191,21 @@ def win_rate(config: Config, rollout: Rollout, mesh: Mesh) -> dict[str, float]:
         raise DataError(
             f"against: {config.against} lacks {missing} of {len(mine)} problems: save it from the same data"
         )
-    reward = open_reward("" if config.reward_model else config.reward, config.reward_model, 0.0, config.dtype, mesh)
-    scores = [judge(reward, answers).scores for answers in (mine, theirs)]
-    wins = [0.5 * (np.sign(a.value - b.value) + 1) for a, b in zip(*scores, strict=True) if a and b]
+    if config.judge:
+        pairs = [replace(a, reference=b.text) for a, b in zip(mine, theirs, strict=True)]
+        wins = [score.value for score in judge(open_judge(config.judge, pairwise=True), pairs).scores if score]
+    else:
+        wins = wins_by_score(config, mine, theirs, mesh)
     if not wins:
         raise DataError("the judge failed on every pair of answers")
     low, high = bootstrap(wins)
     return {"win_rate": float(np.mean(wins)), "win_rate_low": low, "win_rate_high": high, "compared": len(wins)}
+
+
+def wins_by_score(config: Config, mine: list[Answer], theirs: list[Answer], mesh: Mesh) -> list[float]:
+    reward = open_reward("" if config.reward_model else config.reward, config.reward_model, 0.0, config.dtype, mesh)
+    scores = [judge(reward, answers).scores for answers in (mine, theirs)]
+    return [0.5 * (np.sign(a.value - b.value) + 1) for a, b in zip(*scores, strict=True) if a and b]
 
 
 def choice_metrics(config: Config, model: Transformer, tokenizer: Tokenizer) -> dict[str, float]:

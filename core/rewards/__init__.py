@@ -64,7 +64,12 @@ class Judged:
 
 
 def judge(reward: Reward, answers: Sequence[Answer]) -> Judged:
-    """Score every answer; a judge's exception, or a score that is not finite, counts as its failure."""
+    """Score every answer; a judge's exception, or a score that is not finite, counts as its failure.
+
+    Ours all come to an end: what runs a model's program, a pattern or sympy is killed at its deadline (sandbox.py,
+    worker.py), an endpoint has `seconds` for each of its `tries`, a local model `max_tokens`, and the rest takes time
+    in proportion to the text. A judge from elsewhere must keep its own time: put what may hang behind worker.call.
+    """
     judged = Judged([])
     for score in scores(reward, answers):
         if isinstance(score, Exception):

@@ -23,8 +23,8 @@ from tritium.core.config import ConfigError, nearest
 from tritium.core.rewards import Answer, Composed, Reward, Score, scores
 from tritium.core.rewards.classifier import Rules
 from tritium.core.rewards.code import Code
-from tritium.core.rewards.endpoint import LLMJudge
 from tritium.core.rewards.exact import ExactMatch, NumberMatch
+from tritium.core.rewards.llm import open_judge
 from tritium.core.rewards.maths import MathMatch
 from tritium.core.rewards.scorer import ModelReward, ProcessReward
 from tritium.core.rewards.text import Json, Language, Length, Regex, Repetition, Tags, Words
@@ -182,7 +182,7 @@ JUDGES: dict[str, Any] = {
     "rules": Rules,
     "model": lambda folder, **weights: ModelReward(folder, weights=weights),
     "process": lambda folder, over="min": ProcessReward(folder, over=over),
-    "judge": LLMJudge,
+    "judge": open_judge,
     "gate": Gate,
     "clip": Clip,
     "ensemble": lambda *judges, k=0.0: Ensemble(judges, k),

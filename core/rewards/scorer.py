@@ -26,8 +26,8 @@ BIN_TOKENS = 8192
 
 
 @dataclass
-class FolderJudge(Composed):
-    """A judge that is a model in a folder: read when it is first asked, by default on this process's device alone."""
+class FolderModel:
+    """A model in a folder that judges: read when it is first asked, by default on this process's device alone."""
 
     folder: str
     dtype: str = "auto"
@@ -50,7 +50,7 @@ class FolderJudge(Composed):
 
 
 @dataclass
-class ModelReward(FolderJudge):
+class ModelReward(FolderModel, Composed):
     """The score of the whole conversation, rendered and tokenized as the reward model was trained; Σ weight · head
     where it has several, whose values `parts` keep.
 

@@ -3,14 +3,24 @@
 import json
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import count, pairwise
+from types import SimpleNamespace
 
 import pytest
+import torch
 
+import tritium
+from tritium.core.chat import render, stop_ids
 from tritium.core.config import ConfigError
 from tritium.core.rewards import Answer, judge
 from tritium.core.rewards.classifier import train_classifier
-from tritium.core.rewards.endpoint import LLMJudge
+from tritium.core.rewards.llm import open_judge
 from tritium.core.rewards.make import make_reward
+from tritium.core.tokenizer import Tokenizer
+from tritium.model.config import ModelConfig
+from tritium.model.heads import ScalarModel
+from tritium.model.transformer import Transformer
+from tritium.stages import cli
 
 
 @pytest.fixture
@@ -51,20 +61,20 @@ def test_a_rubrics_score_is_scaled_and_the_answers_own_score_is_no_score(endpoin
 def test_no_score_is_the_judges_failure(endpoint, said):
     url, _, replies = endpoint
     replies.append((200, said))
-    assert judge(LLMJudge(url), [Answer([], "x")]).failures
+    assert judge(open_judge(url), [Answer([], "x")]).failures
 
 
 def test_a_busy_endpoint_is_asked_again_and_a_refusal_is_not(endpoint):
     url, asked, replies = endpoint
     replies += [(503, ""), (429, ""), (200, "Score: 10")]
-    assert LLMJudge(url, wait=0.001)([], "x").value == 1.0 and len(asked) == 3
+    assert open_judge(url, wait=0.001)([], "x").value == 1.0 and len(asked) == 3
     replies += [(401, "")]
-    judged = judge(LLMJudge(url, wait=0.001), [Answer([], "x")])
+    judged = judge(open_judge(url, wait=0.001), [Answer([], "x")])
     assert list(judged.failures) == [f"RuntimeError: no judgement from {url}: HTTP 401"] and len(asked) == 4
 
 
 def test_an_endpoint_that_is_not_there_fails_after_its_tries():
-    judged = judge(LLMJudge("http://127.0.0.1:9", tries=2, wait=0.001), [Answer([], "x")])
+    judged = judge(open_judge("http://127.0.0.1:9", tries=2, wait=0.001), [Answer([], "x")])
     assert "no judgement" in next(iter(judged.failures))
 
 
@@ -81,14 +91,14 @@ def test_pairs_are_shown_in_both_orders(endpoint, who_wins, expected):
         return "Winner: tie" if first is None else f"Because.\nWinner: {'A' if first else 'B'}"
 
     replies.append(compare)
-    assert LLMJudge(url, pairwise=True)([], "a long answer", prompt="Q", reference="short").value == expected
+    assert open_judge(url, pairwise=True)([], "a long answer", prompt="Q", reference="short").value == expected
     assert len(asked) == 2
 
 
 def test_many_answers_come_back_in_their_order(endpoint):
     url, _, replies = endpoint
     replies.append(lambda question: f"Score: {question.split('[answer]')[1].split()[0]}")
-    scores = LLMJudge(url).batch([Answer([], str(n)) for n in range(1, 11)])
+    scores = open_judge(url).batch([Answer([], str(n)) for n in range(1, 11)])
     assert [s.value for s in scores] == pytest.approx([n / 9 for n in range(10)])
 
 
@@ -117,3 +127,80 @@ def test_a_classifier_needs_both_kinds_and_its_file(tmp_path):
         train_classifier([("a", True)], str(tmp_path / "x.npz"))
     with pytest.raises(ConfigError, match="no such file"):
         make_reward("rules('/no/such.npz')")
+
+
+@pytest.fixture(scope="module")
+def parrot(tiny, tmp_path_factory):
+    """Makes the folder of a model that says the text, whatever it is asked: each token leads to its next."""
+
+    def make(says: str) -> str:
+        tokenizer, folder = Tokenizer.load(tiny.model), str(tmp_path_factory.mktemp("parrot"))
+        last = render(tokenizer, [{"role": "user", "content": "?"}], generation_prompt=True).ids[-1]
+        chain = [last]
+        for id in tokenizer.encode(says):  # a letter's second time, as the byte that it also is
+            same = [
+                i for i in range(tokenizer.vocab_size) if tokenizer.decode([last, i]) == tokenizer.decode([last, id])
+            ]
+            chain.append(next(i for i in [id, *same] if i not in chain))
+        chain.append(stop_ids(tokenizer)[0])
+        size = 384
+        model = Transformer(ModelConfig(size, size, 8, 1, 1, 1, 8, max_positions=2048, tie_embeddings=False))
+        for p in model.parameters():
+            p.data.zero_()
+        model.norm.data.fill_(1.0)
+        model.embedding.data.copy_(torch.eye(size))
+        for token, after in pairwise(chain):
+            model.head.data[after, token] = 1.0
+        model.save(folder)
+        tokenizer.save(folder)
+        return folder
+
+    return make
+
+
+def test_a_local_model_judges_by_the_same_prompts(parrot):
+    reward = make_reward(f"judge({parrot('Score: 7')!r})")
+    judged = judge(reward, [Answer([], "x", "Q"), Answer([], "x " * 2000, "Q"), Answer([], "y", "Q", "R")])
+    assert [s and s.value for s in judged.scores] == [pytest.approx(6 / 9), None, pytest.approx(6 / 9)]
+    assert "longer than the judge's context" in str(judged.failures)
+    mute = make_reward(f"judge({parrot('Score: 7')!r}, max_tokens=2)")
+    assert "gave no score" in str(judge(mute, [Answer([], "x", "Q")]).failures)
+
+
+def test_a_local_judge_that_prefers_a_place_finds_all_answers_equal(parrot, tiny, tmp_path, capsys):
+    folder, saved = parrot("Winner: A"), str(tmp_path / "a.jsonl")
+    assert make_reward(f"judge({folder!r}, pairwise=True)")([], "x", prompt="Q", reference="y").value == 0.5
+    common = ["evaluate", f"--model={tiny.model}", f"--data={tiny.data('problems.jsonl')}", "--sampling.max_tokens=8"]
+    assert cli.main([*common, f"--judge={folder}"]) == 2 and "give --against=FILE" in capsys.readouterr().err
+    assert cli.main([*common, f"--save={saved}"]) == 0
+    capsys.readouterr()
+    assert cli.main([*common, f"--against={saved}", f"--judge={folder}", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["win_rate"] == found["win_rate_low"] == 0.5 and found["compared"] == 6
+
+
+def test_the_evaluated_answers_win_by_an_endpoints_word(endpoint, tiny, tmp_path, capsys):
+    url, asked, replies = endpoint
+    saved = tmp_path / "a.jsonl"
+    common = ["evaluate", f"--model={tiny.model}", f"--data={tiny.data('problems.jsonl')}", "--sampling.max_tokens=8"]
+    assert cli.main([*common, f"--save={saved}"]) == 0
+    rows = [json.loads(line) | {"answer": "theirs"} for line in saved.read_text().splitlines()]
+    saved.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    replies.append(lambda question: "Winner: B" if "[answer A]\ntheirs" in question else "Winner: A")
+    capsys.readouterr()
+    assert cli.main([*common, f"--against={saved}", f"--judge={url}", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["win_rate"] == 1.0 and len(asked) == 12
+
+
+def test_a_reward_model_is_no_language_model(tiny, tmp_path):
+    ScalarModel(tritium.load(tiny.model)).save(str(tmp_path))
+    with pytest.raises(ConfigError, match="is a reward model"):
+        make_reward(f"judge({str(tmp_path)!r})")
+
+
+def test_a_reply_that_comes_drop_by_drop_is_late(endpoint, monkeypatch):
+    url, _, replies = endpoint
+    replies.append((200, "Score: 7"))
+    monkeypatch.setattr("tritium.core.rewards.llm.time", SimpleNamespace(monotonic=count(step=61).__next__))
+    (score,) = open_judge(url, tries=1).batch([Answer([], "x")])
+    assert "no whole reply in 60 s" in str(score)
