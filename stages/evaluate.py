@@ -77,7 +77,6 @@ class Config:
             )
         if self.judge and not self.against:
             raise ConfigError(f"judge={self.judge}: it compares with another's answers: give --against=FILE")
-        self.judge and open_judge(self.judge)
         make_reward(self.reward)
 
 
@@ -98,6 +97,8 @@ def measure(config: Config) -> Result:
         file = getattr(config, key)
         if file and not Path(file).is_file():
             raise DataError(f"{key}: {file} does not exist")
+    if config.judge:
+        open_judge(config.judge)  # a wrong place is told before the work
     if config.save:
         make_room_for(config.save, "save")
     mesh = join(config.mesh, config.device, to_toml(config))
