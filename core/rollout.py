@@ -31,6 +31,7 @@ class SamplingConfig:
     min_p: float = opt(0.0, "keep only tokens of at least this share of the likeliest one's probability (0: all)")
     repetition_penalty: float = opt(1.0, "divides the logits of tokens that were there before (1: off)")
     presence_penalty: float = opt(0.0, "is subtracted from the logits of tokens in the answer")
+    frequency_penalty: float = opt(0.0, "is subtracted from these as often as they are in the answer")
     no_repeat_ngram: int = opt(0, "no so many tokens in a row come twice (0: off)")
     stop: list[str] = opt([], "strings that end an answer, besides its end token")
     tool: str = opt("", "what an answer may call, in <tool_call> tags at a turn's end", choices=("", *TOOLS))

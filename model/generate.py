@@ -137,8 +137,18 @@ class Engine:
     def busy(self) -> bool:
         return bool(self.running or self.waiting)
 
-    def submit(self, prompt: Sequence[int], options: Options, seeds: Sequence[tuple[int, int]]) -> list[Running]:
-        """One sample of `prompt` for each seed, a Philox key. Raises: ValueError for what can't be done."""
+    def submit(
+        self,
+        prompt: Sequence[int],
+        options: Options,
+        seeds: Sequence[tuple[int, int]],
+        decoder: Callable | None = None,
+    ) -> list[Running]:
+        """One sample of `prompt` for each seed, a Philox key; `decoder` in place of the engine's.
+
+        Raises: ValueError for what can't be done.
+        """
+        decoder = decoder or self.decoder
         config, prompt = self.model.config, list(prompt)
         check_prompt(prompt, config.max_positions, config.vocab_size)
         options.check_ids(config.vocab_size)
@@ -148,7 +158,7 @@ class Engine:
                 f"{len(prompt)} tokens and up to {options.max_tokens} new ones do not fit the cache, which holds "
                 f"{self.capacity - 1}"
             )
-        if options.stop and self.decoder is None:
+        if options.stop and decoder is None:
             raise ValueError(f"stop={list(options.stop)!r} needs a decoder: give generate(…, decoder=…)")
         stops = options.stop_ids
         if stops is None:
@@ -156,10 +166,11 @@ class Engine:
         keys = np.array(seeds, np.uint64).reshape(-1, 2)  # left to itself, numpy would round them through float64
         group = Group(len(seeds)) if len(seeds) > 1 and len(prompt) > 1 else None
         made = []
+        most = min(options.max_tokens, config.max_positions)  # a client may ask for any number
         for i, key in enumerate(keys):
-            draws = np.random.Generator(np.random.Philox(key=key)).random(options.max_tokens, np.float32)
+            draws = np.random.Generator(np.random.Philox(key=key)).random(most, np.float32)
             history = History(options, prompt) if options.edits else None
-            text = Text(self.decoder(), options.stop) if self.decoder else None
+            text = Text(decoder(), options.stop) if decoder else None
             made.append(Running(prompt, options, i, draws, group, history, text, frozenset(stops), ids=list(prompt)))
         self.waiting += made
         return made

@@ -7,6 +7,7 @@ neither the other rows nor their number matter.
 """
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -16,6 +17,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 BLOCK = 256  # tokens of the vocabulary
+HUGE = 1e30  # beyond it, or beneath its inverse, an option would be infinite or 0 in fp32, and the scores NaN
+BANNED = -1e35  # finite, so that a row may be banned whole; no bias makes up for it
 CANDIDATES = 256  # a top-p set is looked for among so many of the likeliest tokens, and only then among all
 
 
@@ -26,9 +29,9 @@ class Options:
     `temperature` 0 takes the likeliest token. Tails are cut by `top_k` (0: off), then `top_p` (arXiv 1904.09751; 1:
     off), then `min_p`, relative to the likeliest token's probability (arXiv 2407.01082; 0: off). Before these,
     `repetition_penalty` divides the positive, and multiplies the negative logits of tokens in the prompt or the answer
-    (arXiv 1909.05858), `presence_penalty` is subtracted from those in the answer, `logit_bias` is added, and no
-    `no_repeat_ngram` tokens in a row come twice (0: off). `stop_ids` (None: the model's eos) and the strings `stop` end
-    the answer after `max_tokens` at the latest.
+    (arXiv 1909.05858), `presence_penalty` is subtracted from those in the answer, `frequency_penalty` as often as they
+    are in it (OpenAI's two), `logit_bias` is added, and no `no_repeat_ngram` tokens in a row come twice (0: off).
+    `stop_ids` (None: the model's eos) and the strings `stop` end the answer after `max_tokens` at the latest.
     """
 
     max_tokens: int = 128
@@ -38,6 +41,7 @@ class Options:
     min_p: float = 0.0
     repetition_penalty: float = 1.0
     presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
     no_repeat_ngram: int = 0
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     stop_ids: Sequence[int] | None = None
@@ -45,16 +49,22 @@ class Options:
 
     def __post_init__(self):
         for name, least in (("max_tokens", 1), ("temperature", 0), ("top_k", 0), ("min_p", 0), ("no_repeat_ngram", 0)):
-            if not least <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least {least}")
-        if not 0 < self.top_p <= 1:
+            if not least <= getattr(self, name) <= HUGE:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least {least}, and at most {HUGE}")
+        if 0 < self.temperature < 1 / HUGE:
+            raise ValueError(f"temperature={self.temperature} must be 0 or at least {1 / HUGE}")
+        if self.top_k >= 1 << 31:
+            raise ValueError(f"top_k={self.top_k} must be less than 2^31")
+        if not 1 / HUGE <= self.top_p <= 1:
             raise ValueError(f"top_p={self.top_p} must be in (0, 1]")
         if self.min_p > 1:
             raise ValueError(f"min_p={self.min_p} must be in [0, 1]")
-        if not 0 < self.repetition_penalty < math.inf:
-            raise ValueError(f"repetition_penalty={self.repetition_penalty} must be positive")
-        if not all(map(math.isfinite, (self.presence_penalty, *self.logit_bias.values()))):
-            raise ValueError(f"presence_penalty={self.presence_penalty} and logit_bias must be finite")
+        if not 1 / HUGE <= self.repetition_penalty <= HUGE:
+            raise ValueError(f"repetition_penalty={self.repetition_penalty} must be positive, and at most {HUGE}")
+        added = {"presence_penalty": self.presence_penalty, "frequency_penalty": self.frequency_penalty}
+        for name, value in [*added.items(), *(("logit_bias", bias) for bias in self.logit_bias.values())]:
+            if not -HUGE <= value <= HUGE:
+                raise ValueError(f"{name}={value} must be finite: at most {HUGE} in size")
         if isinstance(self.stop, str) or not all(isinstance(s, str) and s for s in self.stop):
             raise ValueError(f"stop={self.stop!r} must be a list of strings, none of them empty")
 
@@ -68,9 +78,8 @@ class Options:
     @property
     def edits(self) -> bool:
         """Whether logits are changed by what stands before."""
-        return bool(
-            self.repetition_penalty != 1 or self.presence_penalty or self.no_repeat_ngram or len(self.logit_bias)
-        )
+        added = self.presence_penalty or self.frequency_penalty or self.logit_bias
+        return bool(self.repetition_penalty != 1 or self.no_repeat_ngram or added)
 
 
 class History:
@@ -78,7 +87,7 @@ class History:
 
     def __init__(self, options: Options, prompt: Sequence[int]):
         self.options, self.ids = options, list(prompt)
-        self.seen, self.answered = set(prompt), set()
+        self.seen, self.answered = set(prompt), Counter()
         self.followers: dict[tuple[int, ...], set[int]] = {}  # of each n-1 tokens in a row
         for end in range(len(self.ids)):
             self.follow(end)
@@ -86,7 +95,7 @@ class History:
     def push(self, token: int) -> None:
         self.ids.append(token)
         self.seen.add(token)
-        self.answered.add(token)
+        self.answered[token] += 1
         self.follow(len(self.ids) - 1)
 
     def follow(self, end: int) -> None:
@@ -100,15 +109,17 @@ class History:
         found = {}
         if options.repetition_penalty != 1:
             found["repetition"] = list(self.seen), [options.repetition_penalty] * len(self.seen)
-        if options.presence_penalty:
-            found["add"] = list(self.answered), [-options.presence_penalty] * len(self.answered)
+        if options.presence_penalty or options.frequency_penalty:
+            counts = self.answered.values()
+            penalties = [-options.presence_penalty - options.frequency_penalty * count for count in counts]
+            found["add"] = list(self.answered), penalties
         if options.logit_bias:
             tokens, values = found.get("add", ([], []))
             found["add"] = [*tokens, *options.logit_bias], [*values, *options.logit_bias.values()]
         if n:
             banned = self.followers.get(tuple(self.ids[len(self.ids) - n + 1 :]), ())
             found["add"] = [*found.get("add", ([], []))[0], *banned], [
-                *found.get("add", ([], []))[1], *[-math.inf] * len(banned)
+                *found.get("add", ([], []))[1], *[BANNED] * len(banned)
             ]  # fmt: skip
         return found
 

@@ -11,6 +11,7 @@ import json
 import sys
 import time
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -64,7 +65,7 @@ def train(config: Config) -> Result:
     extend = ToolUse(tokenizer, TOOLS[sampling.tool], sampling.max_calls) if sampling.tool else None
     engine = Engine(model, pages, sampling.max_batch, tokenizer.incremental, extend)
     start, tokens, answers, failed = time.perf_counter(), 0, 0, 0
-    with file.open("a", encoding="utf-8") as lines:
+    with file.open("a", encoding="utf-8", errors="backslashreplace") as lines:
         queue: list[tuple[dict[str, Any], list[Running] | str]] = []
         coming = islice(enumerate(records), done, None)
         while True:
@@ -95,7 +96,8 @@ def submit(engine: Engine, tokenizer: Tokenizer, record: Any, number: int, confi
     try:
         ids = prompt_ids(tokenizer, record)
         seeds = [(sample_seed(config.seed, number, i), 0) for i in range(config.n)]
-        return engine.submit(ids, config.sampling.options(stop_ids(tokenizer)), seeds)
+        decoder = partial(tokenizer.incremental, first=not isinstance(record.get("prompt"), str))
+        return engine.submit(ids, config.sampling.options(stop_ids(tokenizer)), seeds, decoder)
     except (UserError, ValueError) as error:
         return str(error)
 

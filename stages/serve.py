@@ -17,6 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -87,13 +88,13 @@ class Worker(threading.Thread):
         self.asked: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self.waiting: dict[Running, queue.SimpleQueue[Event | Exception]] = {}
 
-    def submit(self, ids: list[int], options: Options, seeds: list[tuple[int, int]]) -> "Samples":
+    def submit(self, ids: list[int], options: Options, seeds: list[tuple[int, int]], decoder: Callable) -> "Samples":
         """Raises: ValueError, as `Engine.submit`."""
         events: queue.SimpleQueue = queue.SimpleQueue()
 
         def enter():
             try:
-                made = self.engine.submit(ids, options, seeds)
+                made = self.engine.submit(ids, options, seeds, decoder)
                 self.waiting |= dict.fromkeys(made, events)
                 events.put(made)
             except Exception as error:
@@ -169,7 +170,8 @@ NUMBER, WHOLE, FLAG, TEXT = (int, float), (int,), (bool,), (str,)
 FIELDS: dict[str, tuple[type, ...]] = {
     "model": TEXT, "messages": (list,), "prompt": (str, list), "max_tokens": WHOLE, "max_completion_tokens": WHOLE,
     "temperature": NUMBER, "top_k": WHOLE, "top_p": NUMBER, "min_p": NUMBER, "repetition_penalty": NUMBER,
-    "presence_penalty": NUMBER, "no_repeat_ngram": WHOLE, "logit_bias": (dict,), "stop": (str, list), "n": WHOLE,
+    "presence_penalty": NUMBER, "frequency_penalty": NUMBER,
+    "no_repeat_ngram": WHOLE, "logit_bias": (dict,), "stop": (str, list), "n": WHOLE,
     "seed": WHOLE, "stream": FLAG, "stream_options": (dict,), "logprobs": (bool, int), "user": TEXT,
 }  # fmt: skip
 MOST_SAMPLES = 64
@@ -210,7 +212,7 @@ def read_request(body: Any, chat: bool, tokenizer: Tokenizer, sampling: Sampling
     given["stop"] = [stop] if isinstance(stop, str) else stop
     try:
         given["logit_bias"] = {int(token): float(bias) for token, bias in body.get("logit_bias", {}).items()}
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise RequestError('logit_bias must give numbers for token ids, as in {"42": -1.5}') from None
     options = replace(sampling.options(stop_ids(tokenizer)), **given)
     seed = body.get("seed", secrets.randbits(63))
@@ -300,6 +302,10 @@ class Handler(BaseHTTPRequestHandler):
             self.answer(asked)
         except (RequestError, UserError, ValueError) as error:
             self.send_failure(str(error), getattr(error, "status", 400))
+        except (ConnectionError, TimeoutError):
+            raise
+        except Exception as error:
+            self.send_failure(f"{type(error).__name__}: {error}", 500)
 
     def read_body(self) -> Any:
         """Raises: RequestError for a body that isn't JSON, or is too long."""
@@ -321,9 +327,11 @@ class Handler(BaseHTTPRequestHandler):
             "created": int(time.time()),
             "model": self.server.name,
         }
+        decoder = partial(self.server.tokenizer.incremental, first=asked.chat)
         try:
             for i, ids in enumerate(asked.prompts):
-                made.append(worker.submit(ids, asked.options, [(asked.seed, i * asked.n + j) for j in range(asked.n)]))
+                seeds = [(asked.seed, i * asked.n + j) for j in range(asked.n)]
+                made.append(worker.submit(ids, asked.options, seeds, decoder))
             if asked.stream:
                 self.stream(asked, made, head)
                 return
@@ -376,7 +384,7 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(b"data: [DONE]\n\n")
 
     def send_event(self, value: dict[str, Any]) -> None:
-        self.wfile.write(b"data: " + json.dumps(value, ensure_ascii=False).encode() + b"\n\n")
+        self.wfile.write(b"data: " + to_json(value) + b"\n\n")
         self.wfile.flush()
 
     def send_failure(self, message: str, status: int) -> None:
@@ -392,7 +400,7 @@ class Handler(BaseHTTPRequestHandler):
         self.send_failure(message or "this is no HTTP request", code)
 
     def send(self, status: int, value: dict[str, Any]) -> None:
-        body = json.dumps(value, ensure_ascii=False).encode()
+        body = to_json(value)
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(body)))
@@ -401,6 +409,10 @@ class Handler(BaseHTTPRequestHandler):
 
 
 REASONS = {"stop": "stop", "length": "length", "context": "length", "cancelled": "stop"}
+
+
+def to_json(value: dict[str, Any]) -> bytes:
+    return json.dumps(value, ensure_ascii=False).encode("utf-8", "backslashreplace")  # a lone surrogate is \udXXX
 
 
 def chunk(index: int, said: dict[str, Any], reason: str | None = None) -> dict[str, Any]:

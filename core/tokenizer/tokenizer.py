@@ -123,9 +123,13 @@ class Tokenizer:
         decoder = self.incremental(keep_special)
         return "".join([decoder.push(i) for i in ids]) + decoder.finish()
 
-    def incremental(self, keep_special: bool = False) -> "StreamDecoder":
-        """A decoder that takes one id at a time; what it emits, joined, is what `decode` gives."""
-        return StreamDecoder(self._shown_bytes if keep_special else self._bytes, strip=self._engine.adds_space)
+    def incremental(self, keep_special: bool = False, first: bool = True) -> "StreamDecoder":
+        """A decoder that takes one id at a time; what it emits, joined, is what `decode` gives.
+
+        `first=False` says that the ids go on with other text, so that a space that they begin with is the text's.
+        """
+        shown = self._shown_bytes if keep_special else self._bytes
+        return StreamDecoder(shown, strip=first and self._engine.adds_space)
 
     @cached_property
     def fingerprint(self) -> str:

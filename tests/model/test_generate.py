@@ -277,7 +277,7 @@ def distribution(logits: torch.Tensor, o: Options, prompt: list[int], answer: li
     for t in set(prompt + answer):
         z[t] = z[t] / o.repetition_penalty if z[t] > 0 else z[t] * o.repetition_penalty
     for t in set(answer):
-        z[t] -= o.presence_penalty
+        z[t] -= o.presence_penalty + o.frequency_penalty * answer.count(t)
     for t, bias in o.logit_bias.items():
         z[t] += bias
     ids, n = prompt + answer, o.no_repeat_ngram
@@ -301,7 +301,7 @@ MIXED = [
     Options(top_p=0.8),
     Options(temperature=2.0, top_p=0.97, top_k=400),  # more than the candidates hold at first
     Options(min_p=0.05),
-    Options(repetition_penalty=1.7, presence_penalty=0.4),
+    Options(repetition_penalty=1.7, presence_penalty=0.4, frequency_penalty=0.3),
     Options(no_repeat_ngram=2, logit_bias={3: 4.0, 600: -2.0}, top_k=7),
     Options(no_repeat_ngram=1, temperature=0.5, min_p=0.1),
 ]
@@ -310,7 +310,7 @@ MIXED = [
 def test_every_option_is_the_distribution_that_it_says_whatever_the_other_rows_want():
     torch.manual_seed(0)
     logits = torch.randn(len(MIXED), 700) * 2  # not a multiple of a block
-    prompt, answer = [5, 3, 9, 3, 5], [600, 3]
+    prompt, answer = [5, 3, 9, 3, 5], [600, 3, 600]
     histories = []
     for o in MIXED:
         history = History(o, prompt)

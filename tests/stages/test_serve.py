@@ -79,6 +79,20 @@ def test_text_completions_take_texts_and_ids(server):
     assert shorter["finish_reason"] == "stop" and stop not in shorter["text"]
 
 
+def test_a_limit_of_any_size_is_the_context(server):
+    assert ask(server, TEXT, {"prompt": "1", "max_tokens": 10**12})[0] == 200
+
+
+def test_a_text_goes_on_with_its_space_and_an_answer_begins_without(server, monkeypatch):
+    monkeypatch.setattr(server.tokenizer._engine, "adds_space", True)  # as Llama's does
+    letters = range(server.tokenizer.vocab_size)
+    space = next(i for i in letters if len(x := server.tokenizer.piece(i)) > 1 and x[0] == "▁" != x[1])
+    word = server.tokenizer.piece(space)[1:]
+    body = {"max_tokens": 1, "temperature": 0, "logit_bias": {str(space): 1000}}
+    assert ask(server, TEXT, body | {"prompt": "2 +"})[1]["choices"][0]["text"] == f" {word}"
+    assert ask(server, CHAT, body | {"messages": HELLO})[1]["choices"][0]["message"]["content"] == word
+
+
 def test_models_are_listed(server):
     assert ask(server, "/v1/models", None, "GET")[1]["data"][0]["id"] == server.name
 
@@ -96,6 +110,15 @@ def test_models_are_listed(server):
         (CHAT, {"messages": HELLO, "max_tokens": True}, 400, "max_tokens must be int"),
         (CHAT, {"messages": HELLO, "n": 1000}, 400, "n=1000"),
         (CHAT, {"messages": HELLO, "logit_bias": {"a": 1}}, 400, "logit_bias must give numbers"),
+        (CHAT, {"messages": HELLO, "logit_bias": {"2": 1e39}}, 400, "logit_bias=1e+39 must be finite"),
+        (CHAT, {"messages": HELLO, "logit_bias": {"2": 10**400}}, 400, "logit_bias must give numbers"),
+        (CHAT, {"messages": HELLO, "presence_penalty": 10**400}, 400, "must be finite"),
+        (CHAT, {"messages": HELLO, "frequency_penalty": -1e39}, 400, "must be finite"),
+        (CHAT, {"messages": HELLO, "temperature": 1e-50}, 400, "temperature=1e-50 must be 0 or at least"),
+        (CHAT, {"messages": HELLO, "top_p": 1e-50}, 400, "top_p=1e-50"),
+        (CHAT, {"messages": HELLO, "repetition_penalty": 1e-50}, 400, "repetition_penalty=1e-50"),
+        (CHAT, {"messages": HELLO, "top_k": 10**30}, 400, "top_k"),
+        (CHAT, {"messages": HELLO, "\ud800": 1}, 400, "unknown field"),
         (CHAT, {"messages": HELLO, "logit_bias": {"99999": 1}}, 400, "there is no token 99999"),
         (CHAT, {"messages": HELLO, "stop": [1]}, 400, "stop"),
         (CHAT, {"messages": [{"role": "king", "content": "x"}]}, 400, "unknown role 'king'"),
@@ -219,3 +242,12 @@ def test_a_file_of_prompts_becomes_a_file_of_answers_in_order_and_goes_on(tiny, 
         assert [[a["text"] for a in row.get("answers", [])] for row in again] == [
             [a["text"] for a in row.get("answers", [])] for row in found
         ]
+
+
+def test_a_prompt_that_is_no_unicode_does_not_end_the_file(tiny, tmp_path):
+    (source := tmp_path / "prompts.jsonl").write_text('{"prompt": "\\ud800"}\n{"prompt": "1"}\n')
+    config = generate.Config(model=tiny.model, sources=[str(source)], out=str(tmp_path / "out.jsonl"), dtype="fp32")
+    config.sampling.max_tokens = 2
+    assert generate.train(config).metrics["failed"] == 1
+    first, second = map(json.loads, (tmp_path / "out.jsonl").read_text().splitlines())
+    assert first["prompt"] == "\ud800" and "lone surrogate" in first["error"] and len(second["answers"]) == 1
