@@ -4,7 +4,7 @@ tritium generate --model=runs/sft --sources=prompts.jsonl --out=answers.jsonl
 
 A record is {"prompt": text} (continued as it is), {"messages": […]} or a problem ({"question", …}, answered in the
 model's chat format). Each line of the answers is its record with "answers": [{"text", "finish_reason", "tokens"}, …].
-The same command again goes on after the last whole line. A record that can't be answered keeps its line, with "error".
+The same command again goes on after the last whole line; lines that answer other records are refused. A record that can't be answered keeps its line, with "error".
 """
 
 import json
@@ -12,7 +12,7 @@ import sys
 import time
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
+from itertools import islice, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +59,7 @@ def train(config: Config) -> Result:
     model = load_model(config.model, config.dtype, Mesh.single(local_device(config.device)), frozen=True)
     tokenizer, skipped = load_tokenizer(config.model, model), Skipped()
     records = (record for path in config.sources for _, record in read_records(path, skipped))
-    done = keep_whole_lines(file)
+    done = resume(file, config)
     sampling, context = config.sampling, model.config.max_positions
     pages = sampling.pages(model) or cache_pages(sampling.max_batch, context)
     extend = ToolUse(tokenizer, TOOLS[sampling.tool], sampling.max_calls) if sampling.tool else None
@@ -87,6 +87,8 @@ def train(config: Config) -> Result:
                 tokens += 0 if isinstance(made, str) else sum(len(s.completion.tokens) for s in made)
     if skipped.reasons:
         print(skipped.summary(), file=sys.stderr)
+    if failed:
+        print(f'{failed} records could not be answered: their lines have an "error"', file=sys.stderr)
     rate = tokens / (time.perf_counter() - start)
     return Result(str(file), {"answers": float(answers), "failed": float(failed), "tokens_per_second": rate})
 
@@ -126,6 +128,36 @@ def shown(sequence: Running, tokenizer: Tokenizer, config: Config) -> dict[str, 
     if config.logprobs:
         row["logprobs"] = [[tokenizer.piece(t), p] for t, p in zip(completion.tokens, completion.logps, strict=True)]
     return row
+
+
+def resume(file: Path, config: Config) -> int:
+    """How many records a run before has answered in `file`. Raises: ConfigError where its lines answer others."""
+    if not (done := keep_whole_lines(file)):
+        return 0
+    skipped = Skipped()
+    records = islice((record for path in config.sources for _, record in read_records(path, skipped)), done)
+    with file.open(encoding="utf-8") as lines:
+        for number, (line, record) in enumerate(zip_longest(lines, records), start=1):
+            if not answers_to(line, record, config.n):
+                raise ConfigError(
+                    f"out: line {number} of {file} is not n={config.n} answers to record {number} of the sources: "
+                    f"give another --out, or delete it"
+                )
+    print(f"{file} holds {done} of the answers: going on after them", file=sys.stderr)
+    return done
+
+
+def answers_to(line: str, record: Any, n: int) -> bool:
+    """Whether a line of the answers is this record, with n of them or the error."""
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return False
+    if not isinstance(row, dict) or not isinstance(record, dict):
+        return False
+    right = len(row["answers"]) == n if isinstance(row.get("answers"), list) else "error" in row
+    made = row.keys() - {"answers", "error"}
+    return right and made == record.keys() - {"answers", "error"} and all(row[key] == record[key] for key in made)
 
 
 def keep_whole_lines(file: Path) -> int:

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from tritium.core.config import UserError
+from tritium.core.config import ConfigError, UserError
 from tritium.core.setup import load_model, load_tokenizer
 from tritium.parallel.mesh import Mesh
 from tritium.stages import generate, serve
@@ -251,3 +251,20 @@ def test_a_prompt_that_is_no_unicode_does_not_end_the_file(tiny, tmp_path):
     assert generate.train(config).metrics["failed"] == 1
     first, second = map(json.loads, (tmp_path / "out.jsonl").read_text().splitlines())
     assert first["prompt"] == "\ud800" and "lone surrogate" in first["error"] and len(second["answers"]) == 1
+
+
+@pytest.mark.parametrize(
+    "row", [{"prompt": "2 + 1", "answers": [{}]}, {"prompt": "1 + 1", "answer": "2"}, {"prompt": "1 + 1", "answers": []}]
+)
+def test_a_file_of_other_answers_is_neither_kept_as_done_nor_added_to(tiny, tmp_path, row):
+    (source := tmp_path / "prompts.jsonl").write_text('{"prompt": "1 + 1"}\n')
+    (out := tmp_path / "out.jsonl").write_text(before := json.dumps(row) + "\n")
+    with pytest.raises(ConfigError, match="line 1 of .* is not n=1 answers to record 1"):
+        generate.train(generate.Config(model=tiny.model, sources=[str(source)], out=str(out)))
+    assert out.read_text() == before
+
+
+def test_prompts_that_could_not_be_answered_are_counted_aloud(tiny, tmp_path, capsys):
+    (source := tmp_path / "prompts.jsonl").write_text('{"instruction": "Add.", "output": "2"}\n')
+    generate.train(generate.Config(model=tiny.model, sources=[str(source)], out=str(tmp_path / "out.jsonl")))
+    assert "1 records could not be answered" in capsys.readouterr().err
