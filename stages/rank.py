@@ -5,8 +5,9 @@
     tritium rank --data=answers.jsonl --out=rankings.jsonl --terminal --who=anna
 
 Records hold a prompt and "answers": [text, …], and perhaps "scores": a number for each, or a list of numbers (one of
-each model of an ensemble). `evaluate --save` and its answers to one prompt are read as such too. First come the prompts
-on whose answers the ensemble disagrees most, then those with the smallest margin between two scores.
+each model of an ensemble). The files of `generate --n=4`, and of `evaluate --save` (its answers to one prompt together),
+are read as such too. First come the prompts on whose answers the ensemble disagrees most, then those with the smallest
+margin between two scores.
 """
 
 import getpass
@@ -73,6 +74,8 @@ def read_items(path: str, skipped: Skipped) -> list[Item]:
     for place, record in read_records(path, skipped):
         try:
             answers = record.get("answers", [record.get("answer")])
+            if isinstance(answers, list):  # of `generate`: {"text": …} each
+                answers = [a.get("text") if isinstance(a, dict) else a for a in answers]
             if not isinstance(answers, list) or not all(isinstance(a, str) and a.strip() for a in answers):
                 raise RecordError('a record without "answers", a list of texts')
             score = record.get("score", {}).get("value") if isinstance(record.get("score"), dict) else None

@@ -55,6 +55,12 @@ def test_the_answers_that_evaluate_saves_are_gathered_by_prompt(tmp_path):
         rank.read_items(write(tmp_path / "b.jsonl", rows[:1]), Skipped())
 
 
+def test_the_answers_that_generate_writes_can_be_ranked(tmp_path):
+    answers = [{"text": text, "finish_reason": "stop", "tokens": 1} for text in ("x", "y", "x")]
+    (item,) = rank.read_items(write(tmp_path / "a.jsonl", [{"question": "q", "answers": answers}]), Skipped())
+    assert item.answers == ["x", "y"]
+
+
 @pytest.mark.parametrize(
     ("text", "levels"),
     [
