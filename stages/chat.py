@@ -8,6 +8,7 @@ run programs, in the sandbox.
 """
 
 import json
+import re
 import sys
 import time
 from dataclasses import dataclass
@@ -59,6 +60,8 @@ def train(config: Config) -> Result:
                 print(COMMANDS[command](argument.strip(), messages, model))
             except (UserError, ValueError, OSError) as error:
                 print(f"({error})")
+        elif re.fullmatch(r"/[a-z]+", command):
+            print(f"({command} is no command: /reset, {', '.join(COMMANDS)}, /quit)")
         elif question:
             messages.append({"role": "user", "content": question})
             said = reply(model, tokenizer, messages, config, config.seed + turn)

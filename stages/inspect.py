@@ -55,7 +55,7 @@ def main(argv: list[str]) -> int:
     if name not in STAGES:
         guess = nearest(name, STAGES)
         hint = f"did you mean {guess}? " if guess else ""
-        raise ConfigError(f"no data to inspect of a stage {name!r}; {hint}There are: {', '.join(STAGES)}")
+        raise ConfigError(f"no data to inspect of a stage {name!r}; {hint}there are {', '.join(STAGES)}")
     config = load(import_module(f"tritium.stages.{name}").Config, rest, f"tritium inspect {name}", __doc__)
     colour = bool(os.environ.get("FORCE_COLOR")) or (sys.stdout.isatty() and "NO_COLOR" not in os.environ)
     print("\n".join(report(inspect(name, config), colour)))

@@ -51,7 +51,7 @@ ONE_PROCESS = True  # its stages would each join torchrun's mesh, and leave it c
 
 @dataclass
 class Config:
-    recipe: str = opt("ladder", "a built-in recipe (ladder, smoke), or a TOML file")
+    recipe: str = opt("ladder", "a built-in recipe (ladder, rlhf, smoke), or a TOML file")
     out: str = opt("", "folder of the run (default: runs/RECIPE)")
 
 

@@ -274,6 +274,7 @@ def test_chat_answers_each_line_until_the_end(tiny, tmp_path, monkeypatch, capsy
         "/save",
         f"/save {tmp_path}/none/a.jsonl",
         f"/adapter {tmp_path}",
+        "/rest",
         "/adapter none",
         "/quit",
         "never asked",
@@ -287,7 +288,7 @@ def test_chat_answers_each_line_until_the_end(tiny, tmp_path, monkeypatch, capsy
     (saved,) = (json.loads(line)["messages"] for line in (tmp_path / "a.jsonl").read_text().splitlines())
     assert [m["role"] for m in saved] == ["user", "assistant"] and saved[0]["content"] == "Hi"
     assert "/save needs the name" in shown.out and "No such file" in shown.out and "adapter_config.json" in shown.out
-    assert "adapters: none" in shown.out
+    assert "adapters: none" in shown.out and "/rest is no command: /reset, /save" in shown.out
 
 
 def test_chat_runs_programs_and_keeps_their_turns(tiny, tmp_path, monkeypatch, capsys):
