@@ -254,7 +254,8 @@ def test_a_prompt_that_is_no_unicode_does_not_end_the_file(tiny, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "row", [{"prompt": "2 + 1", "answers": [{}]}, {"prompt": "1 + 1", "answer": "2"}, {"prompt": "1 + 1", "answers": []}]
+    "row",
+    [{"prompt": "2 + 1", "answers": [{}]}, {"prompt": "1 + 1", "answer": "2"}, {"prompt": "1 + 1", "answers": []}],
 )
 def test_a_file_of_other_answers_is_neither_kept_as_done_nor_added_to(tiny, tmp_path, row):
     (source := tmp_path / "prompts.jsonl").write_text('{"prompt": "1 + 1"}\n')
