@@ -4,7 +4,8 @@ tritium generate --model=runs/sft --sources=prompts.jsonl --out=answers.jsonl
 
 A record is {"prompt": text} (continued as it is), {"messages": […]} or a problem ({"question", …}, answered in the
 model's chat format). Each line of the answers is its record with "answers": [{"text", "finish_reason", "tokens"}, …].
-The same command again goes on after the last whole line; lines that answer other records are refused. A record that can't be answered keeps its line, with "error".
+The same command again goes on after the last whole line; lines that answer other records are refused. A record that
+can't be answered keeps its line, with "error".
 """
 
 import json

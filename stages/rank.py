@@ -5,9 +5,9 @@
     tritium rank --data=answers.jsonl --out=rankings.jsonl --terminal --who=anna
 
 Records hold a prompt and "answers": [text, …], and perhaps "scores": a number for each, or a list of numbers (one of
-each model of an ensemble). The files of `generate --n=4`, and of `evaluate --save` (its answers to one prompt together),
-are read as such too. First come the prompts on whose answers the ensemble disagrees most, then those with the smallest
-margin between two scores.
+each model of an ensemble). The files of `generate --n=4`, and of `evaluate --save` (its answers to one prompt
+together), are read as such too. First come the prompts on whose answers the ensemble disagrees most, then those with
+the smallest margin between two scores.
 """
 
 import getpass
