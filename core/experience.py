@@ -8,7 +8,7 @@ pack                a group is never split; what was not judged, or teaches noth
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -25,7 +25,7 @@ from tritium.core.trainer import Trainer
 from tritium.parallel.data import all_reduce_counts
 from tritium.parallel.mesh import Mesh
 
-RECHECK = 20  # rollouts after which a problem outside the band is tried again
+RECHECK = 20  # draws (rollouts, where each has one round) after which a problem outside the band is tried again
 
 
 @dataclass
@@ -119,7 +119,7 @@ class Experience:
 
     def greedy_scores(self, rollout: Rollout, number: int) -> list[float]:
         """The shaped score of the likeliest answer to each group's problem (0 where the judge failed)."""
-        likeliest = SamplingConfig(0.0, max_tokens=self.settings.sampling.max_tokens)
+        likeliest = replace(self.settings.sampling, temperature=0.0)
         found = self.answers([group[0].problem for group in rollout.groups], likeliest, 1, (number,))
         values = [self.shaped(group[0]) for group in found.groups]
         return [0.0 if value is None else value for value in values]
@@ -128,9 +128,10 @@ class Experience:
         return shaped(sample, self.settings.shaping, self.settings.sampling.max_tokens)
 
     def remember(self, rollout: Rollout, number: int) -> None:
-        """Note each problem's share of right answers, and when it was: checkpoints keep it."""
+        """Note each problem's share of right answers, and the draw that it was of: checkpoints keep it."""
         if self.settings.data.band != [0.0, 1.0]:
-            rates = {str(g[0].problem.index): [float(np.mean([s.right for s in g])), number] for g in rollout.groups}
+            last = number * self.rounds + self.rounds - 1
+            rates = {str(g[0].problem.index): [float(np.mean([s.right for s in g])), last] for g in rollout.groups}
             notes = self.trainer.notes.setdefault("pass_rates", {})
             for part in self.trainer.mesh.gather_objects(rates):
                 notes |= part
@@ -191,7 +192,7 @@ def problems_of(
 ) -> list[Problem]:
     """The problems of rollout `number`: shuffled passes over all of them, a function of (seed, number).
 
-    With `rates` ({index: [share of right answers, rollout]}), a draw from those that are within `band`, or were not
+    With `rates` ({index: [share of right answers, draw]}), a draw from those that are within `band`, or were not
     tried for a while; from all where these are too few.
     """
     if rates is not None:

@@ -36,16 +36,20 @@ def open_policy(
 ) -> dict[str, nn.Module]:
     """The policy, and the reference unless it is None; of an adapter it is the base, which is here only once.
 
-    Raises: ConfigError for a base that is to move.
+    Raises: ConfigError for one that can't move, but is to.
     """
     policy = load_model(folder, dtype, mesh, finetune=finetune, seed=seed)
     if reference is None:
         return {"policy": policy}
-    if reference.model:
-        return {"policy": policy, "reference": load_model(reference.model, dtype, mesh, frozen=True)}
     if reference.every and policy.adapters:
-        raise ConfigError("reference.every: the base of an adapter does not move; give reference.model, or every=0")
-    return {"policy": policy, "reference": load_reference(folder, dtype, mesh, policy)}
+        raise ConfigError("reference.every: the base of an adapter does not move, nor another model to it; set every=0")
+    if not reference.model:
+        return {"policy": policy, "reference": load_reference(folder, dtype, mesh, policy)}
+    other = load_model(reference.model, dtype, mesh, frozen=True)
+    shapes = [[p.shape for p in network.parameters()] for network in (policy, other)]
+    if reference.every and shapes[0] != shapes[1]:
+        raise ConfigError(f"reference.every: {reference.model} has other shapes than {folder}; set every=0")
+    return {"policy": policy, "reference": other}
 
 
 class Follower:

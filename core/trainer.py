@@ -277,7 +277,7 @@ class Trainer:
         if self.mesh.zero < 2:
             return list(batches)
         most = max(self.mesh.gather_objects(len(batches)))
-        return [*batches, *[pack([], multiple_of=FILLER)] * (most - len(batches))]
+        return [*batches, *[pack([], multiple_of=FILLER).to(self.mesh.device)] * (most - len(batches))]
 
     @contextmanager
     def reducing(self, last: bool) -> Iterator[None]:

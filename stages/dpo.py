@@ -53,6 +53,8 @@ class Config:
             raise ConfigError(f"label_smoothing={self.label_smoothing} must be in [0, 0.5)")
         if self.label_smoothing and self.loss not in SMOOTHED:
             raise ConfigError(f"label_smoothing={self.label_smoothing}: {self.loss} has none; these do: {SMOOTHED}")
+        if self.sft is not None and self.loss == "kto":
+            raise ConfigError(f"sft={self.sft}: kto has no chosen answers; leave it out")
         if self.reference and self.loss in REFERENCE_FREE:
             raise ConfigError(f"reference={self.reference}: {self.loss} has no reference; leave it out")
 

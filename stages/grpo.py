@@ -60,6 +60,11 @@ class GRPOConfig:
                 raise ConfigError(f"grpo.{name}={getattr(self, name)} must be at least 1")
         if min(self.beta, self.importance, self.entropy) < 0:
             raise ConfigError("grpo.beta, grpo.importance and grpo.entropy must not be negative")
+        own = ALGORITHMS[self.algorithm]
+        if self.scale == "group" and own.baseline != "mean":
+            raise ConfigError(f"grpo.scale=group: {self.algorithm} has no group's mean to go with it; batch, or none")
+        if self.constant is not None and not (self.constant > 0 and (self.normalization or own.normalization) == "constant"):
+            raise ConfigError(f"grpo.constant={self.constant} must be positive, with grpo.normalization=constant")
 
 
 @dataclass

@@ -142,7 +142,7 @@ def train(config: Config) -> Result:
         if moving and config.reference.due(number):
             trainer.followers["reference"].follow(config.reference.decay)
         if options.target_kl:
-            trainer.notes["beta"] = adapted(objective.beta, numbers["kl_k1"], options.target_kl)
+            trainer.notes["beta"] = adapted(objective.beta, numbers.get("kl_k1", options.target_kl), options.target_kl)
     return trainer.result()
 
 
@@ -198,7 +198,7 @@ def too_far(trainer: Trainer, options: PPOConfig) -> bool:
     if not options.stop_kl:
         return False
     trainer.flush_metrics()
-    return trainer.last["old_kl"] > options.stop_kl
+    return trainer.last.get("old_kl", 0.0) > options.stop_kl
 
 
 if __name__ == "__main__":

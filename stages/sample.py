@@ -109,16 +109,15 @@ def write(config: Config, rollout: Rollout) -> None:
         levels = by_score(group)
         if not levels:
             continue
-        prompt, (best, *worse) = group[0].problem.messages, levels
+        prompt = group[0].problem.messages
         for messages in to_learn(config, prompt, levels):
             put(files["sft"], {"messages": messages})
-        if config.rso:
-            (best, *worse) = rso_levels(config, levels, group[0].problem.index)
+        best, *worse = rso_levels(config, levels, group[0].problem.index) if config.rso else levels
         if best[0].right or config.chosen == "best":
             wrong = [sample for level in worse for sample in level]
             for chosen, rejected in list(zip(best, wrong, strict=False))[: config.pairs]:
                 put(files["pairs"], {"prompt": prompt, "chosen": chosen.text, "rejected": rejected.text})
-        if worse:
+        if len(levels) > 1:
             put(files["rankings"], {"prompt": prompt, "ranked": [level[0].text for level in levels]})
     for file in files.values():
         file.close()

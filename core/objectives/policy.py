@@ -118,10 +118,11 @@ class PolicyGradient(Objective):
         cu, kl = answer_cu(batch), self.penalty(batch)
         if self.baseline == "none":
             return returns_to_go(rewards - kl, cu)
+        last = scored * (returns_to_go(scored, cu) == 1)  # an answer's end, or that of its last step
         if self.baseline == "greedy":
-            rewards = rewards - last_token(per_token(batch.fields["greedy"], batch).to(old.dtype), cu)
+            rewards = rewards - last * per_token(batch.fields["greedy"], batch).to(old.dtype)
         if torch.is_tensor(kl):
-            rewards = rewards - last_token(per_token(sequence_sum(kl, batch), batch), cu)
+            rewards = rewards - last * per_token(sequence_sum(kl, batch), batch)
         if self.baseline != "greedy":
             rewards = scored * self.against_group(rewards, scored, batch, cu)
         return returns_to_go(rewards, cu)
@@ -321,13 +322,6 @@ def per_token(values: Tensor, batch: PackedBatch) -> Tensor:
     """A per-sequence number [S] at each of its supervised tokens, [N]."""
     counts = answer_cu(batch).diff().long()
     return values.repeat_interleave(counts, output_size=len(batch.supervised))
-
-
-def last_token(values: Tensor, cu: Tensor) -> Tensor:
-    """`values` [N] at each sequence's last token, 0 elsewhere."""
-    last = torch.zeros(len(values), dtype=torch.bool, device=values.device)
-    last[(cu[1:] - 1).long()] = True
-    return values * last
 
 
 def returns_to_go(rewards: Tensor, cu: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ answers: π and ref are sums over an answer's tokens, |y| is their number, and i
 """
 
 import hashlib
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -258,21 +259,21 @@ class KTO(Objective):
 
 
 def mismatched(batches: Sequence[PackedBatch], policy) -> list[PackedBatch]:
-    """As many batches, of the same prompts, each with the answer of the sequence before it in the whole step.
+    """As many batches, of the same prompts, each with the answer to another prompt before it in the whole step.
 
     Which is before which depends on `fields["index"]` alone, not on bins or ranks. What is longer than the context is
     cut off at its end.
     """
     own = [split_sequences(batch) for batch in batches]
-    ranks = policy.mesh.gather_objects({index: answer for split in own for index, _, answer in split})
-    answers = {index: answer for rank in ranks for index, answer in rank.items()}
-    order = sorted(answers)
-    before = dict(zip(order, [*order[-1:], *order[:-1]], strict=True))
-    made = []
+    ranks = policy.mesh.gather_objects({index: (prompt.tolist(), a) for split in own for index, prompt, a in split})
+    step = {index: found for rank in ranks for index, found in rank.items()}
+    order, made = sorted(step), []
     for split in own:
         documents = []
         for index, prompt, _ in split:
-            answer = answers[before[index]]
+            at = bisect_left(order, index)
+            before = (step[i] for i in (*order[:at][::-1], *order[at:][::-1]))  # the nearest first, round the step's end
+            answer = next((a for other, a in before if other != prompt.tolist()), step[order[at - 1]][1])
             ids = torch.cat([prompt, answer]).to(torch.int32).numpy()
             on = torch.cat([torch.zeros(len(prompt)), torch.ones(len(answer))]).numpy()
             documents.append([Document(ids, on).first(policy.config.max_positions)])

@@ -175,6 +175,20 @@ def test_step_scores_reach_the_tokens_up_to_their_step():
     assert batch.fields["advantages"].tolist() == pytest.approx([a + b, a + b, b, b, c, c], abs=1e-6)
 
 
+@pytest.mark.parametrize("name", ["rloo", "remax"])
+def test_a_kl_in_the_reward_counts_too_where_the_last_step_ends_before_the_answer(name):
+    groups, _ = rollout()
+    for doc in groups[0] + groups[1]:  # the end token after the last step has no score
+        doc.fields["rewards"], doc.fields["scored"] = (np.roll(doc.fields[k], -1) for k in ("rewards", "scored"))
+    groups = [[d for d in group if len(d) > 4] for group in groups]  # with an answer of two tokens or more
+    objective, found = algorithm(name, beta=0.5), []
+    for seed in (1, 2):
+        batch = pack([[Document(d.ids, d.weights, d.fields | {"number": float(i)}) for i, d in enumerate(g)] for g in groups])
+        objective.estimate(networks(model(), model(seed)), [batch], Mesh.single())
+        found.append(batch.fields["advantages"])
+    assert not torch.allclose(*found)
+
+
 def test_importance_weights_are_what_the_sampler_did_otherwise_and_are_cut():
     (groups, batch), policy = rollout(), model()
     nets = networks(policy)

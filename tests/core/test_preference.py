@@ -10,7 +10,7 @@ import torch
 
 from tritium.core.batch import Document, pack
 from tritium.core.objectives import KTO, PairOptions, Preference
-from tritium.core.objectives.preference import LOSSES, REFERENCE_FREE, Pairs
+from tritium.core.objectives.preference import LOSSES, REFERENCE_FREE, Pairs, mismatched
 from tritium.model.config import ModelConfig
 from tritium.model.transformer import Transformer
 from tritium.parallel.data import all_reduce_counts
@@ -305,3 +305,18 @@ def test_kto_does_not_depend_on_the_ranks(pool2, tp):
     networks = {"policy": closer(model(3), reference, 0.5), "reference": reference}
     alone = total(KTO(0.3), networks, pack([[d] for d in feedback()])).item()
     assert pool2.run(kto_on_ranks, tp) == pytest.approx([alone, alone], abs=1e-9)
+
+
+def test_z0_of_pairs_is_of_answers_to_other_prompts():
+    rng, documents = np.random.default_rng(6), []
+    for i, (prompt, *answers) in enumerate(((4, 2, 3), (3, 6, 1))):  # both answers of a pair have the same prompt
+        ids = rng.integers(0, 40, prompt).astype(np.int32)
+        for j, n in enumerate(answers):
+            made = document(rng, prompt, n, good=1.0 - j, index=2.0 * i + j)
+            made.ids[:prompt] = ids
+            documents.append(made)
+    batch = pack([documents[:2], documents[2:]])
+    (made,) = mismatched([batch], model(0))
+    answers = [d.ids[d.weights > 0].tolist() for d in documents]
+    found = [made.targets[made.supervised].tolist()[a:b] for a, b in ((0, 1), (1, 2), (2, 5), (5, 8))]
+    assert found == [answers[3], answers[3], answers[1], answers[1]]

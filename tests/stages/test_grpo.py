@@ -2,11 +2,12 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from tritium.core.config import from_dict
-from tritium.core.experience import ShapingConfig, summary
+from tritium.core.config import ConfigError, from_dict
+from tritium.core.experience import Experience, ShapingConfig, problems_of, summary
 from tritium.core.rewards import Score
 from tritium.core.rollout import Problem, Rollout, Sample
 from tritium.core.tokenizer import Tokenizer
@@ -72,3 +73,19 @@ def test_answers_that_reach_the_end_of_the_context_are_trained_on(tiny, tmp_path
     (file := Path(tmp_path / "long.jsonl")).write_text(json.dumps({"question": question, "answer": "3"}) + "\n")
     steps = trained(str(file), sampling={"max_tokens": 200})
     assert all(step["varied_groups"] > 0 and step["length"] < 26 for step in steps)
+
+
+@pytest.mark.parametrize("options", [{"algorithm": "rloo", "scale": "group"}, {"constant": 9.0}, {"algorithm": "dr_grpo", "constant": -1.0}])
+def test_an_option_that_the_algorithm_would_ignore_is_refused(options):
+    with pytest.raises(ConfigError, match="grpo.(scale|constant)="):
+        grpo.GRPOConfig(**options)
+
+
+def test_a_problem_outside_the_band_stays_away_as_long_with_several_rounds():
+    settings = SimpleNamespace(data=SimpleNamespace(band=[0.1, 0.9]))
+    trainer = SimpleNamespace(mesh=Mesh.single(), out=Path("none"), notes={})
+    experience = Experience(trainer, None, [], None, settings, 1, rounds=8)
+    experience.remember(Rollout([group(1, 1)]), 10)
+    problems = [Problem(i, [], [], "") for i in range(3)]
+    rates = trainer.notes["pass_rates"]
+    assert all(p.index for n in range(88, 96) for p in problems_of(n, problems, 2, 0, rates, [0.1, 0.9]))

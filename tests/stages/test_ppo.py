@@ -193,3 +193,13 @@ def test_every_algorithm_runs_as_a_stage(tiny, tmp_path, monkeypatch, algorithm)
         assert m["shaped_reward"] < m["reward"]
     state = json.loads((tmp_path / "step-00000002" / "trainer" / "state.json").read_text())
     assert all(0 <= rate <= 1 for rate, _ in state["notes"]["pass_rates"].values())
+
+
+def test_ppo_goes_on_where_the_judge_fails_on_every_answer(tiny, tmp_path, monkeypatch):
+    def broken(ids, text, **_):
+        raise OSError("the grader is down")
+
+    monkeypatch.setattr("tritium.stages.ppo.open_reward", lambda *_: broken)
+    settings = {"prompts": 2, "group": 1, "epochs": 2, "target_kl": 0.1, "stop_kl": 0.1}
+    ppo.train(config(tiny, tmp_path, 2, ppo=settings))
+    assert rows(tmp_path)[-1]["beta"] == 0.05  # nothing was seen that could move it
