@@ -63,7 +63,9 @@ class GRPOConfig:
         own = ALGORITHMS[self.algorithm]
         if self.scale == "group" and own.baseline != "mean":
             raise ConfigError(f"grpo.scale=group: {self.algorithm} has no group's mean to go with it; batch, or none")
-        if self.constant is not None and not (self.constant > 0 and (self.normalization or own.normalization) == "constant"):
+        if self.constant is not None and not (
+            self.constant > 0 and (self.normalization or own.normalization) == "constant"
+        ):
             raise ConfigError(f"grpo.constant={self.constant} must be positive, with grpo.normalization=constant")
 
 

@@ -183,7 +183,9 @@ def test_a_kl_in_the_reward_counts_too_where_the_last_step_ends_before_the_answe
     groups = [[d for d in group if len(d) > 4] for group in groups]  # with an answer of two tokens or more
     objective, found = algorithm(name, beta=0.5), []
     for seed in (1, 2):
-        batch = pack([[Document(d.ids, d.weights, d.fields | {"number": float(i)}) for i, d in enumerate(g)] for g in groups])
+        batch = pack(
+            [[Document(d.ids, d.weights, d.fields | {"number": float(i)}) for i, d in enumerate(g)] for g in groups]
+        )
         objective.estimate(networks(model(), model(seed)), [batch], Mesh.single())
         found.append(batch.fields["advantages"])
     assert not torch.allclose(*found)

@@ -75,7 +75,9 @@ def test_answers_that_reach_the_end_of_the_context_are_trained_on(tiny, tmp_path
     assert all(step["varied_groups"] > 0 and step["length"] < 26 for step in steps)
 
 
-@pytest.mark.parametrize("options", [{"algorithm": "rloo", "scale": "group"}, {"constant": 9.0}, {"algorithm": "dr_grpo", "constant": -1.0}])
+@pytest.mark.parametrize(
+    "options", [{"algorithm": "rloo", "scale": "group"}, {"constant": 9.0}, {"algorithm": "dr_grpo", "constant": -1.0}]
+)
 def test_an_option_that_the_algorithm_would_ignore_is_refused(options):
     with pytest.raises(ConfigError, match="grpo.(scale|constant)="):
         grpo.GRPOConfig(**options)
