@@ -5,6 +5,8 @@ import pathlib
 import shutil
 import subprocess
 import sys
+import token
+import tokenize
 
 import pytest
 
@@ -14,7 +16,7 @@ ROOT = pathlib.Path(tritium.__file__).parent
 LAYERS = ("kernels", "parallel", "model", "core", "stages", "bench")  # each may import those before it
 FILES = sorted(file for layer in LAYERS for file in (ROOT / layer).rglob("*.py"))
 LINES = 15_000
-OVERRUN = 10279  # alignment, generation, judges and open models came at once: to be paid back by deleting
+OVERRUN = 3_500  # alignment, generation, judges and open models came at once: to be paid back by deleting
 
 
 def module_name(file):
@@ -118,6 +120,18 @@ assert not [name for name in sys.modules if name.startswith('tritium.') and not 
     assert done.returncode == 0, done.stderr
 
 
+def lines_of_code(file):
+    """Lines that hold code, as tinygrad's sz.py counts them: a docstring, a comment, a blank line cost nothing."""
+    code = (token.OP, token.NAME, token.NUMBER, token.STRING)
+    lines = set()
+    with tokenize.open(file) as stream:
+        for item in tokenize.generate_tokens(stream.readline):
+            docstring = item.type == token.STRING and item.line.strip().startswith(('"""', 'r"""'))
+            if item.type in code and not docstring:
+                lines |= set(range(item.start[0], item.end[0] + 1))
+    return len(lines)
+
+
 def test_the_code_grows_no_further_over_its_budget():
     core = [file for file in FILES if file.relative_to(ROOT).parts[0] != "bench"]
-    assert sum(len(file.read_text().splitlines()) for file in core) <= LINES + OVERRUN
+    assert sum(map(lines_of_code, core)) <= LINES + OVERRUN
