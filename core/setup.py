@@ -15,9 +15,11 @@ from tritium.core.checkpoint import model_folder
 from tritium.core.config import ConfigError, UserError, opt, to_toml
 from tritium.core.data import parse_sources
 from tritium.core.tokenizer import Tokenizer
+from tritium.model.adapters import Base, attach
 from tritium.model.heads import ScalarModel
 from tritium.model.hf import ModelFolderError, load
-from tritium.model.lora import Base, LoraConfig, attach, merge
+from tritium.model.lora import LoraConfig, merge
+from tritium.model.prompts import PEFT_TYPES, PromptConfig
 from tritium.model.transformer import Transformer
 from tritium.parallel.data import check_same
 from tritium.parallel.mesh import Mesh, init_mesh
@@ -39,10 +41,13 @@ class MeshConfig:
 
 @dataclass
 class FinetuneConfig:
-    """What is trained of a model: all of it, parameters by their names, or a low-rank adapter (model/lora.py)."""
+    """What is trained of a model: all of it, parameters by their names, a low-rank adapter (model/lora.py), or virtual
+    tokens (model/prompts.py)."""
 
     kind: str = opt(
-        "full", "what is trained; qlora: lora on a base in NF4", choices=("full", "freeze", "lora", "qlora")
+        "full",
+        "what is trained; qlora: lora on a base in NF4; prompt, p_tuning, prefix: virtual tokens before each document",
+        choices=("full", "freeze", "lora", "qlora", *PEFT_TYPES),
     )
     train: list[str] = opt([], "freeze: patterns of the parameters that are trained, such as layers.3.*")
     rank: int = opt(16, "lora: rank of an adapter")
@@ -50,6 +55,7 @@ class FinetuneConfig:
     rslora: bool = opt(False, "lora: by alpha / √rank instead")
     targets: list[str] = opt([], "lora: matrices with an adapter, such as q_proj,v_proj (default: all of the layers')")
     dropout: float = opt(0.0, "lora: share of an adapter's inputs that are dropped in training")
+    tokens: int = opt(20, "prompt, p_tuning, prefix: virtual tokens")
     block_dropout: float = opt(0.0, "share of the blocks' outputs that are dropped in training")
     neftune: float = opt(0.0, "NEFTune: α of the noise on the embeddings in training (5 is usual)")
 
@@ -59,13 +65,16 @@ class FinetuneConfig:
         if (self.kind == "freeze") != bool(self.train):
             raise ConfigError("finetune.kind=freeze goes with finetune.train: patterns of what is trained")
         try:
-            self.lora("")
+            self.adapter("")
         except ValueError as error:
             raise ConfigError(f"finetune.{error}") from None
 
-    def lora(self, base: str) -> LoraConfig:
+    def adapter(self, base: str) -> LoraConfig | PromptConfig | None:
+        """What is attached to the model in the folder `base`. Raises: ValueError."""
+        if self.kind in PEFT_TYPES:
+            return PromptConfig(self.kind, self.tokens, base)
         shape = (self.rank, self.alpha, tuple(self.targets), self.dropout, self.rslora)
-        return LoraConfig(*shape, quantized=self.kind == "qlora", base=base)
+        return LoraConfig(*shape, quantized=self.kind == "qlora", base=base) if "lora" in self.kind else None
 
 
 def join(mesh: MeshConfig, device: str, settings: str) -> Mesh:
@@ -129,7 +138,10 @@ def load_model(
     if finetune is None:
         return model.requires_grad_(not frozen)
     if model.adapters:
-        merge(model)
+        try:
+            merge(model)
+        except ValueError as error:
+            raise UserError(f"{folder}: {error}; train a new one on that base") from None
     prepare_training(model, finetune, str(Path(model_folder(folder)).resolve()), seed)
     return model
 
@@ -138,8 +150,8 @@ def prepare_training(model: Transformer, finetune: FinetuneConfig, base: str, se
     """Freeze what is not trained, or attach an adapter. Raises: ConfigError for names that the model does not have."""
     model.set_noise(finetune.block_dropout, finetune.neftune)
     try:
-        if finetune.kind in ("lora", "qlora"):
-            attach(model, finetune.lora(base), seed=seed)
+        if (adapter := finetune.adapter(base)) is not None:
+            attach(model, adapter, seed=seed)
     except ValueError as error:
         raise ConfigError(f"finetune.{error}") from None
     if finetune.kind == "freeze":

@@ -40,7 +40,7 @@ def beam_search(
     if not prompts:
         return []
     options = Options(max_tokens=max_tokens, temperature=0.0, stop_ids=stop_ids)
-    longest = min(model.config.max_positions, max(map(len, prompts)) + max_tokens)
+    longest = min(model.positions, len(model.virtual_ids) + max(map(len, prompts)) + max_tokens)
     engine = Engine(model, cache_pages(2 * beams * len(prompts), longest), max_batch=len(prompts))
     searches = [Search([(0.0, engine.submit(prompt, options, [(0, 0)])[0])]) for prompt in prompts]
     engine.admit()

@@ -126,7 +126,7 @@ class Engine:
     ):
         self.model, self.cache, self.max_batch = model, PagedCache(model, pages), max_batch
         self.decoder, self.extend = decoder, extend
-        self.capacity = min(model.config.max_positions, self.cache.usable * self.cache.page + 1)  # of a sequence
+        self.capacity = min(model.positions, self.cache.usable * self.cache.page + 1)  # of a sequence
         self.waiting: deque[Running] = deque()
         self.running: list[Running] = []  # the oldest first
         self.groups: list[Group] = []  # those that hold pages
@@ -152,7 +152,8 @@ class Engine:
         config, prompt = self.model.config, list(prompt)
         check_prompt(prompt, config.max_positions, config.vocab_size)
         options.check_ids(config.vocab_size)
-        longest = min(len(prompt) + options.max_tokens, config.max_positions)
+        ids = [*self.model.virtual_ids, *prompt]
+        longest = min(len(ids) + options.max_tokens, self.model.positions)
         if longest > self.capacity:
             raise ValueError(
                 f"{len(prompt)} tokens and up to {options.max_tokens} new ones do not fit the cache, which holds "
@@ -164,14 +165,14 @@ class Engine:
         if stops is None:
             stops = config.stop_ids
         keys = np.array(seeds, np.uint64).reshape(-1, 2)  # left to itself, numpy would round them through float64
-        group = Group(len(seeds)) if len(seeds) > 1 and len(prompt) > 1 else None
+        group = Group(len(seeds)) if len(seeds) > 1 and len(ids) > 1 else None
         made = []
         most = min(options.max_tokens, config.max_positions)  # a client may ask for any number
         for i, key in enumerate(keys):
             draws = np.random.Generator(np.random.Philox(key=key)).random(most, np.float32)
             history = History(options, prompt) if options.edits else None
             text = Text(decoder(), options.stop) if decoder else None
-            made.append(Running(prompt, options, i, draws, group, history, text, frozenset(stops), ids=list(prompt)))
+            made.append(Running(ids, options, i, draws, group, history, text, frozenset(stops), ids=list(ids)))
         self.waiting += made
         return made
 
@@ -464,8 +465,8 @@ def generate(
     if not total:
         return []
     if pages is None:
-        longest = min(model.config.max_positions, max(map(len, prompts)) + options.max_tokens)
-        longest = model.config.max_positions if extend else longest
+        longest = min(model.positions, len(model.virtual_ids) + max(map(len, prompts)) + options.max_tokens)
+        longest = model.positions if extend else longest
         pages = cache_pages(min(max_batch, total), longest)
     engine = Engine(model, pages, max_batch, decoder, extend)
     places: dict[Running, int] = {}

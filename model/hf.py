@@ -50,7 +50,7 @@ def load(
     """
     path = Path(folder)
     if (path / ADAPTER_CONFIG).exists():
-        from tritium.model.lora import load_adapted
+        from tritium.model.adapters import load_adapted
 
         return load_adapted(path, dtype, mesh or Mesh.single(device))
     raw = read_json(path / "config.json")
@@ -61,10 +61,10 @@ def load(
     try:
         with ExitStack() as stack:
             tensors = stack.enter_context(open_tensors(path, "model"))
-            fill(model, tensors, path)
+            fill(model, tensors)
             tensors.open = stack.pop_all() if streamed else None  # as long as a parameter comes from it
-    except TensorFileError as error:
-        raise ModelFolderError(str(error)) from None
+    except (TensorFileError, ModelFolderError) as error:
+        raise ModelFolderError(f"{path}: {error}") from None
     return model
 
 
@@ -103,7 +103,7 @@ def export(
     what is trained of it: the active one.
     """
     if decoder_of(model).adapters:
-        from tritium.model.lora import export_adapter
+        from tritium.model.adapters import export_adapter
 
         return export_adapter(model, make_whole)
     texts = {"config.json": json.dumps(to_hf_config(model), indent=2) + "\n"}
@@ -334,7 +334,7 @@ def joined(tensors: Mapping[str, Tensor], names: list[tuple[str, int]], cut: Sha
 
 
 @torch.no_grad()
-def fill(model: Transformer | ScalarModel, tensors: Mapping[str, Tensor], path: Path) -> None:
+def fill(model: Transformer | ScalarModel, tensors: Mapping[str, Tensor]) -> None:
     """Copy every tensor into its parameter; complain about all that is wrong at once."""
     problems, used = [], set()
     for module, key, names in parts(model):
@@ -351,7 +351,11 @@ def fill(model: Transformer | ScalarModel, tensors: Mapping[str, Tensor], path: 
             come_from(p, partial(joined, tensors, names, p.sharding, model.mesh))
     ignored = {"lm_head.weight"}  # a tied head written out, or the head of a backbone that becomes a reward model
     extra = [name for name in tensors if name not in used | ignored and not name.endswith("rotary_emb.inv_freq")]
-    problems += [f"{name} is not part of this model" for name in extra]
+    complain(problems + [f"{name} is not part of this model" for name in extra], "config.json")
+
+
+def complain(problems: list[str], config: str) -> None:
+    """Raises: ModelFolderError, if there are any, with the first of them."""
     if problems:
         shown = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
-        raise ModelFolderError(f"{path} does not fit its config.json: {shown}")
+        raise ModelFolderError(f"the tensors do not fit {config}: {shown}")

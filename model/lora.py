@@ -1,25 +1,19 @@
 """Low-rank adapters (LoRA, Hu et al. 2021, arXiv 2106.09685) on a dense or an NF4 base (QLoRA, arXiv 2305.14314).
 
-    attach(model, LoraConfig(rank=16))       # a second one gets a name: attach(model, config, "poems")
-    use(model, "poems")                      # which one acts; with disabled(model): none does, the base alone
-    merge(model)                             # into the base
+    attach(model, LoraConfig(rank=16))     # model/adapters.py; a second one gets a name: attach(model, config, "poems")
+    merge(model)                           # into the base
 
     y = x Wᵀ + scale · x aᵀ bᵀ     a [r, in], b [out, r], scale = alpha / r, or alpha / √r (rsLoRA, arXiv 2312.03732)
 
 One of our matrices may be several of Hugging Face's (q, k, v), each with an adapter of its own, as in peft: then `a` is
 theirs one below the other, and b block-diagonal. Under tensor parallelism b is cut where W is cut by rows, and a where
 by columns; the other one is whole on all ranks, each of which has a part of its gradient.
-
-Folders are peft's: adapter_config.json and adapter_model.safetensors.
 """
 
 import hashlib
-import json
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -29,9 +23,8 @@ from tritium.kernels import dequantize_nf4, lora_linear, quantize_nf4
 from tritium.kernels.lora_linear import MAX_RANK
 from tritium.kernels.nf4 import NF4Tensor
 from tritium.model.heads import ScalarModel
-from tritium.model.hf import ADAPTER_CONFIG, ModelFolderError, decoder_of, load, parts, read_json
+from tritium.model.hf import decoder_of, parts
 from tritium.model.transformer import Block, Transformer, full_shape, parameter
-from tritium.parallel.files import Share, TensorFileError, deal, open_tensors
 from tritium.parallel.mesh import Mesh
 from tritium.parallel.tensor import Sharding, shard, unshard
 
@@ -61,6 +54,26 @@ class LoraConfig:
     def scale(self) -> float:
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
+    def to_peft(self, targets: list[str]) -> dict:
+        """What peft's adapter_config.json says of it."""
+        raw = {"peft_type": "LORA", "r": self.rank, "lora_alpha": self.alpha, "lora_dropout": self.dropout}
+        raw |= {"use_rslora": self.rslora, "target_modules": targets, "bias": "none", "fan_in_fan_out": False}
+        return raw | ({"base_quantization": "nf4"} if self.quantized else {})
+
+    @classmethod
+    def from_peft(cls, raw: dict) -> "LoraConfig":
+        """Raises: ValueError for an adapter of another kind, KeyError."""
+        plain = {"bias": "none", "use_dora": False, "fan_in_fan_out": False, "rank_pattern": {}, "alpha_pattern": {}}
+        plain |= {"layers_to_transform": None, "lora_bias": False, "peft_type": "LORA"}
+        if odd := [f"{k}={raw.get(k)!r}" for k, v in plain.items() if raw.get(k, v) not in (v, None)]:
+            raise ValueError(f"{', '.join(odd)} is not supported: plain LoRA is, and soft prompts are")
+        targets = raw.get("target_modules") or ()
+        if isinstance(targets, str):
+            raise ValueError(f"target_modules={targets!r} is a pattern; a list of names is wanted")
+        shape = (raw["r"], raw["lora_alpha"], tuple(target.rpartition(".")[2] for target in targets))
+        more = raw.get("lora_dropout", 0.0), raw.get("use_rslora", False), raw.get("base_quantization") == "nf4"
+        return cls(*shape, *more, base=raw.get("base_model_name_or_path") or "")
+
 
 class Pair(nn.Module):
     """The adapter of one matrix W: of each of its `pieces` (name, rows of W on this rank) that is adapted, a and b."""
@@ -79,6 +92,10 @@ class Pair(nn.Module):
     @property
     def names(self) -> list[str]:
         return [name for name, _, adapted in self.pieces if adapted]
+
+    @property
+    def targets(self) -> list[str]:
+        return [name.rpartition(".")[2] for name in self.names]
 
     def diagonal(self) -> Tensor:
         """b as it meets all of a: [rows of W, rows of a], zero where a row of W has another adapter or none."""
@@ -154,9 +171,8 @@ def matrices(model: Model) -> Iterator[tuple[Block, str, list[str]]]:
             yield block, key, [name.removesuffix(".weight") for name, _ in names]
 
 
-def attach(model: Model, config: LoraConfig, name: str = "default", seed: int = 0) -> None:
-    """Give the layers' matrices an adapter that does nothing yet, and let it act. Nothing but adapters (and the score
-    of a reward model) is trained from then on; with `config.quantized` the matrices become NF4.
+def attach_lora(model: Model, config: LoraConfig, key: str, seed: int) -> None:
+    """Give the layers' matrices an adapter that does nothing yet; with `config.quantized` the matrices become NF4.
 
     a is drawn from U(-1/√in, 1/√in), b is 0 (peft's initialisation). Raises: ValueError for a target that is nowhere.
     """
@@ -166,13 +182,10 @@ def attach(model: Model, config: LoraConfig, name: str = "default", seed: int = 
         raise ValueError(f"targets: {', '.join(sorted(odd))} not in this model, which has {', '.join(sorted(short))}")
     if config.quantized and decoder.mesh.tp > decoder.config.num_kv_heads:
         raise ValueError(f"mesh.tp={decoder.mesh.tp} ranks share key/value heads: their NF4 codes can't be cut")
-    decoder.requires_grad_(False)
-    for block, key, modules in matrices(model):
+    for block, name, modules in matrices(model):
         chosen = [not config.targets or module.rpartition(".")[2] in config.targets for module in modules]
         if any(chosen):
-            attach_one(decoder, block, key, modules, chosen, config, name, seed)
-    decoder.adapters[name] = config
-    use(model, name)
+            attach_one(decoder, block, name, modules, chosen, config, key, seed)
 
 
 def attach_one(decoder, block: Block, key: str, modules, chosen, config: LoraConfig, name: str, seed: int) -> None:
@@ -208,59 +221,16 @@ def adapted(model: Model) -> Iterator[tuple[Block, str, Adapted]]:
                 yield block, key, here
 
 
-def use(model: Model, name: str | None) -> None:
-    """Let the adapter `name` act from now on, and be the one that is trained and saved; None: the base alone.
-
-    Raises: ValueError for a name that the model does not have."""
-    if name is not None and name not in decoder_of(model).adapters:
-        raise ValueError(f"no adapter {name!r}; there are: {', '.join(decoder_of(model).adapters) or 'none'}")
-    for _, _, here in adapted(model):
-        here.active = name if name in here.pairs else None
-        for other, pair in here.pairs.items():
-            pair.requires_grad_(other == name)
-
-
-@contextmanager
-def disabled(model: Model) -> Iterator[None]:
-    """Within, the base alone acts: the reference of an adapter that is trained."""
-    states = [(here, here.active) for _, _, here in adapted(model)]
-    for here, _ in states:
-        here.active = None
-    try:
-        yield
-    finally:
-        for here, active in states:
-            here.active = active
-
-
-class Base(nn.Module):
-    """A policy's base as a network of its own, without a second copy of it: the reference of DPO, GRPO and PPO."""
-
-    def __init__(self, policy: Transformer):
-        super().__init__()
-        self.policy, self.config, self.mesh = (
-            (policy,),
-            policy.config,
-            policy.mesh,
-        )  # no submodule: nothing is here twice
-
-    def hidden(self, *args, **options) -> Tensor:
-        """Transformer.hidden, without gradients."""
-        with disabled(self.policy[0]), torch.no_grad():
-            return self.policy[0].hidden(*args, **options)
-
-    def logprob(self, *args, **options):
-        """Transformer.logprob: the head has no adapter."""
-        return self.policy[0].logprob(*args, **options)
-
-
 @torch.no_grad()
 def merge(model: Model) -> float:
     """Add the active adapter to its base (where that is NF4, to what the codes stand for), and drop all adapters.
 
     In place; returns the largest rounding error of a weight in the model's dtype. Everything is trainable after it.
+    Raises: ValueError for a soft prompt, which no weights can stand for.
     """
-    worst = 0.0
+    decoder, worst = decoder_of(model), 0.0
+    if decoder.soft_prompt is not None:
+        raise ValueError(f"a soft prompt ({decoder.soft_prompt.config.kind}) can't be merged into its base's weights")
     for block, key, here in list(adapted(model)):
         stored, error = here.merged(getattr(block, key))
         worst = max(worst, error)
@@ -268,138 +238,7 @@ def merge(model: Model) -> float:
         p.data = stored
         setattr(block, key, p)
         del block.adapted[key]
-    decoder_of(model).adapters.clear()
+    decoder.adapters.clear()
+    decoder.active = None
     model.requires_grad_(True)
     return worst
-
-
-# Folders --------------------------------------------------------------------------------------------------------------
-
-
-def export_adapter(model: Model, make_whole: Callable[[nn.Parameter], None]) -> tuple[Share, dict[str, str]]:
-    """(this rank's share of the active adapter's tensors: all on rank 0, adapter_config.json). A collective."""
-    name = next((here.active for _, _, here in adapted(model) if here.active), None)
-    if name is None:
-        raise ValueError("no adapter is active: lora.use(model, name) says which one to save")
-    config = decoder_of(model).adapters[name]
-
-    def tensors() -> Iterator[tuple[str, Tensor]]:
-        for _, _, here in adapted(model):
-            if name in here.pairs:
-                make_whole(here.pairs[name].a)
-                for module, a, b in here.pairs[name].whole(model.mesh):
-                    yield f"{PREFIX}{module}.lora_A.weight", a
-                    yield f"{PREFIX}{module}.lora_B.weight", b
-        if isinstance(model, ScalarModel):
-            make_whole(model.score)
-            yield f"{PREFIX}score.weight", model.score.detach()
-
-    targets = sorted({m.rpartition(".")[2] for _, _, h in adapted(model) for m in h.pairs[name].names})
-    text = json.dumps(to_peft(config, targets, model), indent=2) + "\n"
-    return deal(tensors(), "adapter_model", model.mesh, one_file=True), {ADAPTER_CONFIG: text}
-
-
-def to_peft(config: LoraConfig, targets: list[str], model: Model) -> dict:
-    scalar = isinstance(model, ScalarModel)
-    more = model.description() if scalar else {}
-    return (
-        more
-        | {
-            "peft_type": "LORA",
-            "task_type": "SEQ_CLS" if scalar else "CAUSAL_LM",
-            "base_model_name_or_path": config.base,
-            "inference_mode": True,
-            "bias": "none",
-            "fan_in_fan_out": False,
-            "r": config.rank,
-            "lora_alpha": config.alpha,
-            "lora_dropout": config.dropout,
-            "use_rslora": config.rslora,
-            "target_modules": targets,
-            "modules_to_save": ["score"] if scalar else None,
-        }
-        | ({"base_quantization": "nf4"} if config.quantized else {})
-    )
-
-
-def from_peft(raw: dict, path: Path) -> LoraConfig:
-    """Raises: ModelFolderError for an adapter of another kind."""
-    plain = {"bias": "none", "use_dora": False, "fan_in_fan_out": False, "rank_pattern": {}, "alpha_pattern": {}}
-    plain |= {"layers_to_transform": None, "lora_bias": False}
-    odd = [f"{k}={raw[k]!r}" for k, v in plain.items() if raw.get(k, v) not in (v, None)]
-    odd += [] if raw.get("peft_type") == "LORA" else [f"peft_type={raw.get('peft_type')!r}"]
-    if odd:
-        raise ModelFolderError(f"{path}: {', '.join(odd)} is not supported: plain LoRA is")
-    targets = raw.get("target_modules") or ()
-    if isinstance(targets, str):
-        raise ModelFolderError(f"{path}: target_modules={targets!r} is a pattern; a list of names is wanted")
-    try:
-        shape = {"rank": raw["r"], "alpha": raw["lora_alpha"], "targets": tuple(t.rpartition(".")[2] for t in targets)}
-        shape |= {"dropout": raw.get("lora_dropout", 0.0), "rslora": raw.get("use_rslora", False)}
-        base = raw.get("base_model_name_or_path") or ""
-        return LoraConfig(**shape, quantized=raw.get("base_quantization") == "nf4", base=base)
-    except (KeyError, ValueError) as error:
-        raise ModelFolderError(f"{path}: {error}") from None
-
-
-def load_adapted(path: Path, dtype: torch.dtype, mesh: Mesh) -> Model:
-    """The base that an adapter's folder names, with the adapter attached and active. Raises: ModelFolderError."""
-    raw = read_json(path / ADAPTER_CONFIG)
-    base = base_folder(path, raw)
-    model = load(str(base), dtype, mesh=mesh)
-    if decoder_of(model).adapters:  # an adapter on an adapter
-        merge(model)
-    if raw.get("task_type") == "SEQ_CLS" and isinstance(model, Transformer):
-        model = ScalarModel.described(model, raw)
-    load_adapter(model, str(path))
-    return model
-
-
-def base_folder(path: Path, raw: dict) -> Path:
-    """Where the base of an adapter's folder is: as the folder says, from here or from there."""
-    base = raw.get("base_model_name_or_path") or ""
-    for candidate in (Path(base), path / base):
-        if base and candidate.is_dir():
-            return candidate
-    raise ModelFolderError(f"{path / ADAPTER_CONFIG}: the base model's folder {base!r} does not exist")
-
-
-def load_adapter(model: Model, folder: str, name: str = "default") -> None:
-    """Attach the adapter of a peft folder to a model, which may have others, and let it act.
-
-    Raises: ModelFolderError naming every missing, unexpected and mis-shaped tensor.
-    """
-    path = Path(folder)
-    config = from_peft(read_json(path / ADAPTER_CONFIG), path / ADAPTER_CONFIG)
-    try:
-        attach(model, config, name)
-        with open_tensors(path, "adapter_model") as tensors:
-            fill_adapter(model, name, tensors, path)
-    except (TensorFileError, ValueError) as error:
-        raise ModelFolderError(f"{path}: {error}") from None
-
-
-@torch.no_grad()
-def fill_adapter(model: Model, name: str, tensors, path: Path) -> None:
-    problems, used = [], set()
-
-    def take(key: str, shape: tuple[int, ...]) -> Tensor:
-        used.add(key)
-        found = tensors.get(key)
-        if found is None or tuple(found.shape) != shape:
-            problems.append(f"{key} is {'missing' if found is None else list(found.shape)}, wanted {list(shape)}")
-            return torch.zeros(shape)
-        return found
-
-    for _, _, here in adapted(model):
-        if name in here.pairs:
-            pairs = list(here.pairs[name].whole(model.mesh))
-            a = [take(f"{PREFIX}{module}.lora_A.weight", tuple(x.shape)) for module, x, _ in pairs]
-            b = [take(f"{PREFIX}{module}.lora_B.weight", tuple(x.shape)) for module, _, x in pairs]
-            here.pairs[name].fill(a, b, model.mesh)
-    if isinstance(model, ScalarModel):
-        model.score.copy_(take(f"{PREFIX}score.weight", tuple(model.score.shape)))
-    problems += [f"{key} is not part of this model" for key in tensors if key not in used]
-    if problems:
-        shown = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
-        raise ModelFolderError(f"{path} does not fit its adapter_config.json: {shown}")

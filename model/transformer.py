@@ -61,6 +61,7 @@ class Stream:
     attend: Callable[..., Tensor]  # layer, q [T, H, D], k and v [T, G, D], window, softcap, scale → [T, H, D]
     tp_group: ProcessGroup | None
     cached: bool  # all ranks see all tokens, and nothing has a gradient
+    virtual: Any = None  # prompts.Virtual: what stands where a soft prompt's tokens are
 
     def enter(self, x: Tensor) -> Tensor:
         """Into a block: all tokens of the tensor-parallel ranks, [T / tp, E] → [T, E]."""
@@ -120,6 +121,8 @@ class Attention(Block):
         q, k = self.rotate(q, k, stream)
         if stream.query_scale is not None:
             q = q * stream.query_scale.to(q.dtype)
+        if stream.virtual is not None:
+            k, v = stream.virtual.attend(self.index, k, v)
         out = stream.attend(self.index, q, k, v, **self.options)  # [T, H, D]
         return stream.leave(self.linear(out.flatten(1), "o"))
 
@@ -204,7 +207,9 @@ class Transformer(nn.Module):
         check_divides(config, mesh.tp)
         self.config, self.mesh = config, mesh
         self.neftune = 0.0
-        self.adapters: dict[str, Any] = {}  # their names → lora.LoraConfig; see model/lora.py
+        self.adapters: dict[str, Any] = {}  # their names → lora.LoraConfig or prompts.PromptConfig; model/adapters.py
+        self.active: str | None = None  # which of them acts
+        self.prompts = nn.ModuleDict()  # name → prompts.SoftPrompt
         rows = config.vocab_size // mesh.tp
         self.rotary_dim = config.rotary_dim or config.head_dim
         with torch.device("meta" if streamed else mesh.device), default_dtype(dtype):
@@ -226,6 +231,21 @@ class Transformer(nn.Module):
         return self.embedding.dtype
 
     @property
+    def positions(self) -> int:
+        """The context; `config.max_positions` is what the active soft prompt leaves of it."""
+        return self.cos_sin.shape[1]
+
+    @property
+    def soft_prompt(self) -> Any:
+        """The prompts.SoftPrompt that acts, if one does."""
+        return dict(self.prompts.items()).get(self.active)
+
+    @property
+    def virtual_ids(self) -> list[int]:
+        """The ids of its virtual tokens, which go before every prompt that is generated from."""
+        return [] if self.soft_prompt is None else self.soft_prompt.ids
+
+    @property
     def head_weight(self) -> Tensor:
         """This rank's rows of the output matrix, [V / tp, E]; the embedding itself when they are tied."""
         return self.embedding if self.head is None else self.head
@@ -241,10 +261,11 @@ class Transformer(nn.Module):
         """
         if positions is None:
             positions = packed_positions(len(tokens), cu_seqlens, tokens.device)
-        if tokens.device.type == "cpu" and len(tokens) and int(positions.max()) >= self.config.max_positions:
-            raise ValueError(
-                f"a document has {int(positions.max()) + 1} tokens, this model {self.config.max_positions} positions"
-            )
+        own, soft = None, self.soft_prompt
+        if soft is not None and cache is None:
+            tokens, cu_seqlens, positions, own = soft.before(tokens, cu_seqlens, positions)
+        if tokens.device.type == "cpu" and len(tokens) and int(positions.max()) >= self.positions:
+            raise ValueError(f"a document has {int(positions.max()) + 1} tokens, this model {self.positions} positions")
         dynamic = self.config.rope_scaling is not None and self.config.rope_scaling.rope_type == "dynamic"
         noisy = bool(self.neftune) and torch.is_grad_enabled()
         lengths = document_lengths(positions, cu_seqlens, cache is None) if dynamic or noisy else None
@@ -256,13 +277,17 @@ class Transformer(nn.Module):
         else:
             attend = partial(cache.attend, cu_seqlens=cu_seqlens)
         cos, sin = self.dynamic_rope(positions, lengths) if dynamic else self.cos_sin[:, positions]  # [T, D/2]
-        stream = Stream(cos, sin, self.query_scale(positions), attend, self.mesh.tp_group, cache is not None)
+        virtual = None if soft is None else soft.within(tokens)
+        stream = Stream(cos, sin, self.query_scale(positions), attend, self.mesh.tp_group, cache is not None, virtual)
+        tokens = tokens if virtual is None else tokens.masked_fill(virtual.mask, 0)
         x, residual = stream.leave(embedding_part(tokens, self.embedding, self.mesh.tp_group)), None
+        x = x if virtual is None else virtual.embed(x)
         x = x if self.embedding_scale == 1 else x * self.embedding_scale
         x = x + self.noise(x, lengths) if noisy else x
         for layer in self.layers:
             x, residual = (recomputed(layer) if layer.recompute == "full" else layer)(x, residual, stream)
         x = self.layers[-1].normalize(x, self.norm, residual=residual)[0]
+        x = x if own is None else x[own]
         return stream.enter(x if self.config.head_scale == 1 else x * self.config.head_scale)
 
     def dynamic_rope(self, positions: Tensor, lengths: Tensor) -> Tensor:

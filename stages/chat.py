@@ -22,9 +22,9 @@ from tritium.core.setup import load_model, load_tokenizer
 from tritium.core.tokenizer import Tokenizer
 from tritium.core.tools import TOOLS, ToolUse
 from tritium.core.trainer import Result
+from tritium.model.adapters import load_adapter, use
 from tritium.model.cache import cache_pages
 from tritium.model.generate import Engine, run
-from tritium.model.lora import load_adapter, use
 from tritium.model.transformer import Transformer
 from tritium.parallel.mesh import Mesh, local_device
 

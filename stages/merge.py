@@ -17,8 +17,9 @@ from tritium.core.checkpoint import model_folder
 from tritium.core.config import UserError
 from tritium.core.output import make_folder
 from tritium.core.setup import DTYPES, read_model
+from tritium.model.adapters import base_folder
 from tritium.model.hf import ADAPTER_CONFIG, read_json
-from tritium.model.lora import base_folder, merge
+from tritium.model.lora import merge
 from tritium.model.transformer import Transformer
 from tritium.parallel.files import tensor_files
 from tritium.parallel.mesh import Mesh
@@ -39,7 +40,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError(f"OUT={out} holds a model already: name another folder, or delete it")
     model = read_model(str(source), arguments.dtype, Mesh.single())
     before = probe(model)
-    rounding = merge(model)
+    try:
+        rounding = merge(model)
+    except ValueError as error:
+        raise UserError(f"{source}: {error}") from None
     model.save(str(out))
     for folder in (base_folder(source, read_json(source / ADAPTER_CONFIG)), source):
         for file in folder.glob("*token*"):

@@ -29,6 +29,7 @@ from tritium.core.schedule import ScheduleConfig
 from tritium.core.setup import FinetuneConfig, MeshConfig, load_model, load_tokenizer, start
 from tritium.core.trainer import Result, RunConfig, Trainer
 from tritium.model.heads import ScalarModel
+from tritium.model.prompts import PEFT_TYPES
 from tritium.parallel.data import all_reduce_counts
 
 KINDS: dict[str, tuple[Callable, str]] = {  # loss → what makes a group of a record, and what counts the groups
@@ -58,6 +59,8 @@ class Config:
     finetune: FinetuneConfig = opt(FinetuneConfig, "what of the model is trained")
 
     def __post_init__(self):
+        if self.finetune.kind in PEFT_TYPES:
+            raise ConfigError(f"finetune.kind={self.finetune.kind} is for language models: take lora, freeze or full")
         if not 0 <= self.label_smoothing < 0.5:
             raise ConfigError(f"label_smoothing={self.label_smoothing} must be in [0, 0.5)")
         if self.label_smoothing and self.loss != "pairwise":

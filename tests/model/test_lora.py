@@ -14,7 +14,7 @@ from tritium.core.schedule import ScheduleConfig
 from tritium.core.setup import FinetuneConfig
 from tritium.core.trainer import RunConfig
 from tritium.kernels import dequantize_nf4, quantize_nf4
-from tritium.model import lora
+from tritium.model import adapters, lora
 from tritium.model.config import ModelConfig
 from tritium.model.hf import ModelFolderError
 from tritium.model.transformer import Transformer
@@ -43,7 +43,7 @@ def draw(model) -> None:
 def test_an_adapter_is_its_formula_on_every_matrix(tmp_path, rank, targets):
     model = base(tmp_path)
     before = model.logits(TOKENS)
-    lora.attach(model, lora.LoraConfig(rank, alpha=6.0, targets=targets, rslora=True))
+    adapters.attach(model, lora.LoraConfig(rank, alpha=6.0, targets=targets, rslora=True))
     assert torch.equal(model.logits(TOKENS), before) or (model.logits(TOKENS) - before).abs().max() < 1e-5
     draw(model)
     adapted = model.logits(TOKENS)
@@ -59,7 +59,7 @@ def test_an_adapter_is_its_formula_on_every_matrix(tmp_path, rank, targets):
                 weights[name].data[first : first + rows] += 6.0 / rank**0.5 * b @ a
             first += rows
     torch.testing.assert_close(adapted, expected.logits(TOKENS), rtol=1e-4, atol=1e-4)
-    with lora.disabled(model):
+    with adapters.disabled(model):
         torch.testing.assert_close(model.logits(TOKENS), before, rtol=0, atol=0)
     assert lora.merge(model) == 0 and not list(lora.adapted(model))
     torch.testing.assert_close(adapted, model.logits(TOKENS), rtol=1e-4, atol=1e-4)
@@ -67,7 +67,7 @@ def test_an_adapter_is_its_formula_on_every_matrix(tmp_path, rank, targets):
 
 def test_only_the_adapter_is_trained_and_dropout_acts_only_there(tmp_path):
     model = base(tmp_path)
-    lora.attach(model, lora.LoraConfig(4, dropout=0.5))
+    adapters.attach(model, lora.LoraConfig(4, dropout=0.5))
     draw(model)
     names = [n for n, p in model.named_parameters() if p.requires_grad]
     assert names and all(".pairs.default." in n for n in names)
@@ -82,22 +82,22 @@ def test_adapters_by_name_on_one_base(tmp_path):
     model = base(tmp_path)
     outputs = {}
     for name in ("one", "two"):
-        lora.attach(model, lora.LoraConfig(2, targets=("q_proj",) if name == "one" else ()), name)
+        adapters.attach(model, lora.LoraConfig(2, targets=("q_proj",) if name == "one" else ()), name)
         draw(model)
         outputs[name] = tritium.generate(model, [[1, 2, 3]], max_tokens=12, temperature=0.0)[0].tokens
     for name in ("two", "one"):
-        lora.use(model, name)
+        adapters.use(model, name)
         assert tritium.generate(model, [[1, 2, 3]], max_tokens=12, temperature=0.0)[0].tokens == outputs[name]
     assert outputs["one"] != outputs["two"]
     with pytest.raises(ValueError, match="no adapter 'three'; there are: one, two"):
-        lora.use(model, "three")
+        adapters.use(model, "three")
 
 
 @pytest.mark.parametrize("quantized", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_an_adapter_survives_saving_and_loading(tmp_path, dtype, quantized):
     model = base(tmp_path, dtype)
-    lora.attach(
+    adapters.attach(
         model, lora.LoraConfig(4, quantized=quantized, base=str(tmp_path / "base"), targets=("k_proj", "o_proj"))
     )
     draw(model)
@@ -113,7 +113,7 @@ def test_an_adapter_survives_saving_and_loading(tmp_path, dtype, quantized):
 def test_a_qlora_adapter_is_merged_into_what_its_codes_stand_for(tmp_path):
     model = base(tmp_path)
     whole = model.layers[0].mlp.down.detach().clone()
-    lora.attach(model, lora.LoraConfig(4, quantized=True))
+    adapters.attach(model, lora.LoraConfig(4, quantized=True))
     assert model.layers[0].mlp.down is None  # the dense weight is gone
     draw(model)
     pair = model.layers[0].mlp.adapted["down"].pairs["default"]
@@ -128,7 +128,7 @@ def test_a_qlora_adapter_is_merged_into_what_its_codes_stand_for(tmp_path):
 def test_peft_loads_it_with_the_same_logits(tmp_path, targets):
     peft = pytest.importorskip("peft")
     model = base(tmp_path)
-    lora.attach(model, lora.LoraConfig(4, base=str(tmp_path / "base"), targets=targets, rslora=True))
+    adapters.attach(model, lora.LoraConfig(4, base=str(tmp_path / "base"), targets=targets, rslora=True))
     draw(model)
     model.save(str(tmp_path / "adapter"))
     theirs = peft.AutoPeftModelForCausalLM.from_pretrained(str(tmp_path / "adapter"), dtype=torch.float32)
@@ -143,7 +143,7 @@ def test_an_adapter_on_two_ranks_starts_as_on_one(tmp_path, rank):
     mesh = Mesh(rank=rank, world_size=2, tp=2, tp_rank=rank)  # no process group: none is needed to start
     whole, part = Transformer(CONFIG).initialize(0), Transformer(CONFIG, mesh).initialize(0)
     for model in (whole, part):
-        lora.attach(model, lora.LoraConfig(4, targets=("q_proj", "v_proj", "o_proj", "gate_proj")), seed=3)
+        adapters.attach(model, lora.LoraConfig(4, targets=("q_proj", "v_proj", "o_proj", "gate_proj")), seed=3)
     for (name, p), full in zip(part.named_parameters(), whole.parameters(), strict=True):
         assert torch.equal(p, shard(full, p.sharding, mesh)), name
 
@@ -151,8 +151,8 @@ def test_an_adapter_on_two_ranks_starts_as_on_one(tmp_path, rank):
 def test_what_does_not_fit_is_said(tmp_path):
     model = base(tmp_path)
     with pytest.raises(ValueError, match="targets: qproj not in this model, which has .*q_proj"):
-        lora.attach(model, lora.LoraConfig(4, targets=("qproj",)))
-    lora.attach(model, lora.LoraConfig(4, base=str(tmp_path / "base")))
+        adapters.attach(model, lora.LoraConfig(4, targets=("qproj",)))
+    adapters.attach(model, lora.LoraConfig(4, base=str(tmp_path / "base")))
     folder = tmp_path / "adapter"
     model.save(str(folder))
     tensors = load_file(folder / "adapter_model.safetensors")

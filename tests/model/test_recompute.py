@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tritium.model import lora
+from tritium.model import adapters, lora
 from tritium.model.config import ModelConfig
 from tritium.model.transformer import Transformer
 from tritium.parallel.mesh import Mesh
@@ -17,7 +17,7 @@ TOKENS, CU = torch.arange(40), torch.tensor([0, 17, 40], dtype=torch.int32)
 def kept_and_gradients(kind: str, zero: int = 0, adapter: bool = False) -> tuple[int, dict[str, torch.Tensor]]:
     model = Transformer(CONFIG, Mesh.single(zero=zero), torch.float64).initialize(0)
     if adapter:
-        lora.attach(model, lora.LoraConfig(4, dropout=0.3))
+        adapters.attach(model, lora.LoraConfig(4, dropout=0.3))
     model.set_recompute(kind)
     kept: dict[int, int] = {}
 

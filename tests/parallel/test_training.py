@@ -24,9 +24,10 @@ from tritium.core.rewards import Score
 from tritium.core.schedule import ScheduleConfig
 from tritium.core.setup import DTYPES
 from tritium.core.trainer import RunConfig, Trainer
+from tritium.model.adapters import attach
 from tritium.model.config import ModelConfig
 from tritium.model.heads import ScalarModel
-from tritium.model.lora import LoraConfig, attach
+from tritium.model.lora import LoraConfig
 from tritium.model.transformer import Transformer, full_shape
 from tritium.parallel.mesh import Mesh, init_mesh
 from tritium.parallel.tensor import shard
