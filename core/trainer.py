@@ -269,7 +269,8 @@ class Trainer:
 
     def idle_loss(self, batch: PackedBatch) -> Tensor:
         """Nothing, by way of every layer that the others' losses need: they wait for this rank to gather and reduce."""
-        decoders = [decoder_of(self.networks[key]) for key in (*self.optimizers, *self.objective.asks)]
+        names = [k for k in (*self.optimizers, *self.objective.asks) if k not in self.objective.leaves_out(batch)]
+        decoders = [decoder_of(self.networks[name]) for name in names]
         return sum(d.hidden(batch.tokens, batch.cu_seqlens, positions=batch.positions).sum() * 0.0 for d in decoders)
 
     def in_step(self, batches: Sequence[PackedBatch]) -> list[PackedBatch]:
@@ -493,12 +494,20 @@ class Trainer:
             self.say(f"{error} (the run goes on; older checkpoints are untouched)")
 
     def check_replicas(self) -> None:
-        """Raises: TrainingError on every rank where parameters that are replicated are not the same any more."""
-        if self.mesh.data_group is None or self.mesh.zero == 3:
+        """Compare what several ranks hold of the parameters: replicas all of their shard, tensor-parallel ranks what
+        is not cut (norms). At ZeRO-3 every part is on one rank, unless `mesh.shard` makes replicas of it.
+
+        Raises: TrainingError on every rank where ranks differ.
+        """
+        if self.mesh.world_size == 1:
             return
         with self.phase("check"):
-            own = fingerprint(p for network in self.networks.values() for p in network.parameters())
-            wrong = diverged(self.mesh, own)
+            if self.mesh.zero == 3:
+                wrong = diverged(self.mesh, fingerprint(f.part for flat in self.flat.values() for f in flat.flats))
+            else:
+                parameters = list(self.networks.parameters())
+                common = fingerprint(p for p in parameters if p.sharding is None)
+                wrong = diverged(self.mesh, fingerprint(parameters), common)
         if wrong:
             self.finish_save()
             raise TrainingError(

@@ -8,7 +8,7 @@ A stream is filled up to a multiple of 2·cp·tp tokens by a document at its end
 ranks gather keys and values, and attend from their own queries: chunk [a, b) to the keys before b, where documents
 are what [a, b) and [0, b) have of them, aligned at their ends as `attention` does. A rank receives (cp-1)/cp · T·2·G·D
 elements a layer for K and V, and as many backward for their gradients, which a reduce-scatter adds up. With
-`mesh.ring`, keys and values go round instead (parallel/ring.py).
+`mesh.ring`, keys and values go round instead (parallel/ring.py), except in layers with a window.
 
 Outside the model nothing is cut: per-token results (log-probs, values) are gathered, so that every rank computes the
 same loss of the whole batch, and takes its own tokens' part of the gradient.
@@ -129,13 +129,14 @@ class ContextAttention:
             for a, b in ((c * split.chunk, (c + 1) * split.chunk) for c in split.chunks):
                 self.bounds.append((b, cu_seqlens.clamp(a, b) - a, cu_seqlens.clamp(max=b)))
 
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, **options) -> Tensor:
-        """q [T'/cp, H, D], k and v [T'/cp, G, D] → as q. `options` are attention's: window, softcap, scale. (`layer`
-        is of use to a cache, which is called alike.)"""
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int | None = None, **scores) -> Tensor:
+        """q [T'/cp, H, D], k and v [T'/cp, G, D] → as q. `scores` are attention's softcap and scale. (`layer` is of
+        use to a cache, which is called alike.)"""
         if self.split.group is None:
-            return attention(q, k, v, cu_seqlens=self.cu_seqlens, **options)
-        if self.split.ring and not any(options.values()):  # windows and softcaps see gathered keys
-            return ring_attention(q, k, v, self.split, self.cu_seqlens)
+            return attention(q, k, v, cu_seqlens=self.cu_seqlens, window=window, **scores)
+        if self.split.ring and window is None:
+            return ring_attention(q, k, v, self.split, self.cu_seqlens, **scores)
+        options = {"window": window} | scores
         k, v = gather_parts(torch.stack([k, v], 1), self.split).unbind(1)  # [T', G, D]
         chunks = zip(q.split(self.split.chunk), self.bounds, strict=True)
         return torch.cat(

@@ -58,8 +58,12 @@ def fingerprint(tensors: Iterable[Tensor]) -> int:
     return sum(int(t.detach().view(kinds[t.element_size()]).sum(dtype=torch.int64)) for t in tensors)
 
 
-def diverged(mesh: Mesh, value: int) -> list[int]:
-    """The ranks whose `value` is not that of most ranks with the same shard (of two, the first is believed)."""
-    values = mesh.gather_objects(value)
-    usual = [Counter(values[shard :: mesh.tp]).most_common(1)[0][0] for shard in range(mesh.tp)]
-    return [rank for rank, other in enumerate(values) if other != usual[rank % mesh.tp]]
+def diverged(mesh: Mesh, own: int, common: int = 0) -> list[int]:
+    """The ranks whose `own` value is not that of most ranks with the same shard (at ZeRO-3: of the same part), or whose
+    `common` one is not that of most ranks. Of two, the first is believed."""
+    values = mesh.gather_objects((own, common))
+    stride = mesh.tp * (mesh.parts if mesh.zero == 3 else 1)
+    alike = [[values[i][0] for i in range(start, mesh.world_size, stride)] for start in range(stride)]
+    usual = [Counter(group).most_common(1)[0][0] for group in alike]
+    everywhere = Counter(value for _, value in values).most_common(1)[0][0]
+    return [rank for rank, pair in enumerate(values) if pair != (usual[rank % stride], everywhere)]

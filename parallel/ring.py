@@ -52,15 +52,15 @@ def pairs(split: "Split", step: int, cu_seqlens: Tensor) -> Iterator[tuple[slice
 
 class _RingAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q: Tensor, kv: Tensor, split: "Split", cu_seqlens: Tensor) -> Tensor:
-        ctx.split, held = split, kv
+    def forward(ctx, q: Tensor, kv: Tensor, split: "Split", cu_seqlens: Tensor, scores: dict) -> Tensor:
+        ctx.split, ctx.scores, held = split, scores, kv
         wide = torch.promote_types(q.dtype, torch.float32)
         o = torch.zeros(q.shape, dtype=wide, device=q.device)  # [T'/cp, H, D]
         lse = torch.full(q.shape[:2], -torch.inf, dtype=wide, device=q.device)
         for step in range(split.cp):
             passing = start_passing(held, split.group) if step + 1 < split.cp else None
             for queries, keys, options in pairs(split, step, cu_seqlens):
-                part = attention(q[queries], *held[keys].unbind(1), **options, return_lse=True)
+                part = attention(q[queries], *held[keys].unbind(1), **options, **scores, return_lse=True)
                 merge(o[queries], lse[queries], *part)
             held = passed(passing) if passing else held
         o = o.to(q.dtype)
@@ -68,7 +68,7 @@ class _RingAttention(torch.autograd.Function):
         return o
 
     @staticmethod
-    def backward(ctx, do: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx, do: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         q, kv, o, lse, cu_seqlens = ctx.saved_tensors
         split, held, dq = ctx.split, kv, torch.zeros_like(q, dtype=lse.dtype)
         homeward = None
@@ -76,6 +76,7 @@ class _RingAttention(torch.autograd.Function):
             passing = start_passing(held, split.group) if step + 1 < split.cp else None
             dkv = torch.zeros_like(held, dtype=lse.dtype)
             for at, keys, options in pairs(split, step, cu_seqlens):
+                options |= ctx.scores
                 parts = attention_backward(do[at], q[at], *held[keys].unbind(1), o[at], lse[at], **options)
                 dq[at] += parts[0]
                 dkv[keys] += torch.stack(parts[1:], 1)
@@ -83,7 +84,7 @@ class _RingAttention(torch.autograd.Function):
                 dkv += passed(homeward)  # what the ranks before have added for these keys
             homeward = start_passing(dkv, split.group)
             held = passed(passing) if passing else held
-        return dq.to(q.dtype), passed(homeward).to(kv.dtype), None, None
+        return dq.to(q.dtype), passed(homeward).to(kv.dtype), None, None, None
 
 
 def merge(o: Tensor, lse: Tensor, more: Tensor, more_lse: Tensor) -> None:
@@ -94,6 +95,9 @@ def merge(o: Tensor, lse: Tensor, more: Tensor, more_lse: Tensor) -> None:
     lse.copy_(total)
 
 
-def ring_attention(q: Tensor, k: Tensor, v: Tensor, split: "Split", cu_seqlens: Tensor) -> Tensor:
-    """Causal attention of this rank's q [T'/cp, H, D] to all ranks' k and v [T'/cp, G, D], over documents; as q."""
-    return _RingAttention.apply(q, torch.stack([k, v], 1), split, cu_seqlens)
+def ring_attention(q: Tensor, k: Tensor, v: Tensor, split: "Split", cu_seqlens: Tensor, **scores) -> Tensor:
+    """Causal attention of this rank's q [T'/cp, H, D] to all ranks' k and v [T'/cp, G, D], over documents; as q.
+
+    `scores` are attention's softcap and scale. (A window is not: its keys are few, and are gathered.)
+    """
+    return _RingAttention.apply(q, torch.stack([k, v], 1), split, cu_seqlens, scores)

@@ -93,8 +93,11 @@ class Flat:
         """Begin to make the parameters whole, where they are not."""
         if not self.present:
             self.full.untyped_storage().resize_(self.full.nbytes)
-            self.gathering = all_gather(self.full, self.part, self.group)
             self.present = True
+            if self.group is None:
+                self.full.copy_(self.part)
+            else:
+                self.gathering = all_gather_single(self.full, self.part, group=self.group, async_op=True)
 
     def gather(self) -> None:
         """Make the parameters whole."""
@@ -115,7 +118,7 @@ class Flat:
         if self.level == 3:
             self.release()
         elif self.parts > 1:
-            self.gathering = all_gather(self.full, self.part, self.group)
+            self.gathering = all_gather_single(self.full, self.part, group=self.group, async_op=True)
 
     @torch.no_grad()
     def join(self, part: Tensor) -> Tensor:
@@ -162,11 +165,15 @@ class Flat:
     def start_reduce(self) -> None:
         """Begin to sum the gradient over the ranks: every rank does, whether it has a gradient or not."""
         whole = self.whole_gradient()
+        if self.level >= 2:
+            self.reduced = torch.empty_like(self.gradient) if self.group else whole
+        if self.group is None:
+            return
         if self.level == 0:
-            self.reducing = dist.all_reduce(whole, group=self.group, async_op=True) if self.group else None
-        else:
-            self.reduced = self.own(whole) if self.level == 1 else torch.empty_like(self.gradient)
-            self.reducing = reduce_scatter(self.reduced, whole, self.group)
+            self.reducing = dist.all_reduce(whole, group=self.group, async_op=True)
+        else:  # at level 1 into its place in the whole
+            part = self.own(whole) if self.level == 1 else self.reduced
+            self.reducing = reduce_scatter_single(part, whole, group=self.group, async_op=True)
 
     def finish_reduce(self, last: bool) -> None:
         if self.reducing is not None:
@@ -183,22 +190,6 @@ class Flat:
         if self.replicating is not None:
             self.replicating.wait()
             self.replicating = None
-
-
-def all_gather(whole: Tensor, part: Tensor, group: ProcessGroup | None) -> Work | None:
-    """Begin to fill `whole` with every rank's `part`."""
-    if group is None:
-        whole.copy_(part)
-        return None
-    return all_gather_single(whole, part, group=group, async_op=True)
-
-
-def reduce_scatter(part: Tensor, whole: Tensor, group: ProcessGroup | None) -> Work | None:
-    """Begin to fill `part` with this rank's part of the sum of all ranks' `whole`; it may be that part of it."""
-    if group is None:
-        part.copy_(whole)
-        return None
-    return reduce_scatter_single(part, whole, group=group, async_op=True)
 
 
 class FlatModule:

@@ -133,7 +133,7 @@ def train(config: Config) -> Result:
         numbers |= trainer.estimate(batches) | {"beta": objective.beta}  # r_t = score − β KL → GAE → whitened
         for i in range(each):
             update = minibatch(batches, i, options.minibatches, config.run.seed, step)
-            extra = [as_ptx(batch) for batch in text.step(step + i)] if text else []
+            extra = [as_ptx(batch) for batch in trainer.in_step(text.step(step + i))] if text else []
             trainer.step([*extra, *update], numbers)  # −min(ρA, clip(ρ)A) + c (V − R)² − ptx log p
             if too_far(trainer, options):
                 break

@@ -55,6 +55,10 @@ class Objective:
     def loss(self, outputs: Any, batch: PackedBatch) -> Loss:
         raise NotImplementedError
 
+    def leaves_out(self, batch: PackedBatch) -> tuple[str, ...]:
+        """The trained networks that `outputs` does not run on a batch of this kind."""
+        return ()
+
 
 def supervised_logprob(model: Transformer, batch: PackedBatch, temperature: float = 1.0) -> LogProb:
     """LogProb of the supervised tokens, [N] each."""

@@ -289,6 +289,9 @@ class PPO(PolicyGradient):
         logprob = super().outputs(networks, batch)
         return logprob if "ptx" in batch.counts else ActorCritic(logprob, self.values(networks, batch))
 
+    def leaves_out(self, batch: PackedBatch) -> tuple[str, ...]:
+        return ("critic",) if "ptx" in batch.counts else ()
+
     def loss(self, outputs: Any, batch: PackedBatch) -> Loss:
         if "ptx" in batch.counts:
             return super().loss(outputs, batch)

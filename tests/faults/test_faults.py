@@ -273,8 +273,7 @@ def diverging(argv: list[str]) -> str:
     def flipping(trainer, *args):
         step(trainer, *args)
         if trainer.index == 3 and trainer.mesh.rank == 1:
-            bits = next(trainer.networks.parameters()).detach().view(torch.int32)
-            bits[5, 5] ^= 1
+            trainer.flat["policy"].flats[0].part.view(torch.int32)[55] ^= 1
 
     with mock.patch.object(Trainer, "step", flipping):
         try:
@@ -292,3 +291,11 @@ def test_one_flipped_bit_on_one_rank_ends_the_run_at_the_next_check(tiny, pool2,
         assert all("after step 4 the parameters of rank 1 are not those of the other ranks" in text for text in said)
     else:
         assert said == ["", ""]
+
+
+def test_so_does_one_in_a_replica_of_a_part_at_level_3(tiny, pool4, tmp_path):
+    argv = arguments(
+        tiny, tmp_path, 6, "--run.check_every=2", "--mesh.zero=3", "--mesh.shard=2", "--data.bins_per_step=4"
+    )
+    said = pool4.run(diverging, argv)
+    assert all("after step 4 the parameters of rank 3 are not those of the other ranks" in text for text in said)

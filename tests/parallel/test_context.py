@@ -37,7 +37,8 @@ def stream(lengths: list[int]) -> tuple[torch.Tensor, ...]:
 
 
 def networks(mesh: Mesh, shared: bool) -> torch.nn.ModuleList:
-    config = CONFIG if not shared else ModelConfig(**vars(CONFIG) | {"num_kv_heads": 1, "qk_norm": True})
+    more = {"num_kv_heads": 1, "qk_norm": True, "windows": (None, 6), "attention_softcap": 2.0, "query_scalar": 20.0}
+    config = CONFIG if not shared else ModelConfig(**vars(CONFIG) | more)
     policy, backbone = (Transformer(config, mesh, torch.float64).initialize(seed) for seed in (0, 1))
     return torch.nn.ModuleList([policy, ScalarModel(backbone).initialize(2)])
 

@@ -84,8 +84,8 @@ def test_any_flipped_bit_changes_the_fingerprint_and_the_order_of_adding_does_no
         assert fingerprint([y]) != before
 
 
-def find_diverged(per_rank, tp):
-    return diverged(init_mesh(tp=tp), own(per_rank))
+def find_diverged(per_rank, tp, zero=0, shard=0, common=(0, 0, 0, 0)):
+    return diverged(init_mesh(tp=tp, zero=zero, shard=shard), own(per_rank), own(common))
 
 
 def test_the_rank_that_differs_from_most_is_named(pool4):
@@ -93,3 +93,8 @@ def test_the_rank_that_differs_from_most_is_named(pool4):
     assert pool4.run(find_diverged, [4, 5, 5, 5], 1) == [[0]] * 4
     assert pool4.run(find_diverged, [5, 6, 5, 6], 2) == [[]] * 4  # of two shards, two replicas each
     assert pool4.run(find_diverged, [5, 6, 5, 7], 2) == [[3]] * 4
+    assert (
+        pool4.run(find_diverged, [5, 6, 5, 6], 2, 0, 0, [1, 1, 2, 1]) == [[2]] * 4
+    )  # what no rank has only a shard of
+    assert pool4.run(find_diverged, [5, 6, 5, 7], 1, 3, 2) == [[3]] * 4  # two replicas of two parts
+    assert pool4.run(find_diverged, [5, 6, 7, 8], 1, 3) == [[]] * 4  # no part twice

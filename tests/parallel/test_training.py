@@ -257,9 +257,9 @@ def test_a_run_goes_on_on_another_mesh(pool4, tmp_path, alone):
     assert_same_run(tmp_path, expected)
 
 
-def reinforce(stage, model: str, problems: str, out: str, scorer: str, mesh: dict[str, int]) -> None:
-    """Two rollouts of GRPO, in which a judge likes odd token sums, or of PPO with a reward model and a reference that
-    follows."""
+def reinforce(stage, model: str, problems: str, out: str, scorer: str, text: str, mesh: dict[str, int]) -> None:
+    """Two rollouts of GRPO, in which a judge likes odd token sums, or of PPO with a reward model, a reference that
+    follows, and text."""
     sections = {"model": model, "data": {"sources": [problems]}, "mesh": mesh, "sampling": {"max_tokens": 12}}
     sections |= {"run": {"out": out, "steps": 2, "dtype": "fp64", "device": "cpu"}}
     if stage == "grpo":
@@ -268,7 +268,8 @@ def reinforce(stage, model: str, problems: str, out: str, scorer: str, mesh: dic
         with mock.patch.object(grpo, "open_reward", lambda *_: odd), mock.patch.object(grpo, "Trainer", QuickTrainer):
             grpo.train(config)
         return
-    settings = {"prompts": 4, "group": 2, "epochs": 1, "beta": 0.1}
+    settings = {"prompts": 4, "group": 2, "epochs": 1, "beta": 0.1, "ptx": 0.5}
+    sections["text"] = {"sources": [text], "bins_per_step": 3, "bin_tokens": 64}  # no multiple of two ranks
     settings = {"ppo": settings, "reward_model": scorer, "reference": {"every": 1, "decay": 0.5}}
     with mock.patch.object(ppo, "Trainer", QuickTrainer):
         ppo.train(from_dict(ppo.Config, sections | settings))
@@ -281,11 +282,12 @@ def test_rollouts_and_their_training_are_those_of_one_process(pool2, tmp_path, t
     problems, scorer = tiny.data("problems.jsonl"), str(tmp_path / "scorer")
     shutil.copytree(tiny.model, scorer)
     ScalarModel(tritium.load(tiny.model, dtype=torch.float32)).initialize(0).save(scorer)
-    reinforce(stage, tiny.model, problems, str(tmp_path / "alone"), scorer, {})
-    pool2.run(reinforce, stage, tiny.model, problems, str(tmp_path / "mesh"), scorer, mesh)
+    text = tiny.data("chats.jsonl")
+    reinforce(stage, tiny.model, problems, str(tmp_path / "alone"), scorer, text, {})
+    pool2.run(reinforce, stage, tiny.model, problems, str(tmp_path / "mesh"), scorer, text, mesh)
     expected, found = (left_behind(tmp_path / name) for name in ("alone", "mesh"))
     assert stage == "ppo" or all(metrics["varied_groups"] > 0 for metrics in expected[0])
-    keys = ("loss", "reward", "entropy", "ratio", "length", "grad_norm", "tokens", "value_loss", "kl_k1")
+    keys = ("loss", "reward", "entropy", "ratio", "length", "grad_norm", "tokens", "value_loss", "kl_k1", "ptx")
     for actual, wanted in zip(found[0], expected[0], strict=True):
         for key in set(keys) & set(wanted):
             assert actual[key] == pytest.approx(wanted[key], abs=1e-9), key

@@ -53,7 +53,7 @@ def test_it_is_the_same_model_in_fewer_files(pool2, tmp_path, ranks, files):
 def test_a_source_without_a_model_and_one_that_is_damaged_are_sentences(tmp_path, capsys):
     checkpoint(str(tmp_path / "run"))
     (tmp_path / "run/step-00000003/config.json").write_text("{ ")
-    for source, words in (("nothing", "has no model*.safetensors"), ("run", "checkpoints are damaged")):
+    for source, words in (("nothing", "nothing: there is no such folder"), ("run", "checkpoints are damaged")):
         assert main(["consolidate", str(tmp_path / source), str(tmp_path / "out")]) == 2
         shown = capsys.readouterr().err
         assert words in shown and "Traceback" not in shown
