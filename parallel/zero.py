@@ -29,7 +29,6 @@ from functools import partial
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed import ProcessGroup, Work
 
 from tritium.kernels import global_norm
 from tritium.parallel.mesh import Mesh, all_gather_single, reduce_scatter_single

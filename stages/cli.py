@@ -9,14 +9,17 @@ GOMP_SPINCOUNT is set here only, since importing a library should not change its
 does the same, where other programs compute on the same cores.
 """
 
+import json
 import os
 import signal
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
+from pathlib import Path
 from types import ModuleType
 
 import tritium
@@ -105,7 +108,7 @@ def run_stage(stage: str | ModuleType, argv: list[str] | None = None) -> int:
             if _rank() == 0 and not getattr(module, "SHOWS_ITS_RESULT", False):
                 print(f"{prog}: done: {_shown(result)}", file=sys.stderr)
     except UserError as error:
-        print(f"{prog}: {error}", file=sys.stderr)
+        _tell(f"{prog}: {error}")
         return 2
     except Terminated as caught:
         print(f"{prog}: terminated", file=sys.stderr)
@@ -117,6 +120,17 @@ def run_stage(stage: str | ModuleType, argv: list[str] | None = None) -> int:
         traceback.print_exc()
         return 1
     return 0
+
+
+def _tell(sentence: str) -> None:
+    """A mistake of the user's. Under torchrun most likely every rank has it to tell: the first one of a host does, and
+    torchrun, to whose report the sentence is added, ends the others while they wait to tell theirs."""
+    if report := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        if os.environ.get("LOCAL_RANK", "0") != "0":
+            time.sleep(5)
+        said = {"message": sentence, "extraInfo": {"py_callstack": sentence, "timestamp": str(int(time.time()))}}
+        Path(report).write_text(json.dumps({"message": said}))
+    print(sentence, file=sys.stderr, flush=True)
 
 
 def _shown(result) -> str:

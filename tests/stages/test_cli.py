@@ -1,5 +1,6 @@
 """The `tritium` command: what it prints and the exit code that a script sees."""
 
+import json
 import signal
 import subprocess
 import sys
@@ -103,6 +104,14 @@ def test_what_is_for_one_process_refuses_torchrun(name, capsys, monkeypatch, tmp
     assert run_stage(name, ["--model=m"] if name == "chat" else []) == 2
     assert "the work of one process: start it without torchrun" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_a_mistake_is_in_torchruns_report_too(capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
+    assert run_stage(stage(lambda config: None), ["--step=1"]) == 2
+    said = capsys.readouterr().err.strip()
+    assert "did you mean steps?" in said
+    assert json.loads((tmp_path / "error.json").read_text())["message"]["extraInfo"]["py_callstack"] == said
 
 
 def test_help_of_a_stage(capsys):
