@@ -5,7 +5,8 @@ from importlib import import_module
 
 from tritium.core.config import UserError, nearest
 
-COMMANDS = ("data", "alignment", "kernels", "parallel", "scaling", "table", "train", "sandbox", "generate")
+COMMANDS = ("data", "alignment", "generate", "kernels", "parallel", "sandbox", "scaling", "step", "summary", "table")
+COMMANDS += ("train",)
 
 
 def main(argv: list[str] | None = None) -> int:

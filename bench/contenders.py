@@ -31,6 +31,7 @@ from tritium.model.config import ModelConfig
 from tritium.model.heads import ScalarModel
 from tritium.parallel.mesh import Mesh
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LR = 1e-5  # of everyone, with AdamW: the work does not depend on it
 Steps = Iterator[tuple[int, float | None]]
 
@@ -76,7 +77,7 @@ class _Loop(Trainer):
 
 def tritium(work: Work) -> Steps:
     """Packed streams, `Trainer.step`: forward, backward, clip, AdamW with fp32 masters and moments."""
-    mesh = Mesh.single(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    mesh = Mesh.single(torch.device(DEVICE))
     model = load_model(work.folder, "bf16", mesh)
     networks: dict[str, torch.nn.Module] = {"policy": model}
     objective: Any = CrossEntropy()
@@ -110,7 +111,8 @@ def hf(work: Work, compiled: bool = False) -> Steps:
     """transformers: bf16 weights, SDPA, fused AdamW; padded batches, labels -100 where nothing is learned."""
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(work.folder, dtype=torch.bfloat16, attn_implementation="sdpa").train()
+    model = AutoModelForCausalLM.from_pretrained(work.folder, dtype=torch.bfloat16, attn_implementation="sdpa")
+    model = model.to(DEVICE).train()
     forward = torch.compile(model, dynamic=False) if compiled else model
     for members in work.batches():
         rows = [(ids, work.prompts[i]) for i in members for ids in work.groups[i]]
@@ -123,6 +125,7 @@ def hf(work: Work, compiled: bool = False) -> Steps:
             labels[row, prompt : len(ids)] = torch.tensor(ids[prompt:])
         whole = bool(mask.all())
         arguments = {"input_ids": tokens, "labels": labels} | ({} if whole else {"attention_mask": mask})
+        arguments = {name: x.to(DEVICE) for name, x in arguments.items()}
         yield int(mask.sum()), _plain_step(model, lambda arguments=arguments: forward(**arguments).loss)
 
 
@@ -135,10 +138,10 @@ def nanogpt(work: Work) -> Steps:
     """bench/nanogpt.py: plain torch with torch.compile, bf16 weights, SDPA, fused AdamW; documents of one length."""
     from tritium.bench.nanogpt import GPT
 
-    model = GPT(work.shape).load(f"{work.folder}/model.safetensors").bfloat16()
+    model = GPT(work.shape).load(f"{work.folder}/model.safetensors").bfloat16().to(DEVICE)
     forward = torch.compile(model, dynamic=False)
     for members in work.batches():
-        tokens = torch.tensor([ids for i in members for ids in work.groups[i]])
+        tokens = torch.tensor([ids for i in members for ids in work.groups[i]], device=DEVICE)
         yield tokens.numel(), _plain_step(model, lambda tokens=tokens: forward(tokens))
 
 
@@ -185,7 +188,7 @@ def _trl_train(work: Work, pace: Callable[[int, float | None], None]) -> None:
         "logging_strategy": "no",
         "gradient_checkpointing": False,
         "bf16": False,  # the weights are bf16: autocast would only add casts
-        "use_cpu": not torch.cuda.is_available(),
+        "use_cpu": DEVICE == "cpu",
         "disable_tqdm": True,
         "max_length": work.bin_tokens,
     }
@@ -272,6 +275,8 @@ def main(name: str, work: str, threads: str) -> None:
         done, left = done + tokens, left - 1
         first = loss if first is None else first
         if left <= 0:
+            if DEVICE == "cuda":
+                torch.cuda.synchronize()
             _say(talk, time.perf_counter() - start, done, first)
             left, done = _turn(), 0
             start = time.perf_counter()
@@ -295,7 +300,7 @@ def _turn() -> int:
 
 def _say(talk: Any, seconds: float, tokens: int, loss: float | None) -> None:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    if torch.cuda.is_available():
+    if DEVICE == "cuda":
         peak = torch.cuda.max_memory_allocated()
     finite = loss is not None and math.isfinite(loss)
     row = {"seconds": seconds, "tokens": tokens, "peak_bytes": peak, "loss": loss if finite else None}

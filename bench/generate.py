@@ -2,8 +2,8 @@
 
     equal    32 prompts of 40 tokens, 64 new tokens each
     varied   prompts and answers of 8 to 256 tokens: transformers pads the prompts, and stops each row at its length
-    step     a decode step of 1, 8 and 32 sequences of about 100 tokens, over the time in which a copy, at the rate
-             measured in the same run, would read the weights
+    step     a decode step of 1, 8 and 32 sequences (--batches) of about 100 tokens, over the time in which a copy, at
+             the rate measured in the same run, would read the weights
 
 Tokens drawn are counted, at temperature 1, and nothing else; speedup is of the medians.
 """
@@ -22,18 +22,18 @@ import torch
 
 from tritium.bench.kernels import folder_name, run_facts
 from tritium.bench.measure import Ceilings, Stopwatch, timing
+from tritium.bench.step import random_model
 from tritium.core.config import UserError, load, opt
 from tritium.core.output import make_folder, make_room_for
+from tritium.core.plan import PRESETS
 from tritium.core.setup import DTYPES
 from tritium.model.cache import cache_pages
 from tritium.model.config import ModelConfig
 from tritium.model.generate import Engine, run
 from tritium.model.sampling import Options
 from tritium.model.transformer import Transformer
-from tritium.parallel.mesh import Mesh
 
 SHAPE = {"hidden_size": 384, "intermediate_size": 1024, "num_layers": 6, "num_heads": 6, "num_kv_heads": 3}
-BATCHES = (1, 8, 32)
 
 
 @dataclass(frozen=True)
@@ -41,10 +41,12 @@ class Config:
     against: str = opt("", "whom to compare with: hf (transformers)", choices=("", "hf"))
     device: str = opt("auto", "where to measure; auto is the GPU, if there is one", choices=("auto", "cpu", "cuda"))
     dtype: str = opt("bf16", "of the parameters", choices=("bf16", "fp32"))
-    vocab_size: int = opt(49152, "tokens of the model's vocabulary")
+    preset: str = opt("", "a known model's shape (empty: a small one)", choices=("", *PRESETS))
+    vocab_size: int = opt(49152, "tokens of the small model's vocabulary")
     prompts: int = opt(32, "prompts of a workload")
     rounds: int = opt(5, "runs of each that are timed")
     steps: int = opt(40, "decode steps of each batch that are timed")
+    batches: list[int] = opt([1, 8, 32], "sequences of a decode step")
     out: str = opt("bench/results", "folder for generate.jsonl, in a folder for the device")
     jsonl: str = opt("", "file for the rows, in place of generate.jsonl there")
 
@@ -55,8 +57,8 @@ def main(argv: list[str]) -> int:
     folder = make_folder(Path(config.out) / folder_name(device), "--out")
     file = make_room_for(config.jsonl or str(folder / "generate.jsonl"), "--jsonl")
     facts, dtype = run_facts(device), DTYPES[config.dtype]
-    shape = ModelConfig(config.vocab_size, **SHAPE, head_dim=64, max_positions=1024, tie_embeddings=True)
-    model = Transformer(shape, Mesh.single(torch.device(device)), dtype).initialize(0).requires_grad_(False)
+    small = ModelConfig(config.vocab_size, **SHAPE, head_dim=64, max_positions=1024, tie_embeddings=True)
+    model = random_model(PRESETS.get(config.preset, small), torch.device(device), dtype).requires_grad_(False)
     providers: dict[str, Callable] = {"tritium": ours(model)}
     if config.against:
         providers["transformers"] = theirs(model)
@@ -152,8 +154,8 @@ def steps(config: Config, model: Transformer, device: str) -> list[dict[str, Any
     ceilings, stopwatch = Ceilings(device, model.dtype), Stopwatch(device)
     copies: list[float] = []
     weight_bytes = sum(p.nbytes for p in model.parameters())
-    engines, times = {}, {size: [] for size in BATCHES}
-    for size in BATCHES:
+    engines, times = {}, {size: [] for size in config.batches}
+    for size in config.batches:
         engines[size] = engine = Engine(model, cache_pages(size, 100 + config.steps + 2), max_batch=size)
         rng = np.random.default_rng(1)
         for i in range(size):
@@ -177,7 +179,7 @@ def steps(config: Config, model: Transformer, device: str) -> list[dict[str, Any
             "weight_bytes": weight_bytes,
             "of_reading": statistics.median(times[size]) / reading,
         }
-        for size in BATCHES
+        for size in config.batches
     ]
 
 

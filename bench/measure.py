@@ -144,7 +144,7 @@ def time_in_turn(
 
 
 def timing(times: list[float]) -> Timing:
-    low, *_, high = statistics.quantiles(times, n=5, method="inclusive")
+    low, *_, high = statistics.quantiles(times if len(times) > 1 else times * 2, n=5, method="inclusive")
     return Timing(statistics.median(times), low, high, len(times))
 
 
