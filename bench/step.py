@@ -31,8 +31,9 @@ from tritium.core.output import make_folder, make_room_for
 from tritium.core.plan import PRESETS
 from tritium.core.setup import DTYPES
 from tritium.core.trainer import trained_share
+from tritium.model.adapters import attach
 from tritium.model.config import ModelConfig
-from tritium.model.lora import LoraConfig, attach
+from tritium.model.lora import LoraConfig
 from tritium.model.transformer import Transformer
 from tritium.parallel.mesh import Mesh
 from tritium.parallel.zero import FlatModule
