@@ -87,13 +87,17 @@ def to_toml(config: Any) -> str:
 
     A field that is None is left out where None is its default, and is written "none" elsewhere.
     """
-    lines = []
+    lines, tables = [], {}
     for section, leaves in _by_section(_leaves(type(config))).items():
         lines += ["", f"[{section}]"] if section else []
         for leaf in leaves:
             value = attrgetter(leaf.key)(config)
-            if value is not None or leaf.default is not None:
+            if leaf.type == dict[str, dict]:
+                tables |= {f"{leaf.key}.{name}": table for name, table in value.items()}
+            elif value is not None or leaf.default is not None:
                 lines.append(f"{leaf.key.rpartition('.')[2]} = {_toml_value(value)}")
+    for name, table in tables.items():
+        lines += ["", f"[{name}]", *(f"{key} = {_toml_value(value)}" for key, value in table.items())]
     return "\n".join(lines).lstrip() + "\n"
 
 
@@ -178,7 +182,7 @@ def _without_none(hint: Any, key: str) -> tuple[Any, bool]:
     origin, args = get_origin(hint), get_args(hint)
     known = hint in scalar or origin is Literal
     known |= origin is list and args[0] in scalar
-    known |= origin is dict and args[0] is str and args[1] in scalar
+    known |= origin is dict and args[0] is str and args[1] in (*scalar, dict)
     if not known:
         raise TypeError(f"{key}: a configuration field cannot be annotated {hint}")
     return hint, optional
@@ -305,6 +309,8 @@ def _convert(kind: Any, value: Any) -> Any:
         return [_convert(args[0], item) for item in value]
     if origin is dict and isinstance(value, Mapping):
         return {_convert(str, name): _convert(args[1], item) for name, item in value.items()}
+    if kind is dict and isinstance(value, Mapping):  # a table of tables: checked by whoever knows what they hold
+        return dict(value)
     if kind is str and isinstance(value, (str, os.PathLike)):
         return os.fspath(value)
     if kind is bool and isinstance(value, bool):

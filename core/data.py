@@ -33,6 +33,7 @@ from tritium.core.formats import (
     fill,
     read_documents,
     read_records,
+    read_text,
 )
 from tritium.core.tokenizer import Tokenizer
 from tritium.parallel.mesh import Mesh
@@ -182,7 +183,16 @@ def split_point(starts: np.ndarray, length: int, holdout: float) -> int:
 def token_shard(
     path: str, tokenizer: Tokenizer, cache: str, skipped: Skipped, config: DataConfig
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The file's tokens as a memory-mapped stream, and where its documents start: made once, kept in `cache`."""
+    """The file's tokens as a memory-mapped stream, and where its documents start: made once, kept in `cache`.
+
+    A file of `curate` (FILE.tokens.npy) is that already. Raises: DataError where it is of another tokenizer.
+    """
+    if path.endswith(".tokens.npy"):
+        base = path.removesuffix(".tokens.npy")
+        made_with = json.loads(read_text(f"{base}.json"))["tokenizer"]
+        if made_with != tokenizer.fingerprint:
+            raise DataError(f"{path} holds tokens of another tokenizer: pack it anew with this one")
+        return np.load(path, mmap_mode="r"), np.load(f"{base}.starts.npy")
     stat = os.stat(path)
     code = [config.fim, config.fim_spm, config.repositories]
     key = json.dumps([os.path.abspath(path), stat.st_size, stat.st_mtime_ns, tokenizer.fingerprint, *code])

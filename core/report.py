@@ -81,22 +81,26 @@ def write_report(
     warnings: sentences, as core/health.py has them.
     """
     sections = [
-        _section("Stages", _stage_table(stages)) if stages else "",
-        _section("Warnings", "".join(f"<p>⚠ {_text(warning)}</p>" for warning in warnings)) if warnings else "",
-        _section("Curves", _charts(curves)) if curves else "",
-        _section("Samples", "".join(map(_sample, samples))) if samples else "",
-        _section("Configuration", f"<details><summary>TOML</summary><pre>{_text(config_toml)}</pre></details>"),
-        _section("Machine and versions", _facts(machine)),
+        section("Stages", _stage_table(stages)) if stages else "",
+        section("Warnings", "".join(f"<p>⚠ {escaped(warning)}</p>" for warning in warnings)) if warnings else "",
+        section("Curves", _charts(curves)) if curves else "",
+        section("Samples", "".join(map(_sample, samples))) if samples else "",
+        section("Configuration", f"<details><summary>TOML</summary><pre>{escaped(config_toml)}</pre></details>"),
+        section("Machine and versions", facts(machine)),
     ]
-    page = (
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Path(path).write_text(page(title, "".join(sections)), encoding="utf-8")
+
+
+def page(title: str, body: str, style: str = "") -> str:
+    """A whole page around `body`, which is markup."""
+    return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"/>'
         "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\"/>"
         '<meta name="viewport" content="width=device-width, initial-scale=1"/>'
-        f"<title>{_text(title)}</title><style>{_PAGE_STYLE}</style></head>\n"
-        f"<body><h1>{_text(title)}</h1>\n{''.join(sections)}</body></html>\n"
+        f"<title>{escaped(title)}</title><style>{_PAGE_STYLE}{style}</style></head>\n"
+        f"<body><h1>{escaped(title)}</h1>\n{body}</body></html>\n"
     )
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Path(path).write_text(page, encoding="utf-8")
 
 
 def read_curves(metrics_jsonl: str | os.PathLike, keys: Iterable[str]) -> dict[str, list[tuple[float, float]]]:
@@ -122,7 +126,7 @@ def svg_chart(series: Mapping[str, Points], title: str, x_label: str, y_label: s
     """
     finite = {name: [p for p in points if all(map(math.isfinite, p))] for name, points in series.items()}
     drawn = {name: _thin(points) for name, points in finite.items() if points}
-    body = [f'<text class="title" x="{_LEFT}" y="22">{_text(title)}</text>']
+    body = [f'<text class="title" x="{_LEFT}" y="22">{escaped(title)}</text>']
     if drawn:
         x_ticks = _ticks([x for points in drawn.values() for x, _ in points])
         y_ticks = _ticks([y for points in drawn.values() for _, y in points])
@@ -137,8 +141,8 @@ def svg_chart(series: Mapping[str, Points], title: str, x_label: str, y_label: s
     label = f"{title}: {'; '.join(spans) or 'no values'}"
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" class="chart" role="img" viewBox="0 0 {_WIDTH} {_HEIGHT}" '
-        f'aria-label="{_text(label)}">'
-        f"<title>{_text(title)}</title><style>{_CHART_STYLE}</style>{''.join(body)}</svg>"
+        f'aria-label="{escaped(label)}">'
+        f"<title>{escaped(title)}</title><style>{_CHART_STYLE}</style>{''.join(body)}</svg>"
     )
 
 
@@ -171,8 +175,8 @@ def _axes(x_ticks: Sequence[float], y_ticks: Sequence[float], x_label: str, y_la
         parts.append(f'<text x="{x:.1f}" y="{_BOTTOM + 18}" text-anchor="middle">{_tick_text(tick, x_ticks)}</text>')
     middle = (_TOP + _BOTTOM) / 2
     parts.append(
-        f'<text x="{(_LEFT + _RIGHT) / 2}" y="{_HEIGHT - 8}" text-anchor="middle">{_text(x_label)}</text>'
-        f'<text x="14" y="{middle}" text-anchor="middle" transform="rotate(-90 14 {middle})">{_text(y_label)}</text>'
+        f'<text x="{(_LEFT + _RIGHT) / 2}" y="{_HEIGHT - 8}" text-anchor="middle">{escaped(x_label)}</text>'
+        f'<text x="14" y="{middle}" text-anchor="middle" transform="rotate(-90 14 {middle})">{escaped(y_label)}</text>'
     )
     return parts
 
@@ -229,28 +233,28 @@ def _legend(names: Sequence[str]) -> list[str]:
     for i, name in enumerate(names):
         x, shown = _LEFT + i * width, name if len(name) * 7 < width - 28 else name[: int((width - 28) / 7)] + "…"
         parts.append(f'<path stroke="{_COLOURS[i % len(_COLOURS)]}" d="M{x:.1f} 42h16"/>')
-        parts.append(f'<text x="{x + 22:.1f}" y="46">{_text(shown)}</text>')
+        parts.append(f'<text x="{x + 22:.1f}" y="46">{escaped(shown)}</text>')
     return parts
 
 
 # ── the page ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _section(heading: str, body: str) -> str:
+def section(heading: str, body: str) -> str:
     return f"<section><h2>{heading}</h2>{body}</section>\n"
 
 
 def _stage_table(stages: Sequence[Mapping[str, Any]]) -> str:
     head = "".join(f'<th scope="col">{label}</th>' for label in _STAGE_COLUMNS.values())
-    rows = ("".join(_cell(stage.get(key)) for key in _STAGE_COLUMNS) for stage in stages)
+    rows = ("".join(cell(stage.get(key)) for key in _STAGE_COLUMNS) for stage in stages)
     body = "".join(f"<tr>{row}</tr>" for row in rows)
     return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
-def _cell(value: Any) -> str:
+def cell(value: Any) -> str:
     if isinstance(value, (int, float)):
         return f'<td class="number">{f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"}</td>'
-    return f"<td>{'–' if value is None else _text(value)}</td>"
+    return f"<td>{'–' if value is None else escaped(value)}</td>"
 
 
 def _charts(curves: Mapping[str, Mapping[str, Points]]) -> str:
@@ -260,18 +264,18 @@ def _charts(curves: Mapping[str, Mapping[str, Points]]) -> str:
 
 def _sample(sample: Mapping[str, str]) -> str:
     parts = (
-        f"<div><h3>{key}</h3><pre>{_text(sample[key])}</pre></div>"
+        f"<div><h3>{key}</h3><pre>{escaped(sample[key])}</pre></div>"
         for key in ("prompt", "before", "after")
         if key in sample
     )
     return f'<div class="sample">{"".join(parts)}</div>'
 
 
-def _facts(machine: Mapping[str, Any]) -> str:
-    rows = "".join(f'<tr><th scope="row">{_text(name)}</th>{_cell(value)}</tr>' for name, value in machine.items())
+def facts(machine: Mapping[str, Any]) -> str:
+    rows = "".join(f'<tr><th scope="row">{escaped(name)}</th>{cell(value)}</tr>' for name, value in machine.items())
     return f'<div class="scroll"><table><tbody>{rows}</tbody></table></div>'
 
 
-def _text(value: Any) -> str:
+def escaped(value: Any) -> str:
     """Escaped text; characters that HTML and XML cannot hold (as an untrained model may emit) become U+FFFD."""
     return escape(re.sub("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]", "\ufffd", str(value)))

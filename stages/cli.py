@@ -45,6 +45,7 @@ STAGES = {
     "surgery": "make a model of models: deeper, with another vocabulary, averaged",
     "run": "run several stages from one recipe file",
     "tokenizer": "train a tokenizer on raw text",
+    "curate": "collect, filter, deduplicate, select, distil and reject data, with a report",
     "corpus": "write the ladder's data, which every machine can make",
     "plan": "say what a run needs of memory, links and time, and which meshes suit it",
     "doctor": "say what this machine has, and compile every kernel for every target",

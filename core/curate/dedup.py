@@ -1,0 +1,276 @@
+"""Deduplicate: exact, near (MinHash-LSH) and repeated passages. The first of several stays, in the order of the shards.
+
+exact      texts equal up to case and white space, by 64-bit hashes: n documents, a false one with probability n² / 2⁶⁵
+near       Jaccard similarity of word n-grams ≥ `threshold`: candidates share a band of their MinHash signatures, and
+           are a pair where the signatures agree in that share; pairs are joined to groups, so that a chain is one
+passages   a passage of `passage` words or more that came before is cut out of the later document. Fingerprints of k
+           words, of which each window of passage − k + 1 in a row keeps its smallest (winnowing, Schleimer et al.
+           2003): every such passage is found, none of fewer than k words is cut; its ends may keep passage − k words
+
+Memory: `memory_mb` for sorting, 8 bytes a document, and some 200 for each that has a twin; the rest is on the disk.
+"""
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+
+from tritium.core.config import ConfigError, opt
+from tritium.core.curate.minhash import (
+    EMPTY,
+    Spill,
+    band_keys,
+    banding,
+    blocks,
+    grams,
+    leaders,
+    signatures,
+    word_hashes,
+)
+from tritium.core.curate.runner import write_array
+from tritium.core.curate.step import (
+    Context,
+    Document,
+    Drop,
+    Job,
+    Outcome,
+    Piece,
+    Step,
+    digest,
+    note,
+    read_shard,
+    text_of,
+)
+
+
+@dataclass(frozen=True)
+class Features:
+    """A shard → a file with a row for each of its documents; work for another process. Made once."""
+
+    step: "Twins"
+    scratch: Path
+
+    def __call__(self, piece: Piece) -> Path:
+        path = self.scratch / f"{piece.name}-{digest(repr(self.step), piece.key)[:16]}.npy"
+        if not path.exists():
+            texts = (text_of(d).encode() if self.step.takes(d) else b"" for d in read_shard(piece.path))
+            rows = [self.step.features(block) for block in blocks(texts)]
+            write_array(path, np.concatenate(rows) if rows else self.step.features([]))
+        return path
+
+
+@dataclass
+class Twins(Step):
+    """A step that drops documents because of others: the plan of a shard holds for each row the id of the
+    document that it repeats, or nothing."""
+
+    GLOBAL: ClassVar[bool] = True
+    REASON: ClassVar[str] = ""
+
+    def features(self, texts: list[bytes]) -> np.ndarray:
+        """What the documents are compared by, a row each."""
+        raise NotImplementedError
+
+    def pairs(self, files: list[Path], firsts: np.ndarray, context: Context) -> Iterator[np.ndarray]:
+        """[m, 2] numbers of documents that are one."""
+        raise NotImplementedError
+
+    def prepare(self, context: Context, shards: list[Piece]) -> None:
+        files = context.map(Features(self, context.scratch), shards)
+        firsts = np.cumsum([0, *(shard.rows for shard in shards)])
+        found = [pairs for pairs in self.pairs(files, firsts, context) if len(pairs)]
+        twin = np.full(firsts[-1], -1, np.int64)
+        for member, leader in leaders(np.concatenate(found)).items() if found else ():
+            twin[member] = leader if leader != member else -1
+        ids = ids_of(twin[twin >= 0], shards, firsts) | {-1: ""}
+        for i, shard in enumerate(shards):
+            part = [ids[number] for number in twin[firsts[i] : firsts[i + 1]].tolist()]
+            write_array(context.scratch / f"{shard.name}.plan.npy", np.array(part, dtype=np.str_))
+
+    def run(self, documents: Iterable[Document], job: Job) -> Iterator[tuple[Document, Outcome]]:
+        plan = np.load(job.plan)
+        for document, twin in zip(documents, plan, strict=True):
+            yield document, Drop(self.REASON, twin=str(twin)) if twin else document
+
+
+def ids_of(numbers: np.ndarray, shards: list[Piece], firsts: np.ndarray) -> dict[int, str]:
+    """The ids of documents by their numbers among all shards; only the shards that have some are read."""
+    wanted, ids = np.unique(numbers), {}
+    for i, shard in enumerate(shards):
+        mine = set(wanted[slice(*np.searchsorted(wanted, [firsts[i], firsts[i + 1]]))].tolist())
+        rows = enumerate(read_shard(shard.path), start=int(firsts[i])) if mine else ()
+        ids |= {number: document["id"] for number, document in rows if number in mine}
+    return ids
+
+
+@dataclass
+class Exact(Twins):
+    """Drop documents whose text came before."""
+
+    REASON: ClassVar[str] = "an exact duplicate"
+
+    def features(self, texts: list[bytes]) -> np.ndarray:
+        keys = [hashlib.blake2b(b" ".join(text.lower().split()), digest_size=8).digest() for text in texts]
+        rows = np.frombuffer(b"".join(keys), np.uint64)
+        return np.stack(
+            [rows, np.array([bool(text) for text in texts], np.uint64)], 1
+        )  # [D, 2]: key, whether it counts
+
+    def pairs(self, files: list[Path], firsts: np.ndarray, context: Context) -> Iterator[np.ndarray]:
+        spill = Spill(context.scratch / "spill", int(firsts[-1]), context.memory)
+        for first, file in zip(firsts, files, strict=False):
+            rows = np.load(file)
+            counts = np.flatnonzero(rows[:, 1])
+            spill.add(rows[counts, 0], first + counts)
+        for values, run in spill.repeated():
+            yield neighbours(values, run, first=True)
+
+
+def neighbours(values: np.ndarray, run: np.ndarray, first: bool = False) -> np.ndarray:
+    """Pairs [m, 2] within runs: each value with the one before it, or with the run's first."""
+    later = np.flatnonzero(run[1:] == run[:-1]) + 1 if len(run) else np.zeros(0, np.int64)
+    others = np.searchsorted(run, run[later]) if first else later - 1
+    return np.stack([values[others], values[later]], 1)
+
+
+@dataclass
+class Near(Twins):
+    """Drop documents that are nearly one that came before."""
+
+    threshold: float = opt(0.7, "Jaccard similarity of word n-grams from which on two are one")
+    words: int = opt(5, "of an n-gram")
+    permutations: int = opt(128, "of MinHash: the estimate's standard error is √(t(1−t) / permutations)")
+
+    REASON: ClassVar[str] = "a near duplicate"
+
+    def check(self) -> None:
+        if not 0 < self.threshold <= 1 or self.words < 1 or self.permutations < 16:
+            raise ConfigError(f"threshold={self.threshold} must be in (0, 1], words={self.words} ≥ 1, "
+                              f"permutations={self.permutations} ≥ 16")  # fmt: skip
+
+    def features(self, texts: list[bytes]) -> np.ndarray:
+        return signatures(texts, self.words, self.permutations)
+
+    def pairs(self, files: list[Path], firsts: np.ndarray, context: Context) -> Iterator[np.ndarray]:
+        bands, rows = banding(self.threshold, self.permutations)
+        spill = Spill(context.scratch / "spill", int(firsts[-1]) * bands, context.memory)
+        maps = [np.load(file, mmap_mode="r") for file in files]
+        step = max(1, context.memory // (64 * bands))
+        for first, rows_of in zip(firsts, maps, strict=False):
+            for at in range(0, len(rows_of), step):
+                part = np.asarray(rows_of[at : at + step])
+                full = np.flatnonzero((part != EMPTY).any(1))
+                keys = band_keys(part[full], bands, rows)
+                spill.add(keys.ravel(), np.repeat(first + at + full, bands))
+        for values, run in spill.repeated():
+            found = np.concatenate([neighbours(values, run, first=True), neighbours(values, run)])
+            yield self.verified(np.unique(found, axis=0), maps, firsts)
+
+    def verified(self, pairs: np.ndarray, maps: list[np.ndarray], firsts: np.ndarray) -> np.ndarray:
+        """Those pairs whose signatures agree in a share of at least the threshold."""
+        kept = [np.zeros((0, 2), np.int64)]
+        for at in range(0, len(pairs), 4096):
+            part = pairs[at : at + 4096]
+            a, b = (rows_at(maps, firsts, column) for column in part.T)
+            kept.append(part[(a == b).mean(1) >= self.threshold])
+        return np.concatenate(kept)
+
+
+def rows_at(maps: list[np.ndarray], firsts: np.ndarray, numbers: np.ndarray) -> np.ndarray:
+    """Rows by their number among all files."""
+    result = np.empty((len(numbers), *maps[0].shape[1:]), maps[0].dtype)
+    shard = np.searchsorted(firsts, numbers, side="right") - 1
+    for i in np.unique(shard):
+        mine = np.flatnonzero(shard == i)
+        result[mine] = maps[i][numbers[mine] - firsts[i]]
+    return result
+
+
+@dataclass
+class Passages(Step):
+    """Cut out passages that came before."""
+
+    passage: int = opt(50, "words: every repeated passage of so many is found")
+
+    GLOBAL: ClassVar[bool] = True
+
+    def check(self) -> None:
+        if self.passage < 4:
+            raise ConfigError(f"passage={self.passage} must be at least 4 words")
+
+    @property
+    def size(self) -> int:
+        """Words of a fingerprint."""
+        return self.passage // 2 + 1
+
+    def prepare(self, context: Context, shards: list[Piece]) -> None:
+        files = context.map(Fingerprints(self, context.scratch), shards)
+        rows = [np.load(file, mmap_mode="r") for file in files]
+        spill = Spill(context.scratch / "spill", sum(map(len, rows)), context.memory)
+        firsts = np.cumsum([0, *(len(r) for r in rows)])
+        for first, part in zip(firsts, rows, strict=False):
+            spill.add(part[:, 0], first + np.arange(len(part)))
+        repeated = np.zeros(firsts[-1], bool)
+        for values, run in spill.repeated():
+            repeated[neighbours(values, run, first=True)[:, 1]] = True
+        for i, shard in enumerate(shards):
+            write_array(context.scratch / f"{shard.name}.plan.npy", rows[i][repeated[firsts[i] : firsts[i + 1]], 1:])
+
+    def run(self, documents: Iterable[Document], job: Job) -> Iterator[tuple[Document, Outcome]]:
+        plan = np.load(job.plan)  # [m, 3]: document, first byte, byte after the last
+        for number, document in enumerate(documents):
+            spans = plan[np.searchsorted(plan[:, 0], number) : np.searchsorted(plan[:, 0], number, side="right"), 1:]
+            yield document, self.cut(document, spans) if len(spans) else document
+
+    def cut(self, document: Document, spans: np.ndarray) -> Outcome:
+        data, parts, at = document["text"].encode(), [], 0
+        for start, end in spans.astype(np.int64).tolist():
+            parts.append(data[at : max(start, at)])
+            at = max(at, end)
+        text = b"".join([*parts, data[at:]]).decode("utf-8", "ignore").strip()
+        note(document, cut_bytes=len(data) - len(text.encode()))
+        if not text:
+            return Drop("nothing but passages that came before")
+        document["text"] = text
+        return document
+
+
+@dataclass(frozen=True)
+class Fingerprints:
+    """A shard of texts → their winnowed fingerprints, [m, 4] uint64: hash, document, first byte, end."""
+
+    step: Passages
+    scratch: Path
+
+    def __call__(self, piece: Piece) -> Path:
+        path = self.scratch / f"{piece.name}-{digest(repr(self.step), piece.key)[:16]}.npy"
+        if path.exists():
+            return path
+        size, window, rows, number = self.step.size, self.step.passage - self.step.size + 1, [], 0
+        texts = (
+            d["text"].encode() if d["kind"] == "text" and self.step.takes(d) else b"" for d in read_shard(piece.path)
+        )
+        for block in blocks(texts):
+            hashes, owners, starts, ends = word_hashes(block)
+            found, first = grams(hashes, owners, size)
+            chosen = winnow(found, owners[first], window)
+            at = first[chosen]
+            columns = found[chosen], owners[at] + number, starts[at], ends[at + size - 1]
+            rows.append(np.stack([c.astype(np.uint64) for c in columns], 1))
+            number += len(block)
+        write_array(path, np.concatenate(rows) if rows else np.zeros((0, 4), np.uint64))
+        return path
+
+
+def winnow(hashes: np.ndarray, owners: np.ndarray, window: int) -> np.ndarray:
+    """The places of the smallest hash of every `window` in a row of one text; the rightmost of equals."""
+    count = len(hashes) - window + 1
+    if count < 1:
+        return np.zeros(0, np.int64)
+    views = np.lib.stride_tricks.sliding_window_view(hashes[::-1], window)  # reversed: argmin takes the first
+    places = len(hashes) - 1 - (np.arange(count) + views.argmin(1))
+    starts = count - 1 - np.arange(count)
+    return np.unique(places[owners[starts] == owners[starts + window - 1]])

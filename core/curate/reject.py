@@ -1,0 +1,169 @@
+"""Reject: judge the answers of each document, and write what the stages train on.
+
+    accept   {judge: least value}   every answer must pass, e.g. {"tags('think')" = 1, "words('bad.txt')" = 1}
+    verify   by the reference: "auto" is `math` for results and `code` for tests; a wrong answer is no SFT row
+    score    a judge that ranks what is left: a reward model's heads, a language model, any sum of core/rewards
+
+    sft.jsonl        at most `keep` of the best right answers, that compute differently, as conversations
+    pairs.jsonl      a right (or best) answer and a wrong (or worse) one
+    rankings.jsonl   answers of different score, best first
+
+`pass_rate` is the share of right ones among answers that models gave: a difficulty to select by.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import islice
+from typing import Any, ClassVar
+
+from tritium.core.config import opt
+from tritium.core.curate.runner import write_lines
+from tritium.core.curate.step import Context, Document, Drop, Job, Outcome, Piece, Step, note, read_shard
+from tritium.core.rewards import Answer, Reward, Score, judge
+from tritium.core.select import distinct_paths
+
+BATCH = 256  # documents that are judged together
+
+
+@dataclass
+class Reject(Step):
+    """Judge answers; a document without one that is good enough is dropped."""
+
+    accept: dict[str, float] = opt({}, "least values by judge")
+    verify: str = opt("auto", "the judge of problems: auto, none, or as in core/rewards, e.g. math")
+    score: str = opt("", "the judge that ranks (empty: right before wrong, nothing more)")
+    least: float = opt(-1e9, "least score of an answer to learn")
+    keep: int = opt(1, "answers to learn from a document, at most")
+    pairs: int = opt(1, "pairs from a document, at most")
+    gold: bool = opt(True, "gold answers are learned too, not only those of models")
+
+    LOCAL: ClassVar[bool] = True
+
+    def check(self) -> None:
+        for spec in [*self.accept, *([self.score] if self.score else [])]:
+            self.judge(spec)
+        if self.verify not in ("auto", "none"):
+            self.judge(self.verify)
+
+    def measures(self) -> Sequence[str]:
+        return ("pass_rate", "best_score")
+
+    def judge(self, spec: str) -> Reward:
+        """Made once. Raises: ConfigError."""
+        from tritium.core.rewards.make import make_reward  # it loads torch, which other processes need not
+
+        if spec not in self.judges:
+            self.judges[spec] = make_reward(spec)
+        return self.judges[spec]
+
+    @cached_property
+    def judges(self) -> dict[str, Reward]:
+        return {}
+
+    def run(self, documents: Iterable[Document], job: Job) -> Iterator[tuple[Document, Outcome]]:
+        documents = iter(documents)
+        while batch := list(islice(documents, BATCH)):
+            asked = [d for d in batch if d["kind"] != "text" and self.takes(d)]
+            self.mark(asked, job)
+            chosen = {id(d): self.verdict(d) for d in asked}
+            yield from ((d, chosen.get(id(d), d)) for d in batch)
+
+    def mark(self, documents: list[Document], job: Job) -> None:
+        """Leave with each answer its scores, whether it is "right", and why it was rejected."""
+        for spec, least in self.accept.items():
+            for answer, score in self.ask(spec, [(d, a) for d in documents for a in d["answers"]], job):
+                if score is not None and score.value < least:
+                    answer["rejected"] = f"{spec} {score.value:.3g} < {least:g}"
+        if self.verify != "none":
+            for spec in ("math", "code") if self.verify == "auto" else (self.verify,):
+                known = [d for d in documents if d["reference"] and (self.verify != "auto" or verifier(d) == spec)]
+                for answer, score in self.ask(spec, [(d, a) for d in known for a in d["answers"]], job):
+                    if score is not None:
+                        answer["right"] = score.solved
+        if self.score:
+            for answer, score in self.ask(self.score, [(d, a) for d in documents for a in d["answers"]], job):
+                if score is not None:
+                    answer["score"] = score.value
+
+    def ask(self, spec: str, pairs: list[tuple[Document, dict]], job: Job) -> Iterator[tuple[dict, Score | None]]:
+        """What a judge says of each answer; None, counted, where it fails."""
+        shown = [Answer(words(a["text"]), a["text"], d["messages"][-1]["content"], d["reference"], d["messages"])
+                 for d, a in pairs]  # fmt: skip
+        judged = judge(self.judge(spec), shown)
+        for failure, n in judged.failures.items():
+            job.notes[f"{spec} failed: {failure[:80]}"] += n
+        return zip((a for _, a in pairs), judged.scores, strict=True)
+
+    def verdict(self, document: Document) -> Outcome:
+        answers = document["answers"]
+        tried = [a["right"] for a in answers if "right" in a and a["by"] != "gold"]
+        if tried:
+            document["scores"]["pass_rate"] = sum(tried) / len(tried)
+        if any("score" in a for a in answers):
+            document["scores"]["best_score"] = max(a["score"] for a in answers if "score" in a)
+        if not answers:
+            return Drop("no answer")
+        if not any(map(self.learnable, answers)):
+            worst = next((a["rejected"] for a in answers if "rejected" in a), "")
+            wrong = any(a.get("right") is False for a in answers)
+            return Drop(
+                "no right answer" if wrong else "no answer passes", worst or f"reference {document['reference'][:80]}"
+            )
+        note(document, answers=len(answers), right=sum(a.get("right", False) for a in answers))
+        return document
+
+    def learnable(self, answer: dict) -> bool:
+        good = answer.get("right", True) and "rejected" not in answer and answer.get("score", 0.0) >= self.least
+        return good and (self.gold or answer["by"] != "gold")
+
+    def finish(self, context: Context, shards: list[Piece]) -> dict[str, Any]:
+        files = {"sft": self.sft, "pairs": self.preferred, "rankings": self.ranked}
+        counts = {}
+        for name, rows in files.items():
+            documents = (d for shard in shards for d in read_shard(shard.path) if d["kind"] != "text" and self.takes(d))
+            counts[f"{name}.jsonl"] = write_lines(
+                context.out / f"{name}.jsonl", (r for d in documents for r in rows(d))
+            )
+        return counts
+
+    def sft(self, document: Document) -> Iterator[dict]:
+        best = sorted(filter(self.learnable, document["answers"]), key=worth, reverse=True)
+        for i in distinct_paths([a["text"] for a in best])[: self.keep]:
+            yield {
+                "messages": [*document["messages"], {"role": "assistant", "content": best[i]["text"]}],
+                "id": document["id"],
+            }
+
+    def preferred(self, document: Document) -> Iterator[dict]:
+        levels = by_worth(document["answers"])
+        better = [a["text"] for a in levels[0] if self.learnable(a)] if levels else []
+        worse = [a["text"] for level in levels[1:] for a in level]
+        for chosen, rejected in list(zip(better, worse, strict=False))[: self.pairs]:
+            yield {"prompt": document["messages"], "chosen": chosen, "rejected": rejected}
+
+    def ranked(self, document: Document) -> Iterator[dict]:
+        levels = by_worth(document["answers"])
+        if len(levels) > 1:
+            yield {"prompt": document["messages"], "ranked": [level[0]["text"] for level in levels]}
+
+
+def verifier(document: Document) -> str:
+    return "code" if document["reference"].startswith("{") else "math"
+
+
+def words(text: str) -> list[str]:
+    """Stand for an answer's tokens, where a judge counts them."""
+    return text.split()
+
+
+def worth(answer: dict) -> tuple:
+    """By which answers are ranked: accepted ones, then right ones, then by score."""
+    return "rejected" not in answer, answer.get("right", True), round(answer.get("score", 0.0), 6)
+
+
+def by_worth(answers: list[dict]) -> list[list[dict]]:
+    """Different answers, grouped by worth, best first."""
+    different = {a["text"].strip(): a for a in answers if a["text"].strip()}
+    values = sorted({worth(a) for a in different.values()}, reverse=True)
+    return [[a for a in different.values() if worth(a) == value] for value in values]

@@ -1,0 +1,175 @@
+"""What every step of the data factory is: a dataclass of settings, and a function of documents."""
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import tritium
+from tritium.core.config import ConfigError, opt
+
+KINDS = ("text", "problem", "chat")
+
+Document = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Drop:
+    """Why a document ends here: the `reason` is counted, the `detail` and the document it resembles are shown."""
+
+    reason: str
+    detail: str = ""
+    twin: str = ""
+
+
+Outcome = Document | Drop | list[Document]  # kept, dropped, or replaced by others
+
+
+@dataclass(frozen=True)
+class Piece:
+    """The part of a file that one job reads: the lines that begin in [start, end). `key` stands for its content."""
+
+    path: str
+    key: str
+    name: str  # of the shard that is made of it
+    start: int = 0
+    end: int = 0
+    rows: int = 0  # documents, where it is a shard
+    damage: str = ""  # what of the file could not be read
+
+
+@dataclass
+class Context:
+    """Where a step works. `map` runs a function of one argument over many, on all processes, in order."""
+
+    out: Path
+    scratch: Path
+    seed: int
+    shard_bytes: int
+    memory: int  # bytes that a step may use for what grows with the data
+    map: Callable[[Callable, Sequence], list]
+    cache: Path  # of teachers' answers
+
+
+@dataclass
+class Job:
+    """One step on one piece."""
+
+    step: "Step"
+    name: str
+    piece: Piece
+    out: Path
+    key: str
+    context: Context  # without `map`: it travels to another process
+    notes: Counter = field(default_factory=Counter)  # what was mended, by kind
+
+    @property
+    def plan(self) -> Path:
+        """What `prepare` decided for this piece, a row for each document."""
+        return self.context.scratch / f"{self.piece.name}.plan.npy"
+
+
+@dataclass
+class Step:
+    """A step. Most define `one`; those with a plan for all shards also `prepare`; those that ask models `run`."""
+
+    kinds: list[str] = opt([], "only documents of these kinds; others pass (default: all)", choices=KINDS)
+
+    LOCAL: ClassVar[bool] = False  # runs in the main process: it holds a model
+    GLOBAL: ClassVar[bool] = False  # what becomes of a document depends on all shards
+
+    def check(self) -> None:
+        """Find what can be known to be wrong before anything runs. Raises: ConfigError."""
+        for file in self.files():
+            if not Path(file).exists():
+                raise ConfigError(f"{file} does not exist")
+
+    def files(self) -> list[str]:
+        """Files and folders that the step reads besides its documents."""
+        return []
+
+    def measures(self) -> Sequence[str]:
+        """The scores that it gives, for the report's histograms."""
+        return ()
+
+    def pieces(self, context: Context, shards: list[Piece]) -> list[Piece]:
+        """The work to do, a job each."""
+        return shards
+
+    def read(self, piece: Piece, job: Job) -> Iterator[Document]:
+        """The documents of a piece."""
+        yield from read_shard(piece.path)
+
+    def prepare(self, context: Context, shards: list[Piece]) -> None:
+        """What must be known of all shards before the first job. Must be fit to run again after a kill."""
+
+    def takes(self, document: Document) -> bool:
+        return not self.kinds or document["kind"] in self.kinds
+
+    def one(self, document: Document) -> Outcome:
+        """What becomes of a document. It may be changed in place."""
+        return document
+
+    def run(self, documents: Iterable[Document], job: Job) -> Iterator[tuple[Document, Outcome]]:
+        for document in documents:
+            yield document, self.one(document) if self.takes(document) else document
+
+    def finish(self, context: Context, shards: list[Piece]) -> dict[str, Any]:
+        """After the last job: write what the pipeline is for, from the shards. Returns facts for the report."""
+        return {}
+
+    def key(self, shards: Sequence[Piece]) -> str:
+        """Of everything, besides a job's own piece, that its output depends on."""
+        everywhere = [shard.key for shard in shards] if self.GLOBAL else []
+        return digest(
+            tritium.__version__, type(self).__name__, asdict(self), [state(f) for f in self.files()], everywhere
+        )
+
+
+def read_shard(path: str | Path) -> Iterator[Document]:
+    """The documents of a shard, one at a time. A shard that does not exist holds none."""
+    if Path(path).exists():
+        with open(path, encoding="utf-8") as lines:
+            yield from map(json.loads, lines)
+
+
+def note(document: Document, **facts: Any) -> None:
+    """Add to what the document's provenance says of the present step."""
+    document["provenance"][-1].update(facts)
+
+
+def text_of(document: Document) -> str:
+    """All that is said in a document."""
+    if document["kind"] == "text":
+        return document["text"]
+    return "\n".join([*(m["content"] for m in document["messages"]), *(a["text"] for a in document["answers"])])
+
+
+def prompt_text(document: Document) -> str:
+    """What is asked: the last message; of a text, its beginning."""
+    return document["text"] if document["kind"] == "text" else document["messages"][-1]["content"]
+
+
+def map_texts(document: Document, change: Callable[[str], str]) -> None:
+    """Change every text of a document in place."""
+    if document["kind"] == "text":
+        document["text"] = change(document["text"])
+        return
+    for message in document["messages"]:
+        message["content"] = change(message["content"])
+    for answer in document["answers"]:
+        answer["text"] = change(answer["text"])
+
+
+def digest(*parts: Any) -> str:
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def state(path: str) -> list:
+    """Names, sizes and times of a file, or of a folder's files: another content has another state."""
+    root = Path(path)
+    files = sorted(root.iterdir()) if root.is_dir() else [root]
+    return [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files if f.is_file()]

@@ -1,0 +1,118 @@
+"""Make training data: collect, filter, deduplicate, select, distil, reject, pack.
+
+tritium curate --config pipeline.toml
+
+The steps are tables, taken in their order; `do` says which step, where it is not the table's name:
+
+    out = "runs/curate"
+    [steps.maths]
+    do = "collect"
+    sources = ["gsm8k/*.jsonl.gz"]
+    licence = "MIT"
+    [steps.filter]
+    rules = ["gopher"]
+    [steps.near]
+
+Documents go through steps/NN-NAME/ in shards; curate.html tells what was dropped and why, curate.json the same numbers.
+Kill it at any moment and start it again: it goes on, and the files are those of an uninterrupted run.
+The steps and their options are in core/curate/, a file for each group.
+"""
+
+import json
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+from tritium.core.config import ConfigError, from_dict, nearest, opt, to_toml
+from tritium.core.curate.clean import Clean
+from tritium.core.curate.dedup import Exact, Near, Passages
+from tritium.core.curate.filters import Filter
+from tritium.core.curate.pack import Pack
+from tritium.core.curate.reject import Reject
+from tritium.core.curate.report import write_report
+from tritium.core.curate.runner import run_steps, write_atomically
+from tritium.core.curate.select import Select
+from tritium.core.curate.sources import Collect
+from tritium.core.curate.step import Context, Step
+from tritium.core.output import make_folder
+from tritium.core.trainer import Result
+
+ONE_PROCESS = True
+STEPS = {
+    "collect": Collect,
+    "clean": Clean,
+    "filter": Filter,
+    "exact": Exact,
+    "near": Near,
+    "passages": Passages,
+    "select": Select,
+    "reject": Reject,
+    "pack": Pack,
+}
+
+
+@dataclass
+class Config:
+    steps: dict[str, dict] = opt({}, "tables [steps.NAME], in the order of the work")
+    out: str = opt("runs/curate", "folder to write, or to go on with")
+    workers: int = opt(2, "processes")
+    shard_mb: float = opt(64.0, "of input in a shard")
+    memory_mb: float = opt(512.0, "that a step may use for what grows with the data; the rest goes to the disk")
+    seed: int = opt(0, "of samples")
+
+    def __post_init__(self):
+        if self.workers < 1 or not self.shard_mb > 0 or not self.memory_mb > 0:
+            raise ConfigError(f"workers={self.workers}, shard_mb={self.shard_mb} and memory_mb={self.memory_mb} "
+                              "must be positive")  # fmt: skip
+
+
+def train(config: Config) -> Result:
+    """Run the pipeline. Metrics: documents `collected` and `kept`, and their share."""
+    steps = read_steps(config.steps)
+    out = make_folder(config.out, "out")
+    for unfinished in out.glob(".*.[0-9]*"):
+        unfinished.unlink()
+    sizes = int(config.shard_mb * 1e6), int(config.memory_mb * 1e6)
+    context = Context(out, out / "scratch", config.seed, *sizes, map=None, cache=out / "teacher.sqlite")
+    done: list[dict[str, Any]] = []
+    for summary in run_steps(steps, context, config.workers):
+        done.append(summary)
+        print(told(summary), file=sys.stderr, flush=True)
+        write_report(out / "curate.html", done, to_toml(config))
+        write_atomically(out / "curate.json", json.dumps({"steps": done}, indent=1, ensure_ascii=False) + "\n")
+    collected = sum(row["read"] for row in done if row["do"] == "collect")
+    return Result(config.out, {"collected": float(collected), "kept": float(done[-1]["rows"])})
+
+
+def read_steps(tables: dict[str, dict]) -> dict[str, Step]:
+    """Checked steps by name. Raises: ConfigError naming the table and the key."""
+    if not tables:
+        raise ConfigError("steps is empty: give at least [steps.collect] with its sources, in a --config file")
+    steps = {}
+    for name, table in tables.items():
+        where, do = f"[steps.{name}]", table.get("do", name)
+        if do not in STEPS:
+            guess = nearest(str(do), list(STEPS))
+            hint = f"did you mean {guess}? " if guess else ""
+            raise ConfigError(f"{where}: there is no step {do!r}; {hint}They are: {', '.join(STEPS)}")
+        try:
+            steps[name] = from_dict(STEPS[do], {k: v for k, v in table.items() if k != "do"})
+            steps[name].check()
+        except ConfigError as error:
+            raise ConfigError(f"{where}: {error}") from None
+    if not isinstance(next(iter(steps.values())), STEPS["collect"]):
+        raise ConfigError(f"[steps.{next(iter(tables))}]: the first step must be a collect")
+    return steps
+
+
+def told(summary: dict[str, Any]) -> str:
+    """A step in a few lines."""
+    lines = [f"{summary['name']:<14}{summary['read']:>10,} in {summary['rows']:>10,} out"]
+    lines += [f"    {n:>10,} × {reason}" for reason, n in [*summary["dropped"].items(), *summary["notes"].items()] if n]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    from tritium.stages.cli import run_stage
+
+    raise SystemExit(run_stage("curate"))

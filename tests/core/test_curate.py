@@ -1,0 +1,189 @@
+"""The steps of the data factory that look at one document: layouts, cleaning, filters."""
+
+import importlib.util
+import json
+from collections import Counter
+
+import pytest
+
+from tritium.core.curate.clean import anonymised, identified
+from tritium.core.curate.filters import RULES, Filter, Measures
+from tritium.core.curate.sources import html_text, parse
+from tritium.core.curate.step import Drop
+from tritium.core.formats import RecordError
+from tritium.core.rewards.make import make_reward
+
+RECORDS = {
+    "gsm8k": {"question": "1+1?", "answer": "It is <<1+1=2>>2.\n#### 2"},
+    "numina": {"problem": "1+1?", "solution": "So \\boxed{2}.", "source": "amc", "messages": []},
+    "math": {"problem": "1+1?", "level": "Level 1", "type": "Algebra", "solution": "It is \\boxed{2}."},
+    "openr1": {"problem": "1+1?", "solution": "\\boxed{2}", "answer": "2", "generations": ["<think>a</think>2", "3"],
+               "correctness_math_verify": [True, False], "uuid": "u"},
+    "natural": {"question": "1+1?", "reference_answer": "2", "responses": [{"response_model": "m", "response": "2."}]},
+    "svamp": {"Body": "He has 1", "Question": "And 1 more?", "Answer": 2.0},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", RECORDS)
+def test_maths_layouts_give_a_reference_that_their_answers_meet(name):
+    document = parse(RECORDS[name])
+    assert document["kind"] == "problem" and document["reference"] == "2"
+    judge = make_reward("math")
+    right = [judge((), a["text"], reference=document["reference"]).solved for a in document["answers"]]
+    assert right == [a.get("right", True) for a in document["answers"]]
+    assert not any("<<" in a["text"] for a in document["answers"])
+
+
+def test_code_layouts_give_tests_that_their_solutions_pass():
+    echo = "print(int(input()) * 2)"
+    double = "def double(x):\n    return 2 * x"
+    call = json.dumps({"inputs": [[2]], "outputs": [[4]], "fn_name": "double"})
+    fenced = f"```python\n{echo}\n```"
+    made = [
+        parse({"question": "Double it.", "input_output": json.dumps({"inputs": ["2\n"], "outputs": ["4\n"]}),
+               "solutions": json.dumps([echo]), "starter_code": ""}),
+        parse({"question": "Double it.", "input_output": call,
+               "solutions": json.dumps([double])}),
+        parse({"name": "p", "description": "Double it.", "public_tests": {"input": ["2\n"], "output": ["4\n"]},
+               "private_tests": {"input": ["3"], "output": ["6"]}, "generated_tests": {"input": [], "output": []},
+               "solutions": {"language": [2, 3], "solution": ["int main(){}", echo]}}),
+        parse({"id": "1/A", "description": "Double it.", "input_format": "x", "output_format": "2x", "note": None,
+               "examples": [{"input": "2", "output": "4"}], "official_tests": [], "editorial": fenced}),
+        parse({"task_id": 1, "text": "Double it.", "code": double, "test_list": ["assert double(2) == 4"]}),
+        parse({"task_id": "H/1", "prompt": "def double(x):\n", "canonical_solution": "    return 2 * x\n",
+               "test": "def check(f):\n    assert f(2) == 4\n", "entry_point": "double"}),
+    ]  # fmt: skip
+    judge = make_reward("code")
+    for document in made:
+        assert document["kind"] == "problem" and len(document["answers"]) == 1
+        assert judge((), document["answers"][0]["text"], reference=document["reference"]).solved, document
+
+
+def test_chats_end_with_the_users_turn_and_their_last_answer_is_an_answer():
+    made = [
+        parse({"system_prompt": "Be kind.", "question": "Hi", "response": "Hello"}),
+        parse({"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]}),
+        parse({"instruction": "Hi", "input": "", "output": "Hello"}),
+        parse({"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}),
+    ]
+    for document in made:
+        assert document["kind"] == "chat" and document["messages"][-1]["content"] == "Hi"
+        assert [a["text"] for a in document["answers"]] == ["Hello"]
+    assert parse({"problem": "Prove it.", "solution": "Trivial."})["kind"] == "chat"  # nothing to verify by
+    assert parse({"question": "Why?", "answer": "Because " + "of this " * 30})["kind"] == "chat"
+    with pytest.raises(RecordError):
+        parse({"unknown": 1})
+
+
+def test_html_becomes_the_text_that_a_reader_sees():
+    page = "<html><head><title>T</title></head><body><nav>menu</nav><h1>A &amp; B</h1>"
+    page += "<p>one <b>two</b></p><script>x()</script><p>three"
+    assert html_text(page) == "A & B\n\none two\n\nthree"
+    assert parse({"html": page})["text"].startswith("A & B")
+
+
+def test_personal_data_is_replaced_and_sums_are_not():
+    secret = "AKIA" + "A" * 16
+    text = f"Mail jo.doe+x@mail.example.org, call +49 30 1234 5678 or (212) 555-0188, from 8.8.8.8; key {secret}."
+    found = Counter()
+    said = anonymised(text, found)
+    assert said == "Mail <EMAIL>, call <PHONE> or <PHONE>, from <IP>; key <KEY>." and found.total() == 5
+    for innocent in ("1234 - 5678 = -4444", "version 1.2.3", "127.0.0.1:8000", "12:30:45", "3.14159 26535", "x@y",
+                     "2024-01-15", "1,000,000 + 2,000", "a+123456789"):  # fmt: skip
+        assert anonymised(innocent, Counter()) == innocent
+
+
+SENTENCES = {
+    "en": "The cat sat on the mat and it was happy with this.",
+    "de": "Die Katze saß auf der Matte und sie war nicht zufrieden mit dem Essen.",
+    "fr": "Le chat est sur la table et il ne veut pas manger avec les autres.",
+    "es": "El gato está en la mesa y no quiere comer con los otros.",
+    "ru": "Он не был в городе, но она сказала, что это было только для него.",
+    "uk": "Він не був у місті, але вона сказала, що це було для нього.",
+    "zh": "这是一个关于数学的问题，我们需要计算它的结果。",
+    "ja": "これは数学の問題です。計算してください。",
+    "ko": "이것은 수학 문제입니다.",
+}
+
+
+@pytest.mark.parametrize("language", SENTENCES)
+def test_languages_are_told_apart(language):
+    assert identified(SENTENCES[language]) == language
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("py3langid"), reason="py3langid is not installed")
+@pytest.mark.parametrize("language", SENTENCES)
+def test_languages_are_those_of_the_library(language):
+    assert identified(SENTENCES[language], "py3langid") == identified(SENTENCES[language])
+
+
+def naive_repeated(words, n):
+    grams = [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
+    counts, covered = Counter(grams), set()
+    for i, gram in enumerate(grams):
+        if counts[gram] > 1:
+            covered.update(range(i, i + n))
+    return sum(len(words[i]) for i in covered) / sum(map(len, words))
+
+
+@pytest.mark.parametrize(
+    "text", ["a b c d e f a b c d e f g", "one two " * 20, "x", "", "aa bb cc dd ee ff gg hh " * 2 + "end"]
+)
+def test_repeated_ngrams_are_what_the_paper_counts(text):
+    words, measured = text.split(), Measures(text)
+    for n in (5, 6, 10):
+        assert getattr(measured, f"repeated_{n}grams") == pytest.approx(naive_repeated(words, n) if words else 0)
+    if words:
+        counts = Counter(zip(words, words[1:], strict=False))
+        top, times = counts.most_common(1)[0] if counts else ((), 1)
+        assert measured.top_2gram == pytest.approx(times * len("".join(top)) / len("".join(words)) if times > 1 else 0)
+
+
+PROSE = ("The committee met on Tuesday to review the plans that had been drawn up. Several members have asked for more "
+         "detail about costs. It was agreed to return with a revised estimate, and to publish the minutes online. The "
+         "chair thanked everyone and closed the session before noon, as had been announced beforehand.")  # fmt: skip
+BREAKERS = {
+    "min_words": "Too short to be of any use to the reader.",
+    "max_repeated_lines": PROSE + ("\nBuy the best now and be happy" * 4),
+    "max_repeated_5grams": PROSE + " to be read over again by all of you" * 4,
+    "min_stop_words": " ".join(f"word{chr(97 + i % 26)}{chr(97 + i // 26)}" for i in range(60)),
+    "min_alphabetic_words": PROSE + " 12 34 56 78 90" * 8,
+    "max_bullet_lines": "\n".join(f"- item {chr(97 + i)} of the list that we have to be with" for i in range(9)),
+    "max_symbol_words": PROSE + " #tag" * 8,
+    "max_top_2gram": "the and of to have " * 3 + "bigword bigword2 " * 30,
+    "max_mean_word": " ".join(["the", "and"] + ["incomprehensibilities" + chr(97 + i % 26) * 3 for i in range(60)]),
+}
+
+
+def applied(text, **settings):
+    document = {"id": "1", "kind": "text", "text": text, "scores": {}, "provenance": [{"step": "filter"}]}
+    return Filter(**settings).one(document)
+
+
+@pytest.mark.parametrize("rule", BREAKERS)
+def test_each_rule_of_gopher_finds_what_breaks_it(rule):
+    outcome = applied(BREAKERS[rule], rules=[], limits={rule: RULES[rule].limit})
+    assert isinstance(outcome, Drop) and outcome.reason == rule
+    assert isinstance(applied(BREAKERS[rule]), Drop)
+
+
+def test_prose_passes_all_rules_and_the_other_sets_have_their_own(tmp_path):
+    assert applied(PROSE, rules=["gopher", "c4", "yi"])["provenance"] == [{"step": "filter", "words": 53}]
+    for text, rule in (
+        (PROSE + " {", "max_braces"),
+        (PROSE + " Lorem ipsum.", "max_placeholders"),
+        ("One. Two.", "min_sentences"),
+    ):
+        assert applied(text, rules=["c4"]).reason == rule
+    assert applied(PROSE + " §±∆|" * 60, rules=["yi"]).reason == "max_special_characters"
+    assert (
+        applied("\n".join(f"line number {i} that does not end in any way" for i in range(9)), rules=["yi"]).reason
+        == "max_incomplete_lines"
+    )
+    (tmp_path / "bad.txt").write_text("revised estimate\n")
+    assert applied(PROSE, words=[str(tmp_path / "bad.txt")]).reason == "a word of bad.txt"
+
+
+def test_rules_on_words_know_scripts_without_spaces():
+    text = "".join(SENTENCES["zh"] + chr(0x4E00 + 37 * i) for i in range(4))
+    assert applied(text, rules=[], limits={"min_words": 50, "min_mean_word": 3, "min_stop_words": 2})["id"] == "1"

@@ -1,0 +1,235 @@
+"""The data factory as its users see it: pipelines, kills, bad input, and files that the stages read."""
+
+import gzip
+import json
+import os
+import signal
+
+import pytest
+
+from tritium.core.arithmetic import chat_answer, problems
+from tritium.core.config import ConfigError, load
+from tritium.core.formats import Skipped, conversation, preference, ranking, read_records
+from tritium.core.tokenizer import train_tokenizer
+from tritium.stages import curate
+from tritium.stages.cli import main
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+def tree(folder):
+    """Every file of a result but the scratch files: relative path → bytes."""
+    files = (f for f in folder.rglob("*") if f.is_file() and "scratch" not in f.relative_to(folder).parts)
+    return {str(f.relative_to(folder)): f.read_bytes() for f in files}
+
+
+def pipeline(tmp_path):
+    """A small pipeline of all that needs no model; (its configuration, its folder)."""
+    made = problems(seed=3, count=60)
+    rows = [
+        {"id": i, "question": p.question, "answer": f"{chat_answer(p)}\n#### {p.answer}"} for i, p in enumerate(made)
+    ]
+    maths = write(tmp_path / "maths.jsonl", rows + rows[:5])
+    story = "Once upon a time a {0} met a {1} by the river and they talked about the {0} until the night fell over them"
+    animals = ("fox", "hare", "wolf", "crow", "bear", "deer")
+    texts = [{"text": ". ".join(story.format(a, b) for _ in range(2))} for a in animals for b in animals if a != b]
+    text = write(tmp_path / "text.jsonl", texts + [{"text": texts[0]["text"] + " indeed"}])
+    wrong = [
+        {"question": p.question, "answer": p.answer, "m": {"solution": "it is 0", "is_correct": False}}
+        for p in made[:9]
+    ]
+    tried = write(tmp_path / "tried.jsonl", wrong)
+    tokenizer = tmp_path / "tokenizer"
+    if not tokenizer.exists():
+        train_tokenizer([row["text"] for row in texts] * 3, 300, tokenizer)
+    steps = {
+        "maths": {"do": "collect", "sources": [maths, tried], "source": "sums", "licence": "own"},
+        "text": {"do": "collect", "sources": [text]},
+        "clean": {},
+        "filter": {"rules": [], "limits": {"min_words": 2}},
+        "exact": {},
+        "near": {"kinds": ["text"], "threshold": 0.6},
+        "passages": {"kinds": ["text"], "passage": 12},
+        "reject": {"accept": {"regex('.')": 1.0}},
+        "select": {"low": {"words": 2}, "count": 50, "by": "tag", "tag": "kind"},
+        "pack": {"tokenizer": str(tokenizer)},
+    }
+    return steps, tmp_path / "out"
+
+
+def run(steps, out, **settings):
+    return curate.train(curate.Config(steps=steps, out=str(out), **({"workers": 1, "shard_mb": 0.004} | settings)))
+
+
+def in_a_fork(work):
+    """Run `work` in a process of its own; how it ended."""
+    child = os.fork()
+    if not child:
+        try:
+            work()
+        finally:
+            os._exit(0)
+    return os.waitpid(child, 0)[1]
+
+
+def test_killed_anywhere_and_started_again_the_files_are_byte_identical(tmp_path):
+    steps, out = pipeline(tmp_path)
+    run(steps, out)
+    whole = tree(out)
+    assert {"sft.jsonl", "pairs.jsonl", "curate.html", "pack/sums.tokens.npy"} <= whole.keys()
+    assert sum(name.endswith(".meta.json") for name in whole) > 30  # several shards
+
+    def killed_at(count):
+        def work():
+            real, calls = os.fsync, iter(range(count))
+
+            def fsync(number):
+                if next(calls, None) is None:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                real(number)
+
+            os.fsync = fsync
+            run(steps, tmp_path / "again")
+
+        return work
+
+    for count in (1, 17, 60, 61):
+        assert os.WTERMSIG(in_a_fork(killed_at(count))) == signal.SIGKILL
+    run(steps, tmp_path / "again")
+    again = tree(tmp_path / "again")
+    for name in ("curate.html", "curate.json"):  # they name the folder
+        again[name] = again[name].replace(str(tmp_path / "again").encode(), str(out).encode())
+    assert again.keys() == whole.keys()
+    assert [name for name in whole if again[name] != whole[name]] == []
+
+
+def test_the_number_of_processes_changes_nothing_and_a_rerun_does_nothing(tmp_path, capsys):
+    steps, out = pipeline(tmp_path)
+    for heavy in ("reject", "pack"):  # other processes would load torch
+        del steps[heavy]
+    run(steps, out, workers=2)
+    two = tree(out)
+    capsys.readouterr()
+    run(steps, out, workers=2)
+    assert "shards to do" not in capsys.readouterr().err and tree(out) == two
+    run(steps, tmp_path / "out1", workers=1)
+    one = tree(tmp_path / "out1")
+    assert [n for n in two if n.startswith("steps") and one[n] != two[n]] == []
+    capsys.readouterr()
+    steps["filter"]["limits"] = {"min_words": 20}  # a setting changed: this step and those after it, no more
+    run(steps, out)
+    err = capsys.readouterr().err
+    assert "filter: 5 of 5" in err and "exact: " in err and "maths: " not in err and "clean: " not in err
+
+
+def test_the_stages_read_what_reject_writes(tmp_path):
+    steps, out = pipeline(tmp_path)
+    run(steps, out)
+    rows = {
+        name: [r for _, r in read_records(str(out / f"{name}.jsonl"), Skipped())]
+        for name in ("sft", "pairs", "rankings")
+    }
+    assert all(conversation(row)[-1]["role"] == "assistant" for row in rows["sft"])
+    assert len(rows["pairs"]) == len(rows["rankings"]) == 9
+    prompt, chosen, rejected = preference(rows["pairs"][0])
+    assert rejected == "it is 0" and chosen != rejected and len(ranking(rows["rankings"][0])[1]) == 2
+    page = (out / "curate.html").read_text()
+    assert "an exact duplicate" in page and "resembles text:" in page and "sums" in page
+
+
+def test_every_document_says_where_it_comes_from(tmp_path):
+    steps, out = pipeline(tmp_path)
+    run(steps, out)
+    (last,) = sorted((out / "steps").iterdir())[-1:]
+    documents = [json.loads(line) for f in sorted(last.glob("*.jsonl")) for line in f.read_text().splitlines()]
+    assert len({d["id"] for d in documents}) == len(documents) == 50
+    for document in documents:
+        assert [p["step"] for p in document["provenance"]][-2:] == ["select", "pack"]
+        assert document["licence"] in ("own", "unknown") and document["source"] in ("sums", "text")
+
+
+def test_pretrain_reads_the_packed_shards(tmp_path):
+    from tritium.core.data import DataConfig, token_shard
+    from tritium.core.formats import DataError
+    from tritium.core.tokenizer import Tokenizer
+
+    steps, out = pipeline(tmp_path)
+    run(steps, out)
+    tokenizer, skipped = Tokenizer.load(tmp_path / "tokenizer"), Skipped()
+    tokens, starts = token_shard(str(out / "pack/text.tokens.npy"), tokenizer, "", skipped, DataConfig())
+    ends = [*starts[1:], len(tokens)]
+    texts = [tokenizer.decode(tokens[a:b].tolist()) for a, b in zip(starts, ends, strict=True)]
+    assert len(texts) > 5 and all("met a" in text for text in texts)
+    train_tokenizer(["other words here"] * 9, 270, tmp_path / "other")
+    with pytest.raises(DataError, match="another tokenizer"):
+        token_shard(str(out / "pack/text.tokens.npy"), Tokenizer.load(tmp_path / "other"), "", skipped, DataConfig())
+
+
+def test_bad_input_is_counted_and_takes_nothing_with_it(tmp_path):
+    good = [{"id": 7, "text": f"line {i} is a good one"} for i in range(200)]
+    lines = [json.dumps(row).encode() for row in good]
+    lines[3] = b'{"text": "caf\xe9 au lait"}'  # cp1252
+    lines[4] = b"{broken"
+    lines[5] = b'{"text": "' + b"x" * 300_000 + b'"}'
+    lines[6] = b'["a list"]'
+    lines[8] = b'{"text": "\\ud800 half"}'
+    (tmp_path / "mixed.jsonl").write_bytes(b"\n".join(lines))
+    whole = gzip.compress(b"\n".join(json.dumps({"text": f"{i} {os.urandom(20).hex()}"}).encode() for i in range(2000)))
+    (tmp_path / "torn.jsonl.gz").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "wide.jsonl").write_bytes(
+        "\n".join(json.dumps(r, ensure_ascii=False) for r in good[:9]).encode("utf-16")
+    )
+    (tmp_path / "list.json").write_text(json.dumps(good[:8])[:-20])
+    (tmp_path / "empty.jsonl").write_text("")
+    collect = {"sources": [str(tmp_path / "*.json*")], "max_line_mb": 0.2}
+    result = run({"collect": collect}, tmp_path / "out", shard_mb=0.002)
+    (step,) = json.loads((tmp_path / "out/curate.json").read_text())["steps"]
+    dropped = {reason: n for reason, n in step["dropped"].items()}
+    assert dropped.pop("a damaged file: what follows is lost") == 2
+    assert dropped.pop("malformed JSON") in (1, 2)  # and the torn file's last line
+    assert dropped == {"a line longer than 0.2 MB": 1, "a record that is not a JSON object": 1,
+                       "a text that is not valid Unicode": 1}  # fmt: skip
+    assert step["notes"]["lines that are not UTF-8, read as cp1252"] == 1
+    assert step["notes"]["ids that come twice in a shard"] > 100
+    texts = [json.loads(line)["text"] for f in (tmp_path / "out/steps/00-collect").glob("*.jsonl") for line in f.open()]
+    assert "café au lait" in texts and sum(t.startswith("line") for t in texts) == 195 + 9 + 7
+    assert result.metrics["kept"] == len(texts) > 700
+    page = (tmp_path / "out/curate.html").read_text()
+    assert "{broken" in page and "torn.jsonl.gz" in page
+
+
+@pytest.mark.parametrize(
+    ("steps", "message"),
+    [
+        ({}, "give at least"),
+        ({"colect": {}}, "did you mean collect"),
+        ({"collect": {"sources": ["nowhere-*.jsonl"]}}, "does not exist"),
+        ({"collect": {"source": ["x"]}}, r"\[steps.collect\].*source"),
+        ({"filter": {}}, "must be a collect"),
+        ({"filter": {"limits": {"min_word": 1}}}, "did you mean min_words"),
+        ({"near": {"threshold": 0}}, "threshold"),
+        ({"reject": {"score": "maths"}}, "did you mean math"),
+        ({"pack": {}}, "tokenizer must be given"),
+    ],
+)
+def test_a_wrong_pipeline_is_told_before_anything_runs(tmp_path, steps, message):
+    with pytest.raises(Exception, match=message) as caught:
+        run(steps, tmp_path / "out")
+    assert isinstance(caught.value, Exception) and not (tmp_path / "out").exists()
+
+
+def test_the_command_reads_a_toml_file_and_writes_one_back(tmp_path, capsys):
+    source = write(tmp_path / "a.jsonl", [{"text": "some words of a text"}])
+    (tmp_path / "p.toml").write_text(f'out = "{tmp_path}/o"\n[steps.in]\ndo = "collect"\nsources = ["{source}"]\n'
+                                     '[steps.filter]\nrules = []\n[steps.filter.limits]\nmin_words = 3\n')  # fmt: skip
+    assert main(["curate", "--config", str(tmp_path / "p.toml"), "--workers=1"]) == 0
+    shown = capsys.readouterr().err
+    again = shown[: shown.index("in: 1 of 1")].partition("\n")[2]
+    (tmp_path / "q.toml").write_text(again)
+    arguments = ["--config", str(tmp_path / "q.toml")], ["--config", str(tmp_path / "p.toml"), "--workers=1"]
+    assert load(curate.Config, arguments[0], "", "") == load(curate.Config, arguments[1], "", "")
+    with pytest.raises(ConfigError, match="steps"):
+        load(curate.Config, ["--steps=3"], "", "")
