@@ -16,6 +16,9 @@ of a group as its queries (measured on a CPU with 32 sequences of 104 tokens in 
 on fp32 copies).
 """
 
+from functools import lru_cache
+
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
@@ -196,6 +199,24 @@ def _attend(q: Tensor, keys: Tensor, values: Tensor, seen: Tensor, softcap: floa
     return torch.matmul(s.softmax(-1), values.to(dtype))
 
 
+def _slots(page_table: Tensor, lengths: Tensor, page: int, longest: int, window: int | None) -> tuple[Tensor, Tensor]:
+    """Which of the cache's tokens are the keys of each query, and which of these it sees: both [B, longest]."""
+    at, last = torch.arange(longest, device=lengths.device), (lengths[:, None].long() - 1).clamp_min_(0)  # [B, 1]
+    seen = (at <= last) if window is None else (at <= last) & (at > last - window)
+    at = torch.where(seen, at, last)  # what lies at the others may be anything, NaN too
+    return page_table.gather(1, at // page).long() * page + at % page, seen
+
+
+@lru_cache(maxsize=4)
+def _slots_of_step(
+    table: bytes, lengths: bytes, kinds: tuple[np.dtype, np.dtype], page: int, longest: int, window: int | None
+) -> tuple[Tensor, Tensor]:
+    """The same, from the bytes of the two tensors: every layer of a model asks for the same."""
+    lengths = np.frombuffer(bytearray(lengths), kinds[1])
+    table = np.frombuffer(bytearray(table), kinds[0]).reshape(len(lengths), -1)
+    return _slots(torch.from_numpy(table).long(), torch.from_numpy(lengths), page, longest, window)
+
+
 @without_autocast
 def _attend_torch(
     q: Tensor, k_pages: Tensor, v_pages: Tensor, page_table: Tensor, lengths: Tensor,
@@ -204,10 +225,12 @@ def _attend_torch(
     (B, H, D), (_, page, G, _) = q.shape, k_pages.shape
     if not longest:
         return torch.zeros_like(q)
-    at, last = torch.arange(longest, device=q.device), (lengths[:, None].long() - 1).clamp_min_(0)  # [B, 1]
-    seen = (at <= last) if window is None else (at <= last) & (at > last - window)  # [B, longest]
-    at = torch.where(seen, at, last)  # what lies at the others may be anything, NaN too
-    slots = page_table.gather(1, at // page).long() * page + at % page  # [B, longest]
+    if q.device.type == "cpu" and not torch.compiler.is_compiling():
+        tables = page_table.numpy(), lengths.numpy()
+        keys = *(x.tobytes() for x in tables), tuple(x.dtype for x in tables)
+        slots, seen = _slots_of_step(*keys, page, longest, window)
+    else:
+        slots, seen = _slots(page_table, lengths, page, longest, window)
     o = torch.empty(B, H, D, dtype=q.dtype, device=q.device)
     step = max(1, COPY_BYTES // (longest * G * D * 4))
     keys, values = k_pages.flatten(0, 1), v_pages.flatten(0, 1)  # [P · page, G, D]

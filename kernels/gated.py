@@ -214,6 +214,9 @@ def gated(gate: Tensor, up: Tensor | None, activation: Activation) -> Tensor:
         raise ValueError(f"gate and up must have one shape [..., F] and dtype, got {shapes}")
     if use_triton(gate, up):
         return _forward(gate, up, activation.name == "gelu_tanh")
+    if not torch.is_grad_enabled():
+        gate, up = gate.chunk(2, -1) if up is None else (gate, up)
+        return activation(gate).mul_(up)
     return _TorchGatedFused.apply(gate, activation) if up is None else _TorchGated.apply(gate, up, activation)
 
 

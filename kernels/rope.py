@@ -161,7 +161,10 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor
     cos, sin = cos.to(dtype), sin.to(dtype)
     if use_triton(q, k, cos, sin):
         return _rotate(q, k, cos, sin, False)
-    return _TorchRope.apply(q, k, cos[:, None], sin[:, None])
+    cos, sin = cos[:, None], sin[:, None]
+    if not torch.is_grad_enabled():
+        return _torch_rotate(q, cos, sin), _torch_rotate(k, cos, sin)
+    return _TorchRope.apply(q, k, cos, sin)
 
 
 def _example(shape: Shape, dtype: torch.dtype, device: str) -> tuple[tuple, dict]:

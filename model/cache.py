@@ -7,7 +7,7 @@ A page may belong to several sequences: the samples of a prompt share it, each c
 it. Page 0 belongs to no one: rows that only fill a batch up write there.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -91,6 +91,7 @@ class Prefill:
 
     pages: Tensor  # [L, 2, P, page, G, D]
     slots: Tensor  # [T]
+    linear: Callable[..., Tensor]
     key_slots: Tensor | None = None  # [Tk]
     cu_seqlens_k: Tensor | None = None
 
@@ -109,6 +110,7 @@ class Decode:
     slots: Tensor  # [B]
     table: Tensor  # [B, N] int32
     lengths: Tensor  # [B] int32, the new token counted
+    linear: Callable[..., Tensor]
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: None, **options) -> Tensor:
         write(self.pages[layer], self.slots, k, v)

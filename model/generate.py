@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 from tritium.model.cache import PagedCache, Prefill, cache_pages
 from tritium.model.graphs import DecodeGraphs, advance
+from tritium.model.packed import PackedWeights
 from tritium.model.sampling import History, Options, Sampler
 from tritium.model.transformer import Transformer
 
@@ -131,6 +132,7 @@ class Engine:
         self.running: list[Running] = []  # the oldest first
         self.groups: list[Group] = []  # those that hold pages
         self.sampled: tuple[list[Running], Sampler | None] = [], None
+        self.packed = PackedWeights(model) if PackedWeights.possible(model) else None
         self.graphs = DecodeGraphs(model, self.cache) if DecodeGraphs.possible(model) else None
 
     @property
@@ -350,7 +352,8 @@ class Engine:
             if sequence.cached == len(sequence.ids):
                 done.append((sequence, end - 1))
         last = F.pad(torch.tensor([i for _, i in done], dtype=torch.int64), (0, fill(len(done))))
-        return [s for s, _ in done], self.model.project(hidden[last.to(hidden.device)])[: len(done)]
+        multiply = self.packed.product if self.packed else F.linear
+        return [s for s, _ in done], self.model.project(hidden[last.to(hidden.device)], multiply)[: len(done)]
 
     def room_for(self, sequence: Running, missing: int) -> bool:
         """Take pages for what a tool said, from those that are younger if need be; whether the sequence still runs."""
@@ -374,7 +377,8 @@ class Engine:
         positions = np.concatenate([np.arange(a, a + n) for a, n in zip(starts, lengths, strict=True)] + [[0] * filler])
         slots = [slots_of(s.pages, a, n, page) for (s, n), a in zip(parts, starts, strict=True)]
         slots.append(np.zeros(filler, np.int64))
-        view = Prefill(self.cache.pages, torch.from_numpy(np.concatenate(slots)).to(device))
+        linear = self.packed.linear if self.packed else F.linear
+        view = Prefill(self.cache.pages, torch.from_numpy(np.concatenate(slots)).to(device), linear)
         if any(starts):
             keys = [slots_of(s.pages, 0, a + n, page) for (s, n), a in zip(parts, starts, strict=True)] + slots[-1:]
             view.key_slots = torch.from_numpy(np.concatenate(keys)).to(device)
@@ -404,7 +408,7 @@ class Engine:
         slots = table[np.arange(size), positions // page].astype(np.int64) * page + positions % page
         slots[len(rows) :] = 0
         inputs = [torch.from_numpy(x).to(self.model.mesh.device) for x in (tokens, positions, slots, table)]
-        logits = self.graphs(*inputs) if self.graphs else advance(self.model, self.cache.pages, *inputs)
+        logits = self.graphs(*inputs) if self.graphs else advance(self.model, self.cache.pages, *inputs, self.packed)
         for sequence in rows:
             sequence.cached += 1
         return rows, logits[: len(rows)]

@@ -6,17 +6,26 @@ captured for each batch size and page-table width, over inputs that stay where t
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from tritium.model.cache import Decode, PagedCache
+from tritium.model.packed import PackedWeights
 from tritium.model.transformer import Transformer
 
 
 def advance(
-    model: Transformer, pages: Tensor, tokens: Tensor, positions: Tensor, slots: Tensor, table: Tensor
+    model: Transformer,
+    pages: Tensor,
+    tokens: Tensor,
+    positions: Tensor,
+    slots: Tensor,
+    table: Tensor,
+    packed: PackedWeights | None = None,
 ) -> Tensor:
     """Logits [B, V] after one token of each sequence: tokens, positions, slots [B]; table [B, N] int32."""
-    view = Decode(pages, slots, table, (positions + 1).int())
-    return model.project(model.hidden(tokens, positions=positions, cache=view))
+    view = Decode(pages, slots, table, (positions + 1).int(), packed.linear if packed else F.linear)
+    hidden = model.hidden(tokens, positions=positions, cache=view)
+    return model.project(hidden, packed.product if packed else F.linear)
 
 
 class DecodeGraphs:

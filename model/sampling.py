@@ -173,8 +173,10 @@ class Sampler:
     def __call__(self, logits: Tensor, uniforms: Tensor, histories: Sequence[History | None] = ()) -> Drawn:
         """logits [B, V] and uniforms [B] in [0, 1)."""
         V = logits.shape[-1]
-        scores = F.pad(logits.float(), (0, -V % BLOCK), value=-math.inf)  # [B, V'], V' a multiple of BLOCK
-        if any(histories) and scores.data_ptr() == logits.data_ptr():
+        scores = logits.float()
+        if V % BLOCK:
+            scores = F.pad(scores, (0, -V % BLOCK), value=-math.inf)  # [B, V'], V' a multiple of BLOCK
+        elif any(histories) and scores is logits:
             scores = scores.clone()
         highest = block_highest(scores)
         peak = highest.amax(-1, keepdim=True)  # [B, 1]

@@ -61,6 +61,7 @@ class Stream:
     attend: Callable[..., Tensor]  # layer, q [T, H, D], k and v [T, G, D], window, softcap, scale → [T, H, D]
     tp_group: ProcessGroup | None
     cached: bool  # all ranks see all tokens, and nothing has a gradient
+    linear: Callable[..., Tensor]  # x [T, in], weight [out, in], bias → [T, out]
     virtual: Any = None  # prompts.Virtual: what stands where a soft prompt's tokens are
 
     def enter(self, x: Tensor) -> Tensor:
@@ -79,12 +80,14 @@ class Block(nn.Module):
         super().__init__()
         self.adapted = nn.ModuleDict()  # a matrix's name → lora.Adapted
 
-    def linear(self, x: Tensor, name: str, bias: Tensor | None = None, rows: Callable = lambda w: w) -> Tensor:
+    def linear(
+        self, x: Tensor, name: str, multiply: Callable, bias: Tensor | None = None, rows: Callable = lambda w: w
+    ) -> Tensor:
         """x Wᵀ + bias, [T, in] → [T, out], with the matrix called `name`; `rows` picks those that are used of it."""
         weight = getattr(self, name)
         if name in self.adapted:
             return self.adapted[name](x, weight, bias, rows)
-        return F.linear(x, rows(weight), bias)
+        return multiply(x, rows(weight), bias)
 
 
 class Attention(Block):
@@ -113,7 +116,7 @@ class Attention(Block):
         self.k_norm = parameter(self.head_dim) if config.qk_norm else None
 
     def forward(self, x: Tensor, stream: Stream) -> Tensor:
-        qkv = self.linear(stream.enter(x), "qkv", self.used(self.qkv_bias), self.used)
+        qkv = self.linear(stream.enter(x), "qkv", stream.linear, self.used(self.qkv_bias), self.used)
         qkv = qkv.unflatten(-1, (-1, self.head_dim))
         q, k, v = qkv.split([self.heads, self.kv_heads, self.kv_heads], 1)  # [T, ·, D]
         if self.q_norm is not None:
@@ -124,7 +127,7 @@ class Attention(Block):
         if stream.virtual is not None:
             k, v = stream.virtual.attend(self.index, k, v)
         out = stream.attend(self.index, q, k, v, **self.options)  # [T, H, D]
-        return stream.leave(self.linear(out.flatten(1), "o"))
+        return stream.leave(self.linear(out.flatten(1), "o", stream.linear))
 
     def rotate(self, q: Tensor, k: Tensor, stream: Stream) -> tuple[Tensor, Tensor]:
         if self.rotary_dim == self.head_dim:
@@ -152,8 +155,8 @@ class MLP(Block):
         self.down = parameter(config.hidden_size, width // mesh.tp, sharding=Sharding(1))
 
     def forward(self, x: Tensor, stream: Stream) -> Tensor:
-        hidden = self.gated(self.linear(stream.enter(x), "gate_up"))  # [T, F]
-        return stream.leave(self.linear(hidden, "down"))
+        hidden = self.gated(self.linear(stream.enter(x), "gate_up", stream.linear))  # [T, F]
+        return stream.leave(self.linear(hidden, "down", stream.linear))
 
 
 class Layer(nn.Module):
@@ -273,12 +276,12 @@ class Transformer(nn.Module):
             split = Split.of(len(tokens), self.mesh)
             tokens, positions = split.take(tokens), split.take(positions)
             lengths = lengths if lengths is None else split.take(lengths)
-            attend = ContextAttention(split, split.fill(cu_seqlens, tokens.device))
+            attend, linear = ContextAttention(split, split.fill(cu_seqlens, tokens.device)), F.linear
         else:
-            attend = partial(cache.attend, cu_seqlens=cu_seqlens)
+            attend, linear = partial(cache.attend, cu_seqlens=cu_seqlens), cache.linear
         cos, sin = self.dynamic_rope(positions, lengths) if dynamic else self.cos_sin[:, positions]  # [T, D/2]
-        virtual = None if soft is None else soft.within(tokens)
-        stream = Stream(cos, sin, self.query_scale(positions), attend, self.mesh.tp_group, cache is not None, virtual)
+        virtual, scale = None if soft is None else soft.within(tokens), self.query_scale(positions)
+        stream = Stream(cos, sin, scale, attend, self.mesh.tp_group, cache is not None, linear, virtual)
         tokens = tokens if virtual is None else tokens.masked_fill(virtual.mask, 0)
         x, residual = stream.leave(embedding_part(tokens, self.embedding, self.mesh.tp_group)), None
         x = x if virtual is None else virtual.embed(x)
@@ -359,9 +362,11 @@ class Transformer(nn.Module):
         """[T, V] in the model's dtype: for small uses; training goes through `logprob`."""
         return gather_results(self.project(self.hidden(tokens, cu_seqlens)), Split.of(len(tokens), self.mesh))
 
-    def project(self, hidden: Tensor) -> Tensor:
-        """Logits of hidden states, [N, E] → [N, V], whole on every rank; without a gradient on a vocabulary shard."""
-        logits, cap = F.linear(hidden, self.head_weight), self.config.head_softcap  # [N, V / tp]
+    def project(self, hidden: Tensor, linear: Callable[..., Tensor] = F.linear) -> Tensor:
+        """Logits of hidden states, [N, E] → [N, V], whole on every rank; without a gradient on a vocabulary shard.
+
+        `linear` is what the head's weight is multiplied with: see model/packed.py."""
+        logits, cap = linear(hidden, self.head_weight), self.config.head_softcap  # [N, V / tp]
         logits = logits if cap is None else cap * torch.tanh(logits / cap)
         return unshard(logits.detach(), Sharding(1), self.mesh) if self.mesh.tp > 1 else logits
 

@@ -54,6 +54,35 @@ def test_tokens_do_not_depend_on_the_batch(model, max_batch):
     assert len({len(c.tokens) for c in together}) > 1  # some ended early and made room
 
 
+def test_bf16_logps_are_those_of_the_training_forward_to_rounding():
+    """Of batches that are multiplied in bf16, and of those that are multiplied in fp32 where that is faster."""
+    model = Transformer(SHAPE, dtype=torch.bfloat16).initialize(0)
+    for count in (3, 20):
+        found = generate(model, prompts(count), max_tokens=12, stop_ids=[])
+        for prompt, completion in zip(prompts(count), found, strict=True):
+            ids = torch.tensor(prompt + completion.tokens)
+            hidden = model.hidden(ids[:-1])
+            expected = model.logprob(hidden, ids[1:]).logp[len(prompt) - 1 :].detach()
+            np.testing.assert_allclose(completion.logps, expected, rtol=0, atol=0.2)
+            assert np.abs(np.array(completion.logps) - expected.numpy()).mean() < 0.05
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_that_a_step_of_training_has_changed_are_those_that_generate(dtype):
+    model = Transformer(SHAPE, dtype=dtype).initialize(0)
+    other = Transformer(SHAPE, dtype=dtype).initialize(1)
+    engine = Engine(model, 100, max_batch=20)
+    for changed in (False, True):
+        if changed:
+            with torch.no_grad():
+                for p, q in zip(model.parameters(), other.parameters(), strict=True):
+                    p.copy_(q)
+        made = [engine.submit(p, Options(max_tokens=8, stop_ids=[]), [(0, i)])[0] for i, p in enumerate(prompts(18))]
+        list(run(engine))
+        expected = generate(model, prompts(18), max_tokens=8, stop_ids=[])
+        assert [s.completion.tokens for s in made] == tokens(expected)
+
+
 def test_a_seed_for_all_gives_each_sample_its_own(model):
     same = [prompts(1)[0]] * 2
     found = tokens(generate(model, same, n=3, max_tokens=8, seed=7))

@@ -1,0 +1,77 @@
+"""Weights as a CPU multiplies fastest with them, for generation: laid out once, used at every step.
+
+    rows ≤ NARROW    the model's own dtype: what counts is how many bytes of weights are read. oneDNN's own layout reads
+                     them at the speed of memory, where a matmul with [out, in] takes three times as long
+    more             fp32, where the CPU multiplies that faster than bf16 (avx512_bf16 without AMX: 160 GFLOP/s a core
+                     against 84): the products are the same, their sums are rounded once
+
+Both are made when they are first wanted, and again where a weight has changed since. The ops are those that
+torch.compile uses on a CPU.
+"""
+
+import time
+from functools import cache
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from tritium.model.transformer import Transformer
+
+NARROW = 12  # rows; on the CPU above both ways take the same time there
+WIDE_BYTES = 4 << 30  # of fp32 weights that are kept beside bf16 ones, at most
+
+
+class PackedWeights:
+    """`linear(x, weight, bias)` is F.linear's, for [rows, in] and the weights of `model`; others are left to F.linear.
+
+    A weight is known by its identity and version: what has been changed in place is laid out again.
+    """
+
+    def __init__(self, model: Transformer):
+        self.own = {id(p): p for p in model.parameters() if p.dim() == 2}
+        few = 4 * sum(p.numel() for p in self.own.values()) <= WIDE_BYTES
+        self.wide = torch.float32 if few and fp32_is_faster(model.dtype) else model.dtype
+        self.packs: dict[tuple[int, torch.dtype], tuple[int, Tensor]] = {}
+
+    @staticmethod
+    def possible(model: Transformer) -> bool:
+        """On a CPU, in a dtype that oneDNN has on it."""
+        if model.mesh.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+            return False
+        return model.dtype == torch.float32 or (
+            model.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        )
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        return self.product(x, weight, bias).to(x.dtype)
+
+    def product(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """The same, in the dtype that it was multiplied in: fp32 logits are not rounded to be widened again."""
+        if id(weight) not in self.own:
+            return F.linear(x, weight, bias)
+        dtype = weight.dtype if len(x) <= NARROW else self.wide
+        version, pack = self.packs.get((id(weight), dtype), (None, None))
+        if version != weight._version:
+            rows = 1 if len(x) <= NARROW else 32  # a hint
+            pack = torch.ops.mkldnn._reorder_linear_weight(weight.detach().to(dtype), rows)
+            self.packs[id(weight), dtype] = weight._version, pack
+        bias = None if bias is None else bias.to(dtype)
+        return torch.ops.mkldnn._linear_pointwise(x.to(dtype), pack, bias, "none", [], "")
+
+
+@cache
+def fp32_is_faster(dtype: torch.dtype) -> bool:
+    """Whether this CPU multiplies matrices of many rows faster in fp32 than in `dtype`: tried, once in a process."""
+    if dtype == torch.float32:
+        return True
+    best = {}
+    for kind in (dtype, torch.float32):
+        x, w = torch.ones(128, 512, dtype=kind), torch.ones(512, 512, dtype=kind)
+        times = []
+        for _ in range(9):
+            start = time.perf_counter()
+            F.linear(x, w)
+            times.append(time.perf_counter() - start)
+        best[kind] = min(times)
+    return best[torch.float32] < best[dtype]
