@@ -35,6 +35,7 @@ from tritium.core.formats import (
     read_records,
     read_text,
 )
+from tritium.core.schedule import BatchRamp
 from tritium.core.tokenizer import Tokenizer
 from tritium.parallel.mesh import Mesh
 
@@ -381,10 +382,11 @@ class Bins:
         batch = pack(groups, {self.group_name: float(len(groups))}, self.config.quantum)
         return batch.to(self.mesh.device)
 
-    def step(self, step: int) -> list[PackedBatch]:
-        """This rank's bins of step `step`."""
+    def step(self, step: int, ramp: BatchRamp | None = None) -> list[PackedBatch]:
+        """This rank's bins of step `step`, of which a `ramp` may say otherwise than `bins_per_step`."""
         count = self.config.bins_per_step
-        return [self.bin(step * count + i) for i in range(self.mesh.dp_rank, count, self.mesh.dp)]
+        first, count = ramp.span(step) if ramp else (step * count, count)
+        return [self.bin(first + i) for i in range(self.mesh.dp_rank, count, self.mesh.dp)]
 
     def all(self, limit: int | None = None) -> list[PackedBatch]:
         """This rank's share of the first epoch's bins (of its first `limit` bins): for evaluation."""

@@ -4,15 +4,19 @@
     exp_avg, exp_avg_sq  fp32
 
 (fp64 throughout for an fp64 model.) Each is as long as this rank's part of a flat buffer: see parallel/zero.py. Muon
-moves the matrices of the layers (core/muon.py), which need no exp_avg_sq; AdamW all the rest.
+moves the matrices of the layers (core/muon.py), which need no exp_avg_sq; AdamW all the rest. Learning rate and weight
+decay may differ by parameter (`treatment`). With `ema`, a running mean of the weights is kept, as wide as the master.
 
-With `offload`, all three lie in the host's memory (pinned, where there is a GPU), and the step is made there; the
+With `offload`, all of these lie in the host's memory (pinned, where there is a GPU), and the step is made there; the
 parameters of a buffer go back while the next one's step is made (ZeRO-Offload, arXiv 2101.06840). Else nothing here
 reads a tensor's value on the host: skipping a step is arithmetic with `found_inf`.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,8 +28,6 @@ from tritium.kernels import adamw_
 from tritium.model.transformer import full_shape
 from tritium.parallel.tensor import shard, unshard
 from tritium.parallel.zero import Flat, FlatModule, grad_norm, sum_over_tp
-
-KINDS = ("master", "exp_avg", "exp_avg_sq")
 
 
 @dataclass
@@ -40,15 +42,48 @@ class OptimConfig:
     beta2: float = opt(0.95, "decay of the squared gradient's running mean")
     eps: float = opt(1e-8, "added to the root of the second moment")
     weight_decay: float = opt(0.1, "decoupled decay of matrices; norms and biases have none")
+    lr_scale: dict[str, float] = opt(
+        {}, "factors of lr by parameter, PATTERN=FACTOR, of which the first counts: *.b=16,embedding=0.1"
+    )
+    decay: dict[str, float] = opt({}, "other weight decays by parameter, PATTERN=DECAY, likewise: *norm=0.1,head=0")
+    mup: bool = opt(False, "muP's rates: lr · dim_model_base / hidden_size for the layers' matrices (MiniCPM)")
+    ema: float = opt(0.0, "decay of a running mean of the weights, which is evaluated and exported (0: there is none)")
     clip: float = opt(1.0, "largest global gradient norm")
 
     def __post_init__(self):
         for name in ("lr", "clip", "eps"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"optim.{name}={getattr(self, name)} must be positive")
-        for name in ("beta1", "beta2", "momentum"):
+        for name in ("beta1", "beta2", "momentum", "ema"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"optim.{name}={getattr(self, name)} must be in [0, 1)")
+        for name in ("lr_scale", "decay"):
+            if odd := [pattern for pattern, value in getattr(self, name).items() if value < 0]:
+                raise ConfigError(f"optim.{name}: {odd[0]}={getattr(self, name)[odd[0]]} must not be negative")
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """What is kept of each parameter."""
+        return ("master", "exp_avg", "exp_avg_sq", *(["ema"] if self.ema else []))
+
+
+class Treatment(NamedTuple):
+    """How a parameter is moved: its learning rate is `lr` times the schedule's."""
+
+    matrix: bool
+    lr: float
+    decay: float
+
+
+def treatment(config: OptimConfig, name: str, p: nn.Parameter, width: float) -> Treatment:
+    """`width` is muP's factor, for Adam (Yang et al., arXiv 2203.03466; MiniCPM, arXiv 2404.06395)."""
+
+    def own(table: dict[str, float], default: float) -> float:
+        return next((value for pattern, value in table.items() if fnmatchcase(name, pattern)), default)
+
+    matrix = p.dim() >= 2
+    lr = own(config.lr_scale, 1.0) * (width if config.mup and matrix and "layers." in name else 1.0)
+    return Treatment(matrix, lr, own(config.decay, config.weight_decay if matrix else 0.0))
 
 
 class LossScale:
@@ -72,17 +107,19 @@ class LossScale:
 class State:
     """What the optimizer keeps for this rank's part of a flat buffer, on `device`."""
 
-    def __init__(self, flat: Flat, config: OptimConfig):
+    def __init__(self, flat: Flat, config: OptimConfig, width: float):
         wide = flat.gradient.dtype
         self.device = torch.device("cpu") if config.offload else flat.part.device
         self.pinned = config.offload and flat.part.is_cuda
         self.flat, self.own_master = flat, flat.part.dtype == wide and not config.offload
         self.master = flat.part if self.own_master else self.like(flat.part)
-        self.slices = {decay: merged(flat, decay) for decay in (True, False)}
+        self.runs = runs_of(flat, config, width)
         self.orthogonal = config.kind == "muon" and flat.layer and any(p.dim() >= 2 for _, p in flat.members)
         # Muon's elements; matrices lie first. A part may have none, but takes part in the exchange.
-        self.muon = self.slices[True][-1].stop if self.orthogonal and self.slices[True] else 0
+        matrices = [run.stop for how, runs in self.runs.items() for run in runs if how.matrix and self.orthogonal]
+        self.muon = max(matrices, default=0)
         self.exp_avg, self.exp_avg_sq = torch.zeros_like(self.master), torch.zeros_like(self.master[self.muon :])
+        self.ema = self.master.clone() if config.ema else None
         self.gradient = self.like(flat.own_gradient) if self.pinned else None
 
     def like(self, x: Tensor) -> Tensor:
@@ -94,35 +131,33 @@ class State:
         own = self.flat.own_gradient
         return own if self.gradient is None else self.gradient.copy_(own, non_blocking=True)
 
-    def runs(self, decay: bool) -> list[slice]:
-        """What AdamW moves."""
-        return [] if decay and self.orthogonal else self.slices[decay]
-
     def whole(self, kind: str) -> Tensor:
-        """One of KINDS as long as the part: Muon's has no second moments."""
+        """What is kept of a kind, as long as the part: Muon's has no second moments."""
         found = getattr(self, kind)
         return F.pad(found, (len(self.master) - len(found), 0)).to(self.flat.part.device)
 
 
-def merged(flat: Flat, decay: bool) -> list[slice]:
-    """The runs of a part on which weight decay acts, or does not."""
-    runs: list[slice] = []
+def runs_of(flat: Flat, config: OptimConfig, width: float) -> dict[Treatment, list[slice]]:
+    """The runs of this rank's part that are treated alike."""
+    found: dict[Treatment, list[slice]] = {}
     for span in flat.spans():
-        if span.decay != decay:
-            continue
-        if runs and runs[-1].stop == span.start:
-            runs[-1] = slice(runs[-1].start, span.stop)
-        else:
-            runs.append(slice(span.start, span.stop))
-    return runs
+        runs = found.setdefault(treatment(config, *flat.members[span.member], width), [])
+        start = runs.pop().start if runs and runs[-1].stop == span.start else span.start
+        runs.append(slice(start, span.stop))
+    return found
 
 
 class Optimizer:
-    """The trained parameters of a network: sum, clip, update."""
+    """The trained parameters of a network: sum, clip, update. `width` is muP's (None: the model has none).
 
-    def __init__(self, network: FlatModule, config: OptimConfig):
+    Raises: ConfigError for optim.mup without a width.
+    """
+
+    def __init__(self, network: FlatModule, config: OptimConfig, width: float | None = None):
+        if config.mup and width is None:
+            raise ConfigError("optim.mup: the model's config.json has no dim_model_base, which muP's rates go by")
         self.network, self.config, self.mesh = network, config, network.mesh
-        self.states = [State(flat, config) for flat in network.trained]
+        self.states = [State(flat, config, width or 1.0) for flat in network.trained]
         # of updates really made; fp32, as AdamW's kernel reads it
         self.step_count = torch.zeros((), device="cpu" if config.offload else self.mesh.device)
 
@@ -144,16 +179,23 @@ class Optimizer:
         chosen = list(zip(self.states, gradients, strict=True))
         self.move_matrices([pair for pair in chosen if pair[0].orthogonal], lr, scale, found_inf)
         for part in [[pair] for pair in chosen] if self.config.offload else [chosen]:
-            for decay in (True, False):
-                for own_master in (True, False):
-                    here = [(s, g, run) for s, g in part if s.own_master == own_master for run in s.runs(decay)]
-                    self.update(here, decay, own_master, lr, scale, found_inf)
+            alike: dict[tuple[Treatment, bool], list] = {}
+            for s, g in part:
+                for how, runs in s.runs.items():
+                    here = [(s, g, run) for run in runs if run.start >= s.muon]
+                    alike.setdefault((how, s.own_master), []).extend(here)
+            for (how, own_master), here in alike.items():
+                self.update(here, how, own_master, lr, scale, found_inf)
             for state, _ in part if self.config.offload else ():
                 state.flat.part.copy_(state.master, non_blocking=True)
         self.network.spread()
+        for state in self.states if self.config.ema else ():
+            state.ema.lerp_(state.master, ((1.0 - self.config.ema) * (1.0 - found_inf)).to(state.ema))
         return norm, found_inf
 
-    def update(self, chosen: list, decay: bool, own_master: bool, lr: float, scale: Tensor, found_inf: Tensor) -> None:
+    def update(
+        self, chosen: Sequence, how: Treatment, own_master: bool, lr: float, scale: Tensor, found_inf: Tensor
+    ) -> None:
         """One fused update of all that is treated alike: states, their gradients, runs of both."""
         if not chosen:
             return
@@ -163,11 +205,11 @@ class Optimizer:
             [s.exp_avg[run] for s, _, run in chosen],
             [s.exp_avg_sq[run.start - s.muon : run.stop - s.muon] for s, _, run in chosen],
             masters=None if own_master or self.config.offload else [s.master[run] for s, _, run in chosen],
-            lr=lr,
+            lr=lr * how.lr,
             beta1=self.config.beta1,
             beta2=self.config.beta2,
             eps=self.config.eps,
-            weight_decay=self.config.weight_decay if decay else 0.0,
+            weight_decay=how.decay,
             step=self.step_count,
             grad_scale=scale,
             found_inf=found_inf,
@@ -185,20 +227,42 @@ class Optimizer:
                 looks.append(g.lerp(momentum, beta).to(s.flat.part.device))
             moves = directions([s.flat for s, _ in window], looks, self.mesh)
             for (s, _), move in zip(window, moves, strict=True):
-                master = s.master[: s.muon]
-                master.sub_(taken * (move.to(s.device) + self.config.weight_decay * master), alpha=lr)
-                s.flat.part[: s.muon].copy_(master, non_blocking=True)
+                move = move.to(s.device)
+                for how, run in ((how, run) for how, runs in s.runs.items() if how.matrix for run in runs):
+                    master = s.master[run]
+                    master.sub_(taken * (move[run] + how.decay * master), alpha=lr * how.lr)
+                s.flat.part[: s.muon].copy_(s.master[: s.muon], non_blocking=True)
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Within, the network has the running mean of its weights, where one is kept. A collective, like `step`."""
+        if not self.config.ema:
+            yield
+            return
+        kept = [state.master.clone() if state.own_master else state.master for state in self.states]
+        self.put([state.ema for state in self.states])
+        try:
+            yield
+        finally:
+            self.put(kept)
+
+    @torch.no_grad()
+    def put(self, parts: Sequence[Tensor]) -> None:
+        """Give the network these weights."""
+        for state, part in zip(self.states, parts, strict=True):
+            state.flat.part.copy_(part)
+        self.network.spread()
 
     # ------------------------------------------------------------------------------------------ checkpoints
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Whole tensors one after another, whatever the mesh: "master.NAME", "exp_avg.NAME", "exp_avg_sq.NAME", "step".
+        """Whole tensors one after another, whatever the mesh: "master.NAME", "exp_avg.NAME" and so on, "step".
 
         A collective: every rank must take all of them, and may drop what is not its to write.
         """
         yield "step", self.step_count.clone()
         for state in self.states:
-            for kind in KINDS:
+            for kind in self.config.kinds:
                 whole = state.flat.join(state.whole(kind))
                 for (name, p), view in zip(state.flat.members, state.flat.views(whole), strict=True):
                     if self.keeps(state, kind, p):
@@ -214,21 +278,21 @@ class Optimizer:
 
         Raises: ValueError naming a missing, odd or mis-shaped tensor.
         """
-        every = ((state, kind, *member) for state in self.states for kind in KINDS for member in state.flat.members)
+        kinds = self.config.kinds
+        every = ((state, kind, *member) for state in self.states for kind in kinds for member in state.flat.members)
         known = {f"{kind}.{name}" for state, kind, name, p in every if self.keeps(state, kind, p)}
         if odd := sorted(set(saved) - known - {"step"}):
             raise ValueError(f"optimizer state {odd[0]}: the model has no such parameter")
         self.step_count.copy_(saved["step"])
         for state in self.states:
-            for kind in KINDS:
+            for kind in self.config.kinds:
                 whole = torch.zeros_like(state.flat.full, dtype=state.master.dtype, device="cpu")
                 for (name, p), view in zip(state.flat.members, state.flat.views(whole), strict=True):
                     if self.keeps(state, kind, p):
                         view.copy_(shard(self.checked(saved, f"{kind}.{name}", p), p.sharding, self.mesh))
                 kept = getattr(state, kind)
                 kept.copy_(state.flat.own(whole)[state.flat.size - len(kept) :])
-            state.flat.part.copy_(state.master)
-        self.network.spread()
+        self.put([state.master for state in self.states])
 
     def checked(self, saved: Mapping[str, Tensor], key: str, p: nn.Parameter) -> Tensor:
         found, wanted = saved.get(key), full_shape(p, self.mesh.tp)

@@ -2,6 +2,7 @@
 
 import fnmatch
 import hashlib
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -157,11 +158,15 @@ def prepare_training(model: Transformer, finetune: FinetuneConfig, base: str, se
     except ValueError as error:
         raise ConfigError(f"finetune.{error}") from None
     if finetune.kind == "freeze":
-        names = [name for name, _ in model.named_parameters()]
-        if odd := [pattern for pattern in finetune.train if not fnmatch.filter(names, pattern)]:
-            raise ConfigError(f"finetune.train={odd[0]} is no parameter's name; they are like {', '.join(names[:4])}")
+        check_patterns("finetune.train", finetune.train, [name for name, _ in model.named_parameters()])
         for name, p in model.named_parameters():
             p.requires_grad_(any(fnmatch.fnmatchcase(name, pattern) for pattern in finetune.train))
+
+
+def check_patterns(option: str, patterns: Iterable[str], names: Sequence[str]) -> None:
+    """Raises: ConfigError where one of the patterns is no parameter's name."""
+    if odd := [pattern for pattern in patterns if not fnmatch.filter(names, pattern)]:
+        raise ConfigError(f"{option}={odd[0]} is no parameter's name; they are like {', '.join(names[:4])}")
 
 
 def load_reference(folder: str, dtype: str, mesh: Mesh, policy: Transformer) -> nn.Module:

@@ -35,7 +35,8 @@ from tritium.core.metrics import Clock, Metrics, gpu_stats, matmul_rate, peak_me
 from tritium.core.objectives import Objective
 from tritium.core.optim import LossScale, OptimConfig, Optimizer
 from tritium.core.reference import Follower
-from tritium.core.schedule import ScheduleConfig, learning_rate
+from tritium.core.schedule import BatchRamp, ScheduleConfig, learning_rate
+from tritium.core.setup import check_patterns
 from tritium.core.tokenizer import Tokenizer
 from tritium.model.hf import decoder_of, export
 from tritium.model.transformer import Transformer
@@ -138,9 +139,14 @@ class Trainer:
         self.config_toml, self.tokenizer, self.total_steps = to_toml(settings), tokenizer, total_steps
         self.evaluation, self.skipped = evaluation, skipped or Skipped()
         self.flat = {k: FlatModule(m, mesh) for k, m in networks.items()}
-        self.optimizers = {k: Optimizer(flat, self.optim) for k, flat in self.flat.items() if flat.trained}
-        for key in self.optimizers:
-            decoder_of(networks[key]).set_recompute(self.run.recompute)
+        decoders = {k: decoder_of(networks[k]) for k, flat in self.flat.items() if flat.trained}
+        widths = {k: d.config.head_scale if d.config.width_base else None for k, d in decoders.items()}
+        self.optimizers = {k: Optimizer(self.flat[k], self.optim, widths[k]) for k in decoders}
+        names = [name for key in self.optimizers for flat in self.flat[key].trained for name, _ in flat.members]
+        for option in ("lr_scale", "decay"):
+            check_patterns(f"optim.{option}", getattr(self.optim, option), names)
+        for decoder in decoders.values():
+            decoder.set_recompute(self.run.recompute)
         halves = [p for n in networks.values() for p in n.parameters() if p.dtype == torch.float16]
         self.loss_scale = LossScale(mesh.device) if halves else None
         self.shares = {k: trained_share(networks[k]) for k in self.optimizers}
@@ -163,8 +169,18 @@ class Trainer:
         self.totals = {"tokens": 0.0, "seconds": 0.0, "work": 0.0, "trained_seconds": 0.0}  # since this process began
         self.peaks = [self.measure_peak()]
         self.resume()
+        self.ramp = self.open_ramp(getattr(settings.data, "bins_per_step", None) if hasattr(settings, "data") else None)
         self.write_config()
         self.say(self.skipped.summary())
+
+    def open_ramp(self, bins: int | None) -> BatchRamp | None:
+        """How the batch of `bins` grows, where it does. Raises: ConfigError in a stage whose batches are not bins."""
+        if self.schedule.batch_start == 1:
+            return None
+        if bins is None:
+            raise ConfigError("schedule.batch_start: the batches of this stage are not data.bins_per_step bins")
+        notes = self.notes.setdefault("batch", {})
+        return BatchRamp(self.schedule, bins, self.mesh.dp, self.total_steps, notes)
 
     def write_config(self) -> None:
         """Leave the resolved config in the run's folder. Raises: UserError where it can't be written."""
@@ -296,6 +312,14 @@ class Trainer:
                 stack.enter_context(flat.whole(layers))
             yield
 
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Within, networks have the running means of their weights, with optim.ema."""
+        with ExitStack() as stack:
+            for optimizer in self.optimizers.values():
+                stack.enter_context(optimizer.averaged())
+            yield
+
     def global_counts(self, batches: Sequence[PackedBatch]) -> dict[str, float]:
         """Every denominator over all micro-batches and ranks, and the step's FLOPs ("work")."""
         local: dict[str, float] = {"work": 0.0}
@@ -329,7 +353,7 @@ class Trainer:
         for batch in batches:
             for key, value in batch.counts.items():
                 local[key] = local.get(key, 0.0) + value
-        with self.phase("evaluate"), self.whole():
+        with self.phase("evaluate"), self.averaged(), self.whole():
             counts = all_reduce_counts(local, self.mesh)
             if not counts:
                 return {}
@@ -355,6 +379,8 @@ class Trainer:
         numbers = {k: float(v) for k, v in values.items()}
         self.last |= numbers
         self.metrics.log(step, numbers)
+        if self.ramp and "loss" in numbers:
+            self.ramp.observe(step - 1, numbers["loss"])
         skipped = any(v for k, v in numbers.items() if k.startswith("skipped"))
         self.bad_steps = self.bad_steps + 1 if skipped else 0
         if self.bad_steps >= self.run.max_bad_steps:
@@ -459,7 +485,7 @@ class Trainer:
         self.flush_metrics()  # what is before a checkpoint must be on disk, too: a resumed run will not write it again
         (key, model), *_ = self.networks.items()
         with self.phase("save"):
-            with self.flat[key].unit_by_unit() as make_whole:
+            with self.averaged(), self.flat[key].unit_by_unit() as make_whole:
                 exported, texts = export(model, make_whole)
             kept = self.optimizers | self.followers
             shares = [deal(o.tensors(), f"trainer/{key}", self.mesh) for key, o in kept.items()]

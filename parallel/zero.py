@@ -40,7 +40,7 @@ class Span:
 
     start: int
     stop: int
-    decay: bool  # whether weight decay acts on them
+    member: int  # the parameter that they are of
     cut: bool  # whether tp ranks hold different ones
     partial: bool  # the same on all tp ranks, but each has only a part of the gradient
 
@@ -79,11 +79,11 @@ class Flat:
     def spans(self) -> Iterator[Span]:
         """The spans of this rank's part, with places in that part."""
         offset = -self.rank * self.size
-        for _, p in self.members:
+        for i, (_, p) in enumerate(self.members):
             for length, cut, is_partial in p.sharding.runs(p) if p.sharding else [(p.numel(), False, p.partial)]:
                 start, stop = max(0, offset), min(self.size, offset + length)
                 if start < stop:
-                    yield Span(start, stop, p.dim() >= 2, cut, is_partial)
+                    yield Span(start, stop, i, cut, is_partial)
                 offset += length
 
     # ------------------------------------------------------------------------------------------ parameters

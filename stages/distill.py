@@ -97,7 +97,7 @@ def train(config: Config) -> Result:
     for step in trainer.steps():
         numbers: dict[str, float] = {}
         if config.mode == "logit":
-            batches = bins.step(step)
+            batches = bins.step(step, trainer.ramp)
         else:
             with trainer.phase("sample"), trainer.whole(layers=True):
                 groups, numbers = draw(config, networks, tokenizer, problems, reward, step)

@@ -86,7 +86,7 @@ def train(config: Config) -> Result:
         evaluation=evaluation,
     )
     for step in trainer.steps():
-        batches = bins.step(step)
+        batches = bins.step(step, trainer.ramp)
         # ------------------------------------------------------------------------------------------------------
         trainer.step(batches)  # −log σ(β [(π_c − ref_c) − (π_r − ref_r)]) / pairs, or another loss of pairs
         # ------------------------------------------------------------------------------------------------------

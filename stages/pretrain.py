@@ -107,7 +107,7 @@ def train(config: Config) -> Result:
     annealing = open_annealing(config, tokenizer, model.config.max_positions, mesh, skipped)
     start_annealing = decay_start(config.schedule, trainer.total_steps) if annealing else trainer.total_steps
     for step in trainer.steps():
-        batches = bins.step(step) if step < start_annealing else annealing.step(step - start_annealing)
+        batches = bins.step(step, trainer.ramp) if step < start_annealing else annealing.step(step - start_annealing)
         # ------------------------------------------------------------------------------------------------------
         trainer.step(batches)  # cross-entropy over every token / their number in the whole step
         # ------------------------------------------------------------------------------------------------------

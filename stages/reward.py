@@ -98,7 +98,7 @@ def train(config: Config) -> Result:
         evaluation=evaluation,
     )
     for step in trainer.steps():
-        batches = bins.step(step)
+        batches = bins.step(step, trainer.ramp)
         # ------------------------------------------------------------------------------------------------------
         trainer.step(batches)  # −log σ(r_chosen − r_rejected) / pairs, or Plackett-Luce / rankings
         # ------------------------------------------------------------------------------------------------------

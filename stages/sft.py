@@ -54,7 +54,7 @@ def train(config: Config) -> Result:
         evaluation=evaluation,
     )
     for step in trainer.steps():
-        batches = bins.step(step)
+        batches = bins.step(step, trainer.ramp)
         # ------------------------------------------------------------------------------------------------------
         trainer.step(batches)  # cross-entropy over the assistant's tokens / their number in the whole step
         # ------------------------------------------------------------------------------------------------------

@@ -1,5 +1,7 @@
 """AdamW over flat buffers: equal to torch's, in fp32 masters whatever the parameters' dtype, and safe from NaN."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -259,3 +261,69 @@ def test_muon_skips_a_gradient_that_is_not_finite_and_its_state_goes_over(config
         mine.step(1e-2)
     assert all(torch.equal(a, b) for a, b in zip(nets[0].parameters(), nets[1].parameters(), strict=True))
     assert all(torch.equal(v, state_of(second)[k]) for k, v in state_of(first).items())
+
+
+# ---------------------------------------------------------------------------------------------- by parameter
+
+
+def test_rates_and_decays_by_parameter_are_those_of_torchs_groups():
+    options = {"lr_scale": {"mat*": 0.5, "*": 2.0}, "decay": {"bias": 0.3}}
+    ours, theirs = Net(torch.float64), Net(torch.float64)
+    mine = optimizer(ours, replace(CONFIG, clip=1e9, **options))
+    groups = [{"params": [theirs.matrix], "lr": 0.5e-2, "weight_decay": 0.2}]
+    groups += [{"params": [theirs.bias], "lr": 2e-2, "weight_decay": 0.3}]
+    reference = torch.optim.AdamW(groups, betas=(CONFIG.beta1, CONFIG.beta2), eps=CONFIG.eps)
+    for step in range(4):
+        for net in (ours, theirs):
+            net(inputs(step, torch.float64)).backward()
+        mine.step(1e-2)
+        mine.network.zero_grad()
+        reference.step()
+        reference.zero_grad()
+    for name, p in theirs.named_parameters():
+        torch.testing.assert_close(ours.get_parameter(name), p, rtol=0, atol=1e-12)
+
+
+def test_muon_takes_them_too_and_mup_slows_the_matrices_of_the_layers_alone():
+    plain = OptimConfig(kind="muon", weight_decay=0.0, clip=1e9)
+    nets = [Layered(), Layered(), Layered()]
+    before = [p.detach().clone() for p in nets[0].parameters()]
+    configs = plain, replace(plain, lr_scale={"*.wide": 3.0}), replace(plain, mup=True)
+    for net, config in zip(nets, configs, strict=True):
+        for p in net.parameters():
+            p.data = p.data.clone()
+        mine = Optimizer(FlatModule(net, Mesh.single()), config, 0.25)
+        for i, p in enumerate(net.parameters()):
+            p.main_grad.copy_(torch.randn(p.shape, generator=torch.Generator().manual_seed(i), dtype=torch.float64))
+        mine.step(1e-2)
+    moves = [[p.detach() - old for p, old in zip(net.parameters(), before, strict=True)] for net in nets]
+    for (name, _), move, by_name, mup in zip(nets[0].named_parameters(), *moves, strict=True):
+        torch.testing.assert_close(by_name, move * (3.0 if name.endswith("wide") else 1.0), rtol=1e-9, atol=1e-15)
+        slowed = name in ("layers.0.fused", "layers.0.wide")
+        torch.testing.assert_close(mup, move * (0.25 if slowed else 1.0), rtol=1e-9, atol=1e-15)
+
+
+def test_mup_without_a_base_width_and_negative_factors_are_errors():
+    with pytest.raises(ConfigError, match="has no dim_model_base"):
+        optimizer(Net(torch.float32), OptimConfig(mup=True))
+    with pytest.raises(ConfigError, match=r"optim.decay: a\*=-1 must not be negative"):
+        OptimConfig(decay={"a*": -1})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("offload", [False, True])
+def test_the_running_mean_of_the_weights_is_there_within_and_gone_after(dtype, offload):
+    net = Net(dtype)
+    mine = optimizer(net, replace(CONFIG, ema=0.75, offload=offload))
+    mean = state_of(mine)["master.matrix"]
+    for step in range(5):
+        net(inputs(step, dtype)).backward()
+        net.bias.main_grad[0] = float("nan") if step == 2 else 0.0  # a skipped step does not count
+        mine.step(1e-2)
+        mine.network.zero_grad()
+        mean = mean if step == 2 else 0.75 * mean + 0.25 * state_of(mine)["master.matrix"]
+    torch.testing.assert_close(state_of(mine)["ema.matrix"], mean)
+    own = net.matrix.clone()
+    with mine.averaged():
+        assert torch.equal(net.matrix, state_of(mine)["ema.matrix"].to(dtype)) and not torch.equal(net.matrix, own)
+    assert torch.equal(net.matrix, own)

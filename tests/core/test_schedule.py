@@ -1,11 +1,12 @@
 """The learning rate's shapes: where they begin and end, and that they only fall after the warm-up."""
 
+import json
 import math
 
 import pytest
 
 from tritium.core.config import ConfigError
-from tritium.core.schedule import DECAYS, ScheduleConfig, learning_rate
+from tritium.core.schedule import DECAYS, BatchRamp, ScheduleConfig, learning_rate
 
 TOTAL = 100
 SHAPES = [ScheduleConfig(kind=kind, warmup=0.1, floor=0.2) for kind in ("constant", "linear", "cosine")]
@@ -62,3 +63,53 @@ def test_a_run_of_one_step():
 def test_a_negative_length_is_an_error():
     with pytest.raises(ConfigError, match="schedule.warmup=-1"):
         ScheduleConfig(warmup=-1)
+
+
+# ---------------------------------------------------------------------------------------------- the batch
+
+
+def spans(ramp: BatchRamp, steps: int) -> list[tuple[int, int]]:
+    return [ramp.span(step) for step in range(steps)]
+
+
+def assert_no_bin_is_passed_over(found: list[tuple[int, int]]) -> None:
+    ends = [first + count for first, count in found]
+    assert [first for first, _ in found] == [0, *ends[:-1]]
+
+
+@pytest.mark.parametrize("length", [20, 0.2])
+def test_the_batch_grows_linearly_and_then_stays(length):
+    found = spans(BatchRamp(ScheduleConfig(batch_start=0.25, batch_ramp=length), 16, 2, TOTAL, {}), TOTAL)
+    assert_no_bin_is_passed_over(found)
+    assert [count for _, count in found[:21]] == [round(4 + 12 * step / 20) for step in range(21)]
+    assert {count for _, count in found[20:]} == {16}
+
+
+def test_it_never_has_fewer_bins_than_there_are_ranks():
+    assert BatchRamp(ScheduleConfig(batch_start=0.01, batch_ramp=10), 16, 4, TOTAL, {}).span(0) == (0, 4)
+
+
+def test_it_doubles_when_the_loss_stalls_and_a_resumed_run_does_so_at_the_same_step():
+    config, losses = ScheduleConfig(batch_start=0.25, batch_patience=3), [5, 4, 3, 2, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 0]
+    losses += [0] * 15
+    for stop in range(1, 30):  # a checkpoint before this step, for which all losses are read
+        notes, found = {}, []
+        ramp = BatchRamp(config, 16, 1, TOTAL, notes)
+        for step in range(30):
+            if step == stop:
+                ramp.observe(step - 1, losses[step - 1])
+                ramp = BatchRamp(config, 16, 1, TOTAL, json.loads(json.dumps(notes)))
+            found.append(ramp.span(step))
+            if 0 < step != stop:
+                ramp.observe(step - 1, losses[step - 1])
+        counts = [count for _, count in found]
+        assert_no_bin_is_passed_over(found)
+        # at 11, of 4 to 9, the newest that are known: 1 is not below 1; from 11 on: 0 in all
+        assert counts == [4] * 11 + [8] * 7 + [16] * 12, stop
+
+
+@pytest.mark.parametrize("options", [{"batch_start": 0.5}, {"batch_ramp": 3}, {"batch_start": 0.0, "batch_ramp": 3},
+                                     {"batch_start": 0.5, "batch_ramp": 3, "batch_patience": 3}])  # fmt: skip
+def test_a_batch_that_grows_in_no_way_or_in_two_is_an_error(options):
+    with pytest.raises(ConfigError, match="schedule.batch_start"):
+        ScheduleConfig(**options)

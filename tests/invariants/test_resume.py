@@ -7,6 +7,8 @@ import pytest
 from safetensors.torch import load_file
 
 from tritium.core.data import DataConfig
+from tritium.core.optim import OptimConfig
+from tritium.core.schedule import ScheduleConfig
 from tritium.core.trainer import LoopConfig, RunConfig, Trainer
 from tritium.stages import dpo, grpo, sft
 
@@ -21,6 +23,15 @@ def sft_run(tiny, out: Path, dtype: str) -> None:
     data = DataConfig([tiny.data("chats.jsonl")], bin_tokens=256, bins_per_step=2, holdout=0.1)
     run = RunConfig(out=str(out), steps=6, dtype=dtype, save_every=2, eval_every=3, keep=9)
     sft.train(sft.Config(data=data, run=run, model=tiny.model))
+
+
+def growing_run(tiny, out: Path, dtype: str) -> None:
+    """With a batch that grows when the loss stalls, and the running mean of the weights."""
+    data = DataConfig([tiny.data("chats.jsonl")], bin_tokens=256, bins_per_step=4, holdout=0.1)
+    run = RunConfig(out=str(out), steps=6, dtype=dtype, save_every=2, eval_every=3, keep=9)
+    optim, schedule = OptimConfig(ema=0.5), ScheduleConfig(batch_start=0.25, batch_patience=1)
+    sft.train(sft.Config(data=data, run=run, model=tiny.model, optim=optim, schedule=schedule))
+    assert len(json.loads((out / "step-00000006/trainer/state.json").read_text())["notes"]["batch"]["changes"]) > 1
 
 
 def dpo_run(tiny, out: Path, dtype: str) -> None:
@@ -48,7 +59,15 @@ def odd_is_right(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("run", "dtype"), [(sft_run, "bf16"), (sft_run, "fp32"), (dpo_run, "bf16"), (grpo_run, "bf16"), (grpo_run, "fp32")]
+    ("run", "dtype"),
+    [
+        (sft_run, "bf16"),
+        (sft_run, "fp32"),
+        (growing_run, "fp32"),
+        (dpo_run, "bf16"),
+        (grpo_run, "bf16"),
+        (grpo_run, "fp32"),
+    ],
 )
 def test_killed_and_resumed_equals_uninterrupted(tiny, tmp_path, monkeypatch, odd_is_right, run, dtype):
     run(tiny, tmp_path / "whole", dtype)

@@ -46,6 +46,8 @@ OPTIMIZERS = {
     "muon": {"kind": "muon"},
     "offload": {"offload": True},
     "muon, offload": {"kind": "muon", "offload": True},
+    "by name": {"lr_scale": {"*.qkv*": 0.5, "embedding": 3.0}, "decay": {"*norm": 0.2}, "ema": 0.7},
+    "muon by name": {"kind": "muon", "lr_scale": {"*.qkv": 0.5}, "decay": {"*.down": 0.0, "*norm": 0.1}, "ema": 0.7},
 }
 METRICS = ("loss", "accuracy", "entropy", "margin", "grad_norm", "tokens")
 
@@ -173,6 +175,8 @@ RUNS_OF_TWO = [  # stage, model, tp, cp, zero; the rest is dp
     ("lora", TIED, 1, 2, 3),
     ("muon", TIED, 1, 1, 1),
     ("muon", TIED, 1, 1, 3),
+    ("by name", TIED, 1, 1, 3),
+    ("by name", OWN, 2, 1, 0),
 ]
 RUNS_OF_FOUR = [
     ("pretrain", OWN, 2, 1, 2),
@@ -191,6 +195,7 @@ RUNS_OF_FOUR = [
     ("distill", OWN, 2, 2, 0),
     ("lora", SHARED, 2, 1, 3),
     ("muon", SHARED, 2, 1, 3),
+    ("muon by name", SHARED, 2, 1, 2),
 ]
 
 
