@@ -2,16 +2,22 @@
 
     reward(ids, text, prompt=…, reference=…) -> Score
 
-`judge` runs one over many answers. A judge that raises is *counted*, and its answer takes part in nothing: a broken
-verifier must never look like a model that is always wrong. A judge that is better off with many answers at once (a
-model, sandboxes side by side) also has `batch`. `make.make_reward` builds judges from text: "math + 0.1*tags".
+`judge` runs one over many answers. A judge that raises, or is late, is *counted*, and its answer takes part in nothing:
+a broken verifier must never look like a model that is always wrong. A judge that is better off with many answers at
+once (a model, sandboxes side by side) also has `batch`. `make.make_reward` builds judges from text: "math + 0.1*tags".
 """
 
 import math
+import signal
+import threading
+import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
+
+SECONDS = 300.0  # that a judge has for an answer: longer than all tries of an endpoint
 
 
 @dataclass(frozen=True)
@@ -63,30 +69,53 @@ class Judged:
     failures: Counter = field(default_factory=Counter)
 
 
-def judge(reward: Reward, answers: Sequence[Answer]) -> Judged:
-    """Score every answer; a judge's exception, or a score that is not finite, counts as its failure.
+def judge(reward: Reward, answers: Sequence[Answer], seconds: float = SECONDS) -> Judged:
+    """Score every answer; an exception, a score that is not finite, or none within `seconds` (of one answer; a batch
+    has as many times that as answers) is the judge's failure.
 
-    Ours all come to an end: what runs a model's program, a pattern or sympy is killed at its deadline (sandbox.py,
-    worker.py), an endpoint has `seconds` for each of its `tries`, a local model `max_tokens`, and the rest takes time
-    in proportion to the text. A judge from elsewhere must keep its own time: put what may hang behind worker.call.
+    Ours end well before: what runs a model's program, a pattern or sympy is killed at its deadline (sandbox.py,
+    worker.py), an endpoint has `seconds` for each of its `tries`, a local model `max_tokens`.
     """
     judged = Judged([])
-    for score in scores(reward, answers):
+    for score in scores(reward, answers, seconds):
         if isinstance(score, Exception):
             judged.failures[f"{type(score).__name__}: {score}"] += 1
         judged.scores.append(None if isinstance(score, Exception) else score)
     return judged
 
 
-def scores(reward: Reward, answers: Sequence[Answer]) -> list[Score | Exception]:
+def scores(reward: Reward, answers: Sequence[Answer], seconds: float = SECONDS) -> list[Score | Exception]:
     """The score of each answer, or what went wrong; all at once where the judge can."""
+    if not hasattr(reward, "batch"):
+        return [checked(score_one(reward, answer, seconds)) for answer in answers]
     try:
-        given = reward.batch(answers) if hasattr(reward, "batch") else [score_one(reward, a) for a in answers]
+        with deadline(seconds * len(answers)):
+            given = reward.batch(answers)
         if len(given) != len(answers):
             raise ValueError(f"{len(given)} scores for {len(answers)} answers")
         return [checked(score) for score in given]
     except Exception as error:  # a judge may fail in any way
         return [error] * len(answers)
+
+
+@contextmanager
+def deadline(seconds: float) -> Iterator[None]:
+    """Raises: TimeoutError in the block after `seconds`, in whatever it does: a loop, a pattern, a read; and again each
+    second, should the block catch it. By a signal, which the main thread alone can get: elsewhere there is no limit."""
+    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
+        yield
+        return
+
+    def ring(*_) -> None:
+        raise TimeoutError(f"no score within {seconds:g} s")
+
+    start, before = time.monotonic(), signal.signal(signal.SIGALRM, ring)
+    outer, again = signal.setitimer(signal.ITIMER_REAL, seconds, 1.0)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, outer and max(outer - (time.monotonic() - start), 1e-3), again)
+        signal.signal(signal.SIGALRM, before)
 
 
 class Composed:
@@ -99,9 +128,10 @@ class Composed:
         return score
 
 
-def score_one(reward: Reward, answer: Answer) -> Score | Exception:
+def score_one(reward: Reward, answer: Answer, seconds: float = SECONDS) -> Score | Exception:
     try:
-        return reward(answer.ids, answer.text, prompt=answer.prompt, reference=answer.reference)
+        with deadline(seconds):
+            return reward(answer.ids, answer.text, prompt=answer.prompt, reference=answer.reference)
     except Exception as error:
         return error
 

@@ -8,7 +8,10 @@ from fractions import Fraction
 from tritium.core.chat import parse_reasoning
 from tritium.core.rewards import Score
 
-NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
+NUMBER = re.compile(  # 1,234.5 and 1/2 are one number each; the sign in 3-4 is none
+    r"(?:(?<![\w)])-)?(?:\d{1,3}(?:,\d{3})+(?![\d,])(?:\.\d+)?|\d+(?:\.\d+)?|\.\d+)(?:/0*[1-9]\d*)?"
+)
+LONGEST = 1000  # characters of a number
 
 
 @dataclass(frozen=True)
@@ -45,10 +48,10 @@ class NumberMatch:
             raise ValueError(f"the reference {reference!r} holds no number")
         if not found:
             return Score(self.malformed, "no number")
-        value, target = (Fraction(numbers[-1].replace(",", "")) for numbers in (found, wanted))
-        if abs(value - target) <= Fraction(self.tolerance) * abs(target):
+        value, target = fraction(found[-1]), fraction(wanted[-1])
+        if value is not None and abs(value - target) <= Fraction(self.tolerance) * abs(target):
             return Score(1.0, "right")
-        return Score(0.0, f"wrong: {found[-1]} is not {wanted[-1]}")
+        return Score(0.0, f"wrong: {found[-1][:40]} is not {wanted[-1]}")
 
 
 def final_answer(answer: str, reference: str) -> str:
@@ -60,9 +63,15 @@ def final_answer(answer: str, reference: str) -> str:
 
 
 def normal(text: str) -> str:
-    """A number without thousands separators and trailing zeros; any other text in lower case, single spaces."""
+    """A number as a fraction in lowest terms; any other text in lower case, single spaces."""
     text = " ".join(text.lower().split())
-    if not NUMBER.fullmatch(text):
-        return text
-    text = text.replace(",", "")
-    return (text.rstrip("0").rstrip(".") if "." in text else text).lstrip("0") or "0"
+    value = fraction(text) if NUMBER.fullmatch(text) else None
+    return text if value is None else str(value)
+
+
+def fraction(number: str) -> Fraction | None:
+    """The value of what `NUMBER` matches; None for one that is there to hang the judge."""
+    if len(number) > LONGEST:
+        return None
+    top, _, bottom = number.replace(",", "").partition("/")
+    return Fraction(top) / int(bottom or 1)

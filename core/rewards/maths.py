@@ -2,12 +2,16 @@ r"""Whether two mathematical answers are the same: fractions, decimals, percenta
 
     \boxed{\frac{1}{2}} = 0.5 = 1/2 = 50\%        2/\sqrt{3} = \frac{2\sqrt3}{3}        (x+1)^2 = x^2 + 2x + 1
     \{1, 2\} = {2, 1}     (-\infty, 3] \cup [5, 7) = [5,7) ∪ (-∞,3]      1.5 m = 150 cm     1\frac12 = 3/2
+    1 < x \le 2 = (1, 2]  2x + 3y = 6 and 6y = 12 - 4x    x = 1 or x = 2, as {1, 2}
 
 Exact (see polynomial.py), without dependencies. What it cannot express (logarithms, cube roots, …) goes to sympy where
 that is installed (the extra `data`), in a process of its own with a time limit. Never evaluates an answer as Python.
+Where in doubt the answer is wrong: a policy finds what is wrongly accepted.
 """
 
 import re
+import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -17,50 +21,20 @@ from typing import NamedTuple
 from tritium.core.chat import parse_reasoning
 from tritium.core.rewards import Score
 from tritium.core.rewards.exact import NUMBER
+from tritium.core.rewards.expression import FUNCTIONS, GREEK, Expression
+from tritium.core.rewards.latex import WORDS, latex_to_plain
 from tritium.core.rewards.polynomial import NotExact, Ratio
-from tritium.core.rewards.worker import call
+from tritium.core.rewards.worker import WorkerError, call
 
-LONGEST = 1000  # characters of an answer that is compared as mathematics
-SIGNS = str.maketrans(
-    {"−": "-", "–": "-", "×": "*", "·": "*", "÷": "/", "π": " pi ", "∞": " infty ", "°": " deg ", "√": " sqrt "}
-    | {"²": "^2", "³": "^3", "½": " 1/2", "¼": " 1/4", "¾": " 3/4"}
-)
-LATEX = [  # in this order
-    (r"\\(?:left|right|displaystyle|bigl?|bigr?|,|;|!|:| |quad|qquad)(?![a-zA-Z])|\\(?=\s)|~|\$|\{,\}(?=\d{3})", ""),
-    (r"\\[dt]frac", r"\\frac"),
-    (r"\\(?:text|mathrm|textbf|mbox|mathbf|operatorname)\s*\{([^{}]*)\}", r" \1 "),
-    (r"\^\s*\{?\s*\\circ\s*\}?|\\degree", " deg "),
-    (r"\\(?:cdot|times)", "*"),
-    (r"\\div", "/"),
-    (r"\\%", "%"),
-    (r"\\cup", "∪"),
-    (r"\\pm|±", "±"),
-    (r"\\\{", "⟨"),  # a set's brackets, apart from LaTeX's grouping
-    (r"\\\}", "⟩"),
-    (r"(?<![\w}])(-?\d+)\s*\\frac\s*\{?(\d+)\}?\s*\{?(\d+)\}?", r"(\1 & \2/\3)"),  # mixed numbers: 1\frac{1}{2}
-    (r"(?<![\w./])(-?\d+)\s+(\d+)\s*/\s*(\d+)", r"(\1 & \2/\3)"),
-    (r"\\frac\s*(\d)\s*(\d)", r"((\1)/(\2))"),
-    (r"\\sqrt\s*(\d)", r"sqrt(\1)"),
-]
-FRACTION = re.compile(r"\\frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}")
-ROOT = re.compile(r"\\sqrt\s*(?:\[([^\[\]{}]*)\])?\s*\{([^{}]*)\}")
+LONGEST, MOST_ITEMS = 1000, 64  # characters of an answer that is compared as mathematics; items of a set
+MATRIX = re.compile(r"[\s$]*\\begin\{[pb]matrix\}(.*)\\end\{[pb]matrix\}[\s$.]*", re.DOTALL)
 THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?![\d,])")
-TOKEN = re.compile(r"\s*(\d+\.?\d*(?:e[+-]?\d+)?|\.\d+|[a-zA-Z]+|\*\*|[-+*/^()!&|])")
-FUNCTIONS = ("sin", "cos", "tan", "log", "ln", "exp", "sqrt", "asin", "acos", "atan")
-SIZES = {
-    "length": "mm 1/1000 cm 1/100 m 1 km 1000 millimeter 1/1000 centimeter 1/100 meter 1 metre 1 kilometer 1000",
-    "imperial": "inch 1 inche 1 foot 12 feet 12 yard 36 mile 63360",
-    "mass": "mg 1/1000 g 1 gram 1 kg 1000 kilogram 1000",
-    "time": "s 1 second 1 min 60 minute 60 h 3600 hour 3600 day 86400 week 604800",
-    "volume": "ml 1/1000 l 1 liter 1 litre 1",
-    "money": "dollar 1 cent 1/100",
+NAME = re.compile(r"\s*([a-zA-Z](?:_\w+)?(?:\([a-z]\))?|\([a-z](?:\s*,\s*[a-z])+\))\s*=")  # x = …, f(x) = …, (x, y) = …
+UNITS = {  # name → (dimension, size)
+    name: (dimension, Fraction(size)) for dimension, sizes in WORDS["units"].items() for name, size in sizes.items()
 }
-UNITS = {  # name → (dimension, factor)
-    name: (dimension, Fraction(factor))
-    for dimension, text in SIZES.items()
-    for name, factor in zip(text.split()[::2], text.split()[1::2], strict=True)
-}
-UNIT = re.compile(r"^(.*[\d)}.⟩])\s*([a-zA-Z]+(?:\s*[/ ^]\s*[a-zA-Z2-3]+)*)\.?$", re.DOTALL)
+WORD = r"[a-zA-Z]+(?:\^?[23])?"  # no part of a pattern can match what the next one does: no time to lose
+UNIT = re.compile(rf"^(.*(?:[\d)⟩.]|\bpi))(\s*)({WORD}(?:\s*/\s*{WORD}|\s+{WORD})*)\.?$", re.DOTALL)
 SAID = re.compile(r"(?:####|answer\s*(?:is|:|=)+)\s*(.+?)(?:\.(?=\s|$)|\n|$)", re.IGNORECASE)
 
 
@@ -88,7 +62,7 @@ class MathMatch:
 
 
 def boxed(text: str) -> str:
-    r"""What the last complete \boxed{…} holds; empty where there is none."""
+    r"""What the last \boxed{…} holds; empty where there is none, or it is cut off."""
     start = text.rfind("\\boxed{")
     depth = 0
     for i in range(start + 6, len(text)) if start >= 0 else ():
@@ -100,11 +74,12 @@ def boxed(text: str) -> str:
 
 def extract(answer: str, reference: str) -> str:
     """The final answer in a text; empty where there is none."""
-    if found := boxed(answer):
-        return found
+    if "\\boxed{" in answer:
+        return boxed(answer)
     if said := SAID.findall(answer):
         return said[-1].strip(" .*:")
-    if plain(answer) == plain(reference) or parsed(answer) is not None:
+    value, wanted = parsed(answer), parsed(reference)
+    if plain(answer) == plain(reference) or value and (value.kind != "=" or wanted and wanted.kind == "="):
         return answer
     if formulas := re.findall(r"\$\$?([^$]+)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", answer[-LONGEST:], re.DOTALL):
         return "".join(formulas[-1]).rpartition("=")[2].strip()
@@ -120,80 +95,109 @@ def equivalent(answer: str, reference: str, seconds: float = 5.0) -> bool:
 
     Raises: worker.WorkerError where sympy took too long.
     """
+    x, y = plain(answer), plain(reference)
+    if x == y or x.isalpha() and x.lower() == y.lower():
+        return x != ""
     a, b = parsed(answer), parsed(reference)
     if a is None or b is None:
-        return plain(answer) == plain(reference) != ""
-    return same(a, b, seconds)
+        return a is b and x.lower() == y.lower()
+    return same(a, b, time.monotonic() + seconds)
 
 
 class Value(NamedTuple):
-    """`kind` is "number", or what holds `items`: "()", "[]", "[)", "(]", "set", "union"."""
+    """`kind` is "number", or what holds `items`: "()", "[]", "[)", "(]", "set", "list" (without brackets), "union",
+    "matrix", or the sign of a relation."""
 
     kind: str
     items: tuple["Value", ...] = ()
     text: str = ""  # of a number, in plain operators
     ratio: Ratio | None = None  # None: not exact
     unit: str = ""
+    name: str = ""  # what it is the value of, where that is said
 
 
-def same(a: Value, b: Value, seconds: float) -> bool:
-    if a.kind != b.kind or len(a.items) != len(b.items):
+def same(a: Value, b: Value, until: float) -> bool:
+    kinds = {a.kind, b.kind}
+    if a.name and b.name and a.name != b.name or len(kinds) == 2 and kinds not in ({"set", "list"}, {"()", "list"}):
         return False
-    if a.kind == "number":
-        return same_number(a, b, seconds)
-    if a.kind not in ("set", "union"):
-        return all(same(x, y, seconds) for x, y in zip(a.items, b.items, strict=True))
-    left = list(b.items)
-    for item in a.items:  # unordered; each matches one
-        match = next((other for other in left if same(item, other, seconds)), None)
-        if match is None:
+    if kinds == {"number"}:
+        return same_number(a, b, until)
+    if kinds == {"="}:
+        return proportional(a.items[0], b.items[0])
+    if kinds <= {"set", "list"} or kinds == {"union"}:  # unordered; in brackets, what is there twice counts once
+        if kinds == {"list"} and len(a.items) != len(b.items):
             return False
-        left.remove(match)
-    return True
+        pairs = ((a.items, b.items), (b.items, a.items))
+        return all(any(same(x, y, until) for y in others) for items, others in pairs for x in items)
+    return len(a.items) == len(b.items) and all(same(x, y, until) for x, y in zip(a.items, b.items, strict=True))
 
 
-def same_number(a: Value, b: Value, seconds: float) -> bool:
-    if a.ratio is None or b.ratio is None:
-        return same_by_sympy(a.text, b.text, seconds)
-    x, y = a.ratio, b.ratio
-    if (a.unit == "%") != (b.unit == "%") and x.same(y) and not is_small(y):
-        return True  # "50%" where "50" is asked for
-    factors = []
-    for value in (a, b):
-        dimension, factor = UNITS.get(value.unit, (value.unit, Fraction(1)))
-        factors.append(("", Fraction(1, 100)) if dimension == "%" else (dimension, factor))
-    (dim_a, f), (dim_b, g) = factors
-    if dim_a and dim_b and dim_a != dim_b:
-        return False
-    if not (dim_a and dim_b) and "%" not in (a.unit, b.unit):
-        f = g = Fraction(1)  # one does not say its unit
-    return x.times(Ratio.of(f)).same(y.times(Ratio.of(g)))
-
-
-def is_small(y: Ratio) -> bool:
+def proportional(a: Value, b: Value) -> bool:
+    """Of the differences of two equations' sides: whether one is the other times a number."""
     try:
-        return 0 < abs(y.fraction()) < 1
+        return a.ratio is not None and b.ratio is not None and a.ratio.over(b.ratio).fraction() != 0
     except NotExact:
         return False
 
 
-def same_by_sympy(a: str, b: str, seconds: float) -> bool:
-    return find_spec("sympy") is not None and call("tritium.core.rewards.maths:sympy_equal", [a, b], seconds)
+def same_number(a: Value, b: Value, until: float) -> bool:
+    (dim_a, f), (dim_b, g) = measure(a.unit), measure(b.unit)
+    if dim_a and dim_b and dim_a != dim_b:
+        return False
+    if a.ratio is None or b.ratio is None:
+        return dim_a == dim_b and f == g and same_by_sympy(a.text, b.text, until)
+    if (a.unit == "%") != (b.unit == "%") and a.ratio.same(b.ratio) and not is_small(b.ratio):
+        return True  # "50%" where "50" is asked for
+    f, g = (f if dim_a and dim_b or not dim_a else Fraction(1)), (g if dim_a and dim_b or not dim_b else Fraction(1))
+    return a.ratio.times(Ratio.of(f)).same(b.ratio.times(Ratio.of(g)))  # a unit may be left unsaid
+
+
+def measure(unit: str) -> tuple[frozenset, Fraction]:
+    """The dimensions of a unit with their exponents, and its size: "km/h" is 5/18 of length / time."""
+    dimensions, factor, sign = Counter(), Fraction(1), 1
+    for over, name, power in re.findall(r"(/?)\s*([a-z%]+)\^?(\d?)", unit):
+        sign = -1 if over else sign
+        name = name if name in UNITS else name.removesuffix("s")
+        dimension, size = UNITS.get(name, (name, Fraction(1)))
+        exponent = sign * int(power or 1)
+        dimensions[dimension] += exponent if dimension else 0
+        factor *= size**exponent
+    return frozenset((d, e) for d, e in dimensions.items() if e), factor
+
+
+def is_small(y: Ratio) -> bool:
+    try:
+        return 0 < abs(y.fraction()) <= 1
+    except NotExact:
+        return False
+
+
+def same_by_sympy(a: str, b: str, until: float) -> bool:
+    if find_spec("sympy") is None:
+        return False
+    if (left := until - time.monotonic()) <= 0:
+        raise WorkerError("no answer in time: too many comparisons that need sympy")
+    return call("tritium.core.rewards.maths:sympy_equal", [a, b], left)
 
 
 def sympy_equal(a: str, b: str) -> bool:
-    """Run in a process of its own. The texts hold numbers, operators, single letters and `FUNCTIONS` only."""
+    """Run in a process of its own. The texts hold numbers, operators, variables and `FUNCTIONS` only."""
     import sympy
 
-    names = {c: sympy.Symbol(c, positive=True) for c in "abcdfghjklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"}
+    words = {*re.findall(r"[a-zA-Z_]\w*", f"{a} {b}")} - {*FUNCTIONS, "Abs", "factorial"}
+    names = {word: sympy.Symbol(word, real=True) for word in words}
     names |= {"e": sympy.E, "i": sympy.I, "ln": sympy.log, "pi": sympy.pi}
-    x, y = (sympy.sympify(text, locals=names, rational=True) for text in (a, b))
-    return bool(sympy.simplify(x - y) == 0)
+    y = sympy.sympify(b, locals=names, rational=True)
+    try:
+        return bool(sympy.simplify(sympy.sympify(a, locals=names, rational=True) - y) == 0)
+    except Exception:  # an answer that sympy can't read is not the reference
+        return False
 
 
 def plain(text: str) -> str:
-    """A text answer: without LaTeX's dress, brackets around a letter, case."""
-    return re.sub(r"[^\w+\-*/=.]", "", latex_to_plain(text[:LONGEST]).lower()).strip(".")
+    """A text without LaTeX's dress, spaces (but those that keep two numbers apart), and brackets around a letter."""
+    text = re.sub(r"\s+(?=\D|$)|(?<=\D)\s+|[{}]", "", latex_to_plain(text[:LONGEST])).strip("*")
+    return re.sub(r"^\((\w)\)$", r"\1", text)
 
 
 def parsed(text: str) -> Value | None:
@@ -201,47 +205,65 @@ def parsed(text: str) -> Value | None:
     if len(text) > LONGEST:
         return None
     try:
-        return parse(latex_to_plain(text))
+        if not (matrix := MATRIX.fullmatch(text)):
+            return parse(latex_to_plain(text))
+        rows = [row.split("&") for row in matrix[1].strip().removesuffix("\\\\").split("\\\\")]
+        cells = (tuple(parse(latex_to_plain(cell)) for cell in row) for row in rows)
+        return Value("matrix", tuple(Value("()", row) for row in cells))
     except (ValueError, OverflowError, RecursionError):
         return None
 
 
-def latex_to_plain(text: str) -> str:
-    text = text.strip().translate(SIGNS)
-    text = re.sub(r"^[\\$ ]*\$", " ", text)
-    for pattern, replacement in LATEX:
-        text = re.sub(pattern, replacement, text)
-    for _ in range(20):  # from the inside out
-        before = text
-        text = FRACTION.sub(r"((\1)/(\2))", text)
-        text = ROOT.sub(lambda m: f"(({m[2]})^(1/({m[1]})))" if m[1] else f"sqrt({m[2]})", text)
-        text = re.sub(r"\^\s*\{([^{}]*)\}", r"^(\1)", text)
-        if text == before:
-            break
-    return re.sub(r"\\([a-zA-Z]+)", r" \1 ", text).strip().rstrip(".")
-
-
 def parse(text: str) -> Value:
     """Raises: ValueError for what is no mathematics."""
-    text = re.sub(r"^\s*[a-zA-Z]\s*(?:=|∈|\bin\b)\s*", "", text.strip())  # x = …
-    if "∪" in text:
-        return Value("union", tuple(parse(part) for part in text.split("∪")))
-    if "±" in text:
-        return Value("set", tuple(parse(text.replace("±", sign)) for sign in "+-"))
+    text = text.strip()
     text = THOUSANDS.sub(lambda m: m[0].replace(",", ""), text) if text[:1] not in ("(", "[", "⟨", "{") else text
     parts = split_list(text)
-    if len(parts) == 1 and " or " in text or " and " in text:
-        parts = re.split(r"\s+(?:or|and)\s+|,", text)
+    if len(parts) == 1 and (" or " in text or " and " in text):
+        parts = re.split(r"\s+(?:or|and)\s+", text)
     if len(parts) > 1:
-        return Value("set", tuple(parse(part) for part in parts if part.strip()))
-    brackets = text[:1] + text[-1:]
+        return Value("list", parse_all(part for part in parts if part.strip()))
+    if "∪" in text and not NAME.match(text):
+        return Value("union", parse_all(text.split("∪")))
+    if (named := NAME.match(text)) and not re.search("[=<>≤≥≠]", text[named.end() :]):
+        return parse(text[named.end() :])._replace(name=re.sub(r"\s", "", named[1]))
+    if "±" in text:
+        return Value("set", tuple(parse(text.replace("±", sign)) for sign in "+-"))
+    if re.search("[=<>≤≥≠]", text):
+        return relation(re.split(r"\s*([=<>≤≥≠])\s*", text))
+    brackets, inner = text[:1] + text[-1:], text[1:-1]
     if brackets in ("⟨⟩", "{}"):
-        inner = text[1:-1].strip()
-        return Value("set", tuple(parse(part) for part in split_list(inner)) if inner else ())
-    inner = split_list(text[1:-1])
-    if brackets in ("()", "[]", "[)", "(]") and len(inner) > 1:
-        return Value(brackets, tuple(parse(part) for part in inner))
+        return Value("set", parse_all(split_list(inner)) if inner.strip() else ())
+    if brackets in ("()", "[]", "[)", "(]") and len(split_list(inner)) > 1:
+        return Value(brackets, parse_all(split_list(inner)))
     return number(text)
+
+
+def parse_all(parts) -> tuple[Value, ...]:
+    values = tuple(parse(part) for part in parts)
+    if len(values) > MOST_ITEMS:
+        raise ValueError(f"more than {MOST_ITEMS} items")
+    return values
+
+
+def relation(sides: list[str]) -> Value:
+    """An inequality in a variable is an interval; any other compares its sides. `sides` come with the signs between."""
+    if len({*sides[1::2]} & {*"<≤"}) and not {*sides[1::2]} <= {*"<≤"}:
+        raise ValueError("signs that point both ways")
+    if sides[1] in ">≥":
+        sides = [{">": "<", "≥": "≤"}.get(side, side) for side in reversed(sides)]
+    signs, variable = sides[1::2], [bool(re.fullmatch("[a-zA-Z](?:_\\w+)?", side)) for side in sides[::2]]
+    if {*signs} <= {*"<≤"} and variable in ([True, False], [False, True], [False, True, False]):
+        ends = {(True, False): ["-infty", sides[-1]], (False, True): [sides[0], "infty"]}
+        low, high = ends.get(tuple(variable), [sides[0], sides[-1]])
+        opened = "(" if variable[0] or signs[0] == "<" else "["
+        closed = ")" if variable[-1] or signs[-1] == "<" else "]"
+        return Value(opened + closed, (number(low), number(high)), name=sides[2 * variable.index(True)])
+    if len(sides) != 3:
+        raise ValueError("several signs")
+    if signs[0] in "=≠":
+        return Value(signs[0], (number(f"({sides[0]})-({sides[2]})"),))
+    return Value(signs[0], (number(sides[0]), number(sides[2])))
 
 
 def split_list(text: str) -> list[str]:
@@ -260,121 +282,19 @@ def number(text: str) -> Value:
     unit, text = "", text.strip()
     if text.endswith("%"):
         unit, text = "%", text[:-1]
-    elif (found := UNIT.match(text)) and is_unit(found[2]):
-        text, unit = found[1], re.sub(r"\s", "", found[2].lower().removesuffix(" deg"))
-        unit = {"percent": "%", "deg": "degree"}.get(unit, unit)
-        unit = unit if unit in UNITS else unit.removesuffix("s")
-    tokens, place = [], 0
-    while place < len(text.rstrip()):
-        if not (match := TOKEN.match(text, place)):
-            raise ValueError(text)
-        tokens.append(match[1])
-        place = match.end()
-    expression = Expression(tokens)
-    ratio = expression.sum()
-    if expression.place < len(tokens):
-        raise ValueError(text)
-    exact = None if expression.inexact else ratio
-    return Value("number", text="".join(expression.written), ratio=exact, unit=unit)
+    elif (found := UNIT.match(text)) and is_unit(*found.groups()):
+        text, unit = found[1], found[3].lower()
+        unit = {"percent": "%", "deg": "degree", "degrees": "degree"}.get(unit, unit)
+    expression = Expression(text)
+    ratio = expression.whole()
+    return Value("number", (), "".join(expression.written), None if expression.inexact else ratio, unit)
 
 
-def is_unit(text: str) -> bool:
-    words = re.findall("[a-zA-Z]+", text)
-    return not {*words} & {*FUNCTIONS, "pi", "infty"} and any(len(word) > 1 or word in UNITS for word in words)
-
-
-class Expression:
-    """Recursive descent: sum → product → power → atom. Computes a `Ratio`, and writes the expression out for sympy.
-
-    Where a step has no exact value, `inexact` says so and the value is of no use, but the syntax is still checked.
-    """
-
-    def __init__(self, tokens: list[str]):
-        self.tokens, self.place, self.inexact = tokens, 0, False
-        self.written: list[str] = []
-
-    def peek(self) -> str:
-        return self.tokens[self.place] if self.place < len(self.tokens) else ""
-
-    def take(self, written: str | None = None) -> str:
-        token = self.peek()
-        if not token:
-            raise ValueError("it ends too early")
-        self.place += 1
-        self.written.append(token if written is None else written)
-        return token
-
-    def exact(self, compute) -> Ratio:
-        try:
-            return compute()
-        except NotExact:
-            self.inexact = True
-            return Ratio.of(1)
-
-    def sum(self) -> Ratio:
-        total = self.product()
-        while self.peek() in ("+", "-", "&"):
-            minus = self.peek() == "-" or self.peek() == "&" and total.fraction() < 0  # -1 1/2 is -(1 + 1/2)
-            self.take("-" if minus else "+")
-            other = self.product()
-            total = self.exact(lambda a=total, b=other, s=-1 if minus else 1: a.plus(b, s))
-        return total
-
-    def product(self) -> Ratio:
-        total = self.signed()
-        while self.peek() and self.peek() not in ("+", "-", ")", "&"):
-            operator = self.take() if self.peek() in ("*", "/") else self.written.append("*")
-            other = self.signed() if operator else self.power()
-            total = self.exact(lambda a=total, b=other, o=operator: a.over(b) if o == "/" else a.times(b))
-        return total
-
-    def signed(self) -> Ratio:
-        if self.peek() in ("+", "-"):
-            minus = self.take() == "-"
-            value = self.signed()
-            return value.times(Ratio.of(-1)) if minus else value
-        return self.power()
-
-    def power(self) -> Ratio:
-        base = self.atom()
-        if self.peek() in ("^", "**"):
-            self.take("**")
-            exponent = self.signed()
-            return self.exact(lambda: base.power(exponent))
-        return base
-
-    def atom(self) -> Ratio:
-        token = self.take()
-        if token == "(":
-            value = self.sum()
-            if self.take() != ")":
-                raise ValueError("a bracket that is not closed")
-            return value
-        if token[0].isdigit() or token[0] == ".":
-            if len(token) > 300 or "e" in token and abs(int(token.partition("e")[2])) > 300:
-                raise ValueError("a number too long")
-            return Ratio.of(Fraction(token))
-        if token in FUNCTIONS:
-            return self.function(token)
-        if token == "infty":
-            self.written[-1] = "oo"
-            return Ratio.of(1, token)
-        if token == "pi" or len(token) == 1 and token.isalpha():
-            if token in "ei":
-                self.inexact = self.inexact or token == "i" or self.peek() in ("^", "**")
-            return Ratio.of(1, token)
-        raise ValueError(token)
-
-    def function(self, name: str) -> Ratio:
-        power, start = [], len(self.written)
-        if self.peek() == "^":  # sin^2 x
-            self.take()
-            self.signed()
-            power, self.written[start:] = ["**", "(", *self.written[start + 1 :], ")"], []
-        self.written.append("(")
-        value = self.power()
-        self.written += [")", *power]
-        if name == "sqrt" and not power:
-            return self.exact(value.root)
-        self.inexact = True
-        return value
+def is_unit(before: str, space: str, unit: str) -> bool:
+    """A letter alone is a unit only after a number and a space: 2 h are hours, 2h is twice h; 2 pi h is no time."""
+    words = re.findall("[a-zA-Z]+", unit)
+    if {*words} & {*FUNCTIONS, *GREEK, "pi", "infty"} or "deg" in words and re.search("sin|cos|tan", before):
+        return False
+    if len(words[0]) == 1:
+        return bool(space) and before[-1] in "0123456789." and all(len(w) > 1 or w in UNITS for w in words)
+    return any(len(word) > 1 for word in words) and (len(words[0]) > 2 or words[0] in UNITS or bool(space))

@@ -31,6 +31,8 @@ def add(a: Terms, b: Terms, sign: int = 1) -> Terms:
 
 
 def multiply(a: Terms, b: Terms) -> Terms:
+    if len(a) * len(b) > MAX_TERMS**2 // 4:
+        raise TooLarge("an expression too large to compare")
     total: dict[Monomial, Fraction] = {}
     for (n, names), value in a.items():
         for (m, others), factor in b.items():

@@ -1,5 +1,9 @@
 """Judges by their text: mathematics that is equal, forms, and the sums that are made of them."""
 
+import time
+from importlib.util import find_spec
+from pathlib import Path
+
 import pytest
 
 from tritium.core.config import ConfigError
@@ -61,7 +65,6 @@ def test_the_same_mathematics_is_right(answer, reference):
         ("[1,2]", "[1,2)"),
         ("(1,2)", "(2,1)"),
         ("{1,2}", "{1,2,3}"),
-        ("{1,1}", "{1}"),
         ("12", "1,2"),
         ("5 cm", "5 m"),
         ("5 km", "5 kg"),
@@ -81,6 +84,53 @@ def test_the_same_mathematics_is_right(answer, reference):
 )
 def test_other_mathematics_is_wrong_and_ends_at_once(answer, reference):
     assert MathMatch()([], answer, reference=reference).value == 0.0
+
+
+@pytest.mark.parametrize("verdict", ["same", "other", "sympy"])
+def test_hundreds_of_pairs_that_fool_or_confuse_judges(verdict):
+    """The file's lines: verdict, answer, reference, between tabs; "sympy" for the same where sympy is installed."""
+    if verdict == "sympy":
+        pytest.importorskip("sympy")
+    lines = Path(__file__).with_name("maths_pairs.tsv").read_text("utf-8").splitlines()
+    pairs = [line.split("\t")[1:] for line in lines if line.startswith(verdict)]
+    assert len(pairs) > 5 and [pair for pair in pairs if equivalent(*pair) != (verdict != "other")] == []
+
+
+@pytest.mark.parametrize(
+    "answer",
+    ["1 a" + "  b" * 300 + "!", "answer is " * 20_000, "\\boxed{" * 20_000, "1," * 400, "sin1," * 100,
+     "\\pm" * 300 + "1", "(x+1)^{9999}", "(x+y+z+a+b)^{40}/(x+y)^{40}",
+     "\\sqrt{" + "9" * 290 + "}", "1000!!!!", "e^{e^{e^{e^{9}}}}"],
+)  # fmt: skip
+def test_answers_made_to_hang_the_judge_do_not_and_are_wrong(answer):
+    judged = judge(MathMatch(), [Answer([], answer, reference="1, 2")], seconds=20)
+    assert judged.scores[0].value == 0.0 and not judged.failures
+
+
+def test_what_needs_sympy_too_often_is_the_judges_failure_not_a_wrong_answer(monkeypatch):
+    monkeypatch.setattr("tritium.core.rewards.maths.call", lambda *_: time.sleep(0.05))
+    many = ", ".join(f"\\ln {i}" for i in range(2, 40))
+    if find_spec("sympy"):
+        judged = judge(MathMatch(seconds=0.1), [Answer([], many, reference=many.replace("ln 2,", "ln 41,"))])
+        assert "too many comparisons" in str(judged.failures)
+
+
+@pytest.mark.parametrize(
+    ("text", "reference", "right"),
+    [
+        (r"first \boxed{4}, then \boxed{5", "5", False),  # cut off
+        (r"\boxed{4} or rather \boxed{\boxed{5}}", "5", True),
+        (r"\boxed{\{1, 2\}}", "{2, 1}", True),
+        ("so $x = 5$", "5", True),
+        ("No, 5", "5", True),
+        ("so a + b = 7", "7", True),
+        ("2x + 3y = 6", "6y = 12 - 4x", True),
+        ("2x + 3y = 6", "3x + 2y = 6", False),
+        ("It is 1/2", "2", False),
+    ],
+)
+def test_what_counts_as_the_answer(text, reference, right):
+    assert MathMatch()([], text, reference=reference).value == float(right)
 
 
 @pytest.mark.parametrize(

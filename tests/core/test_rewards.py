@@ -1,9 +1,13 @@
 """Judges: the verifier of short answers, and what happens when a judge fails."""
 
+import re
+import signal
+import time
+
 import pytest
 
 from tritium.core.rewards import Answer, Score, judge
-from tritium.core.rewards.exact import ExactMatch
+from tritium.core.rewards.exact import ExactMatch, NumberMatch
 
 
 def verdict(text: str, reference: str) -> float:
@@ -98,3 +102,60 @@ def test_stopping_is_not_a_judges_failure(failing):
 
     with pytest.raises(failing):
         judge(stop, [Answer([], "x")])
+
+
+def pattern(ids, text, **_):
+    return Score(float(bool(re.fullmatch("(a+)+", text))))
+
+
+def sleeper(ids, text, **_):
+    while text != "a":
+        try:
+            time.sleep(60)
+        except Exception:  # a judge that catches all there is
+            text = "b" if text == "aab" else "a"
+    return Score(1.0)
+
+
+@pytest.mark.parametrize(("hangs", "failures"), [(pattern, 1), (sleeper, 0)])
+def test_a_reward_that_hangs_is_cut_off_counted_and_the_others_are_judged(hangs, failures):
+    answers = [Answer([], "a"), Answer([], "a" * 60 + "b"), Answer([], "a")]
+    start, before = time.monotonic(), signal.getsignal(signal.SIGALRM)
+    judged = judge(hangs, answers, seconds=0.2)
+    assert [judged.scores[0].value, judged.scores[2].value] == [1.0, 1.0] and time.monotonic() - start < 30
+    assert judged.failures == ({"TimeoutError: no score within 0.2 s": 1} if failures else {})
+    assert (judged.scores[1] is None) == bool(failures)
+    assert signal.getsignal(signal.SIGALRM) is before and signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+
+
+def test_a_batch_that_hangs_fails_for_all_its_answers():
+    class Slow:
+        def batch(self, answers):
+            time.sleep(60)
+
+    judged = judge(Slow(), [Answer([], "a"), Answer([], "b")], seconds=0.1)
+    assert judged.scores == [None, None] and judged.failures.total() == 2
+
+
+def test_a_judge_within_a_judge_leaves_the_outer_limit_running():
+    class Outer:
+        def batch(self, answers):
+            judge(lambda *_, **__: Score(1.0), answers)
+            time.sleep(60)
+
+    assert judge(Outer(), [Answer([], "a")], seconds=0.3).failures.total() == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "reference"),
+    [("1,2,3", "123"), ("4,5", "45"), (".5", "5"), ("1/2", "2"), ("1,00", "100"), ("9" * 5000, "5"), ("3/0", "3.5")],
+)
+def test_parts_of_numbers_are_no_numbers(text, reference):
+    for found in (ExactMatch(), NumberMatch()):
+        judged = judge(found, [Answer([], text, reference=reference)])
+        assert judged.scores[0].value == 0.0 and not judged.failures
+
+
+@pytest.mark.parametrize(("text", "reference"), [("-.5", "-0.50"), ("pages 3-4", "4"), ("-0", "0"), ("5, and", "5")])
+def test_numbers_are_read_as_people_write_them(text, reference):
+    assert ExactMatch()([], text, reference=reference).value == NumberMatch()([], text, reference=reference).value == 1
