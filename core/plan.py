@@ -8,15 +8,18 @@
 
 Arithmetic only; the formulas follow the code and name it. What is sent is exact, what lives on a rank is held to the
 profiler's count within 10 % (tests/core/test_plan.py, tests/parallel/test_collectives.py), and time is an estimate:
-launches, latencies, stragglers, generation and the host are left out. Letters as in the README; a rank has
-t = T / (cp · tp) tokens between blocks and T / cp within one.
+launches, latencies, stragglers, generation and the host are left out, and windows count as full attention. Letters as
+in the README; a rank has t = T / (cp · tp) tokens between blocks and T / cp within one.
 """
 
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
+from itertools import accumulate
 from typing import NamedTuple
+
+import torch
 
 from tritium.core.muon import owners, pieces
 from tritium.kernels.attention_torch import KEPT_BYTES, ROWS
@@ -24,9 +27,10 @@ from tritium.kernels.head import TILE_ROWS
 from tritium.kernels.head_triton import TILE_BYTES
 from tritium.model.cache import PAGE, cache_pages
 from tritium.model.config import ModelConfig
-from tritium.model.transformer import HEAD_ROWS, check_divides
+from tritium.model.transformer import HEAD_ROWS, Transformer
 from tritium.parallel.context import Split
 from tritium.parallel.mesh import Mesh
+from tritium.parallel.zero import FlatModule
 
 GIB = 1 << 30
 ITEMSIZE = {"bf16": 2, "fp32": 4}
@@ -59,24 +63,24 @@ class Machine:
     bandwidth: float  # bytes/s of its memory
     link: float  # bytes/s to its host's other GPUs, in one direction
     network: float  # bytes/s to other hosts, in one direction: its share of the host's adapters
+    host: float  # bytes/s of its share of the host's memory, which its PCIe link about equals
     reached: float = 0.7  # an assumption; 1 for measured rates
     device: str = "cuda"  # "cpu": the torch paths, which keep and make more
 
 
 # NVIDIA's datasheets of the SXM modules, NVLink's sum of both directions halved; an adapter of 400 Gb/s per GPU, as DGX
-# hosts have (A100: 200).
+# hosts have (A100: 200), and PCIe 5 (A100: 4) with 16 lanes.
 MACHINES = {
-    "a100": Machine("a100", 8, 80e9, 312e12, 19.5e12, 2.039e12, 300e9, 25e9),
-    "h100": Machine("h100", 8, 80e9, 989e12, 67e12, 3.35e12, 450e9, 50e9),
-    "h200": Machine("h200", 8, 141e9, 989e12, 67e12, 4.8e12, 450e9, 50e9),
+    "a100": Machine("a100", 8, 80e9, 312e12, 19.5e12, 2.039e12, 300e9, 25e9, 32e9),
+    "h100": Machine("h100", 8, 80e9, 989e12, 67e12, 3.35e12, 450e9, 50e9, 64e9),
+    "h200": Machine("h200", 8, 141e9, 989e12, 67e12, 4.8e12, 450e9, 50e9, 64e9),
 }
-
 
 ROOM = 0.92  # of the memory is for tensors: the rest is the driver's, NCCL's and what fragmentation costs
 REMEDY = {
     "parameters": "cut them: mesh.tp, or mesh.zero=3",
     "gradients": "cut them: mesh.zero=2 or 3, or mesh.tp",
-    "optimizer": "cut it: mesh.zero ≥ 1, or mesh.tp",
+    "optimizer": "cut it: mesh.zero ≥ 1, or mesh.tp; or optim.offload",
     "frozen models": "cut them: mesh.zero=3, or mesh.tp",
     "tables": "lower model.context",
     "activations": "fewer tokens of a rank: data.bin_tokens, mesh.cp or mesh.tp",
@@ -95,6 +99,8 @@ class Work:
     supervised: int | None = None  # tokens of this rank that meet the head (all of them where not given)
     dtype: str = "bf16"  # of the parameters
     muon: bool = False  # moves the layers' matrices
+    offload: bool = False  # of what the optimizer keeps, to the host
+    ema: bool = False  # whether it keeps a running mean of the weights
     passes: int = 0  # forward passes of the trained model without a gradient, per micro-batch (old log-probs)
     frozen: int = 0  # other models of its shape, each with one such pass (a reference)
     sequences: int = 0  # that are sampled together, and how long their caches are
@@ -105,9 +111,7 @@ class Collective(NamedTuple):
     """What a rank's group does `count` times in a step. `payload` is the whole tensor's bytes: what is summed, what
     there is after a gather, what there is before a scatter. `behind` is the work that it hides behind, if any."""
 
-    kind: (
-        str  # "all-reduce", "all-gather", "reduce-scatter", "all-to-all", "send", "objects" (a few bytes, on the host)
-    )
+    kind: str  # "all-reduce", "all-gather", "reduce-scatter", "all-to-all", "send", "objects" (few bytes, on the host)
     axis: str  # "dp", "cp", "tp", "data", "shard", "replica" or "world"
     count: int
     payload: int
@@ -115,95 +119,59 @@ class Collective(NamedTuple):
     behind: str = ""  # "", "last backward", "backward" (of every micro-batch), "layers" (both passes)
 
 
-class Run(NamedTuple):
-    """Elements of a flat buffer; `partial`: a tensor-parallel rank has only a part of their gradient."""
-
-    elements: int
-    partial: bool
-
-
 class Unit(NamedTuple):
     """What is gathered and reduced together (parallel/zero.py), as it lies on a tensor-parallel rank."""
 
-    runs: tuple[Run, ...]
+    runs: list[tuple[int, bool]]  # elements, and whether a rank has only a part of their gradient
+    matrices: list[int]  # elements of each
 
     @property
     def elements(self) -> int:
-        return sum(run.elements for run in self.runs)
+        return sum(size for size, _ in self.runs)
 
     def partial_in(self, start: int, stop: int) -> int:
-        """The partial elements in [start, stop)."""
-        found = at = 0
-        for run in self.runs:
-            found += run.partial * max(0, min(stop, at + run.elements) - max(start, at))
-            at += run.elements
-        return found
+        """The elements in [start, stop) of whose gradient a rank has only a part."""
+        ends = accumulate(size for size, _ in self.runs)
+        inside = [max(0, min(stop, end) - max(start, end - n)) for end, (n, _) in zip(ends, self.runs, strict=True)]
+        return sum(size for size, (_, partial) in zip(inside, self.runs, strict=True) if partial)
 
 
-def root_of(model: ModelConfig, tp: int) -> Unit:
-    """Embedding, head and the last norm, in the order of `FlatModule.flats_of`: matrices, then norms."""
-    matrices = (1 if model.tie_embeddings else 2) * (model.vocab_size // tp) * model.hidden_size
-    return Unit((Run(matrices, False), Run(model.hidden_size, True)))
+@cache
+def units_of(model: ModelConfig, tp: int) -> tuple[Unit, Unit]:
+    """The root and a layer: the flat buffers of a model of one layer that has no memory.
+
+    Raises: ValueError where tp does not divide the model.
+    """
+    mesh = Mesh(world_size=tp, tp=tp, device=torch.device("meta"))
+    one = Transformer(replace(model, num_layers=1, windows=model.windows[:1]), mesh)
+    found = []
+    for (flat,) in FlatModule(one, mesh).units:
+        runs = [(span.stop - span.start, span.partial) for span in flat.spans()]
+        found.append(Unit(runs, [p.numel() for _, p in flat.members if p.dim() >= 2]))
+    return found[0], found[1]
 
 
-def layer_of(model: ModelConfig, tp: int) -> Unit:
-    """One decoder layer. With fewer key/value heads than ranks, every rank has all their rows (`Sharding.runs`)."""
-    e, d, shared = model.hidden_size, model.head_dim, model.num_kv_heads < tp
-    q = model.num_heads // tp * d
-    kv = 2 * model.num_kv_heads * d // (1 if shared else tp)
-    rest = e * q + 3 * e * model.intermediate_size // tp  # o; gate, up and down
-    runs = [Run(q * e, False), Run(kv * e, shared), Run(rest, False)]
-    runs += [Run(q, False), Run(kv, shared)] if model.qkv_bias else []
-    return Unit((*runs, Run(2 * e + (2 * d if model.qk_norm else 0), True)))
-
-
-def matrices_of(model: ModelConfig, tp: int) -> list[int]:
-    """Elements of a layer's matrices on a rank, in their order: qkv, o, gate and up, down."""
-    q, kv, rest = (run.elements for run in layer_of(model, tp).runs[:3])
-    mlp = model.hidden_size * model.intermediate_size // tp
-    return [q + kv, rest - 3 * mlp, 2 * mlp, mlp]
-
-
-@dataclass(frozen=True)
 class Plan:
-    """One rank's step on a mesh. `mesh` needs no process group; its ranks say which rank is meant."""
+    """One rank's step on a mesh. `mesh` needs no process group; its ranks say which rank is meant.
 
-    model: ModelConfig
-    mesh: Mesh
-    work: Work
-    machine: Machine
+    Raises: ValueError where the mesh does not divide the model.
+    """
 
-    def __post_init__(self):
-        check_divides(self.model, self.mesh.tp)
-
-    # ------------------------------------------------------------------------------------------ sizes
-
-    @cached_property
-    def split(self) -> Split:
-        return Split.of(self.work.tokens, self.mesh)
-
-    @property
-    def itemsize(self) -> int:
-        return ITEMSIZE[self.work.dtype]
-
-    @cached_property
-    def root(self) -> Unit:
-        return root_of(self.model, self.mesh.tp)
-
-    @cached_property
-    def layer(self) -> Unit:
-        return layer_of(self.model, self.mesh.tp)
-
-    @property
-    def heads(self) -> tuple[int, int]:
-        """Query and key/value heads that a rank computes."""
-        return self.model.num_heads // self.mesh.tp, max(1, self.model.num_kv_heads // self.mesh.tp)
-
-    @property
-    def head_tokens(self) -> int:
-        """Tokens that meet this rank's head, filled up as `local_logprob` does."""
-        found = self.split.tokens // self.mesh.cp if self.work.supervised is None else self.work.supervised
-        return found + -found % HEAD_ROWS
+    def __init__(self, model: ModelConfig, mesh: Mesh, work: Work, machine: Machine):
+        self.model, self.mesh, self.work, self.machine = model, mesh, work, machine
+        self.root, self.layer = units_of(model, mesh.tp)
+        self.split, self.itemsize = Split.of(work.tokens, mesh), ITEMSIZE[work.dtype]
+        self.f, self.v = model.intermediate_size // mesh.tp, model.vocab_size // mesh.tp  # of this rank
+        self.heads = model.num_heads // mesh.tp, max(1, model.num_kv_heads // mesh.tp)
+        own = work.tokens // mesh.cp if work.supervised is None else work.supervised
+        self.head_tokens = own + -own % HEAD_ROWS  # filled up as `local_logprob` does
+        self.rank = (mesh.dp_rank * mesh.cp + mesh.cp_rank) % mesh.parts  # of those over which ZeRO cuts
+        self.forwards = work.micro_batches * (1 + work.passes + work.frozen)
+        self.windows = sum(window is not None for window in model.windows)  # layers that have one
+        data = mesh.dp * mesh.cp
+        sizes = {"tp": mesh.tp, "cp": mesh.cp, "dp": mesh.dp, "data": data, "shard": mesh.parts}
+        self.sizes = sizes | {"replica": data // mesh.parts if mesh.shard else 1}  # ranks along each axis
+        self.axis = "shard" if mesh.shard else "data"  # along which ZeRO cuts
 
     def part(self, unit: Unit) -> int:
         """Elements of a rank's part of a unit (`Flat`): all of it without ZeRO."""
@@ -222,33 +190,31 @@ class Plan:
     @cached_property
     def memory(self) -> dict[str, int]:
         """Bytes at the step's peak: in the head's backward, or in the last layer's when more is made there."""
-        level, b = self.mesh.zero, self.itemsize
-        masters = 2 if b == WIDE else 3  # fp32 parameters are their own masters
-        held = {
-            "parameters": b * self.total(self.part if level == 3 else self.whole),
-            "gradients": WIDE * self.total(self.part if level >= 2 else self.whole),
-            "optimizer": WIDE * (masters * self.total(self.part) - self.without_second_moments),
-        }
+        level, b, work = self.mesh.zero, self.itemsize, self.work
         frozen = self.total(self.part) if level == 3 else self.total(lambda unit: unit.elements)
-        held["frozen models"] = b * self.work.frozen * frozen
-        held["tables"] = WIDE * self.model.max_positions * self.model.head_dim * (1 + self.work.frozen)
-        held["activations"] = self.model.num_layers * self.saved_by_layer + self.saved_once
         in_layer = self.layer_working + self.gathered(min(2, self.model.num_layers))
         working = [self.head_working + self.gathered(0), in_layer + self.reduced(1)]
         if self.model.num_layers > 1:  # a layer later: one gradient is on its way while the next is made
             working.append(in_layer + self.reduced(2) - self.saved_by_layer)
-        return held | {"working": max(working), "kv cache": self.cache}
+        return {
+            "parameters": b * self.total(self.part if level == 3 else self.whole),
+            "gradients": WIDE * self.total(self.part if level >= 2 else self.whole),
+            "optimizer": 0 if work.offload and self.machine.device == "cuda" else self.optimizer,
+            "frozen models": b * work.frozen * frozen,
+            "tables": WIDE * self.model.max_positions * self.model.head_dim * (1 + work.frozen),
+            "activations": self.model.num_layers * self.saved_by_layer + self.saved_once,
+            "working": max(working),
+            "kv cache": self.cache,
+        }
 
     @property
-    def without_second_moments(self) -> int:
-        """Elements of a rank's parts that Muon moves."""
-        found = pieces(matrices_of(self.model, self.mesh.tp), self.part(self.layer), self.mesh.parts)
-        return self.model.num_layers * sum(lengths[self.rank] for lengths in found) if self.work.muon else 0
-
-    @property
-    def rank(self) -> int:
-        """Of those over which ZeRO cuts."""
-        return (self.mesh.dp_rank * self.mesh.cp + self.mesh.cp_rank) % self.mesh.parts
+    def optimizer(self) -> int:
+        """Bytes of what it keeps, on the device or the host: fp32 parameters there are their own masters, and Muon's
+        matrices have no second moment."""
+        kept = 2 + (self.itemsize < WIDE or self.work.offload) + self.work.ema
+        found = pieces(self.layer.matrices, self.part(self.layer), self.mesh.parts) if self.work.muon else []
+        matrices = self.model.num_layers * sum(lengths[self.rank] for lengths in found)
+        return WIDE * (kept * self.total(self.part) - matrices)
 
     @property
     def peak(self) -> int:
@@ -256,13 +222,11 @@ class Plan:
 
         Sampling has whole parameters (`Trainer.whole(layers=True)`), and no activations or gradients under way.
         """
-        memory = dict(self.memory)
-        cache = memory.pop("kv cache")
-        training = sum(memory.values())
-        if not cache:
+        training = sum(self.memory.values()) - self.cache
+        if not self.cache:
             return training
         gathered = self.itemsize * self.total(self.whole) if self.mesh.zero == 3 else 0
-        return max(training, training - memory["activations"] - memory["working"] + gathered + cache)
+        return max(training, training - self.memory["activations"] - self.memory["working"] + gathered + self.cache)
 
     @property
     def cache(self) -> int:
@@ -272,18 +236,16 @@ class Plan:
 
     def gathered(self, layers: int) -> int:
         """Whole parameters at level 3: the root, the layer at work, and the one that is fetched meanwhile."""
-        if self.mesh.zero < 3:
-            return 0
-        return self.itemsize * (self.whole(self.root) * (1 + self.work.frozen) + layers * self.whole(self.layer))
+        root = self.whole(self.root) * (1 + self.work.frozen)
+        return self.itemsize * (root + layers * self.whole(self.layer)) if self.mesh.zero == 3 else 0
 
     def reduced(self, layers: int) -> int:
         """Whole gradients at levels 2 and 3: the root's from the head on, and those of the layers under way."""
-        if self.mesh.zero < 2:
-            return 0
         under_way = self.part(self.layer) if layers > 1 else 0
-        return WIDE * (self.whole(self.root) + layers * self.whole(self.layer) + under_way)
+        found = WIDE * (self.whole(self.root) + layers * self.whole(self.layer) + under_way)
+        return found if self.mesh.zero >= 2 else 0
 
-    @property
+    @cached_property
     def saved_by_layer(self) -> int:
         """What autograd keeps of a layer (model/transformer.py), in bytes.
 
@@ -291,14 +253,15 @@ class Plan:
         and up · their product. Under context parallelism k and v are the gathered ones, and o is joined of chunks.
         """
         model, (h, g), d = self.model, self.heads, self.model.head_dim
-        tokens, e, f, cp = self.split.local, model.hidden_size, model.intermediate_size // self.mesh.tp, self.mesh.cp
-        kept = 2 * e * tokens // self.mesh.tp + 2 * e * tokens + 3 * f * tokens
-        kept += (h + 2 * g) * d * tokens if cp == 1 or model.qk_norm else 0
-        kept += (h + g) * d * tokens if cp == 1 else h * d * tokens
-        kept += 0 if cp == 1 else 2 * g * d * (tokens if self.mesh.ring else self.split.size)
-        kept += (1 if cp == 1 else 2) * h * d * tokens
-        kept += (h + 2 * g) * d * e if model.num_kv_heads < self.mesh.tp else 0  # `Attention.used` makes a matrix
-        wide = h * tokens + 2 * tokens // self.mesh.tp + ((h + g) * tokens if model.qk_norm else 0)
+        tokens, e, tp, alone = self.split.local, model.hidden_size, self.mesh.tp, self.mesh.cp == 1
+        around = self.split.size  # tokens of the keys; a ring's are those of a rank, but not in layers with a window
+        if self.mesh.ring:
+            around = (self.windows * around + (model.num_layers - self.windows) * tokens) // model.num_layers
+        kept = 2 * e * tokens // tp + 2 * e * tokens + 3 * self.f * tokens
+        kept += (h + 2 * g) * d * tokens if alone or model.qk_norm else 0
+        kept += (2 * h + g) * d * tokens if alone else 3 * h * d * tokens + 2 * g * d * around
+        kept += (h + 2 * g) * d * e if model.num_kv_heads < tp else 0  # `Attention.used` makes a matrix
+        wide = h * tokens + 2 * tokens // tp + ((h + g) * tokens if model.qk_norm else 0)
         return self.itemsize * (kept + self.kept_probabilities) + WIDE * wide
 
     @property
@@ -322,7 +285,8 @@ class Plan:
         """The head's saved rows and few vectors, and what its backward makes (kernels/head.py): dhidden in fp32,
         dweight and a tile; then, at levels 2 and 3, the root's whole gradient.
         """
-        n, e, v, b = self.head_tokens, self.model.hidden_size, self.model.vocab_size // self.mesh.tp, self.itemsize
+        n, e, v, b = self.head_tokens, self.model.hidden_size, self.v, self.itemsize
+        tile = min(b * n * v, TILE_BYTES["cuda"]) + WIDE * n * e
         if self.machine.device == "cpu":
             rows = max(1, min(n, TILE_ROWS))
             columns = min(v, TILE_BYTES["cpu"] // (4 * rows))
@@ -331,10 +295,7 @@ class Plan:
             if self.mesh.cp * self.mesh.tp > 1:  # joined with others, the entropy has a gradient too, if one of zeros
                 product = max(product, WIDE * rows * columns)
             tile = (2 * WIDE + b) * rows * columns + sums + product
-        else:
-            tile = min(b * n * v, TILE_BYTES["cuda"]) + WIDE * n * e
-        made = max(WIDE * n * e + tile, b * n * e + self.reduced(0))
-        return n * (b * e + 10 * WIDE) + b * v * e + made
+        return n * (b * e + 10 * WIDE) + b * v * e + max(WIDE * n * e + tile, b * n * e + self.reduced(0))
 
     @property
     def layer_working(self) -> int:
@@ -343,31 +304,22 @@ class Plan:
         (Attention's adds less than what the MLP has given back by then.) A tied head's gradient waits for the
         embedding's, to be added to it.
         """
-        tokens, e, f = self.split.local, self.model.hidden_size, self.model.intermediate_size // self.mesh.tp
-        down = tokens * f + e * f
+        tokens, e, f = self.split.local, self.model.hidden_size, self.f
         swiglu = (4 if self.machine.device == "cpu" else 2) * tokens * f
-        gate_up = tokens * e + 2 * e * f - tokens * f
-        waiting = self.model.vocab_size // self.mesh.tp * e if self.model.tie_embeddings else 0
-        return self.itemsize * (tokens * e + max(down, swiglu, gate_up) + waiting)
+        most = max(tokens * f + e * f, swiglu, tokens * e + 2 * e * f - tokens * f)
+        return self.itemsize * (tokens * e + most + (self.v * e if self.model.tie_embeddings else 0))
 
     # ------------------------------------------------------------------------------------------ collectives
 
     @cached_property
     def collectives(self) -> list[Collective]:
         """All of `Trainer.step`, the second step or a later one, with cross-entropy's counts."""
-        found = [
-            *self.of_tensor_parallel(),
-            *self.of_context_parallel(),
-            *self.of_zero(),
-            *self.of_update(),
-            *self.of_muon(),
-        ]
-        found += self.of_host()
+        found = [*self.of_tensor_parallel(), *self.of_context_parallel(), *self.of_zero(), *self.of_update()]
+        # Counts before the step and metrics after it; with levels 2 and 3 also how many micro-batches there are.
+        found += [*self.of_muon(), Collective("objects", "dp", 2 * (self.mesh.dp > 1), 0, "counts, metrics")]
+        together = self.mesh.zero >= 2 and self.mesh.world_size > 1
+        found.append(Collective("objects", "world", 2 * together, 0, "batches"))
         return [c for c in found if c.count]
-
-    @property
-    def forwards(self) -> int:
-        return self.work.micro_batches * (1 + self.work.passes + self.work.frozen)
 
     def of_tensor_parallel(self) -> Iterator[Collective]:
         """Around two blocks a layer, the embedding and the head's input (parallel/tensor.py): what a gather does
@@ -375,77 +327,64 @@ class Plan:
         if self.mesh.tp == 1:
             return
         hidden = self.itemsize * self.split.local * self.model.hidden_size
-        forward, backward, ends = self.forwards, self.work.micro_batches, 2 * self.model.num_layers + 1
-        yield Collective("all-gather", "tp", ends * (forward + backward), hidden, "hidden states")
-        yield Collective("reduce-scatter", "tp", ends * (forward + backward), hidden, "hidden states")
-        yield Collective("all-reduce", "tp", forward, 2 * WIDE * self.head_tokens, "head: log-sum-exp and maximum")
-        yield Collective("all-reduce", "tp", forward, 4 * WIDE * self.head_tokens, "head: target, share, mass and mean")
+        both = (2 * self.model.num_layers + 1) * (self.forwards + self.work.micro_batches)
+        head = WIDE * self.head_tokens
+        yield Collective("all-gather", "tp", both, hidden, "hidden states")
+        yield Collective("reduce-scatter", "tp", both, hidden, "hidden states")
+        yield Collective("all-reduce", "tp", self.forwards, 2 * head, "head: log-sum-exp and maximum")
+        yield Collective("all-reduce", "tp", self.forwards, 4 * head, "head: target, share, mass and mean")
 
     def of_context_parallel(self) -> Iterator[Collective]:
-        """Keys and values of every layer, their gradients, and four results of each token (parallel/context.py)."""
+        """Keys and values of every layer, their gradients, and four results of each token (parallel/context.py). A
+        ring passes them on instead, but in layers with a window (parallel/ring.py)."""
         if self.mesh.cp == 1:
             return
         keys = self.itemsize * self.split.size * 2 * self.heads[1] * self.model.head_dim
-        layers, cp, m = self.model.num_layers, self.mesh.cp, self.work.micro_batches
-        if self.mesh.ring:
-            passes, wide = layers * (self.forwards + m) * (cp - 1), WIDE * keys // self.itemsize
-            yield Collective("send", "cp", passes, keys // cp, "keys and values", "layers")
-            yield Collective("send", "cp", layers * m * cp, wide // cp, "keys' and values' gradients", "layers")
-        else:
-            yield Collective("all-gather", "cp", layers * self.forwards, keys, "keys and values")
-            yield Collective("reduce-scatter", "cp", layers * m, keys, "keys' and values' gradients")
+        cp, m, what = self.mesh.cp, self.work.micro_batches, "keys and values"
+        rings = self.model.num_layers - self.windows if self.mesh.ring else 0
+        gathers, wide = self.model.num_layers - rings, WIDE * keys // self.itemsize
+        yield Collective("send", "cp", rings * (self.forwards + m) * (cp - 1), keys // cp, what, "layers")
+        yield Collective("send", "cp", rings * m * cp, wide // cp, f"gradients of {what}", "layers")
+        yield Collective("all-gather", "cp", gathers * self.forwards, keys, what)
+        yield Collective("reduce-scatter", "cp", gathers * m, keys, f"gradients of {what}")
         yield Collective("all-gather", "cp", self.forwards, 4 * WIDE * self.split.size, "log-probs")
 
     def of_zero(self) -> Iterator[Collective]:
         """The table of parallel/zero.py; the root is reduced last, and at level 3 `prepare` gathers it once more."""
-        if self.size("data") == 1:
-            return
-        layers, m, level = self.model.num_layers, self.work.micro_batches, self.mesh.zero
-        axis = "shard" if self.mesh.shard else "data"
-        for unit, count, name in ((self.root, 1, "root"), (self.layer, layers, "layers")):
-            gradient, parameters = WIDE * self.whole(unit), self.itemsize * self.whole(unit)
-            kind, times = ("all-reduce", 1) if level == 0 else ("reduce-scatter", 1 if level == 1 else m)
-            window = "" if name == "root" else ("last backward", "last backward", "backward", "layers")[level]
-            yield Collective(
-                kind, axis, count * times if self.size(axis) > 1 else 0, gradient, f"gradients, {name}", window
-            )
-            gathers = 0 if level == 0 else count
+        m, level, cut = self.work.micro_batches, self.mesh.zero, self.sizes[self.axis] > 1
+        kind, times = (("all-reduce", 1), ("reduce-scatter", 1), ("reduce-scatter", m), ("reduce-scatter", m))[level]
+        for unit, count, name in ((self.root, 1, "root"), (self.layer, self.model.num_layers, "layers")):
+            gathers = count if level else 0
             if level == 3:
                 gathers = (1 + self.work.frozen) * (1 + m) if name == "root" else count * (m + self.forwards)
-            gathers = gathers if self.size(axis) > 1 else 0
-            yield Collective("all-gather", axis, gathers, parameters, f"parameters, {name}", window * (level == 3))
-            copies = count if self.size("replica") > 1 else 0
-            window = "last backward" if window else ""
-            yield Collective("all-reduce", "replica", copies, WIDE * self.part(unit), f"gradients, {name}", window)
+            behind = "" if name == "root" else ("last backward", "last backward", "backward", "layers")[level]
+            gradient, what = WIDE * self.whole(unit), f"gradients, {name}"
+            yield Collective(kind, self.axis, count * times * cut, gradient, what, behind)
+            parameters, behind = self.itemsize * self.whole(unit), behind if level == 3 else ""
+            yield Collective("all-gather", self.axis, gathers * cut, parameters, f"parameters, {name}", behind)
+            copies, behind = count * (self.sizes["replica"] > 1), "" if name == "root" else "last backward"
+            yield Collective("all-reduce", "replica", copies, WIDE * self.part(unit), what, behind)
 
     def of_update(self) -> Iterator[Collective]:
         """The sum of partial gradients over tp, and the norm (`sum_over_tp`, `grad_norm`)."""
         if self.mesh.tp > 1:
             rank, size = self.rank, self.part
             partial = self.total(lambda unit: unit.partial_in(rank * size(unit), (rank + 1) * size(unit)))
-            yield Collective(
-                "all-reduce", "tp", 1 if partial else 0, WIDE * partial, "gradients of norms, shared K and V"
-            )
+            yield Collective("all-reduce", "tp", partial > 0, WIDE * partial, "gradients of norms, shared K and V")
             yield Collective("all-reduce", "tp", 1, WIDE, "gradient norm")
-        if self.mesh.parts > 1:
-            yield Collective("all-reduce", "shard" if self.mesh.shard else "data", 1, 2 * WIDE, "gradient norm")
+        yield Collective("all-reduce", self.axis, self.mesh.parts > 1, 2 * WIDE, "gradient norm")
 
     def of_muon(self) -> Iterator[Collective]:
         """To whoever orthogonalises, and back (core/muon.py), of a window of layers; over tp, a matrix made whole."""
-        parts, layers, sizes = self.mesh.parts, self.model.num_layers, matrices_of(self.model, self.mesh.tp)
-        axis = "shard" if self.mesh.shard else "data"
+        parts, layers, sizes = self.mesh.parts, self.model.num_layers, self.layer.matrices
         for start in range(0, layers, parts) if self.work.muon else ():
             count = min(parts, layers - start)
             sent = count * sum(lengths[self.rank] for lengths in pieces(sizes, self.part(self.layer), parts))
             own = [n for n, rank in zip(count * sizes, owners(count * sizes, parts), strict=True) if rank == self.rank]
-            yield Collective("all-to-all", axis, 2 * (parts > 1), WIDE * max(sent, sum(own)), "Muon's directions")
+            most = WIDE * max(sent, sum(own))
+            yield Collective("all-to-all", self.axis, 2 * (parts > 1), most, "Muon's directions")
             for n in own if self.mesh.tp > 1 else ():
                 yield Collective("all-gather", "tp", 1, WIDE * n * self.mesh.tp, "Muon's matrices")
-
-    def of_host(self) -> Iterator[Collective]:
-        """Counts before the step and metrics after it; with levels 2 and 3 also how many micro-batches there are."""
-        yield Collective("objects", "dp", 2 if self.mesh.dp > 1 else 0, 0, "counts, metrics")
-        yield Collective("objects", "world", 2 if self.mesh.zero >= 2 and self.mesh.world_size > 1 else 0, 0, "batches")
 
     # ------------------------------------------------------------------------------------------ time
 
@@ -455,27 +394,18 @@ class Plan:
         Ranks are [dp, cp, tp], tp fastest. A ring that crosses hosts uses an adapter of each of its ranks on a host,
         and at most a rank's link.
         """
-        strides = {"tp": 1, "dp": self.mesh.cp * self.mesh.tp, "replica": self.mesh.parts * self.mesh.tp}
-        stride = strides.get(axis, self.mesh.tp)
-        reach = stride * self.size(axis)
-        machine = self.machine
-        if reach <= machine.node:
+        mesh, machine = self.mesh, self.machine
+        stride = {"tp": 1, "dp": mesh.cp * mesh.tp, "replica": mesh.parts * mesh.tp}.get(axis, mesh.tp)
+        if stride * self.sizes[axis] <= machine.node:
             return machine.reached * machine.link
         return machine.reached * min(machine.link, machine.network * max(1, machine.node // stride))
-
-    def size(self, axis: str) -> int:
-        data, parts = self.mesh.dp * self.mesh.cp, self.mesh.parts
-        sizes = {"tp": self.mesh.tp, "cp": self.mesh.cp, "dp": self.mesh.dp, "data": data, "shard": parts}
-        return sizes.get(axis, data // parts if self.mesh.shard else 1)
 
     def seconds_of(self, c: Collective) -> float:
         """A ring moves (n-1)/n of the tensor through each rank, twice for an all-reduce (Patarasuk & Yuan 2009)."""
         if c.kind == "objects":
             return 0.0
-        if c.kind == "send":
-            return c.count * c.payload / self.rate(c.axis)
-        n = self.size(c.axis)
-        return c.count * (2 if c.kind == "all-reduce" else 1) * (n - 1) / n * c.payload / self.rate(c.axis)
+        share = 1.0 if c.kind == "send" else (1 + (c.kind == "all-reduce")) * (1 - 1 / self.sizes[c.axis])
+        return c.count * share * c.payload / self.rate(c.axis)
 
     @property
     def peak_flops(self) -> float:
@@ -489,9 +419,8 @@ class Plan:
     @property
     def layer_seconds(self) -> tuple[float, float]:
         """Forward and backward of a layer on one micro-batch: its kernels one after the other."""
-        model, (h, g), d, b = self.model, self.heads, self.model.head_dim, self.itemsize
-        tokens, t, e = self.split.local, self.split.local // self.mesh.tp, model.hidden_size
-        f = model.intermediate_size // self.mesh.tp
+        (h, g), d, b, f, e = self.heads, self.model.head_dim, self.itemsize, self.f, self.model.hidden_size
+        tokens = self.split.local
         matmuls = sum(
             self.roof(2 * tokens * rows * columns, b * (rows * columns + tokens * (rows + columns)))
             for rows, columns in (((h + 2 * g) * d, e), (e, h * d), (2 * f, e), (e, f))
@@ -499,18 +428,17 @@ class Plan:
         pairs = self.work.tokens * min(self.work.context, self.work.tokens) / 2 / self.mesh.cp  # (query, key), causal
         heads = b * tokens * (2 * h + 2 * g) * d  # q, k, v and o
         attention = self.roof(4 * d * h * pairs, heads), self.roof(14 * d * h * pairs, 2 * heads)
-        norms = 2 * 4 * t * e  # each reads two and writes two, in both passes
-        rope = 2 * tokens * (h + g) * d
-        forward = self.roof(0, b * (norms + rope + 3 * tokens * f))
-        backward = self.roof(0, b * (norms + rope + 5 * tokens * f) + (b + 2 * WIDE) * self.layer.elements)
+        # Each norm reads two and writes two, in both passes; RoPE reads and writes q and k.
+        small = 2 * 4 * tokens // self.mesh.tp * e + 2 * tokens * (h + g) * d
+        forward = self.roof(0, b * (small + 3 * tokens * f))
+        backward = self.roof(0, b * (small + 5 * tokens * f) + (b + 2 * WIDE) * self.layer.elements)
         return matmuls + attention[0] + forward, 2 * matmuls + attention[1] + backward
 
     @property
     def head_seconds(self) -> tuple[float, float]:
         """The root's passes: 2·N·V·E FLOPs forward, 6 backward, where logits are made again (kernels/head.py)."""
-        n, e, v, b = self.head_tokens, self.model.hidden_size, self.model.vocab_size // self.mesh.tp, self.itemsize
-        moved = b * (v * e + n * e)
-        added = (b + 2 * WIDE) * self.root.elements  # to the flat gradient
+        n, e, v, b = self.head_tokens, self.model.hidden_size, self.v, self.itemsize
+        moved, added = b * (v * e + n * e), (b + 2 * WIDE) * self.root.elements  # to the flat gradient
         return self.roof(2 * n * v * e, moved), self.roof(6 * n * v * e, 3 * moved + added)
 
     @cached_property
@@ -523,19 +451,17 @@ class Plan:
         m, layers = self.work.micro_batches, self.model.num_layers
         (forward, backward), (head_forward, head_backward) = self.layer_seconds, self.head_seconds
         forwards = self.forwards * (layers * forward + head_forward)
-        compute = forwards + m * (layers * backward + head_backward)
-        room = {"last backward": layers * backward, "backward": m * layers * backward}
+        room = {"": 0.0, "last backward": layers * backward, "backward": m * layers * backward}
         room["layers"] = layers * (self.forwards * forward + m * backward)
-        sent, hidden = 0.0, dict.fromkeys(room, 0.0)
+        sent = dict.fromkeys(room, 0.0)
         for c in self.collectives:
-            if c.behind:
-                hidden[c.behind] += self.seconds_of(c)
-            else:
-                sent += self.seconds_of(c)
-        sent += sum(max(0.0, seconds - room[window]) for window, seconds in hidden.items())
+            sent[c.behind] += self.seconds_of(c)
+        messages = sum(max(0.0, seconds - room[behind]) for behind, seconds in sent.items())
         # AdamW reads and writes master and moments and reads the gradient, which the norm reads and zero_grad writes.
-        update = self.roof(0, (6 * WIDE + 3 * WIDE + self.itemsize) * self.total(self.part))
-        return {"compute": compute, "messages": sent, "optimizer": update}
+        update = self.roof(0, ((9 + 2 * self.work.ema) * WIDE + self.itemsize) * self.total(self.part))
+        update *= self.machine.bandwidth / self.machine.host if self.work.offload else 1
+        compute = forwards + m * (layers * backward + head_backward)
+        return {"compute": compute, "messages": messages, "optimizer": update}
 
     @property
     def seconds(self) -> float:
@@ -549,10 +475,9 @@ class Plan:
     @property
     def mfu(self) -> float:
         """Useful FLOPs (`ModelConfig.flops`, three passes) over the ranks' peak FLOP/s · step time, at most."""
-        work = self.work
+        work, ranks = self.work, self.mesh.cp * self.mesh.tp
         head = work.tokens if work.supervised is None else work.supervised * self.mesh.cp
         useful = 3 * self.model.flops(work.tokens, head, work.tokens * min(work.context, work.tokens))
-        ranks = self.mesh.cp * self.mesh.tp
         return useful * work.micro_batches / (ranks * self.peak_flops * self.seconds)
 
     # ------------------------------------------------------------------------------------------ verdict
@@ -564,13 +489,12 @@ class Plan:
     @property
     def verdict(self) -> str:
         """Whether it fits, and if not, what is in the way and what would help."""
-        room = ROOM * self.machine.memory / GIB
+        used = f"{self.peak / GIB:.1f} of {ROOM * self.machine.memory / GIB:.1f} GiB"
         if self.fits:
-            return f"fits: {self.peak / GIB:.1f} of {room:.1f} GiB"
+            return f"fits: {used}"
         name, largest = max(self.memory.items(), key=lambda item: item[1])
-        share = f"{self.peak / GIB:.1f} of {room:.1f} GiB, of which {name} {largest / GIB:.1f}"
         cut = self.mesh.zero == 3 and name in ("parameters", "gradients", "optimizer", "frozen models")
-        return f"does not fit: {share}; {'take more GPUs' if cut else REMEDY[name]}"
+        return f"does not fit: {used}, of which {name} {largest / GIB:.1f}; {'take more GPUs' if cut else REMEDY[name]}"
 
 
 def plans(model: ModelConfig, machine: Machine, gpus: int, work: Work, step_tokens: int) -> Iterator[Plan]:
@@ -578,24 +502,25 @@ def plans(model: ModelConfig, machine: Machine, gpus: int, work: Work, step_toke
 
     Of `work`, tokens and micro_batches are chosen here: whole documents of `context` tokens.
     """
-    for tp in divisors(math.gcd(gpus, machine.node)):
-        for cp in divisors(gpus // tp):
-            dp = gpus // tp // cp
-            documents = step_tokens // (dp * work.context)  # of a replica
-            if documents * dp * work.context != step_tokens:
-                continue
-            for count in divisors(documents):
-                batch = replace(work, tokens=count * work.context, micro_batches=documents // count)
-                host = machine.node // tp  # data ranks of a host
-                levels = [(zero, 0) for zero in range(4 if dp * cp > 1 else 1)]
-                levels += [(zero, host) for zero in (1, 2, 3) if dp * cp > host > 1 and dp * cp % host == 0]
-                for zero, shard in levels:
-                    ranks = {"dp_rank": dp - 1, "cp_rank": cp - 1}
-                    mesh = Mesh(world_size=gpus, dp=dp, cp=cp, tp=tp, zero=zero, shard=shard, **ranks)
-                    try:
-                        yield Plan(model, mesh, batch, machine)
-                    except ValueError:  # tp does not divide the model
-                        break
+    pairs = [(tp, cp) for tp in divisors(math.gcd(gpus, machine.node)) for cp in divisors(gpus // tp)]
+    for tp, cp in pairs:
+        dp, host = gpus // tp // cp, machine.node // tp  # data ranks of a host
+        documents, odd = divmod(step_tokens, dp * work.context)  # of a replica
+        levels = [(zero, 0) for zero in range(4 if dp * cp > 1 else 1)]
+        levels += [(zero, host) for zero in (1, 2, 3) if dp * cp > host > 1 and dp * cp % host == 0]
+        for count in divisors(documents) if not odd else ():
+            batch = replace(work, tokens=count * work.context, micro_batches=documents // count)
+            for zero, shard in levels:
+                try:
+                    yield Plan(model, last_rank(gpus, tp, cp, zero, shard), batch, machine)
+                except ValueError:  # tp does not divide the model
+                    break
+
+
+def last_rank(gpus: int, tp: int, cp: int, zero: int, shard: int, ring: bool = False) -> Mesh:
+    """The mesh as the last of `gpus` ranks sees it: the one whose part may be filled up."""
+    grid = {"world_size": gpus, "dp": gpus // tp // cp, "cp": cp, "tp": tp, "zero": zero, "shard": shard, "ring": ring}
+    return Mesh(**grid, dp_rank=grid["dp"] - 1, cp_rank=cp - 1)
 
 
 def best(found: Iterator[Plan], count: int = 5) -> list[Plan]:

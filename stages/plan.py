@@ -8,17 +8,20 @@ Formulas and what they leave out: core/plan.py. Rates are `reached` × the datas
 """
 
 import os
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from tritium.core.config import ConfigError, UserError, load, opt
-from tritium.core.plan import GIB, MACHINES, PRESETS, Machine, Plan, Work, best, plans
+from tritium.core.metrics import matmul_rate
+from tritium.core.plan import GIB, MACHINES, PRESETS, Machine, Plan, Work, best, last_rank, plans
 from tritium.core.setup import MeshConfig
 from tritium.model.config import ModelConfig
-from tritium.parallel.mesh import Mesh
 from tritium.stages.pretrain import ShapeConfig
 
 STAGES = ("pretrain", "sft", "dpo", "grpo")
@@ -40,6 +43,7 @@ class Config:
     bin_tokens: int = opt(0, "tokens of a micro-batch, on `mesh` (0: find the best meshes and micro-batches)")
     mesh: MeshConfig = opt(MeshConfig, "parallelism, where bin_tokens is given")
     muon: bool = opt(False, "Muon moves the layers' matrices")
+    offload: bool = opt(False, "the optimizer's state is in the host's memory")
     dtype: str = opt("bf16", "of the parameters", choices=("bf16", "fp32"))
     sequences: int = opt(256, "sequences that grpo samples together, of `context` tokens")
 
@@ -53,10 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Print a plan. Returns 0, and 1 where nothing fits."""
     config = load(Config, argv or [], "tritium plan", __doc__.partition("\n\n")[0])
     machine = this_machine() if config.machine == "here" else replace(MACHINES[config.machine], reached=config.reached)
-    config, model = from_settings(config)
-    work = Work(
-        config.bin_tokens or config.context, config.context, dtype=config.dtype, muon=config.muon, **passes(config)
-    )
+    config, model, kept = from_settings(config)
+    work = Work(config.bin_tokens or config.context, config.context, dtype=config.dtype, **kept, **passes(config))
     if config.bin_tokens:
         found = [plan_of(model, config, work, machine)]
     else:
@@ -75,14 +77,13 @@ def plan_of(model: ModelConfig, config: Config, work: Work, machine: Machine) ->
     mesh, ranks = config.mesh, config.mesh.cp * config.mesh.tp
     if min(mesh.cp, mesh.tp) < 1 or config.gpus % ranks or mesh.zero not in range(4):
         raise ConfigError(f"mesh: cp={mesh.cp} × tp={mesh.tp} must divide gpus={config.gpus}, and zero be 0 to 3")
-    dp = config.gpus // ranks
-    if mesh.shard and (mesh.shard < 0 or not mesh.zero or dp * mesh.cp % mesh.shard):
-        raise ConfigError(f"mesh.shard={mesh.shard} must divide the {dp * mesh.cp} data ranks, with mesh.zero 1 to 3")
-    work = replace(work, micro_batches=max(1, round(config.step_tokens / (dp * config.bin_tokens))))
-    last = {"dp_rank": dp - 1, "cp_rank": mesh.cp - 1}
+    data = config.gpus // mesh.tp
+    if mesh.shard and (mesh.shard < 0 or not mesh.zero or data % mesh.shard):
+        raise ConfigError(f"mesh.shard={mesh.shard} must divide the {data} data ranks, with mesh.zero 1 to 3")
+    micro_batches = max(1, round(config.step_tokens * ranks / config.gpus / config.bin_tokens))
     try:
-        grid = Mesh(world_size=config.gpus, dp=dp, cp=mesh.cp, tp=mesh.tp, zero=mesh.zero, shard=mesh.shard, **last)
-        return Plan(model, grid, work, machine)
+        rank = last_rank(config.gpus, mesh.tp, mesh.cp, mesh.zero, mesh.shard, mesh.ring)
+        return Plan(model, rank, replace(work, micro_batches=micro_batches), machine)
     except ValueError as error:
         raise ConfigError(f"mesh: {error}") from None
 
@@ -96,43 +97,42 @@ def passes(config: Config) -> dict[str, int]:
     return {}
 
 
-def from_settings(config: Config) -> tuple[Config, ModelConfig]:
-    """The config with what a stage's TOML file says, and the model's shape.
+def from_settings(config: Config) -> tuple[Config, ModelConfig, dict[str, bool]]:
+    """The config with what a stage's TOML file says, the model's shape, and what the optimizer does.
 
     Raises: ConfigError as the stage would; UserError where there is no such model.
     """
     from tritium.model.hf import from_hf_config, read_json
 
-    folder, shape, vocab_size = config.folder, config.model, config.vocab_size
+    folder, shape, vocab_size, context = config.folder, config.model, config.vocab_size, config.context
+    kept = {"muon": config.muon, "offload": config.offload}
     if config.settings:
         settings = load(import_module(f"tritium.stages.{config.stage}").Config, ["--config", config.settings], "", "")
         folder = settings.init if config.stage == "pretrain" else settings.model
         shape, vocab_size = getattr(settings, "model", None), getattr(settings, "vocab_size", 0)
-        config = replace(config, **planned(settings))
+        context = context if folder else shape.context
+        optim, config = settings.optim, replace(config, **planned(settings))
+        kept = {"muon": optim.kind == "muon", "offload": optim.offload, "ema": optim.ema > 0}
     if config.preset and not config.settings:
-        return config, replace(PRESETS[config.preset], max_positions=config.context)
+        return config, replace(PRESETS[config.preset], max_positions=context), kept
     if not folder:
-        context = config.context if not config.settings else shape.context
-        return replace(config, context=context), shape_of(shape, vocab_size, context)
+        return replace(config, context=context), shape_of(shape, vocab_size, context), kept
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise UserError(f"{path} does not exist: a model's folder is wanted")
     model = from_hf_config(read_json(path), path)
-    return replace(config, context=min(config.context, model.max_positions)), model
+    return replace(config, context=min(context, model.max_positions)), model, kept
 
 
 def planned(settings: Any) -> dict[str, Any]:
     """Of a stage's settings, what a plan depends on. GRPO's micro-batches depend on its answers: one is planned."""
-    bins = getattr(settings.data, "bins_per_step", 1)
     dtype = "bf16" if settings.run.dtype == "auto" else settings.run.dtype
     if dtype not in ("bf16", "fp32"):
         raise ConfigError(f"run.dtype={dtype}: only bf16 and fp32 are planned")
-    found = {"mesh": settings.mesh, "dtype": dtype, "bin_tokens": settings.data.bin_tokens}
-    found["muon"] = settings.optim.kind == "muon"
-    found["step_tokens"] = bins * settings.data.bin_tokens
-    if hasattr(settings, "sampling"):
-        found["sequences"] = settings.sampling.max_batch
-    return found
+    tokens = settings.data.bin_tokens
+    found = {"mesh": settings.mesh, "dtype": dtype, "bin_tokens": tokens}
+    found["step_tokens"] = getattr(settings.data, "bins_per_step", 1) * tokens
+    return found | ({"sequences": settings.sampling.max_batch} if hasattr(settings, "sampling") else {})
 
 
 def shape_of(shape: ShapeConfig, vocab_size: int, context: int) -> ModelConfig:
@@ -155,29 +155,21 @@ def this_machine() -> Machine:
     Links are not measured. Of GPUs, the slowest of the known ones are assumed; the ranks of a CPU pass data on through
     its memory, with sums and copies on the way: a tenth of a copy's rate.
     """
-    import torch
-
-    from tritium.core.metrics import matmul_rate
-
     cuda = torch.cuda.is_available()
     device = "cuda" if cuda else "cpu"
-    flops, fp32 = (matmul_rate(dtype, [(2048, 2048, 2048)], device=device) for dtype in (torch.bfloat16, torch.float32))
-    bandwidth = copy_rate(device)
+    rates = [matmul_rate(dtype, [(2048, 2048, 2048)], device=device) for dtype in (torch.bfloat16, torch.float32)]
+    rates.append(copy_rate(device))
     if cuda:
-        memory, count = torch.cuda.get_device_properties(0).total_memory, torch.cuda.device_count()
-        slowest = min(MACHINES.values(), key=lambda machine: machine.link)
-        return Machine("here", count, memory, flops, fp32, bandwidth, slowest.link, slowest.network, reached=1.0)
+        memory, slowest = torch.cuda.get_device_properties(0).total_memory, MACHINES["a100"]
+        links = slowest.link, slowest.network, slowest.host
+        return Machine("here", torch.cuda.device_count(), memory, *rates, *links, reached=1.0)
     memory, cores = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), os.cpu_count() or 1
-    rates = flops / cores, fp32 / cores, bandwidth / cores, bandwidth / 10, bandwidth / 10
-    return Machine("here", cores, memory / cores, *rates, reached=1.0, device="cpu")
+    own = [rate / cores for rate in rates]
+    return Machine("here", cores, memory / cores, *own, rates[2] / 10, rates[2] / 10, own[2], reached=1.0, device="cpu")
 
 
 def copy_rate(device: str, rounds: int = 5) -> float:
     """Bytes/s read and written by a copy that no cache holds."""
-    import time
-
-    import torch
-
     source = torch.ones((512 if device == "cuda" else 64) << 18, device=device)
     target, times = torch.empty_like(source), []
     for _ in range(rounds):
@@ -210,7 +202,9 @@ def overview(found: Sequence[Plan]) -> list[str]:
 def details(plan: Plan) -> list[str]:
     """The first plan's memory, messages and time."""
     memory = [(name, f"{size / GIB:.3f}") for name, size in plan.memory.items() if size]
-    lines = ["GiB of a rank:", *aligned([*memory, ("peak", f"{plan.peak / GIB:.3f}")], left=(0,)), ""]
+    memory += [("peak", f"{plan.peak / GIB:.3f}")]
+    memory += [("optimizer, on the host", f"{plan.optimizer / GIB:.3f}")] if not plan.memory["optimizer"] else []
+    lines = ["GiB of a rank:", *aligned(memory, left=(0,)), ""]
     sent = [("collective", "axis", "count", "MiB each", "seconds", "hidden behind", "what")]
     for c in plan.collectives:
         if c.kind != "objects":

@@ -19,7 +19,7 @@ from tritium.core.batch import Document, pack
 from tritium.core.config import ConfigError, opt
 from tritium.core.objectives import CrossEntropy
 from tritium.core.optim import OptimConfig
-from tritium.core.plan import MACHINES, PRESETS, Machine, Plan, Work, best, layer_of, plans, root_of
+from tritium.core.plan import MACHINES, PRESETS, Machine, Plan, Work, best, plans, units_of
 from tritium.core.schedule import ScheduleConfig
 from tritium.core.setup import DTYPES
 from tritium.core.trainer import RunConfig, Trainer
@@ -35,7 +35,7 @@ SMALL = ModelConfig(vocab_size=512, hidden_size=128, intermediate_size=352, num_
 TIED = replace(SMALL, tie_embeddings=True, vocab_size=4096, num_layers=2)
 DEEP = replace(SMALL, num_layers=8, qk_norm=True)
 WIDE = replace(SMALL, hidden_size=256, intermediate_size=704, num_heads=8, vocab_size=8192, num_layers=2)
-CPU = Machine("a CPU", 1, 1e10, 1e11, 1e11, 1e10, 1e9, 1e9, device="cpu")
+CPU = Machine("a CPU", 1, 1e10, 1e11, 1e11, 1e10, 1e9, 1e9, 1e9, device="cpu")
 H100 = MACHINES["h100"]
 
 
@@ -54,7 +54,9 @@ class Settings:
 def test_units_are_those_of_the_flat_buffers(config, tp):
     mesh = Mesh(world_size=tp, tp=tp, tp_rank=tp - 1)
     root, *layers = FlatModule(Transformer(config, mesh), mesh).units
-    for (flat,), unit in [(root, root_of(config, tp)), *((layer, layer_of(config, tp)) for layer in layers)]:
+    for (flat,), unit in zip(
+        [root, *layers], [units_of(config, tp)[0], *[units_of(config, tp)[1]] * len(layers)], strict=True
+    ):
         assert flat.size == unit.elements
         spans = list(flat.spans())
         for start, stop in [(0, flat.size), (flat.size // 3, flat.size // 2), (flat.size - 7, flat.size)]:
@@ -76,7 +78,18 @@ class QuickTrainer(Trainer):
         return 1.0
 
 
-def step_of(config: ModelConfig, tokens: int, documents: int, micro_batches: int, dtype: str, tp=1, cp=1, zero=0):
+def step_of(
+    config: ModelConfig,
+    tokens: int,
+    documents: int,
+    micro_batches: int,
+    dtype: str,
+    tp=1,
+    cp=1,
+    zero=0,
+    offload=False,
+    ema=0.0,
+):
     """The most bytes of tensors that live at any moment of a second step, by the profiler's allocation records; and
     the plan of this rank."""
     rng, length = np.random.default_rng(0), tokens // documents
@@ -85,7 +98,7 @@ def step_of(config: ModelConfig, tokens: int, documents: int, micro_batches: int
     with tempfile.TemporaryDirectory() as out, profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
         mesh = init_mesh(tp, cp, zero, device="cpu")
         model = Transformer(config, mesh, DTYPES[dtype]).initialize(0)
-        settings = Settings(RunConfig(out=out, dtype=dtype), OptimConfig(), ScheduleConfig())
+        settings = Settings(RunConfig(out=out, dtype=dtype), OptimConfig(offload=offload, ema=ema), ScheduleConfig())
         trainer = QuickTrainer({"policy": model}, CrossEntropy(), settings, mesh, name="plan", total_steps=9)
         trainer.stepped_at = 0.0
         trainer.step([batch])
@@ -101,7 +114,7 @@ def step_of(config: ModelConfig, tokens: int, documents: int, micro_batches: int
     groups = dict.fromkeys(
         ("dp_group", "cp_group", "tp_group", "data_group", "shard_group", "replica_group", "device_mesh")
     )  # can't be sent back
-    work = Work(tokens, length, micro_batches, own, dtype)
+    work = Work(tokens, length, micro_batches, own, dtype, offload=offload, ema=bool(ema))
     return int(live[within].max()), Plan(config, replace(mesh, **groups), work, CPU)
 
 
@@ -127,6 +140,19 @@ def assert_as_planned(found: int, plan: Plan, tolerance: float) -> None:
 )
 def test_live_bytes_of_a_step_are_those_of_the_plan(config, tokens, documents, micro_batches, zero, dtype):
     assert_as_planned(*step_of(config, tokens, documents, micro_batches, dtype, zero=zero), 0.03)
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_so_are_those_of_an_optimizer_on_the_host_with_a_running_mean(dtype):
+    found, plan = step_of(SMALL, 256, 2, 1, dtype, offload=True, ema=0.9)
+    assert_as_planned(found, plan, 0.03)
+    on_gpu = Plan(SMALL, plan.mesh, plan.work, H100)  # whose host is elsewhere
+    assert on_gpu.memory["optimizer"] == 0 and on_gpu.optimizer == plan.optimizer == plan.memory["optimizer"]
+    assert (
+        on_gpu.times["optimizer"]
+        > 10 * Plan(SMALL, plan.mesh, replace(plan.work, offload=False), H100).times["optimizer"]
+    )
 
 
 @pytest.mark.parametrize(
@@ -224,19 +250,20 @@ def test_one_mesh_is_shown_in_detail(capsys):
 
 def test_what_does_not_fit_is_an_exit_code_of_1_with_a_remedy(capsys):
     code, out = run(capsys, "--preset=8b", "--gpus=2", "--bin_tokens=8192")
-    assert code == 1 and "does not fit" in out and "cut it: mesh.zero ≥ 1, or mesh.tp" in out
+    assert code == 1 and "does not fit" in out and "cut it: mesh.zero ≥ 1, or mesh.tp; or optim.offload" in out
 
 
 def test_a_stages_settings_are_planned(capsys, tmp_path):
     (tmp_path / "my.toml").write_text(
         'vocab_size = 1000\n[model]\nlayers = 3\n[data]\nsources = ["a.txt"]\nbin_tokens = 1024\nbins_per_step = 8\n'
-        '[mesh]\nzero = 1\n[run]\ndtype = "fp32"\n'
+        '[mesh]\nzero = 1\n[optim]\noffload = true\n[run]\ndtype = "fp32"\n'
     )
     code, out = run(capsys, f"--settings={tmp_path}/my.toml", "--gpus=4")
     row = out.splitlines()[3].split()
     assert code == 0 and row[:7] == ["4", "1", "1", "1", "4", "1024", "2"]  # shard before tokens and micro-batches
-    config, model = stage.from_settings(stage.Config(settings=f"{tmp_path}/my.toml"))
+    config, model, kept = stage.from_settings(stage.Config(settings=f"{tmp_path}/my.toml"))
     assert (model.num_layers, model.vocab_size, model.tie_embeddings, config.dtype) == (3, 1000, True, "fp32")
+    assert kept == {"muon": False, "offload": True, "ema": False}
 
 
 def test_dpo_and_grpo_need_more(capsys):
@@ -263,7 +290,7 @@ def test_impossible_plans_are_refused_in_a_sentence(argv, said):
 
 @pytest.mark.usefixtures("quick")
 def test_this_machine_can_be_planned_for(monkeypatch):
-    monkeypatch.setattr("tritium.core.metrics.matmul_rate", lambda *args, **kwargs: 1e9)
+    monkeypatch.setattr("tritium.stages.plan.matmul_rate", lambda *args, **kwargs: 1e9)
     monkeypatch.setattr(stage, "copy_rate", lambda *args, **kwargs: 1e9)
     machine = stage.this_machine()
     assert machine.memory > 1e8 and machine.reached == 1

@@ -28,6 +28,7 @@ MODEL = ModelConfig(vocab_size=32, hidden_size=16, intermediate_size=24, num_lay
                     head_dim=8, max_positions=64)  # fmt: skip
 TIED = replace(MODEL, tie_embeddings=True, qkv_bias=True)
 SHARED = replace(MODEL, num_kv_heads=1, qk_norm=True)
+WINDOWED = replace(MODEL, windows=(None, 7, None))
 LENGTHS = (5, 30, 9, 6)  # of a micro-batch's documents: two pairs, 50 tokens
 MICRO_BATCHES = 2
 
@@ -147,9 +148,9 @@ def test_hybrid_ranks_send_what_the_plan_says(pool4, tp, cp, zero, shard):
         assert found == expected and found
 
 
-@pytest.mark.parametrize("cp,dtype,stage", [(2, "bf16", "pretrain"), (4, "fp32", "dpo")])
-def test_a_ring_sends_what_the_plan_says(pool4, cp, dtype, stage):
-    for found, expected in pool4.run(step, MODEL, 1, cp, 0, dtype, stage, 0, True):
+@pytest.mark.parametrize("config,cp,dtype,stage", [(MODEL, 2, "bf16", "pretrain"), (WINDOWED, 4, "fp32", "dpo")])
+def test_a_ring_sends_what_the_plan_says(pool4, config, cp, dtype, stage):
+    for found, expected in pool4.run(step, config, 1, cp, 0, dtype, stage, 0, True):
         assert found == expected and any(kind == "send" for kind, *_ in found)
 
 
