@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import tritium
+from tritium.core import setup
 from tritium.core.config import ConfigError
 from tritium.core.data import DataConfig
 from tritium.core.optim import LossScale, OptimConfig
@@ -12,6 +13,7 @@ from tritium.core.setup import FinetuneConfig
 from tritium.core.trainer import RunConfig, Trainer
 from tritium.model.config import ModelConfig
 from tritium.model.transformer import Transformer
+from tritium.parallel.mesh import Mesh
 from tritium.stages import pretrain, sft
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -29,7 +31,7 @@ def test_neftune_is_uniform_and_smaller_in_longer_documents():
     clean = Transformer(CONFIG).initialize(0).hidden(TOKENS, CU)
     assert not torch.equal(model.hidden(TOKENS, CU), clean)
     with torch.no_grad():
-        assert torch.equal(model.hidden(TOKENS, CU), clean)
+        torch.testing.assert_close(model.hidden(TOKENS, CU), clean.detach(), rtol=1e-5, atol=1e-5)
 
 
 def test_dropout_acts_in_training_only_and_keeps_the_mean():
@@ -40,7 +42,7 @@ def test_dropout_acts_in_training_only_and_keeps_the_mean():
     draws = torch.stack([model.hidden(TOKENS, CU).detach() for _ in range(200)])
     assert draws.std(0).mean() > 0.05 and (draws.mean(0) - clean).abs().mean() < 0.5 * draws.std(0).mean()
     with torch.no_grad():
-        assert torch.equal(model.hidden(TOKENS, CU), clean)
+        torch.testing.assert_close(model.hidden(TOKENS, CU), clean.detach(), rtol=1e-5, atol=1e-5)
 
 
 def test_the_loss_scale_halves_where_it_must_and_grows_with_patience():
@@ -98,3 +100,17 @@ def test_the_final_decay_has_its_own_data(tiny, tmp_path, monkeypatch):
     assert min(common[4:]) > max(common[:4])
     with pytest.raises(ConfigError, match="anneal goes with schedule.kind=wsd"):
         pretrain.Config(**options)
+
+
+def test_auto_takes_bf16_only_where_its_matmuls_are_the_faster_ones(monkeypatch):
+    def auto(name, avx512_bf16, amx):
+        monkeypatch.setattr(setup, "cpu_model", lambda: name)
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512_bf16)
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+        return setup.parameter_dtype("auto", Mesh.single())
+
+    assert auto("AMD EPYC 9554 64-Core Processor", True, False) == torch.bfloat16
+    assert auto("Intel(R) Xeon(R) Processor", True, True) == torch.bfloat16
+    assert auto("Intel(R) Xeon(R) Processor", True, False) == torch.float32  # 80 against 135 GFLOP/s
+    assert auto("AMD EPYC 7763 64-Core Processor", False, False) == torch.float32
+    assert setup.parameter_dtype("bf16", Mesh.single()) == torch.bfloat16
