@@ -26,12 +26,15 @@ from typing import Any
 from tritium.core.config import ConfigError, from_dict, nearest, opt, to_toml
 from tritium.core.curate.clean import Clean
 from tritium.core.curate.dedup import Exact, Near, Passages
+from tritium.core.curate.distil import Distil
 from tritium.core.curate.filters import Filter
 from tritium.core.curate.pack import Pack
 from tritium.core.curate.reject import Reject
 from tritium.core.curate.report import write_report
 from tritium.core.curate.runner import run_steps, write_atomically
+from tritium.core.curate.score import Classify, Perplexity
 from tritium.core.curate.select import Select
+from tritium.core.curate.semantic import Decontaminate, Semantic
 from tritium.core.curate.sources import Collect
 from tritium.core.curate.step import Context, Step
 from tritium.core.output import make_folder
@@ -45,6 +48,11 @@ STEPS = {
     "exact": Exact,
     "near": Near,
     "passages": Passages,
+    "semantic": Semantic,
+    "decontaminate": Decontaminate,
+    "perplexity": Perplexity,
+    "classify": Classify,
+    "distil": Distil,
     "select": Select,
     "reject": Reject,
     "pack": Pack,

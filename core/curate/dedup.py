@@ -11,7 +11,7 @@ Memory: `memory_mb` for sorting, 8 bytes a document, and some 200 for each that 
 """
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -62,6 +62,11 @@ class Features:
         return path
 
 
+def each(function: Callable, items: Sequence) -> list:
+    """As `Context.map`, in this process: a model is held once."""
+    return [function(item) for item in items]
+
+
 @dataclass
 class Twins(Step):
     """A step that drops documents because of others: the plan of a shard holds for each row the id of the
@@ -79,7 +84,7 @@ class Twins(Step):
         raise NotImplementedError
 
     def prepare(self, context: Context, shards: list[Piece]) -> None:
-        files = context.map(Features(self, context.scratch), shards)
+        files = (each if self.LOCAL else context.map)(Features(self, context.scratch), shards)
         firsts = np.cumsum([0, *(shard.rows for shard in shards)])
         found = [pairs for pairs in self.pairs(files, firsts, context) if len(pairs)]
         twin = np.full(firsts[-1], -1, np.int64)

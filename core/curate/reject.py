@@ -14,10 +14,12 @@
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from importlib.util import find_spec
 from itertools import islice
 from typing import Any, ClassVar
 
-from tritium.core.config import opt
+from tritium.core.chat import parse_reasoning
+from tritium.core.config import ConfigError, opt
 from tritium.core.curate.runner import write_lines
 from tritium.core.curate.step import Context, Document, Drop, Job, Outcome, Piece, Step, note, read_shard
 from tritium.core.rewards import Answer, Reward, Score, judge
@@ -31,7 +33,7 @@ class Reject(Step):
     """Judge answers; a document without one that is good enough is dropped."""
 
     accept: dict[str, float] = opt({}, "least values by judge")
-    verify: str = opt("auto", "the judge of problems: auto, none, or as in core/rewards, e.g. math")
+    verify: str = opt("auto", "the judge of problems: auto, none, math_verify (the library), or as in core/rewards")
     score: str = opt("", "the judge that ranks (empty: right before wrong, nothing more)")
     least: float = opt(-1e9, "least score of an answer to learn")
     keep: int = opt(1, "answers to learn from a document, at most")
@@ -45,6 +47,8 @@ class Reject(Step):
             self.judge(spec)
         if self.verify not in ("auto", "none"):
             self.judge(self.verify)
+        if self.verify == "math_verify" and not find_spec("math_verify"):
+            raise ConfigError('verify="math_verify" needs the extra: pip install "tritium[data]"')
 
     def measures(self) -> Sequence[str]:
         return ("pass_rate", "best_score")
@@ -54,7 +58,7 @@ class Reject(Step):
         from tritium.core.rewards.make import make_reward  # it loads torch, which other processes need not
 
         if spec not in self.judges:
-            self.judges[spec] = make_reward(spec)
+            self.judges[spec] = math_verify if spec == "math_verify" else make_reward(spec)
         return self.judges[spec]
 
     @cached_property
@@ -146,6 +150,13 @@ class Reject(Step):
         levels = by_worth(document["answers"])
         if len(levels) > 1:
             yield {"prompt": document["messages"], "ranked": [level[0]["text"] for level in levels]}
+
+
+def math_verify(ids: Sequence, text: str, *, prompt: str = "", reference: str = "") -> Score:
+    """The library's judgement, as a judge of ours; where its time is up, it raises."""
+    from math_verify import parse, verify
+
+    return Score(float(verify(parse(f"${reference}$"), parse(parse_reasoning(text)[1]))))
 
 
 def verifier(document: Document) -> str:

@@ -8,9 +8,11 @@ from typing import ClassVar
 import numpy as np
 
 from tritium.core.config import ConfigError, opt
+from tritium.core.curate.mixture import best_mixture, read_runs
 from tritium.core.curate.runner import priority, write_array
+from tritium.core.curate.semantic import Embedder
 from tritium.core.curate.step import Context, Document, Drop, Job, Outcome, Piece, Step, note, read_shard, text_of
-from tritium.core.select import balanced
+from tritium.core.select import balanced, spread_out
 
 
 @dataclass
@@ -27,15 +29,26 @@ class Select(Step):
     sources: list[str] = opt([], "only these")
     categories: list[str] = opt([], "only these")
     count: int = opt(0, "documents to keep (0: all)")
-    by: str = opt("random", "which: any, or the tags of `tag` in turn", choices=("random", "tag"))
+    by: str = opt("random", "which: any, the tags of `tag` in turn, clusters of embeddings in turn, or far apart ones",
+                  choices=("random", "tag", "cluster", "diverse"))  # fmt: skip
     tag: str = opt("source", "by=tag: the documents' key that is to be balanced")
+    model: str = opt("", "by=cluster, diverse: folder of the model that embeds")
+    clusters: int = opt(100, "by=cluster: their number")
     mixture: dict[str, float] = opt({}, "shares of the sources, in characters")
+    mixture_from: str = opt("", 'file of small runs, {"mixture": {source: share}, "loss"} each: the mixture that their '
+                            "regression finds best (core/curate/mixture.py)")  # fmt: skip
 
     GLOBAL: ClassVar[bool] = True
 
     def check(self) -> None:
         if self.count < 0 or any(share < 0 for share in self.mixture.values()):
             raise ConfigError(f"count={self.count} and the shares of mixture must not be negative")
+        if (self.by in ("cluster", "diverse")) != bool(self.model):
+            raise ConfigError(f"by={self.by}, model={self.model!r}: cluster and diverse need a model, others have none")
+        super().check()
+
+    def files(self) -> list[str]:
+        return [file for file in (self.model, self.mixture_from) if file]
 
     def fits(self, document: Document) -> Drop | None:
         scores = document["scores"]
@@ -53,28 +66,40 @@ class Select(Step):
     def prepare(self, context: Context, shards: list[Piece]) -> None:
         """The plan: how often each document is taken, −1 where a threshold leaves it out."""
         firsts = np.cumsum([0, *(shard.rows for shard in shards)])
-        times, sizes, sources = np.full(firsts[-1], -1, np.int64), np.zeros(firsts[-1], np.int64), []
-        tags, orders = [], np.zeros(firsts[-1], np.int64)
-        documents = (d for shard in shards for d in read_shard(shard.path))
-        for i, document in enumerate(documents):
-            taken = not self.takes(document) or self.fits(document) is None
-            times[i], sizes[i] = taken - 1 + taken, len(text_of(document))
+        times, sizes = np.full(firsts[-1], -1, np.int64), np.zeros(firsts[-1], np.int64)
+        orders, sources, tags, texts = np.zeros(firsts[-1], np.int64), [], [], {}
+        for i, document in enumerate(d for shard in shards for d in read_shard(shard.path)):
+            said = text_of(document)
+            times[i], sizes[i] = 1 if not self.takes(document) or self.fits(document) is None else -1, len(said)
+            orders[i] = priority(document["id"], context.seed)
             sources.append(document["source"])
             tags.append(str(document.get(self.tag)))
-            orders[i] = priority(document["id"], context.seed)
+            if self.model and times[i] > 0:
+                texts[i] = said[:2000]
         left = np.flatnonzero(times > 0)
         left = left[np.argsort(orders[left], kind="stable")]
         if self.count:
-            chosen = left[: self.count] if self.by == "random" else left[self.balanced([tags[i] for i in left])]
+            chosen = left[self.chosen([tags[i] for i in left], [texts.get(i, "") for i in left])]
             times[left], times[chosen] = 0, 1
             left = chosen
-        if self.mixture:
-            times[left] = mixed(self.mixture, [sources[i] for i in left], sizes[left])
+        mixture = best_mixture(read_runs(self.mixture_from)) if self.mixture_from else self.mixture
+        if mixture:
+            times[left] = mixed(mixture, [sources[i] for i in left], sizes[left])
         for i, shard in enumerate(shards):
             write_array(context.scratch / f"{shard.name}.plan.npy", times[firsts[i] : firsts[i + 1]])
 
-    def balanced(self, tags: list[str]) -> list[int]:
-        return balanced(tags, lambda tag: tag, self.count)
+    def chosen(self, tags: list[str], texts: list[str]) -> list[int]:
+        """Which `count` of the documents, whose order is by chance."""
+        if self.by == "random":
+            return list(range(min(self.count, len(tags))))
+        if self.by == "tag":
+            return balanced(tags, str, self.count)
+        vectors = Embedder(self.model)(texts)
+        return (
+            spread_out(vectors, self.count)
+            if self.by == "diverse"
+            else balanced(clusters(vectors, self.clusters), int, self.count)
+        )
 
     def run(self, documents: Iterable[Document], job: Job) -> Iterator[tuple[Document, Outcome]]:
         for document, times in zip(documents, np.load(job.plan).tolist(), strict=True):
@@ -111,3 +136,14 @@ def mixed(mixture: dict[str, float], sources: list[str], sizes: np.ndarray) -> n
             times[i] = int(rounds[source]) + (used[source] + size / 2 <= part)
             used[source] += size
     return times
+
+
+def clusters(vectors: np.ndarray, count: int, rounds: int = 10) -> list[int]:
+    """k-means (Lloyd 1982) of rows [n, E] of length 1, from far apart ones on: the cluster of each row."""
+    centres = vectors[spread_out(vectors, count)]
+    for _ in range(rounds):
+        nearest = (vectors @ centres.T).argmax(1)
+        sums = np.zeros_like(centres)
+        np.add.at(sums, nearest, vectors)
+        centres = sums / np.maximum(np.linalg.norm(sums, axis=1, keepdims=True), 1e-9)
+    return nearest.tolist()

@@ -73,7 +73,7 @@ class Collect(Step):
         """The lines of each file in stretches of `shard_mb`; unpacks what is not lines yet."""
         paths = self.paths()
         made = context.map(Unpack(context.scratch), paths)
-        taken, pieces = {shard.name for shard in shards}, []
+        taken, pieces = {shard.name.rpartition("-")[0] for shard in shards}, []
         for path, (plain, damage) in zip(paths, made, strict=True):
             base = name = re.sub(r"[^\w-]+", "-", stem(path))
             while name in taken:

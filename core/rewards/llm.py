@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tritium.core.chat import parse_reasoning, render, stop_ids
-from tritium.core.config import ConfigError
+from tritium.core.config import ConfigError, UserError
 from tritium.core.rewards import Answer, Composed, Score
 from tritium.core.rewards.scorer import FolderModel
 from tritium.model.generate import generate
@@ -52,6 +52,7 @@ PAIR = """Compare two answers to a question by {rubric}. What stands between the
 [end of answer B]
 
 Give your reasons in one sentence, then the line "Winner: A", "Winner: B" or "Winner: tie"."""
+Question = str | Sequence[dict]  # of one turn, or a conversation that waits for an answer
 TRANSIENT = (408, 409, 429, 500, 502, 503, 504)
 
 
@@ -108,21 +109,35 @@ class LocalModel(FolderModel):
     """A language model of this process. A reply has an end: `max_tokens`."""
 
     max_tokens: int = 512
+    temperature: float = 0.0
 
     def __post_init__(self):
         super().__post_init__()
         if self.heads:
             raise ConfigError(f"reward: {self.folder} is a reward model, which can't speak: use model({self.folder!r})")
 
-    def replies(self, questions: Sequence[str]) -> list[str | Exception]:
-        asked = [[{"role": "user", "content": question}] for question in questions]
-        prompts = [render(self.tokenizer, messages, generation_prompt=True).ids for messages in asked]
-        fits = [i for i, ids in enumerate(prompts) if len(ids) < self.model.config.max_positions]
-        options = Options(temperature=0.0, max_tokens=self.max_tokens, stop_ids=tuple(stop_ids(self.tokenizer)))
-        made = generate(self.model, [prompts[i] for i in fits], options=options)
+    def replies(self, questions: Sequence[Question], seeds: Sequence[int] | None = None) -> list[str | Exception]:
+        prompts = [self.prompt(question) for question in questions]
+        fits = [i for i, ids in enumerate(prompts) if not isinstance(ids, Exception)]
+        options = Options(
+            temperature=self.temperature, max_tokens=self.max_tokens, stop_ids=tuple(stop_ids(self.tokenizer))
+        )
+        drawn = [seeds[i] for i in fits] if seeds else 0
+        made = generate(self.model, [prompts[i] for i in fits], options=options, seed=drawn)
         found = {i: self.tokenizer.decode(c.tokens) for i, c in zip(fits, made, strict=True)}
-        too_long = ValueError("a question longer than the judge's context")
-        return [found.get(i, too_long) for i in range(len(prompts))]
+        return [found.get(i, prompt) for i, prompt in enumerate(prompts)]
+
+    def prompt(self, question: Question) -> list[int] | Exception:
+        try:
+            ids = render(self.tokenizer, conversation(question), generation_prompt=True).ids
+        except UserError as error:  # turns or signs that the model's format has no place for
+            return error
+        context = self.model.config.max_positions
+        return ids if len(ids) < context else ValueError(f"a question longer than the model's context of {context}")
+
+
+def conversation(question: Question) -> list[dict]:
+    return [{"role": "user", "content": question}] if isinstance(question, str) else list(question)
 
 
 @dataclass(frozen=True)
@@ -136,20 +151,23 @@ class Endpoint:
     tries: int = 4
     wait: float = 1.0  # seconds before the second try; twice as long before each further one
     parallel: int = 8
+    temperature: float = 0.0
+    max_tokens: int = 0  # of a reply (0: as many as the endpoint gives)
 
-    def replies(self, questions: Sequence[str]) -> list[str | Exception]:
+    def replies(self, questions: Sequence[Question], seeds: Sequence[int] | None = None) -> list[str | Exception]:
         with ThreadPoolExecutor(self.parallel) as pool:
-            return list(pool.map(self.reply, questions))
+            return list(pool.map(self.reply, questions, seeds or [None] * len(questions)))
 
-    def reply(self, question: str) -> str | Exception:
+    def reply(self, question: Question, seed: int | None = None) -> str | Exception:
         try:
-            return self.ask(question)
+            return self.ask(question, seed)
         except Exception as error:
             return error
 
-    def ask(self, question: str) -> str:
-        """The judge's answer. Tries again where the endpoint is busy or unreachable. Raises: RuntimeError."""
-        body = {"model": self.model, "messages": [{"role": "user", "content": question}], "temperature": 0}
+    def ask(self, question: Question, seed: int | None = None) -> str:
+        """The model's reply. Tries again where the endpoint is busy or unreachable. Raises: RuntimeError."""
+        body = {"model": self.model, "messages": conversation(question), "temperature": self.temperature}
+        body |= {k: v for k, v in {"max_tokens": self.max_tokens, "seed": seed}.items() if v}
         headers = {"Content-Type": "application/json"}
         if key := os.environ.get(self.key):
             headers["Authorization"] = f"Bearer {key}"
@@ -165,7 +183,7 @@ class Endpoint:
                     break
             except (OSError, ValueError, LookupError, TypeError) as error:
                 problem = f"{type(error).__name__}: {getattr(error, 'reason', error)}"
-        raise RuntimeError(f"no judgement from {self.url}: {problem}")
+        raise RuntimeError(f"no reply from {self.url}: {problem}")
 
     def read(self, request: urllib.request.Request) -> bytes:
         """The whole reply. Raises: TimeoutError, also where it comes drop by drop."""

@@ -8,6 +8,7 @@ import pytest
 
 from tritium.core.curate.clean import anonymised, identified
 from tritium.core.curate.filters import RULES, Filter, Measures
+from tritium.core.curate.reject import math_verify
 from tritium.core.curate.sources import html_text, parse
 from tritium.core.curate.step import Drop
 from tritium.core.formats import RecordError
@@ -187,3 +188,12 @@ def test_prose_passes_all_rules_and_the_other_sets_have_their_own(tmp_path):
 def test_rules_on_words_know_scripts_without_spaces():
     text = "".join(SENTENCES["zh"] + chr(0x4E00 + 37 * i) for i in range(4))
     assert applied(text, rules=[], limits={"min_words": 50, "min_mean_word": 3, "min_stop_words": 2})["id"] == "1"
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("math_verify"), reason="math-verify is not installed")
+def test_answers_are_judged_as_the_library_does():
+    cases = [("0.5", "so \\boxed{\\frac{1}{2}}", True), ("12", "the answer is $12$", True), ("3", "\\boxed{4}", False),
+             ("\\sqrt{8}", "\\boxed{2\\sqrt{2}}", True), ("(1, 2)", "\\boxed{(2, 1)}", False)]  # fmt: skip
+    for reference, text, right in cases:
+        assert math_verify((), text, reference=reference).solved == right, text
+        assert make_reward("math")((), text, reference=reference).solved == right, text

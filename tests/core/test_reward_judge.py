@@ -70,12 +70,12 @@ def test_a_busy_endpoint_is_asked_again_and_a_refusal_is_not(endpoint):
     assert open_judge(url, wait=0.001)([], "x").value == 1.0 and len(asked) == 3
     replies += [(401, "")]
     judged = judge(open_judge(url, wait=0.001), [Answer([], "x")])
-    assert list(judged.failures) == [f"RuntimeError: no judgement from {url}: HTTP 401"] and len(asked) == 4
+    assert list(judged.failures) == [f"RuntimeError: no reply from {url}: HTTP 401"] and len(asked) == 4
 
 
 def test_an_endpoint_that_is_not_there_fails_after_its_tries():
     judged = judge(open_judge("http://127.0.0.1:9", tries=2, wait=0.001), [Answer([], "x")])
-    assert "no judgement" in next(iter(judged.failures))
+    assert "no reply" in next(iter(judged.failures))
 
 
 @pytest.mark.parametrize(
@@ -162,7 +162,7 @@ def test_a_local_model_judges_by_the_same_prompts(parrot):
     reward = make_reward(f"judge({parrot('Score: 7')!r})")
     judged = judge(reward, [Answer([], "x", "Q"), Answer([], "x " * 2000, "Q"), Answer([], "y", "Q", "R")])
     assert [s and s.value for s in judged.scores] == [pytest.approx(6 / 9), None, pytest.approx(6 / 9)]
-    assert "longer than the judge's context" in str(judged.failures)
+    assert "longer than the model's context" in str(judged.failures)
     mute = make_reward(f"judge({parrot('Score: 7')!r}, max_tokens=2)")
     assert "gave no score" in str(judge(mute, [Answer([], "x", "Q")]).failures)
 

@@ -1,0 +1,229 @@
+"""Distil: a teacher's answers, chains of thought, and new problems. What is asked is in prompts.toml, a table a task.
+
+The teacher is a model's folder, or an OpenAI-compatible endpoint. Its replies are kept in OUT/teacher.sqlite by a hash
+of all that they depend on, so that a run that was killed gets the same ones. A reply that does not come (after tries
+with back-off), or has not what was asked for, is counted and shown; the document goes on without it.
+"""
+
+import re
+import sqlite3
+import tomllib
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass
+from functools import cache, cached_property
+from importlib import resources
+from itertools import islice
+from pathlib import Path
+from typing import Any, ClassVar
+
+from tritium.core.chat import parse_reasoning
+from tritium.core.config import REQUIRED, ConfigError, UserError, opt
+from tritium.core.curate.runner import priority
+from tritium.core.curate.step import Document, Drop, Job, Outcome, Step, digest, note, prompt_text, state
+
+TASKS = ("answer", "chain", "counterfactual", "text", "facts", "self-instruct", "evolve", "revise")
+SLOT = re.compile(r"\{(\w+)\}")
+
+
+@cache
+def tasks() -> dict[str, dict]:
+    return tomllib.loads((resources.files("tritium.core.curate") / "prompts.toml").read_text("utf-8"))
+
+
+@dataclass
+class State:
+    """What the calls have given so far of one sample; `path` says which it is."""
+
+    document: int
+    values: dict[str, str]
+    path: str = ""
+
+
+@dataclass
+class Distil(Step):
+    """Ask a teacher."""
+
+    teacher: str = opt(REQUIRED, "folder of a model, or address of an endpoint, e.g. http://127.0.0.1:8000/v1")
+    task: str = opt("answer", "what is asked", choices=TASKS)
+    which: str = opt("unverified", "documents: without a reference or tests, without an answer, or all",
+                     choices=("unverified", "unanswered", "all"))  # fmt: skip
+    n: int = opt(1, "samples for each (facts: for each fact)")
+    model: str = opt("default", "endpoint: name of the model")
+    temperature: float = opt(0.7, "of the sampling")
+    max_tokens: int = opt(512, "longest reply")
+    batch: int = opt(64, "documents that are asked for together")
+    seconds: float = opt(120.0, "endpoint: of one try")
+    tries: int = opt(5, "endpoint: tries of a request")
+    wait: float = opt(1.0, "endpoint: seconds before the second try; twice as long before each further one")
+
+    LOCAL: ClassVar[bool] = True
+
+    def check(self) -> None:
+        if self.n < 1 or self.batch < 1 or self.tries < 1:
+            raise ConfigError(f"n={self.n}, batch={self.batch} and tries={self.tries} must be at least 1")
+        if not self.remote and not Path(self.teacher).is_dir():
+            raise ConfigError(f"teacher={self.teacher!r} is no folder, and no address such as http://127.0.0.1:8000/v1")
+
+    @property
+    def remote(self) -> bool:
+        return self.teacher.startswith(("http://", "https://"))
+
+    def files(self) -> list[str]:
+        return [] if self.remote else [self.teacher]
+
+    @cached_property
+    def source(self) -> Any:
+        from tritium.core.rewards.llm import Endpoint, LocalModel  # they load torch, which other processes need not
+
+        drawn = {"temperature": self.temperature, "max_tokens": self.max_tokens}
+        if not self.remote:
+            return LocalModel(self.teacher, **drawn)
+        return Endpoint(self.teacher, self.model, seconds=self.seconds, tries=self.tries, wait=self.wait, **drawn)
+
+    def takes(self, document: Document) -> bool:
+        needs = tasks()[self.task]["needs"]
+        if not super().takes(document) or (document["kind"] == "text") != (needs == "text"):
+            return False
+        if needs == "answer":
+            return bool(document["answers"])
+        return (
+            needs == "text"
+            or self.which == "all"
+            or not document["reference" if self.which == "unverified" else "answers"]
+        )
+
+    def run(self, documents: Iterable[Document], job: Job) -> Iterator[tuple[Document, Outcome]]:
+        documents = iter(documents)
+        with closing(Replies(self, job)) as replies:
+            while batch := list(islice(documents, self.batch)):
+                asked = [d for d in batch if self.takes(d)]
+                states, drops = self.converse(asked, replies)
+                number = {id(d): i for i, d in enumerate(asked)}
+                for document in batch:
+                    at = number.get(id(document))
+                    mine = [s for s in states if s.document == at]
+                    yield document, document if at is None else self.made(document, mine, drops.get(at, []))
+
+    def converse(self, documents: list[Document], replies: "Replies") -> tuple[list[State], dict[int, list[Drop]]]:
+        """The calls of the task, each for all documents together: what they gave, and what failed, by document."""
+        prompts = [prompt_text(d) for d in documents]
+        states = [State(i, known(d, prompts, i), d["id"]) for i, d in enumerate(documents)]
+        drops: dict[int, list[Drop]] = {}
+        for number, call in enumerate(tasks()[self.task]["calls"]):
+            asked = [
+                State(s.document, dict(s.values), f"{s.path}/{number}.{k}")
+                for s in states
+                for k in range(self.n if call.get("sampled") else 1)
+            ]
+            seeds = [priority(s.path, replies.seed) for s in asked]
+            questions = [self.question(call, s, documents, seed) for s, seed in zip(asked, seeds, strict=True)]
+            states = []
+            for s, reply in zip(asked, replies.to(questions, seeds), strict=True):
+                found = reply if isinstance(reply, Exception) else extracted(reply, call["fields"])
+                if isinstance(found, Exception):
+                    silent = isinstance(reply, Exception)
+                    reason = "the teacher did not answer" if silent else "the teacher's reply is not what was asked for"
+                    drops.setdefault(s.document, []).append(
+                        Drop(reason, f"{found}{'' if silent else f': {reply[:300]}'}")
+                    )
+                    continue
+                lines = bulleted(found[call["fields"][0]]) if call.get("lines") else [None]
+                for i, line in enumerate(lines):
+                    values = found if line is None else {call["fields"][0]: line}
+                    states.append(State(s.document, s.values | values, s.path if line is None else f"{s.path}.{i}"))
+        return states, drops
+
+    def question(self, call: dict, s: State, documents: list[Document], seed: int) -> list[dict]:
+        prompt = call["prompts"][seed % len(call["prompts"])]
+        if not prompt:
+            return documents[s.document]["messages"]
+        return [{"role": "user", "content": filled(prompt, s.values)}]
+
+    def made(self, document: Document, states: list[State], drops: list[Drop]) -> Outcome:
+        """The document with the answers, or beside new ones; and what failed."""
+        task, by = tasks()[self.task], f"teacher/{self.task}"
+        note(document, teacher=self.teacher.rstrip("/").rpartition("/")[2], replies=len(states))
+        answers = [{"text": filled(task["answer"], s.values), "by": by} for s in states]
+        if task.get("makes") != "document":
+            document["answers"] += answers
+            return [document, *drops] if document["answers"] or not drops else drops[0]
+        labels = {key: document[key] for key in ("source", "licence", "language")}
+        labels |= {"kind": "chat", "reference": "", "scores": {}}
+        history = [*document["provenance"], {"step": by, "of": document["id"]}]
+        asked = ([{"role": "user", "content": filled(task["question"], s.values)}] for s in states)
+        new = [
+            {"id": s.path, "messages": messages, "answers": [answer], "provenance": [dict(p) for p in history]} | labels
+            for s, messages, answer in zip(states, asked, answers, strict=True)
+        ]
+        return [document, *new, *drops]
+
+
+def known(document: Document, prompts: list[str], i: int) -> dict[str, str]:
+    """What a prompt may name of a document."""
+    others = [prompts[(i + k) % len(prompts)] for k in range(min(4, len(prompts)))]
+    values = {"prompt": prompts[i], "examples": "\n\n".join(f"Task: {text}" for text in others)}
+    if document["kind"] == "text":
+        return values | {"text": document["text"]}
+    best = next((a for a in document["answers"] if a.get("right", True)), {"text": ""})
+    return values | {"answer": best["text"], "reference": document["reference"]}
+
+
+def filled(template: str, values: dict[str, str]) -> str:
+    """With {names} replaced, once: what a document says in braces stays as it is."""
+    return SLOT.sub(lambda match: values.get(match[1], match[0]), template).strip()
+
+
+def extracted(reply: str, fields: Sequence[str]) -> dict[str, str] | ValueError:
+    """The fields of a reply: in tags, after labels, or, of one, all of it."""
+    said = parse_reasoning(reply)[1] or reply if fields != ["reply"] else reply
+    found = {name: m[1].strip() for name in fields if (m := re.search(rf"<{name}>(.*?)</{name}>", said, re.DOTALL))}
+    if len(found) < len(fields):
+        ends = "|".join(fields)
+        label = r"(?ims)^\W*{0}\W*?:\s*(.*?)(?=^\W*(?:{1})\W*?:|\Z)"
+        found |= {f: m[1].strip() for f in fields if f not in found and (m := re.search(label.format(f, ends), said))}
+    if len(fields) == 1 and not found:
+        found = {fields[0]: said.strip()}
+    missing = [name for name in fields if not found.get(name)]
+    return ValueError(f"no {', '.join(missing)}") if missing else found
+
+
+def bulleted(text: str) -> list[str]:
+    """The lines of a list, without their bullets and numbers."""
+    lines = (re.sub(r"^\s*(?:[-*•]|\d+[.)])\s*", "", line).strip() for line in text.splitlines())
+    return list(dict.fromkeys(line for line in lines if line))
+
+
+class Replies:
+    """A teacher's replies, from the cache where they are known. What was asked together is kept together: after a kill,
+    a local model is asked for the same batch."""
+
+    def __init__(self, step: Distil, job: Job):
+        self.step, self.seed = step, job.context.seed
+        sampled = {k: v for k, v in asdict(step).items() if k in ("teacher", "model", "temperature", "max_tokens")}
+        self.identity = digest(sampled, [] if step.remote else state(step.teacher))
+        self.cache = sqlite3.connect(job.context.cache)
+        self.cache.execute("CREATE TABLE IF NOT EXISTS replies (key TEXT PRIMARY KEY, reply TEXT)")
+
+    def to(self, questions: list[list[dict]], seeds: list[int]) -> list[str | Exception]:
+        """Raises: UserError where none of many gets a reply: the teacher is not there."""
+        keys = [digest(self.identity, q, s) for q, s in zip(questions, seeds, strict=True)]
+        found: dict[str, Any] = {}
+        for key in keys:
+            if row := self.cache.execute("SELECT reply FROM replies WHERE key = ?", (key,)).fetchone():
+                found[key] = row[0]
+        asked = [i for i, key in enumerate(keys) if key not in found]
+        if asked:
+            said = self.step.source.replies([questions[i] for i in asked], [seeds[i] for i in asked])
+            new = {keys[i]: reply for i, reply in zip(asked, said, strict=True)}
+            good = [(key, reply) for key, reply in new.items() if isinstance(reply, str)]
+            if self.step.remote and len(new) > 7 and not good:
+                raise UserError(f"the teacher gave none of {len(new)} replies ({next(iter(new.values()))}): "
+                                "start it, and this command again")  # fmt: skip
+            with self.cache:
+                self.cache.executemany("INSERT OR REPLACE INTO replies VALUES (?, ?)", good)
+            found |= new
+        return [found[key] for key in keys]
+
+    def close(self) -> None:
+        self.cache.close()

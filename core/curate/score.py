@@ -1,0 +1,126 @@
+"""Scores from models: perplexity, instruction-following difficulty, and classifiers trained here on given examples."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import islice
+from math import exp
+from pathlib import Path
+from typing import ClassVar
+
+from tritium.core.config import REQUIRED, ConfigError, opt
+from tritium.core.curate.step import Context, Document, Drop, Job, Outcome, Piece, Step, text_of
+from tritium.core.formats import Skipped, read_documents
+from tritium.core.rewards.classifier import features, probability, train_classifier
+
+BATCH = 128  # documents that a model sees together
+
+
+@dataclass
+class Bounded(Step):
+    """A step that gives a score, and may drop by it."""
+
+    low: float = opt(-1e30, "documents below are dropped")
+    high: float = opt(1e30, "documents above are dropped")
+
+    def judged(self, document: Document, name: str, value: float) -> Outcome:
+        document["scores"][name] = round(value, 6)
+        if self.low <= value <= self.high:
+            return document
+        return Drop(f"{name} out of bounds", f"{name} {value:.4g} is not in [{self.low:g}, {self.high:g}]")
+
+
+@dataclass
+class Perplexity(Bounded):
+    """Under a model of ours: exp of the mean loss per token; of a long text, of its last `context` tokens. With `ifd`,
+    the instruction-following difficulty instead: loss of the answer given the prompt / loss of the answer alone (Li et
+    al., arXiv 2308.12032, section 2.3)."""
+
+    model: str = opt(REQUIRED, "folder of a language model")
+    ifd: bool = opt(False, "score answers by how little their prompt helps")
+
+    LOCAL: ClassVar[bool] = True
+
+    def files(self) -> list[str]:
+        return [self.model]
+
+    def measures(self) -> Sequence[str]:
+        return ("ifd" if self.ifd else "perplexity",)
+
+    def takes(self, document: Document) -> bool:
+        return super().takes(document) and (not self.ifd or (document["kind"] != "text" and bool(document["answers"])))
+
+    @cached_property
+    def loaded(self):
+        from tritium.core.rewards.scorer import FolderModel
+
+        folder = FolderModel(self.model)
+        if folder.heads:
+            raise ConfigError(f"model={self.model} is a reward model; this needs a language model")
+        return folder
+
+    def losses(self, pairs: list[tuple[str, str]]) -> list[float]:
+        """Mean loss per token of each continuation, nats."""
+        from tritium.core.evaluate import likelihoods
+
+        return [
+            -found.logp / max(found.tokens, 1) for found in likelihoods(self.loaded.model, self.loaded.tokenizer, pairs)
+        ]
+
+    def run(self, documents: Iterable[Document], job: Job) -> Iterator[tuple[Document, Outcome]]:
+        documents, (name,) = iter(documents), self.measures()
+        while batch := list(islice(documents, BATCH)):
+            asked = [d for d in batch if self.takes(d)]
+            if self.ifd:
+                answers = [d["answers"][0]["text"] for d in asked]
+                given = self.losses(
+                    [(d["messages"][-1]["content"] + "\n", a) for d, a in zip(asked, answers, strict=True)]
+                )
+                alone = self.losses([("", answer) for answer in answers])
+                values = [a / max(b, 1e-9) for a, b in zip(given, alone, strict=True)]
+            else:
+                values = [exp(min(loss, 50.0)) for loss in self.losses([("", text_of(d)) for d in asked])]
+            outcomes = {id(d): self.judged(d, name, value) for d, value in zip(asked, values, strict=True)}
+            yield from ((d, outcomes.get(id(d), d)) for d in batch)
+
+
+@dataclass
+class Classify(Bounded):
+    """The probability of a good text, by a classifier of hashed character n-grams (core/rewards/classifier.py), that is
+    trained here on texts that are good and texts that are bad: quality, safety, coherence, as the examples are."""
+
+    name: str = opt("quality", "of the score")
+    good: list[str] = opt([], "files of good texts, as `pretrain` reads them")
+    bad: list[str] = opt([], "files of bad texts")
+    characters: int = opt(2000, "of a text that are looked at")
+
+    def check(self) -> None:
+        super().check()
+        if not self.good or not self.bad:
+            raise ConfigError("good and bad must each name a file of examples")
+
+    def files(self) -> list[str]:
+        return [*self.good, *self.bad]
+
+    def measures(self) -> Sequence[str]:
+        return (self.name,)
+
+    def prepare(self, context: Context, shards: list[Piece]) -> None:
+        labelled = ((self.good, False), (self.bad, True))
+        examples = [(text[: self.characters], label) for files, label in labelled
+                    for file in files for text in read_documents(file, Skipped())]  # fmt: skip
+        train_classifier(examples, str(self.weights_file(context)), seed=context.seed)
+
+    def weights_file(self, context: Context) -> Path:
+        return context.scratch / "classifier.npz"
+
+    def run(self, documents: Iterable[Document], job: Job) -> Iterator[tuple[Document, Outcome]]:
+        from numpy import load
+
+        weights = load(self.weights_file(job.context))["weights"].astype(float)
+        for document in documents:
+            if not self.takes(document):
+                yield document, document
+                continue
+            value = 1 - probability(weights, features(text_of(document)[: self.characters]))
+            yield document, self.judged(document, self.name, value)

@@ -1,0 +1,227 @@
+"""Embeddings and what they are for: duplicates by meaning, variety, and evaluation sets that leaked into the data.
+
+An embedding is the mean of a model's last hidden states over a text's first tokens, of length 1. Any language model
+that we load will do; BERT's family comes through transformers (the extra `data`). Similarity is exact: blocks of dot
+products and their k largest, in torch, or faiss's flat index.
+"""
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
+from itertools import islice
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+
+from tritium.core.config import REQUIRED, ConfigError, UserError, opt
+from tritium.core.curate.dedup import Twins
+from tritium.core.curate.minhash import shingles, word_hashes
+from tritium.core.curate.sources import Collect
+from tritium.core.curate.step import Context, Document, Drop, Job, Outcome, Step, prompt_text, text_of
+from tritium.core.formats import Skipped, read_records
+
+TOKENS = 256  # of a text are embedded
+BATCH = 256  # texts that are embedded together
+ITEMS = ("question", "prompt", "problem", "context", "text", "Body")  # of a record of an evaluation set
+ROWS, COLUMNS = 512, 1 << 16  # of a block of dot products
+
+
+class Embedder:
+    """Texts → [n, E] fp32 rows of length 1; texts without a token get zeros."""
+
+    def __init__(self, folder: str):
+        """Raises: ConfigError for a folder that needs a library which is not there."""
+        config = Path(folder) / "config.json"
+        family = json.loads(config.read_text())["model_type"] if config.is_file() else ""
+        self.encoder = "bert" in family or family in ("electra", "mpnet", "ernie", "nomic_bert")
+        self.folder = folder
+        if self.encoder and not find_spec("transformers"):
+            raise ConfigError(f'{folder} is of BERT\'s family ({family}): pip install "tritium[data]" for transformers')
+
+    def __call__(self, texts: Sequence[str]) -> np.ndarray:
+        import torch
+
+        with torch.no_grad():
+            rows = self.transformers(texts) if self.encoder else self.ours(texts)
+            return torch.nn.functional.normalize(rows.float(), dim=-1).cpu().numpy()
+
+    def ours(self, texts: Sequence[str]):
+        import torch
+
+        from tritium.core.batch import Document as Tokens
+        from tritium.core.batch import pack, plan_bins
+
+        model, tokenizer = self.loaded()
+        limit = min(TOKENS, model.config.max_positions)
+        ids = [row[:limit] for row in tokenizer.encode_batch([text[: 8 * limit] for text in texts])]
+        result = torch.zeros(len(texts), model.config.hidden_size)
+        some = [i for i, row in enumerate(ids) if row]
+        for members in plan_bins([len(ids[i]) for i in some], 4096):
+            mine = [some[j] for j in members]
+            stream = [[Tokens(np.array(ids[i], np.int32), np.ones(len(ids[i]), np.float32))] for i in mine]
+            batch = pack(stream, multiple_of=512).to(model.mesh.device)
+            hidden = model.hidden(batch.tokens, batch.cu_seqlens, positions=batch.positions).float()  # [T, E]
+            lengths = batch.cu_seqlens.diff().long()
+            owner = torch.repeat_interleave(torch.arange(len(lengths), device=hidden.device), lengths)
+            sums = hidden.new_zeros(len(lengths), hidden.shape[1]).index_add_(0, owner, hidden)
+            result[mine] = sums[: len(mine)].cpu()
+        return result
+
+    def loaded(self):
+        from tritium.core.rewards.scorer import FolderModel
+
+        folder = opened(FolderModel, self.folder)
+        return folder.model, folder.tokenizer
+
+    def transformers(self, texts: Sequence[str]):
+        from transformers import AutoModel, AutoTokenizer
+
+        tokenizer, model = (
+            opened(AutoTokenizer.from_pretrained, self.folder),
+            opened(AutoModel.from_pretrained, self.folder),
+        )
+        batch = tokenizer(list(texts), return_tensors="pt", padding=True, truncation=True, max_length=TOKENS)
+        mask = batch["attention_mask"][..., None]
+        return (model.eval()(**batch).last_hidden_state * mask).sum(1) / mask.sum(1).clamp(min=1)
+
+
+@cache
+def opened(kind, folder: str):
+    """A model or tokenizer, read once."""
+    return kind(folder)
+
+
+def most_similar(queries: np.ndarray, rows: np.ndarray, k: int, engine: str = "torch") -> tuple[np.ndarray, np.ndarray]:
+    """For each of the queries [m, E] the k rows [n, E] of the largest dot products, the largest first: (products, their
+    places), [m, min(k, n)]. Exact: every product is formed."""
+    k = min(k, len(rows))
+    if engine == "faiss":
+        import faiss
+
+        index = faiss.IndexFlatIP(rows.shape[1])
+        index.add(np.ascontiguousarray(rows, np.float32))
+        return index.search(np.ascontiguousarray(queries, np.float32), k)
+    import torch
+
+    values, places = np.empty((len(queries), k), np.float32), np.empty((len(queries), k), np.int64)
+    for at in range(0, len(queries), ROWS):
+        block = torch.from_numpy(np.ascontiguousarray(queries[at : at + ROWS], np.float32))
+        best, where = block.new_zeros(len(block), 0), torch.zeros(len(block), 0, dtype=torch.int64)
+        for start in range(0, len(rows), COLUMNS):
+            part = torch.from_numpy(np.ascontiguousarray(rows[start : start + COLUMNS], np.float32))
+            top, found = (block @ part.T).topk(min(k, len(part)), 1)
+            best, where = torch.cat([best, top], 1), torch.cat([where, found + start], 1)
+            best, order = best.topk(min(k, best.shape[1]), 1)
+            where = where.gather(1, order)
+        values[at : at + ROWS], places[at : at + ROWS] = best.numpy(), where.numpy()
+    return values, places
+
+
+@dataclass
+class Semantic(Twins):
+    """Drop documents that mean what one before them does; of its `neighbours`, all that are as similar as that."""
+
+    model: str = opt(REQUIRED, "folder of the model that embeds")
+    threshold: float = opt(0.95, "cosine similarity from which on two are one")
+    neighbours: int = opt(16, "that are looked at for each document")
+    engine: str = opt("torch", "of the search", choices=("torch", "faiss"))
+
+    REASON: ClassVar[str] = "means what another does"
+    LOCAL: ClassVar[bool] = True  # one model, in one process
+
+    def check(self) -> None:
+        super().check()
+        Embedder(self.model)
+        if self.engine == "faiss" and not find_spec("faiss"):
+            raise ConfigError('engine="faiss" needs the extra: pip install "tritium[data]"')
+
+    def files(self) -> list[str]:
+        return [self.model]
+
+    def features(self, texts: list[bytes]) -> np.ndarray:
+        parts = [Embedder(self.model)([t.decode() for t in texts[i : i + BATCH]]) for i in range(0, len(texts), BATCH)]
+        return np.concatenate(parts) if parts else np.zeros((0, 1), np.float32)
+
+    def pairs(self, files: list[Path], firsts: np.ndarray, context: Context) -> Iterator[np.ndarray]:
+        rows = np.concatenate([part for file in files if len(part := np.load(file))] or [np.zeros((0, 1), np.float32)])
+        values, places = most_similar(rows, rows, self.neighbours + 1, self.engine)
+        number = np.arange(len(rows))[:, None].repeat(places.shape[1], 1)
+        near = (values >= self.threshold) & (places < number)
+        yield np.stack([places[near], number[near]], 1)
+
+
+@cache
+def evaluation_texts(sources: tuple[str, ...]) -> list[str]:
+    """What is asked in evaluation files: the first of ITEMS that a record has."""
+    records = (r for path in Collect(sources=list(sources)).paths() for _, r in read_records(path, Skipped()))
+    found = (next((r[key] for key in ITEMS if isinstance(r.get(key), str)), "") for r in records)
+    texts = [text for text in found if text.strip()]
+    if not texts:
+        raise UserError(f"against={list(sources)}: none of {', '.join(ITEMS)} in them")
+    return texts
+
+
+@dataclass
+class Decontaminate(Step):
+    """Drop documents that share a passage of `words` words with an evaluation set (Brown et al., arXiv 2005.14165,
+    appendix C: 13), or, with a model, mean what one of its items does. Items of fewer words are met by their whole."""
+
+    against: list[str] = opt([], "files of the evaluation sets")
+    words: int = opt(13, "of a passage")
+    model: str = opt("", "folder of a model that embeds (empty: by words only)")
+    threshold: float = opt(0.95, "cosine similarity of prompts from which on two are one")
+
+    def check(self) -> None:
+        super().check()
+        if not self.against or self.words < 2:
+            raise ConfigError("against must name at least one file, and words be at least 2")
+
+    def files(self) -> list[str]:
+        return [*Collect(sources=self.against).paths(), *([self.model] if self.model else [])]
+
+    @property
+    def LOCAL(self) -> bool:  # elsewhere of the class
+        return bool(self.model)
+
+    def run(self, documents: Iterable[Document], job: Job) -> Iterator[tuple[Document, Outcome]]:
+        documents = iter(documents)
+        while batch := list(islice(documents, BATCH)):
+            asked = [d for d in batch if self.takes(d)]
+            drops = {id(d): drop for d in asked if (drop := self.by_words(d))}
+            if self.model:
+                items = embedded(tuple(self.against), self.model)
+                values, _ = most_similar(Embedder(self.model)([prompt_text(d) for d in asked]), items, 1)
+                for document, value in zip(asked, values[:, 0].tolist(), strict=True):
+                    if value >= self.threshold:
+                        drop = Drop("means what an item of an evaluation set does", f"similarity {value:.3f}")
+                        drops.setdefault(id(document), drop)
+            yield from ((d, drops.get(id(d), d)) for d in batch)
+
+    def by_words(self, document: Document) -> Drop | None:
+        known, short = evaluation_grams(tuple(self.against), self.words)
+        found, _ = shingles([text_of(document).encode()], self.words)
+        shared = np.isin(found, known).any() or whole_hash(prompt_text(document)) in short
+        return Drop("shares a passage with an evaluation set") if shared else None
+
+
+def whole_hash(text: str) -> bytes:
+    """Of all its words."""
+    return word_hashes([text.encode()])[0].tobytes()
+
+
+@cache
+def evaluation_grams(sources: tuple[str, ...], n: int) -> tuple[np.ndarray, frozenset[bytes]]:
+    """(sorted hashes of the n-grams, the whole hashes of shorter items)."""
+    texts = evaluation_texts(sources)
+    found, at = shingles([text.encode() for text in texts], n)
+    counts = np.bincount(word_hashes([text.encode() for text in texts])[1], minlength=len(texts))
+    short = frozenset(whole_hash(text) for text, count in zip(texts, counts, strict=True) if 0 < count < n)
+    return np.unique(found[counts[at] >= n]), short
+
+
+@cache
+def embedded(sources: tuple[str, ...], folder: str) -> np.ndarray:
+    return Embedder(folder)(evaluation_texts(sources))
