@@ -44,6 +44,7 @@ STAGES = {
     "merge": "merge an adapter into its base",
     "surgery": "make a model of models: deeper, with another vocabulary, averaged",
     "run": "run several stages from one recipe file",
+    "sweep": "search for the settings with which a stage does best",
     "tokenizer": "train a tokenizer on raw text",
     "curate": "collect, filter, deduplicate, select, distil and reject data, with a report",
     "corpus": "write the ladder's data, which every machine can make",

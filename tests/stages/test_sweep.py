@@ -1,0 +1,69 @@
+"""tritium sweep: trials in processes of their own, stopped early where hopeless, resumed, shown."""
+
+import json
+
+import pytest
+
+from tritium.core.config import ConfigError, UserError
+from tritium.stages import sweep
+
+pytestmark = pytest.mark.usefixtures("quick")
+
+
+def options(tiny, out, *more: str) -> list[str]:
+    run = ["--run.steps=6", "--run.eval_every=2", "--run.eval_bins=1", "--run.dtype=fp32", "--schedule.kind=constant"]
+    data = [f"--model={tiny.model}", f"--data.sources={tiny.data('chats.jsonl')}", "--data.holdout=0.2"]
+    return ["sft", f"--out={out}", "--search=random", "--vary=optim.lr=1e-9:3e-2:log", *data, *run, *more]
+
+
+def test_trials_run_are_shown_and_resumed(tiny, tmp_path, capsys):
+    assert sweep.main(options(tiny, tmp_path, "--trials=2")) == 0
+    shown = capsys.readouterr().out
+    assert shown == (tmp_path / "sweep.md").read_text() and shown.count("| done |") == 2
+    rows = [json.loads(line) for line in (tmp_path / "trials.jsonl").read_text().splitlines()]
+    best = min(rows, key=lambda row: row["value"])
+    assert best["value"] == min(y for _, y in best["curve"]) and shown.splitlines()[2].startswith(
+        f"| {rows.index(best)} | {best['settings']['optim.lr']} |"
+    )
+    assert (tmp_path / "sweep.svg").read_text().startswith("<svg")
+    assert sweep.main(options(tiny, tmp_path, "--trials=3", "--jobs=2")) == 0  # of the same seed: as if never stopped
+    again = [json.loads(line) for line in (tmp_path / "trials.jsonl").read_text().splitlines()]
+    assert again[:2] == rows and len(again) == 3
+    with pytest.raises(UserError, match="holds trials of optim.lr: name another --out"):
+        sweep.main([*options(tiny, tmp_path, "--trials=3"), "--vary=optim.beta1=0.8:0.9"])
+
+
+def test_a_trial_below_the_median_is_stopped():
+    class Quiet(sweep.Sweep):
+        def __init__(self, curves, sign):
+            self.trials, self.sign = [sweep.Trial({}, curve=c) for c in curves], sign
+
+    good = [[(0, 5.0), (10, 3.0)], [(0, 5.0), (10, 3.2), (20, 1.0)], [(0, 5.0), (10, 3.4)]]
+    for curve, hopeless in (
+        ([(0, 9.0)], False),  # nothing is trained yet
+        ([(0, 5.0), (10, 3.3)], True),
+        ([(0, 5.0), (10, 3.1)], False),
+        ([(0, 5.0), (10, float("nan"))], True),  # 5 so far
+        ([(0, 5.0), (20, 4.0)], False),  # too few have come so far
+        ([], False),
+    ):
+        for sign in (1.0, -1.0):
+            trials = Quiet([[(x, sign * y) for x, y in c] for c in [*good, curve]], sign)
+            assert trials.hopeless(trials.trials[3]) == hopeless, curve
+
+
+def test_mistakes_are_told_before_a_trial_runs(tiny, tmp_path, capsys):
+    for more, words in (
+        ("--vary=optim.lrr=1:2", "optim.lrr.*did you mean optim.lr"),
+        ("--vary=run.steps=1:2:log:x", "may be :log"),
+        ("--vary=optim.kind=adamw,sgd", "expected one of adamw, muon"),
+        ("--data.sourcs=x", "did you mean --data.sources|data.sourcs"),
+        ("--trials=0", "must be at least 1"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            sweep.main(options(tiny, tmp_path, more))
+    with pytest.raises(ConfigError, match="no stage 'stf' to vary; did you mean sft"):
+        sweep.main(["stf", "--vary=a=1:2"])
+    with pytest.raises(UserError, match="no trial gave a eval_loss: look at .*log.txt"):
+        sweep.main(options(tiny, tmp_path / "bad", "--trials=1", f"--model={tmp_path}/none"))
+    assert "does not exist" in (tmp_path / "bad" / "trial-000" / "log.txt").read_text()
