@@ -45,8 +45,8 @@ class Trial:
     value: float = math.nan
 
     def best(self, sign: float, step: float = math.inf) -> float:
-        """The smallest `sign` · metric up to a step; infinite where there is none."""
-        return min((sign * y for x, y in self.curve if x <= step and math.isfinite(y)), default=math.inf)
+        """The smallest `sign` · metric of a trained model up to a step; infinite where there is none."""
+        return min((sign * y for x, y in self.curve if 0 < x <= step and math.isfinite(y)), default=math.inf)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -118,7 +118,7 @@ class Sweep:
         values = [t.best(self.sign) for t in known]
         worst = max((v for v in values if math.isfinite(v)), default=0.0)
         values = [v if math.isfinite(v) else worst for v in values]  # diverged: as bad as the worst that did not
-        settings = suggest(self.space, known, values if self.options.search == "gp" else [], rng)
+        settings = suggest(self.space, [t.settings for t in known], values if self.options.search == "gp" else [], rng)
         folder = make_folder(str(self.out / f"trial-{number:03d}"), "out")
         given = [f"--{name}={value}" for name, value in settings.items()]
         command = [sys.executable, "-m", "tritium.stages", self.options.stage, *self.rest, *given]
