@@ -107,17 +107,18 @@ def continuation_document(tokenizer: Tokenizer, prompt: str, continuation: str, 
     return Document(np.array(ids, np.int32), np.array(weights[-context:], np.float32))
 
 
-def wilson(right: float, n: int, z: float = 1.96) -> tuple[float, float]:
-    """The 95 % interval of a share (Wilson 1927): it stays within [0, 1], also at 0 and 1."""
-    middle, spread = right + z * z / (2 * n), z * math.sqrt(right * (1 - right) / n + z * z / (4 * n * n))
+def interval(values: Sequence[float], draws: int = 1, z: float = 1.96) -> tuple[float, float]:
+    """The 95 % interval of a mean over problems of values in [0, 1], each a mean over `draws` answers at most.
+
+    Wilson's (1927) of a share, for as many independent answers as would vary like these problems (Kish's effective
+    sample size). It stays within [0, 1], and is no point where no problem is solved, or all are.
+    """
+    table = np.asarray(values, float)
+    mean, variance, n = float(table.mean()), float(table.var()), float(len(table))
+    if variance > 0:
+        n *= min(mean * (1 - mean) / variance, draws)
+    middle, spread = mean + z * z / (2 * n), z * math.sqrt(mean * (1 - mean) / n + z * z / (4 * n * n))
     return max((middle - spread) / (1 + z * z / n), 0.0), min((middle + spread) / (1 + z * z / n), 1.0)
-
-
-def bootstrap(values: Sequence[float], draws: int = 2000) -> tuple[float, float]:
-    """The 95 % interval of a mean over problems, by resampling them."""
-    table = np.asarray(values)
-    means = table[np.random.default_rng(0).integers(0, len(table), (draws, len(table)))].mean(1)
-    return float(np.quantile(means, 0.025)), float(np.quantile(means, 0.975))
 
 
 def pass_at_k(n: int, right: int, k: int) -> float:

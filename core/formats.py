@@ -169,7 +169,7 @@ def json_lines(path: str, skipped: Skipped) -> Iterator[tuple[str, Any]]:
         if line.strip():
             try:
                 yield f"{path}:{number}", json.loads(line)
-            except json.JSONDecodeError:
+            except (ValueError, RecursionError):  # of numbers and lists without end
                 skipped.add("malformed JSON", f"{path}:{number}")
 
 

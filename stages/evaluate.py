@@ -9,7 +9,8 @@
     tritium evaluate --model=… --text=book.txt
 
 Problems are records {"question", "answer"}, or with tests; an answer counts when `reward` finds it right. Answers are
-the likeliest ones unless `sampling.temperature` says otherwise. Intervals are of 95 %.
+the likeliest ones unless `sampling.temperature` says otherwise. Intervals are of 95 %,
+Wilson's.
 """
 
 import json
@@ -25,7 +26,7 @@ import torch
 from tritium.core.batch import Document, pack
 from tritium.core.chat import render
 from tritium.core.config import REQUIRED, ConfigError, opt, to_toml
-from tritium.core.evaluate import Choice, Likelihood, bootstrap, likelihoods, pass_at_k, read_choices, wilson
+from tritium.core.evaluate import Choice, Likelihood, interval, likelihoods, pass_at_k, read_choices
 from tritium.core.formats import DataError, Skipped, read_documents, read_records
 from tritium.core.objectives import supervised_logprob
 from tritium.core.output import make_room_for
@@ -163,13 +164,12 @@ def tell(skipped: Skipped, mesh: Mesh) -> None:
 def problem_metrics(rollout: Rollout) -> dict[str, float]:
     """The share of right answers; a sample whose judge failed counts as unsolved, and is told."""
     samples, per_problem = rollout.samples, [[s.right for s in group] for group in rollout.groups]
-    p, k = float(np.mean([s.right for s in samples])), len(per_problem[0])
-    # The samples of one problem are not independent.
-    low, high = wilson(p, len(samples)) if k == 1 else bootstrap([float(np.mean(group)) for group in per_problem])
-    metrics = {"exact_match": p, "n": len(per_problem), "low_95": low, "high_95": high}
+    k, shares = len(per_problem[0]), [float(np.mean(group)) for group in per_problem]
+    low, high = interval(shares, k)
+    metrics = {"exact_match": float(np.mean(shares)), "n": len(per_problem), "low_95": low, "high_95": high}
     for size in (size for size in (1, 2, 4, 5, 8, 10, 16, 32, 50, 64, 100) if size <= k > 1):
         values = [pass_at_k(k, sum(group), size) for group in per_problem]
-        low, high = bootstrap(values)
+        low, high = interval(values, k)
         metrics |= {f"pass@{size}": float(np.mean(values)), f"pass@{size}_low": low, f"pass@{size}_high": high}
     return metrics | {
         "answer_tokens": float(np.mean([len(s.completion.tokens) for s in samples])),
@@ -199,7 +199,7 @@ def win_rate(config: Config, rollout: Rollout, mesh: Mesh) -> dict[str, float]:
         wins = wins_by_score(config, mine, theirs, mesh)
     if not wins:
         raise DataError("the judge failed on every pair of answers")
-    low, high = bootstrap(wins)
+    low, high = interval(wins)
     return {"win_rate": float(np.mean(wins)), "win_rate_low": low, "win_rate_high": high, "compared": len(wins)}
 
 
@@ -223,9 +223,10 @@ def choice_metrics(config: Config, model: Transformer, tokenizer: Tokenizer) -> 
     if config.save and model.mesh.main:
         lines = [asdict(c) | {"likelihoods": [asdict(x) for x in given]} for c, given in rows]
         write_rows(f"{config.save}.choices.jsonl" if config.data else config.save, lines)
-    right, by_byte = np.array([verdict(*row) for row in rows], dtype=float).mean(0).tolist()
-    low, high = wilson(right, len(rows))
-    metrics = {"accuracy": right, "accuracy_low": low, "accuracy_high": high, "accuracy_per_byte": by_byte}
+    right, by_byte = np.array([verdict(*row) for row in rows], dtype=float).T
+    low, high = interval(right)
+    metrics = {"accuracy": float(right.mean()), "accuracy_low": low, "accuracy_high": high}
+    metrics["accuracy_per_byte"] = float(by_byte.mean())
     return metrics | {"questions": len(rows)}
 
 

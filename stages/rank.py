@@ -24,8 +24,10 @@ from itertools import combinations
 from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
 
+import numpy as np
+
 from tritium.core.config import REQUIRED, ConfigError, UserError, opt
-from tritium.core.formats import DataError, Message, RecordError, Skipped, open_prompt, read_records
+from tritium.core.formats import LONE_SURROGATE, DataError, Message, RecordError, Skipped, open_prompt, read_records
 from tritium.core.output import make_room_for
 from tritium.core.trainer import Result
 
@@ -68,30 +70,42 @@ class Item:
         return -doubt, margin
 
 
+def read_item(record: dict) -> Item:
+    """Raises: RecordError for what can't be ranked."""
+    answers = record.get("answers", [record.get("answer")])
+    if isinstance(answers, list):  # of `generate`: {"text": …} each
+        answers = [a.get("text") if isinstance(a, dict) else a for a in answers]
+    if not isinstance(answers, list) or not all(isinstance(a, str) and a.strip() for a in answers):
+        raise RecordError('a record without "answers", a list of texts')
+    score = record.get("score")
+    scores = record.get("scores", [score["value"]] if isinstance(score, dict) and "value" in score else [])
+    try:
+        scores = [[float(x) for x in (row if isinstance(row, list) else [row])] for row in scores]
+        fit = not scores or len(scores) == len(answers) and np.isfinite(scores).all()  # rows of one length, too
+    except (TypeError, ValueError):
+        fit = False
+    if not fit:
+        raise RecordError('a record whose "scores" are not one (of each model) for each answer')
+    messages = open_prompt({k: v for k, v in record.items() if k != "answer"})
+    if LONE_SURROGATE.search("".join([*answers, *(str(m["content"]) for m in messages)])):
+        raise RecordError("a text that is not valid Unicode")
+    return Item(messages, answers, scores)
+
+
 def read_items(path: str, skipped: Skipped) -> list[Item]:
     """The prompts of a file, most urgent first; different answers only. Raises: DataError where there is none."""
     items: dict[str, Item] = {}
     for place, record in read_records(path, skipped):
         try:
-            answers = record.get("answers", [record.get("answer")])
-            if isinstance(answers, list):  # of `generate`: {"text": …} each
-                answers = [a.get("text") if isinstance(a, dict) else a for a in answers]
-            if not isinstance(answers, list) or not all(isinstance(a, str) and a.strip() for a in answers):
-                raise RecordError('a record without "answers", a list of texts')
-            score = record.get("score", {}).get("value") if isinstance(record.get("score"), dict) else None
-            scores = record.get("scores", [] if score is None else [score])
-            scores = [[float(x) for x in (row if isinstance(row, list) else [row])] for row in scores]
-            if scores and (len(scores) != len(answers) or len({len(row) for row in scores}) != 1):
-                raise RecordError('a record whose "scores" are not one (of each model) for each answer')
-            item = Item(open_prompt({k: v for k, v in record.items() if k != "answer"}), answers, scores)
-        except (RecordError, TypeError, ValueError) as error:
+            item = read_item(record)
+        except RecordError as error:
             skipped.add(str(error), place)
             continue
         known = items.setdefault(item.key, Item(item.messages, []))
-        for i, answer in enumerate(answers):
+        for i, answer in enumerate(item.answers):
             if answer not in known.answers:
                 known.answers.append(answer)
-                known.scores += scores[i : i + 1]
+                known.scores += item.scores[i : i + 1]
     usable = [item for item in items.values() if 2 <= len(item.answers) <= 26]
     for item in usable:
         if len({len(row) for row in item.scores}) != 1 or len(item.scores) != len(item.answers):
@@ -138,9 +152,8 @@ class Session:
 
     def left(self, who: str) -> list[int]:
         """Places of the items that `who` has neither ranked nor skipped."""
-        return [
-            i for i, item in enumerate(self.items) if not {(who, item.key)} & self.done and (who, i) not in self.skipped
-        ]
+        seen = [(who, item.key) in self.done or (who, i) in self.skipped for i, item in enumerate(self.items)]
+        return [i for i, was in enumerate(seen) if not was]
 
     def order(self, place: int, who: str) -> list[int]:
         """The order in which `who` sees the answers: where one stands should say nothing about it."""
@@ -150,6 +163,16 @@ class Session:
 
     def shown(self, place: int, who: str) -> list[str]:
         return [self.items[place].answers[i] for i in self.order(place, who)]
+
+    def next(self, who: str) -> dict:
+        """What the page shows `who`: the first item left, and how many there are."""
+        left = self.left(who)
+        item = (
+            {"id": left[0], "messages": self.items[left[0]].messages, "answers": self.shown(left[0], who)}
+            if left
+            else {}
+        )
+        return item | {"left": len(left)}
 
     def record(self, place: int, who: str, verdict: str) -> None:
         """Add a verdict on the answers as `shown`. Raises: UserError."""
@@ -195,6 +218,8 @@ def ask(session: Session, who: str) -> None:
                 break
             except UserError as error:
                 print(error)
+            except UnicodeDecodeError:
+                print("that is no UTF-8 text")
             except EOFError:
                 return
 
@@ -225,15 +250,11 @@ def make_server(session: Session, port: int, who: str) -> ThreadingHTTPServer:
             elif address.path == "/":
                 self.reply(200, page, "text/html; charset=utf-8")
             elif address.path == "/next":
-                query = parse_qs(address.query)
-                name = query.get("who", [""])[0].strip() or who
-                if (skip := query.get("skip", [""])[0]).isdigit():
+                query = {key: values[0] for key, values in parse_qs(address.query).items()}
+                name = query.get("who", "").strip() or who
+                if (skip := query.get("skip", "")).isdecimal() and len(skip) < 10:
                     session.skipped.add((name, int(skip)))
-                left = session.left(name)
-                item = {"id": left[0], "messages": session.items[left[0]].messages} if left else {}
-                self.reply(
-                    200, item | ({"answers": session.shown(left[0], name)} if left else {}) | {"left": len(left)}
-                )
+                self.reply(200, session.next(name))
             else:
                 self.reply(404, {"error": f"there is no {address.path}"})
 
@@ -255,7 +276,7 @@ def make_server(session: Session, port: int, who: str) -> ThreadingHTTPServer:
                 self.reply(200, {"left": len(session.left(name))})
             except UserError as error:
                 self.reply(400, {"error": str(error)})
-            except (KeyError, TypeError, ValueError) as error:
+            except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
                 self.reply(400, {"error": f"malformed request ({type(error).__name__}: {error})"})
 
         def reply(self, code: int, body: dict | str, kind: str = "application/json"):

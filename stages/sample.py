@@ -15,20 +15,24 @@ rankings.jsonl   answers of different score, best first: for `reward --loss=list
 import json
 import sys
 import time
+from collections import Counter
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from tritium.core.config import REQUIRED, ConfigError, opt, to_toml
-from tritium.core.formats import Skipped
+from tritium.core.formats import DataError, Skipped
 from tritium.core.output import make_folder
-from tritium.core.rewards.exact import ExactMatch
+from tritium.core.rewards.make import make_reward
 from tritium.core.rollout import Rollout, Sample, SamplingConfig, gather, load_problems, roll_out, share
 from tritium.core.select import distinct_paths, rejection_sample
 from tritium.core.setup import MeshConfig, join, load_model, load_tokenizer
 from tritium.core.trainer import Result
 from tritium.stages.dpo import check_same_vocabulary
+
+FILES = ("sft", "pairs", "rankings")
 
 
 @dataclass
@@ -36,6 +40,7 @@ class Config:
     model: str = opt(REQUIRED, "folder of the model, with its tokenizer")
     others: list[str] = opt([], "folders of further models with the same tokenizer: each answers, too")
     sources: list[str] = opt([], "files of problems")
+    reward: str = opt("exact", "which answers are right, and how good; see core/rewards/make.py")
     learn: str = opt("right", "what sft.jsonl holds", choices=("right", "reward", "advantage", "condition"))
     paths: int = opt(1, "right answers to each problem, at most")
     beta: float = opt(1.0, "of the weights, and of rso")
@@ -60,12 +65,14 @@ class Config:
             raise ConfigError(f"paths={self.paths} must be ≥ 1, rso={self.rso} 0 or ≥ 2, beta={self.beta} positive")
         if self.limit is not None and self.limit < 1:
             raise ConfigError(f"limit={self.limit} must be at least 1")
+        make_reward(self.reward)
 
 
 def train(config: Config) -> Result:
     """Write the three files; `right` is the share of right answers, `solved` that of problems with one.
 
     `tokens_per_second` counts the tokens of all answers, over the seconds until the last of them was judged.
+    Raises: DataError where the answers give nothing to learn from.
     """
     make_folder(config.out, "out")
     mesh = join(config.mesh, config.device, to_toml(config))
@@ -74,7 +81,7 @@ def train(config: Config) -> Result:
     skipped = Skipped()
     context = model.config.max_positions
     problems = load_problems(config.sources, tokenizer, context, skipped, key="sources")[: config.limit]
-    mine, reward, start = share(problems, mesh), ExactMatch(malformed=-0.5), time.perf_counter()
+    mine, reward, start = share(problems, mesh), make_reward(config.reward, malformed=-0.5), time.perf_counter()
     rollout = roll_out(model, tokenizer, mine, reward, config.sampling, n=config.k, seed=(config.seed,))
     for i, folder in enumerate(config.others, 1):
         rollout = more_answers(config, folder, tokenizer, mine, reward, rollout, (config.seed, i), mesh)
@@ -83,10 +90,12 @@ def train(config: Config) -> Result:
     if mesh.main:
         if skipped.reasons:
             print(skipped.summary(), file=sys.stderr)
-        write(config, rollout)
+        written = write(config, rollout)
     mesh.close()
     right = [[s.right for s in group] for group in rollout.groups]
     metrics = {"right": float(np.mean(right)), "solved": float(np.mean([any(row) for row in right]))}
+    if mesh.main:
+        tell(config, written, sum(any(row) for row in right), len(right))
     metrics["verifier_failures"] = float(sum(rollout.failures.values()))
     metrics["tokens_per_second"] = sum(len(s.completion.tokens) for s in rollout.samples) / seconds
     return Result(config.out, metrics)
@@ -101,26 +110,41 @@ def more_answers(config: Config, folder, tokenizer, problems, reward, rollout: R
     return Rollout(groups, rollout.failures + found.failures)
 
 
-def write(config: Config, rollout: Rollout) -> None:
-    """The three files, each in the order of the problems."""
-    folder = Path(config.out)
-    files = {name: (folder / f"{name}.jsonl").open("w", encoding="utf-8") for name in ("sft", "pairs", "rankings")}
-    for group in rollout.groups:
-        levels = by_score(group)
-        if not levels:
-            continue
-        prompt = group[0].problem.messages
-        for messages in to_learn(config, prompt, levels):
-            put(files["sft"], {"messages": messages})
-        best, *worse = rso_levels(config, levels, group[0].problem.index) if config.rso else levels
-        if best[0].right or config.chosen == "best":
-            wrong = [sample for level in worse for sample in level]
-            for chosen, rejected in list(zip(best, wrong, strict=False))[: config.pairs]:
-                put(files["pairs"], {"prompt": prompt, "chosen": chosen.text, "rejected": rejected.text})
-        if len(levels) > 1:
-            put(files["rankings"], {"prompt": prompt, "ranked": [level[0].text for level in levels]})
-    for file in files.values():
-        file.close()
+def write(config: Config, rollout: Rollout) -> Counter:
+    """The three files, each in the order of the problems; how many lines each has."""
+    folder, written = Path(config.out), Counter()
+    with ExitStack() as stack:
+        files = {n: stack.enter_context((folder / f"{n}.jsonl").open("w", encoding="utf-8")) for n in FILES}
+
+        def put(name: str, row: dict) -> None:
+            files[name].write(json.dumps(row, ensure_ascii=False) + "\n")
+            written[name] += 1
+
+        for group in rollout.groups:
+            levels = by_score(group)
+            if not levels:
+                continue
+            prompt = group[0].problem.messages
+            for messages in to_learn(config, prompt, levels):
+                put("sft", {"messages": messages})
+            best, *worse = rso_levels(config, levels, group[0].problem.index) if config.rso else levels
+            if best[0].right or config.chosen == "best":
+                wrong = [sample for level in worse for sample in level]
+                for chosen, rejected in list(zip(best, wrong, strict=False))[: config.pairs]:
+                    put("pairs", {"prompt": prompt, "chosen": chosen.text, "rejected": rejected.text})
+            if len(levels) > 1:
+                put("rankings", {"prompt": prompt, "ranked": [level[0].text for level in levels]})
+    return written
+
+
+def tell(config: Config, written: Counter, solved: int, problems: int) -> None:
+    """What the files hold. Raises: DataError where they are empty."""
+    counts = f"{solved} of {problems} problems have a right answer among {config.k * (1 + len(config.others))}"
+    if not written.total():
+        raise DataError(f"{counts}: nothing to learn from. Train the model longer, draw more (--k), give answers "
+                        f"room (--sampling.max_tokens), or check --reward={config.reward!r} on one")  # fmt: skip
+    lines = ", ".join(f"{name}.jsonl {written[name]}" for name in FILES)
+    print(f"{counts}; lines: {lines}", file=sys.stderr)
 
 
 def to_learn(config: Config, prompt: list[dict], levels: list[list[Sample]]) -> list[list[dict]]:
@@ -154,10 +178,6 @@ def by_score(group: list[Sample]) -> list[list[Sample]]:
     different = {s.text: s for s in group if s.score is not None and s.text.strip()}
     values = sorted({s.score.value for s in different.values()}, reverse=True)
     return [[s for s in different.values() if s.score.value == value] for value in values]
-
-
-def put(file, row: dict) -> None:
-    file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
 if __name__ == "__main__":

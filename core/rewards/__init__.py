@@ -9,6 +9,7 @@ once (a model, sandboxes side by side) also has `batch`. `make.make_reward` buil
 
 import math
 import signal
+import sys
 import threading
 import time
 from collections import Counter
@@ -17,6 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
+MOST_TOLD = 5  # reasons of failures that a process tells
 SECONDS = 300.0  # that a judge has for an answer: longer than all tries of an endpoint
 
 
@@ -71,7 +73,7 @@ class Judged:
 
 def judge(reward: Reward, answers: Sequence[Answer], seconds: float = SECONDS) -> Judged:
     """Score every answer; an exception, a score that is not finite, or none within `seconds` (of one answer; a batch
-    has as many times that as answers) is the judge's failure.
+    has as many times that as answers) is the judge's failure. New reasons are told on standard error.
 
     Ours end well before: what runs a model's program, a pattern or sympy is killed at its deadline (sandbox.py,
     worker.py), an endpoint has `seconds` for each of its `tries`, a local model `max_tokens`.
@@ -81,7 +83,14 @@ def judge(reward: Reward, answers: Sequence[Answer], seconds: float = SECONDS) -
         if isinstance(score, Exception):
             judged.failures[f"{type(score).__name__}: {score}"] += 1
         judged.scores.append(None if isinstance(score, Exception) else score)
+    for reason, times in judged.failures.items():
+        if reason not in _told and len(_told) < MOST_TOLD:
+            _told.add(reason)
+            print(f"tritium: the judge failed on {times} of {len(answers)} answers: {reason}", file=sys.stderr)
     return judged
+
+
+_told: set[str] = set()
 
 
 def scores(reward: Reward, answers: Sequence[Answer], seconds: float = SECONDS) -> list[Score | Exception]:

@@ -5,12 +5,13 @@ import json
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 import tritium
 from tritium.core.config import ConfigError
-from tritium.core.evaluate import bootstrap, choice, likelihoods, pass_at_k, read_choices, wilson
+from tritium.core.evaluate import choice, interval, likelihoods, pass_at_k, read_choices
 from tritium.core.formats import DataError, RecordError, Skipped
 from tritium.model.heads import ScalarModel
 from tritium.stages import evaluate
@@ -25,11 +26,20 @@ def test_pass_at_k_is_the_share_of_subsets_with_a_right_answer():
         assert pass_at_k(n, right, k) == pytest.approx(sum(map(any, subsets)) / len(subsets))
 
 
-def test_intervals_hold_what_they_are_of():
-    assert wilson(0.5, 100) == pytest.approx((0.4038, 0.5962), abs=1e-4)
-    assert wilson(0.0, 10) == (0.0, pytest.approx(0.2775, abs=1e-4)) and wilson(1.0, 10)[1] == 1.0
-    low, high = bootstrap([0.0, 1.0] * 200)
-    assert 0.44 < low < 0.5 < high < 0.56 and bootstrap([1.0, 1.0]) == (1.0, 1.0)
+def test_intervals_are_wilsons_and_no_points_where_nothing_or_all_is_solved():
+    assert interval([0.0, 1.0] * 50) == pytest.approx((0.4038, 0.5962), abs=1e-4)
+    assert interval([0.0] * 10, 8) == (0.0, pytest.approx(0.2775, abs=1e-4)) and interval([1.0] * 10)[1] == 1.0
+    assert interval([0.5] * 10, 8)[0] < 0.5 < interval([0.5] * 10, 8)[1]
+
+
+@pytest.mark.parametrize("difficulty", [(0.1, 2.0), (2.0, 2.0), (50.0, 50.0), (9.0, 0.5)])
+def test_intervals_hold_the_mean_nineteen_times_in_twenty_whether_problems_are_alike_or_not(difficulty):
+    rng, (a, b), held = np.random.default_rng(0), difficulty, []
+    for _ in range(2000):
+        shares = rng.binomial(8, rng.beta(a, b, 60)) / 8
+        low, high = interval(shares, 8)
+        held.append(low <= a / (a + b) <= high)
+    assert 0.91 < np.mean(held) <= 0.99  # 0.95, but for the first: nearly all shares are 0
 
 
 def test_forms_of_multiple_choice():

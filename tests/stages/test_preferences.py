@@ -100,7 +100,7 @@ class Odd:
 
 @pytest.mark.parametrize("learn", ["right", "reward", "advantage", "condition"])
 def test_what_is_learned_from_scored_answers(tiny, tmp_path, monkeypatch, learn):
-    monkeypatch.setattr("tritium.stages.sample.ExactMatch", Odd)
+    monkeypatch.setattr("tritium.stages.sample.make_reward", lambda spec, malformed=0.0: Odd())
     arguments = [f"--model={tiny.model}", f"--others={tiny.model}", f"--sources={tiny.data('problems.jsonl')}"]
     arguments += [f"--learn={learn}", "--paths=3", "--beta=0.5", "--rso=4", "--k=4", f"--out={tmp_path / 'out'}"]
     assert cli.main(["sample", *arguments, "--sampling.max_tokens=4", "--dtype=fp32"]) == 0

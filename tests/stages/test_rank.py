@@ -61,6 +61,17 @@ def test_the_answers_that_generate_writes_can_be_ranked(tmp_path):
     assert item.answers == ["x", "y"]
 
 
+def test_records_that_can_not_be_shown_or_compared_are_skipped_and_counted(tmp_path):
+    good = json.dumps(row("good", ["a", "b"]))
+    bad = [row("q", ["\ud800", "b"]), row("\udfff", ["a", "b"]), row("q", ["a", "b"], scores=[float("nan"), 1])]
+    bad += [row("q", ["a", "b"], scores=5), row("q", ["a", "b"], score={"value": "x"}), [1]]
+    lines = [good, *map(json.dumps, bad), "[" * 100_000, '{"prompt": ' + "9" * 5000 + "}", '{"prompt": "q']
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    skipped = Skipped()
+    assert [i.messages[0]["content"] for i in rank.read_items(str(tmp_path / "a.jsonl"), skipped)] == ["good"]
+    assert skipped.reasons.total() == 9 and skipped.reasons["malformed JSON"] == 3
+
+
 @pytest.mark.parametrize(
     ("text", "levels"),
     [
@@ -150,11 +161,15 @@ def test_the_page_gives_an_item_and_takes_its_verdict(session, ask_page):
         '{"id": 99, "verdict": "A>B"}',
         '{"id": 0, "verdict": "A>Z"}',
         '{"id": -1, "verdict": "A"}',
+        '{"id": 1e999, "verdict": "A>B>C"}',
+        '{"id": 0, "who": "\\ud800", "verdict": "A>B>C"}',
+        "[" * 100_000,
     ],
 )
 def test_a_malformed_request_is_answered_and_the_page_goes_on(session, ask_page, body):
     code, reply = ask_page("POST", "/rank", body)
-    assert code == 400 and reply["error"] and not session.out.exists()
+    assert code == 400 and reply["error"] and not (session.out.exists() and session.out.read_text())
+    assert ask_page("GET", "/next?skip=%C2%B2")[0] == 200
     assert ask_page("GET", "/next")[0] == 200 and ask_page("GET", "/other")[0] == 404
 
 

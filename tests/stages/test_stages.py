@@ -56,7 +56,7 @@ def assert_finished(result: Result, out: Path, steps: int) -> None:
 def odd_is_right(monkeypatch):
     """A verifier under which an untrained model is sometimes right: an odd last token is."""
     judge = lambda ids, text, **_: Score(float(ids[-1] % 2))  # noqa: E731
-    monkeypatch.setattr("tritium.stages.sample.ExactMatch", lambda malformed: judge)
+    monkeypatch.setattr("tritium.stages.sample.make_reward", lambda spec, malformed=0.0: judge)
     monkeypatch.setattr("tritium.stages.grpo.open_reward", lambda *_: judge)
 
 
@@ -190,6 +190,18 @@ def test_sample_writes_what_the_later_stages_read(tiny, tmp_path, odd_is_right):
     listwise = reward.Config("listwise", data=data(f"{tmp_path}/out/rankings.jsonl"), model=tiny.model)
     listwise.run = run(tmp_path / "listwise", 1)
     assert_finished(reward.train(listwise), tmp_path / "listwise", 1)
+
+
+def test_sample_that_finds_nothing_to_learn_says_so_and_one_that_does_says_how_much(tiny, tmp_path, capsys):
+    common = [f"--model={tiny.model}", f"--sources={tiny.data('problems.jsonl')}", f"--out={tmp_path}/out", "--k=2"]
+    common += ["--sampling.max_tokens=1"]
+    assert run_stage("sample", [*common, "--reward=clip(exact, 0, 0)"]) == 2
+    told = capsys.readouterr().err
+    assert "of 6 problems have a right answer among 2: nothing to learn" in told and "Traceback" not in told
+    assert run_stage("sample", [*common, "--reward=length(0, 9)", "--learn=reward"]) == 0
+    assert "lines: sft.jsonl 1" in capsys.readouterr().err or (tmp_path / "out" / "sft.jsonl").stat().st_size
+    assert run_stage("sample", [*common, "--reward=maths"]) == 2
+    assert "did you mean math" in capsys.readouterr().err
 
 
 def test_evaluate_prints_one_json_object_whatever_was_skipped(tiny, tmp_path, capsys):
