@@ -10,7 +10,8 @@ sees. On a CPU in bf16 this takes about half the time of scaled_dot_product_atte
 
 Precision: a matmul returns bf16, which is too coarse for scores (an error of 2⁻⁹·|s| in the exponent), so a second
 matmul computes what the rounding lost, s_low = q kᵀ - s_high in fp32 accumulators, rounded to bf16 in turn: together
-they are right to 2⁻¹⁸·|s|. Two bf16 matmuls are still faster than one in fp32. fp16 scores are made in fp32: they may
+they are right to 2⁻¹⁸·|s|. Two bf16 matmuls are still faster than one in fp32; on a CPU where they are not, all is done
+in fp32 (kernels/wide.py), and what is kept of the probabilities is rounded. fp16 scores are made in fp32: they may
 pass 65504, where s_high would be inf and s_low would be inf - inf.
 """
 
@@ -22,6 +23,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from tritium.kernels.backend import without_autocast
+from tritium.kernels.wide import widened
 
 SCORE_BYTES = 2 << 20  # fp32 scores held at a time: they should stay in the cache
 KEPT_BYTES = 32 << 20  # probabilities that a call may keep for its backward; over this they are made again
@@ -252,7 +254,7 @@ def _block_forward(q: Tensor, k: Tensor, v: Tensor, block: _Block, options: Opti
     s = _mask_(_scores(q, k, options), block, options)
     p = s.softmax(-1)
     lse = s.amax(-1, True) - p.amax(-1, True).log()  # 3 × faster than torch.logsumexp
-    p = p.to(q.dtype)
+    p = p.to(v.dtype)
     return p @ v, lse, p
 
 
@@ -274,7 +276,8 @@ def _block_backward(q, k, v, do, lse, p: Tensor | None, block: _Block, options: 
     if p is None or options.softcap is not None:
         s = _scores(q, k, options)
     if p is None:
-        p = _mask_(s if options.softcap is None else s.clone(), block, options).sub_(lse).exp_().to(q.dtype)
+        p = _mask_(s if options.softcap is None else s.clone(), block, options).sub_(lse).exp_()
+    p = p.to(q.dtype)
     ds = (do @ v.transpose(1, 2)).mul_(p)
     if options.softcap is not None:
         ds *= 1 - s.div_(options.softcap).square_()
@@ -288,10 +291,10 @@ def _forward(q, k, v, plan, options: Options, keep: bool):
     buckets, queries, keys = plan
     (_, H, D), G, group = q.shape, k.shape[1], q.shape[1] // k.shape[1]
     dtype = torch.promote_types(q.dtype, torch.float32)
-    q, k, v = queries.pad(q), keys.pad(k), keys.pad(v)
     o = torch.empty(queries.size, H, D, dtype=q.dtype, device=q.device)
+    q, k, v = queries.pad(widened(q)), keys.pad(widened(k)), keys.pad(widened(v))
     lse = torch.empty(queries.size, H, dtype=dtype, device=q.device)
-    size = sum(b.count * b.n * H * b.m for b in buckets) * q.element_size()
+    size = sum(b.count * b.n * H * b.m for b in buckets) * o.element_size()
     kept = [] if keep and size <= KEPT_BYTES else None
     for b in buckets:
         shape, shape_k = (b.count, b.n, G, group), (b.count, b.m, G, 1)
@@ -301,7 +304,7 @@ def _forward(q, k, v, plan, options: Options, keep: bool):
             at, at_k = block.at_queries, block.at_keys
             ob[at], lb[at], p = _block_forward(qb[at], kb[at_k], vb[at_k], block, options)
             if kept is not None:
-                kept.append(p)
+                kept.append(p.to(o.dtype))
         o[b.queries], lse[b.queries] = _from_bucket(ob, *shape), _from_bucket(lb, *shape)[..., 0]
     return queries.unpad(o), queries.unpad(lse), kept
 
@@ -314,10 +317,10 @@ def _backward(do, q, k, v, o, lse, dlse, plan, options: Options, kept: list[Tens
     delta = (do.to(dtype) * o).sum(-1)  # [T, H]
     delta = delta if dlse is None else delta - dlse
     # padded queries have do = delta = 0, hence ds = 0: they add nothing to dk and dv
-    do, delta = queries.pad_gradient(do), queries.pad_gradient(delta)
-    q, k, v, lse = queries.pad(q), keys.pad(k), keys.pad(v), queries.pad(lse)
+    do, delta = queries.pad_gradient(widened(do)), queries.pad_gradient(delta)
     dq = torch.empty(queries.size, H, D, dtype=q.dtype, device=q.device)
     dk, dv = (torch.empty(keys.size, G, D, dtype=q.dtype, device=q.device) for _ in range(2))
+    q, k, v, lse = queries.pad(widened(q)), keys.pad(widened(k)), keys.pad(widened(v)), queries.pad(lse)
     kept = None if kept is None else iter(kept)
     for b in buckets:
         shape, shape_k = (b.count, b.n, G, group), (b.count, b.m, G, 1)

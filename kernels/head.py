@@ -26,6 +26,7 @@ from torch.autograd.function import once_differentiable
 from tritium.kernels.backend import device_assert, use_triton, without_autocast
 from tritium.kernels.blocks import require_float, require_integer
 from tritium.kernels.head_triton import EXCLUDED, head_forward, matmul_fp32, tile_bytes
+from tritium.kernels.wide import widened
 
 TILE_ROWS = 1024
 _INVALID: dict[torch.device, Tensor] = {}
@@ -146,11 +147,21 @@ def tiles(tokens: int, vocab: int, device: torch.device) -> Iterator[tuple[int, 
 
 
 class Workspace:
-    """The fp32 memory of a tile of logits, used again for the next: fresh pages would cost more than the softmax."""
+    """The memory of a tile of logits, used again for the next: fresh pages would cost more than the softmax."""
 
     def __init__(self, like: Tensor, elements: int):
         wide = torch.promote_types(like.dtype, torch.float32)
         self.z, self.p = (like.new_empty(elements, dtype=wide) for _ in range(2))
+        self.raw = self.z if like.dtype == wide else like.new_empty(elements)
+
+    def logits(self, hidden: Tensor, weight: Tensor, options: HeadOptions) -> Tensor:
+        """z of one tile, in `self.z`."""
+        raw = torch.mm(hidden, weight.t(), out=_shaped(self.raw, (hidden.shape[0], weight.shape[0])))
+        return options.from_raw(raw) if self.raw is self.z else self.widen(raw, options)
+
+    def narrow(self, dz: Tensor) -> Tensor:
+        """dz in the dtype that it is multiplied in."""
+        return dz if self.raw is self.z else _shaped(self.raw, dz.shape).copy_(dz)
 
     def widen(self, raw: Tensor, options: HeadOptions) -> Tensor:
         """z, in `self.z`, of hidden @ weight.T."""
@@ -166,13 +177,18 @@ def _shaped(memory: Tensor, shape: tuple[int, int]) -> Tensor:
     return memory[: shape[0] * shape[1]].view(shape)
 
 
-def _raw_tile(hidden: Tensor, weight: Tensor, memory: Tensor) -> Tensor:
-    return torch.mm(hidden, weight.t(), out=_shaped(memory, (hidden.shape[0], weight.shape[0])))
-
-
 def logits_tile(hidden: Tensor, weight: Tensor, options: HeadOptions) -> Tensor:
     """z of one tile, in fp32 at least: the matmul in the inputs' dtype, everything after it in fp32."""
-    return options.from_raw((hidden @ weight.t()).to(torch.promote_types(hidden.dtype, torch.float32)))
+    z = widened(hidden) @ widened(weight).t()
+    return options.from_raw(z.to(torch.promote_types(z.dtype, torch.float32)))
+
+
+def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a @ b, in total's dtype: fp32 at least."""
+    if a.dtype == total.dtype:
+        total.addmm_(a, b)
+    else:
+        total += matmul_fp32(a, b)
 
 
 def pick(z: Tensor, targets: Tensor, options: HeadOptions) -> tuple[Tensor, Tensor, Tensor]:
@@ -215,9 +231,12 @@ class _Head(torch.autograd.Function):
         picked = hidden.new_zeros(targets.shape, dtype=dtype)
         height, width = _tile_shape(T, V, hidden.device)
         tops, sums, means, totals = hidden.new_empty(4, -(-V // width), T, dtype=dtype)  # of each chunk
-        work, memory = Workspace(hidden, height * width), hidden.new_empty(height * width)
+        wide = widened(hidden)
+        work = Workspace(wide, height * width)
         for chunk, columns, rows in tiles(T, V, hidden.device):
-            z = work.widen(_raw_tile(hidden[rows], weight[columns], memory), options)
+            if rows.start == 0:
+                words = widened(weight[columns])
+            z = work.logits(wide[rows], words, options)
             picked[rows] += pick(z, targets[rows] - columns.start, options)[0]
             p, tops[chunk, rows], sums[chunk, rows] = work.softmax(z)
             if options.expected:
@@ -243,7 +262,8 @@ class _Head(torch.autograd.Function):
         options, (T, E), V, dtype = ctx.options, hidden.shape, weight.shape[0], share.dtype
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
         height, width = _tile_shape(T, V, hidden.device)
-        work, memory = Workspace(hidden, height * width), hidden.new_empty(height * width)
+        wide = widened(hidden)
+        work = Workspace(wide, height * width)
         dhidden = hidden.new_zeros(T, E, dtype=dtype) if needs_hidden else None
         dweight = weight.new_zeros(V, E) if needs_weight else None
         summed = weight.new_empty(width, E, dtype=dtype)  # dweight of one chunk, over the blocks of tokens
@@ -251,18 +271,19 @@ class _Head(torch.autograd.Function):
         if g_expected is not None:
             g_lse = g_lse + g_expected * (1 - expected)
         for chunk, columns, rows in tiles(T, V, hidden.device):
-            raw = _raw_tile(hidden[rows], weight[columns], memory)
-            z = work.widen(raw, options)
+            if rows.start == 0:
+                words = widened(weight[columns])
+            z = work.logits(wide[rows], words, options)
             _, here, column = pick(z, targets[rows] - columns.start, options)
             p, part = torch.softmax(z, -1, out=_shaped(work.p, z.shape)), share[chunk, rows]
             of_p = [None if g is None else g[rows] * part for g in (g_lse, g_expected)]
             others = [None if g is None else g[rows] for g in (g_picked, g_total)]
-            dz = raw.copy_(raw_gradient(z, p, here, column, *of_p, *others, options))
+            dz = work.narrow(raw_gradient(z, p, here, column, *of_p, *others, options))
             if needs_hidden:
-                dhidden[rows] += matmul_fp32(dz, weight[columns])
+                add_product(dhidden[rows], dz, words)
             if needs_weight:
-                product, sums = matmul_fp32(dz.t(), hidden[rows]), summed[: z.shape[1]]
-                sums.copy_(product) if rows.start == 0 else sums.add_(product)
+                sums = summed[: z.shape[1]]
+                add_product(sums.zero_() if rows.start == 0 else sums, dz.t(), wide[rows])
                 if rows.stop == T:
                     dweight[columns] = sums
         return dhidden.to(hidden.dtype) if needs_hidden else None, dweight, None, None

@@ -63,6 +63,7 @@ from tritium.kernels.head_triton import (
     tile_of,
 )
 from tritium.kernels.registry import Launch, Shape, launch_of, register
+from tritium.kernels.wide import widened
 
 KINDS = ("forward", "reverse", "jsd")
 LOG_2 = 0.6931471805599453
@@ -399,11 +400,12 @@ def _torch_gradients(
             dz = log_q.exp_().sub_(log_p.exp_())
         else:
             dz = _ratio(log_p, log_q, kind).sub_(mean_r[rows, None]).mul_(log_q.exp_())
-        dz = dz.mul_(grad[rows, None]).to(student.dtype)
+        hidden, weight = widened(student[rows]), widened(student_weight[columns])
+        dz = dz.mul_(grad[rows, None]).to(hidden.dtype)
         if needs[0]:
-            dhidden[rows] += dz @ student_weight[columns]
+            dhidden[rows] += dz @ weight
         if needs[1]:
-            dweight[columns] += dz.t() @ student[rows]
+            dweight[columns] += dz.t() @ hidden
     return dhidden.to(student.dtype), dweight.to(student_weight.dtype)
 
 

@@ -36,6 +36,7 @@ from tritium.kernels.nf4 import (
     quantize_nf4,
 )
 from tritium.kernels.registry import Launch, Shape, launch_of, register
+from tritium.kernels.wide import matmul, matmul_rows
 
 MAX_RANK = 256
 
@@ -288,7 +289,7 @@ class _LoraLinear(torch.autograd.Function):
         else:
             dropped, keep = torch.native_dropout(x, dropout, True) if dropout else (x, None)
             inner = dropped @ a.t()
-            y = torch.nn.functional.linear(x, _dense(weight, x, (len(b), a.shape[1])), bias)
+            y = matmul(x, _dense(weight, x, (len(b), a.shape[1])).t(), bias)
             y.addmm_(inner, b.t(), alpha=scale)
         ctx.save_for_backward(x, a, b, inner, keep, *weight)
         ctx.scale, ctx.dropout, ctx.kernels = scale, dropout, kernels
@@ -306,7 +307,7 @@ class _LoraLinear(torch.autograd.Function):
         da = by_a(x, dinner, keep, ctx.dropout) if needs_a else None
         db = (dy.t() @ inner).mul_(ctx.scale) if needs_b else None
         dbias = dy.sum(0) if needs_bias else None
-        dweight = dy.t() @ x if needs_weight else None
+        dweight = matmul_rows(dy, x) if needs_weight else None
         return dx, da, db, dbias, None, None, None, dweight, *(None for _ in weight[1:])
 
 
@@ -319,7 +320,7 @@ def _kernel_da(x, dinner, seed, dropout):
 
 
 def _torch_dx(dy, weight, dinner, a, keep, dropout):
-    dx = dy @ _dense(weight, dy, (dy.shape[1], a.shape[1]))
+    dx = matmul(dy, _dense(weight, dy, (dy.shape[1], a.shape[1])))
     return dx.addmm_(dinner, a) if keep is None else dx.addcmul_(dinner @ a, keep, value=1 / (1 - dropout))
 
 

@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from tritium.kernels import dequantize_nf4, lora_linear, quantize_nf4
 from tritium.kernels.lora_linear import MAX_RANK
 from tritium.kernels.nf4 import NF4Tensor
+from tritium.kernels.wide import linear
 from tritium.model.heads import ScalarModel
 from tritium.model.hf import decoder_of, parts
 from tritium.model.transformer import Block, Transformer, full_shape, parameter
@@ -143,7 +144,7 @@ class Adapted(nn.Module):
         """As `Block.linear`; dropout acts where gradients are recorded."""
         base = self.packed if self.quantized else rows(weight)
         if self.active is None:
-            return F.linear(x, dequantize_nf4(base) if self.quantized else base, bias)
+            return linear(x, dequantize_nf4(base) if self.quantized else base, bias)
         pair: Pair = self.pairs[self.active]
         a, b, scale = pair.a, rows(pair.diagonal()), pair.config.scale
         dropout = pair.config.dropout if torch.is_grad_enabled() else 0.0

@@ -9,13 +9,11 @@ Both are made when they are first wanted, and again where a weight has changed s
 torch.compile uses on a CPU.
 """
 
-import time
-from functools import cache
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from tritium.kernels.backend import fp32_is_faster
 from tritium.model.transformer import Transformer
 
 NARROW = 12  # rows; on the CPU above both ways take the same time there
@@ -58,20 +56,3 @@ class PackedWeights:
             self.packs[id(weight), dtype] = weight._version, pack
         bias = None if bias is None else bias.to(dtype)
         return torch.ops.mkldnn._linear_pointwise(x.to(dtype), pack, bias, "none", [], "")
-
-
-@cache
-def fp32_is_faster(dtype: torch.dtype) -> bool:
-    """Whether this CPU multiplies matrices of many rows faster in fp32 than in `dtype`: tried, once in a process."""
-    if dtype == torch.float32:
-        return True
-    best = {}
-    for kind in (dtype, torch.float32):
-        x, w = torch.ones(128, 512, dtype=kind), torch.ones(512, 512, dtype=kind)
-        times = []
-        for _ in range(9):
-            start = time.perf_counter()
-            F.linear(x, w)
-            times.append(time.perf_counter() - start)
-        best[kind] = min(times)
-    return best[torch.float32] < best[dtype]

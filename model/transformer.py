@@ -31,7 +31,7 @@ from torch.distributed import ProcessGroup
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from tritium.kernels import geglu, linear_logprob, rms_norm, rope, swiglu
+from tritium.kernels import geglu, linear_logprob, rms_norm, rope, swiglu, wide
 from tritium.kernels.linear_logprob import LogProb
 from tritium.model.config import ModelConfig
 from tritium.model.rope import dynamic_rope, rope_table
@@ -276,7 +276,7 @@ class Transformer(nn.Module):
             split = Split.of(len(tokens), self.mesh)
             tokens, positions = split.take(tokens), split.take(positions)
             lengths = lengths if lengths is None else split.take(lengths)
-            attend, linear = ContextAttention(split, split.fill(cu_seqlens, tokens.device)), F.linear
+            attend, linear = ContextAttention(split, split.fill(cu_seqlens, tokens.device)), wide.linear
         else:
             attend, linear = partial(cache.attend, cu_seqlens=cu_seqlens), cache.linear
         cos, sin = self.dynamic_rope(positions, lengths) if dynamic else self.cos_sin[:, positions]  # [T, D/2]
