@@ -22,11 +22,14 @@ from tritium.core.config import ConfigError, nearest, opt
 from tritium.core.curate.step import Document, Drop, Outcome, Step, note, text_of
 from tritium.core.rewards.text import UNSPACED, WORD, Words
 
-STOP_WORDS = frozenset(("the", "be", "to", "of", "and", "that", "have", "with"))
+STOP_WORDS = {form: word for word in ("the", "be", "to", "of", "and", "that", "have", "with")
+              for form in (word, word.title(), word.upper())}  # fmt: skip
 ENDS = (".", "!", "?", '"', "'", "”", "’", ")", "。", "！", "？", "」", "…", ":", "`")
 PLACEHOLDERS = ("lorem ipsum", "javascript is disabled", "enable javascript", "use cookies", "terms of service")
 UNSPACED_CHARACTER = re.compile(f"[{UNSPACED}]")
 SPECIAL = re.compile(r"[^\w\s]|_")
+PLAIN_ASCII = bytes(c for c in range(128) if chr(c).isalnum() or chr(c).isspace())
+LONGEST_GRAM = 10
 SENTENCE_END = re.compile(r"[.!?](?=\s|$)|[。！？]")
 MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
 
@@ -134,11 +137,13 @@ class Measures:
         return np.fromiter(map(len, self.all_words), np.int64, self.words)
 
     @cached_property
-    def ids(self) -> np.ndarray:
-        """A number for each word, the same for the same word; [words] uint64."""
-        seen: dict[str, int] = {}
-        numbers = (seen.setdefault(word, len(seen)) for word in self.all_words)
-        return np.fromiter(numbers, np.uint64, self.words) * MULTIPLIER
+    def grams(self) -> list[np.ndarray]:
+        """[n]: a hash of each n words in a row, [words − n + 1] uint64."""
+        ids = np.fromiter(map(hash, self.all_words), np.int64, self.words).view(np.uint64) * MULTIPLIER
+        found = [ids[:0], ids]
+        for n in range(2, LONGEST_GRAM + 1):
+            found.append(found[-1][:-1] * MULTIPLIER + ids[n - 1 :] if n <= self.words else ids[:0])
+        return found
 
     mean_word = cached_property(lambda self: self.lengths.mean() if self.spaced and self.words else None)
     symbol_words = cached_property(
@@ -146,17 +151,20 @@ class Measures:
     )
     bullet_lines = cached_property(lambda self: share(self.lines, lambda line: line[0] in "•-*‣●"))
     ellipsis_lines = cached_property(lambda self: share(self.lines, lambda line: line.endswith(("...", "…"))))
-    alphabetic_words = cached_property(lambda self: share(self.all_words, lambda w: w.isalpha() or has_letter(w)))
-    stop_words = cached_property(lambda self: len(STOP_WORDS & set(self.text.lower().split())) if self.spaced else None)
+    alphabetic_words = cached_property(lambda self: 1 - letterless(self.all_words) / max(self.words, 1))
+    stop_words = cached_property(
+        lambda self: len({STOP_WORDS[w] for w in STOP_WORDS.keys() & self.all_words}) if self.spaced else None
+    )
     sentences = cached_property(lambda self: sum(1 for _ in SENTENCE_END.finditer(self.text)))
     braces = cached_property(lambda self: self.text.count("{"))
-    special_characters = cached_property(lambda self: len(SPECIAL.findall(self.text)) / max(self.characters, 1))
     incomplete_lines = cached_property(lambda self: share(self.lines, lambda line: not line.endswith(ENDS)))
     short_lines = cached_property(lambda self: share(self.lines, lambda line: len(line) < 30))
-    repeated_lines = cached_property(lambda self: repeats(self.lines)[0])
-    repeated_line_characters = cached_property(lambda self: repeats(self.lines)[1])
-    repeated_paragraphs = cached_property(lambda self: repeats(self.paragraphs)[0])
-    repeated_paragraph_characters = cached_property(lambda self: repeats(self.paragraphs)[1])
+    line_repeats = cached_property(lambda self: repeats(self.lines))
+    repeated_lines = property(lambda self: self.line_repeats[0])
+    repeated_line_characters = property(lambda self: self.line_repeats[1])
+    paragraph_repeats = cached_property(lambda self: repeats(self.paragraphs))
+    repeated_paragraphs = property(lambda self: self.paragraph_repeats[0])
+    repeated_paragraph_characters = property(lambda self: self.paragraph_repeats[1])
 
     @cached_property
     def placeholders(self) -> int:
@@ -173,40 +181,53 @@ class Measures:
             return self.top(int(found[1])) if found[1] else self.repeated(int(found[2]))
         raise AttributeError(name)
 
-    def grams(self, n: int) -> np.ndarray:
-        """A hash of each n words in a row, [words − n + 1] uint64."""
-        hashes = self.ids[: max(self.words - n + 1, 0)].copy()
-        for i in range(1, n):
-            hashes = hashes * MULTIPLIER + self.ids[i : i + len(hashes)]
-        return hashes
+    @cached_property
+    def special_characters(self) -> float:
+        ascii_only = self.text.isascii()
+        special = self.text.encode().translate(None, PLAIN_ASCII) if ascii_only else SPECIAL.findall(self.text)
+        return len(special) / max(self.characters, 1)
+
+    def sorted_grams(self, n: int) -> tuple[np.ndarray, np.ndarray]:
+        grams = self.grams[n]
+        return grams, np.sort(grams)
+
+    @cached_property
+    def unique_from(self) -> int:
+        """An n of which no n-gram comes twice: nor does one of more words. 5 is tried first: most texts have none."""
+        for n in (5, 2, 3, 4, *range(6, LONGEST_GRAM + 1)):
+            _, ordered = self.sorted_grams(n)
+            if not (ordered[1:] == ordered[:-1]).any():
+                return n
+        return LONGEST_GRAM + 1
 
     def top(self, n: int) -> float:
         """The share of the words' characters that the most frequent n-gram makes up."""
-        found, first, counts = np.unique(self.grams(n), return_index=True, return_counts=True)
-        if not len(found) or counts.max() < 2:
+        if n >= self.unique_from:
             return 0.0
-        at = first[counts.argmax()]
+        grams, ordered = self.sorted_grams(n)
+        edges = np.flatnonzero(np.concatenate([[True], ordered[1:] != ordered[:-1], [True]]))
+        counts = np.diff(edges)
+        if not len(ordered) or counts.max() < 2:
+            return 0.0
+        at = (grams == ordered[edges[counts.argmax()]]).argmax()
         return float(counts.max() * self.lengths[at : at + n].sum() / self.lengths.sum())
 
     def repeated(self, n: int) -> float:
         """The share of the words' characters that are in an n-gram which comes more than once, each counted once."""
-        if n > 5 and not self.repeated(n - 1):
+        if n >= self.unique_from:
             return 0.0
-        if (known := self.__dict__.get(f"repeated_{n}grams")) is not None:
-            return known
-        grams, value = self.grams(n), 0.0
-        found, inverse, counts = np.unique(grams, return_inverse=True, return_counts=True)
-        if len(found) < len(grams):
-            again, edges = counts[inverse] > 1, np.zeros(self.words + 1, np.int64)
-            edges[: len(again)] += again
-            edges[n : n + len(again)] -= again
-            value = float(self.lengths[edges.cumsum()[:-1] > 0].sum() / self.lengths.sum())
-        self.__dict__[f"repeated_{n}grams"] = value
-        return value
+        grams, ordered = self.sorted_grams(n)
+        twice = np.unique(ordered[1:][ordered[1:] == ordered[:-1]])
+        again, edges = np.isin(grams, twice), np.zeros(self.words + 1, np.int64)
+        edges[: len(again)] += again
+        edges[n : n + len(again)] -= again
+        return float(self.lengths[edges.cumsum()[:-1] > 0].sum() / self.lengths.sum())
 
 
-def has_letter(word: str) -> bool:
-    return any(c.isalpha() for c in word)
+def letterless(words: Sequence[str]) -> int:
+    """How many words have no letter; most have a small one, which is told at once."""
+    others = [word for word in words if not word.islower()]
+    return sum(not (word[0].isalpha() or any(map(str.isalpha, word))) for word in others)
 
 
 def share(items: Sequence[str], holds) -> float:

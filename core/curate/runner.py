@@ -59,9 +59,11 @@ def end_with_parent() -> None:
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
-def run_steps(steps: Mapping[str, Step], context: Context, workers: int) -> Iterator[dict[str, Any]]:
-    """Take the steps in their order; yields a summary of each: counts, samples, values, facts."""
-    pool, shards = Pool(workers), []
+def run_steps(
+    steps: Mapping[str, Step], context: Context, workers: int, shards: Sequence[Piece] = ()
+) -> Iterator[dict[str, Any]]:
+    """Take the steps in their order over `shards`; yields a summary of each: counts, samples, values, facts."""
+    pool, shards = Pool(workers), list(shards)
     try:
         for number, (name, step) in enumerate(steps.items()):
             folder = context.out / "steps" / f"{number:02d}-{name}"

@@ -8,4 +8,11 @@ def test_rates_of_encoding_are_shown(tmp_path, capsys):
     assert main(["data", f"--tokenizers={tmp_path / 't'}", f"--texts={text}"]) in (0, 1)
     out = capsys.readouterr().out
     assert "encode MB/s" in out and "the bar is 1 MB/s" in out
-    assert main(["data"]) == 2
+    assert main(["data", f"--tokenizers={tmp_path / 't'}"]) == 2
+
+
+def test_the_factory_is_measured_and_finds_what_was_planted(tmp_path, capsys):
+    code = main(["data", "--sizes=0.001,0.004", "--workers=1", f"--folder={tmp_path}"])
+    out = capsys.readouterr().out
+    assert code in (0, 1) and "filter" in out and "seconds grow" in out and "search: torch" in out
+    assert "missed: recall" not in out and "false 0.00000" in out
