@@ -23,7 +23,7 @@ import sys
 from dataclasses import dataclass
 from typing import Any
 
-from tritium.core.config import ConfigError, from_dict, nearest, opt, to_toml
+from tritium.core.config import ConfigError, UserError, from_dict, nearest, opt, to_toml
 from tritium.core.curate.clean import Clean
 from tritium.core.curate.dedup import Exact, Near, Passages
 from tritium.core.curate.distil import Distil
@@ -72,11 +72,19 @@ class Config:
         if self.workers < 1 or not self.shard_mb > 0 or not self.memory_mb > 0:
             raise ConfigError(f"workers={self.workers}, shard_mb={self.shard_mb} and memory_mb={self.memory_mb} "
                               "must be positive")  # fmt: skip
+        read_steps(self.steps)  # of what files there are, only `train` can judge
 
 
 def train(config: Config) -> Result:
     """Run the pipeline. Metrics: documents `collected` and `kept`, and their share."""
+    if not config.steps:
+        raise ConfigError("steps is empty: give at least [steps.collect] with its sources, in a --config file")
     steps = read_steps(config.steps)
+    for name, step in steps.items():
+        try:
+            step.check()
+        except UserError as error:
+            raise type(error)(f"[steps.{name}]: {error}") from None
     out = make_folder(config.out, "out")
     for unfinished in out.glob(".*.[0-9]*"):
         unfinished.unlink()
@@ -93,9 +101,7 @@ def train(config: Config) -> Result:
 
 
 def read_steps(tables: dict[str, dict]) -> dict[str, Step]:
-    """Checked steps by name. Raises: ConfigError naming the table and the key."""
-    if not tables:
-        raise ConfigError("steps is empty: give at least [steps.collect] with its sources, in a --config file")
+    """Steps by name. Raises: ConfigError naming the table and the key."""
     steps = {}
     for name, table in tables.items():
         where, do = f"[steps.{name}]", table.get("do", name)
@@ -105,10 +111,9 @@ def read_steps(tables: dict[str, dict]) -> dict[str, Step]:
             raise ConfigError(f"{where}: there is no step {do!r}; {hint}They are: {', '.join(STEPS)}")
         try:
             steps[name] = from_dict(STEPS[do], {k: v for k, v in table.items() if k != "do"})
-            steps[name].check()
         except ConfigError as error:
             raise ConfigError(f"{where}: {error}") from None
-    if not isinstance(next(iter(steps.values())), STEPS["collect"]):
+    if tables and not isinstance(next(iter(steps.values())), Collect):
         raise ConfigError(f"[steps.{next(iter(tables))}]: the first step must be a collect")
     return steps
 

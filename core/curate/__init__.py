@@ -1,6 +1,6 @@
 """The data factory: steps over shards of documents, each with its counts, from other people's files to training data.
 
-    sources.py   collect: the usual layouts, plain text, HTML            clean.py      Unicode, personal data, language
+    sources.py   collect: files, in the layouts of layouts.py             clean.py      Unicode, personal data, language
     filters.py   Gopher's, C4's and Yi's rules                           score.py      numbers from models
     dedup.py     exact, near (MinHash, minhash.py), passages             semantic.py   embeddings, decontamination
     select.py    thresholds, sampling, mixtures (mixture.py)             distil.py     a teacher's answers (teacher.py)

@@ -35,11 +35,16 @@ MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
 
 
 class Rule(NamedTuple):
-    """`min_…` or `max_…`: what is measured, and the limit that the set's paper gives."""
+    """`min_…` or `max_…`: what is measured (of `n` words in a row), and the limit that the set's paper gives."""
 
     set: str
     measure: str
     limit: float
+    n: int = 0
+
+    def value(self, measured: "Measures") -> float | None:
+        value = getattr(measured, self.measure)
+        return value(self.n) if self.n else value
 
 
 RULES = {
@@ -56,9 +61,9 @@ RULES = {
     "max_repeated_line_characters": Rule("gopher", "repeated_line_characters", 0.2),
     "max_repeated_paragraphs": Rule("gopher", "repeated_paragraphs", 0.3),
     "max_repeated_paragraph_characters": Rule("gopher", "repeated_paragraph_characters", 0.2),
-    **{f"max_top_{n}gram": Rule("gopher", f"top_{n}gram", limit) for n, limit in ((2, 0.2), (3, 0.18), (4, 0.16))},
+    **{f"max_top_{n}gram": Rule("gopher", "top", limit, n) for n, limit in ((2, 0.2), (3, 0.18), (4, 0.16))},
     **{
-        f"max_repeated_{n}grams": Rule("gopher", f"repeated_{n}grams", limit)
+        f"max_repeated_{n}grams": Rule("gopher", "repeated", limit, n)
         for n, limit in ((5, 0.15), (6, 0.14), (7, 0.13), (8, 0.12), (9, 0.11), (10, 0.1))
     },
     "min_sentences": Rule("c4", "sentences", 3),
@@ -95,10 +100,10 @@ class Filter(Step):
         return ("words",)
 
     @cached_property
-    def active(self) -> list[tuple[str, str, float]]:
-        """(rule, measure, limit) of those that are used."""
-        used = ((name, rule) for name, rule in RULES.items() if rule.set in self.rules or name in self.limits)
-        return [(name, rule.measure, self.limits.get(name, rule.limit)) for name, rule in used]
+    def active(self) -> list[tuple[str, Rule, float, bool]]:
+        """(name, rule, limit, whether it is the least) of the rules that are used."""
+        used = [(name, rule) for name, rule in RULES.items() if rule.set in self.rules or name in self.limits]
+        return [(name, r, self.limits.get(name, r.limit), name.startswith("min")) for name, r in used]
 
     @cached_property
     def lists(self) -> list[Words]:
@@ -108,10 +113,10 @@ class Filter(Step):
         text = text_of(document)
         measured = Measures(text)
         document["scores"]["words"] = measured.words
-        for name, measure, limit in self.active:
-            value = getattr(measured, measure)
-            if value is not None and (value < limit if name.startswith("min") else value > limit):
-                return Drop(name, f"{measure} {value:.4g}, limit {limit:g}")
+        for name, rule, limit, least in self.active:
+            value = rule.value(measured)
+            if value is not None and (value < limit if least else value > limit):
+                return Drop(name, f"{value:.4g}, limit {limit:g}")
         for words in self.lists:
             if (score := words((), text)).value < 1:
                 return Drop(f"a word of {words.file.rpartition('/')[2]}", score.reason)
@@ -155,7 +160,7 @@ class Measures:
     stop_words = cached_property(
         lambda self: len({STOP_WORDS[w] for w in STOP_WORDS.keys() & self.all_words}) if self.spaced else None
     )
-    sentences = cached_property(lambda self: sum(1 for _ in SENTENCE_END.finditer(self.text)))
+    sentences = cached_property(lambda self: len(SENTENCE_END.findall(self.text)))
     braces = cached_property(lambda self: self.text.count("{"))
     incomplete_lines = cached_property(lambda self: share(self.lines, lambda line: not line.endswith(ENDS)))
     short_lines = cached_property(lambda self: share(self.lines, lambda line: len(line) < 30))
@@ -174,12 +179,6 @@ class Measures:
     @cached_property
     def paragraphs(self) -> list[str]:
         return [p for raw in self.text.split("\n\n") if (p := raw.strip())]
-
-    def __getattr__(self, name: str) -> float:
-        """`top_Ngram` and `repeated_Ngrams`."""
-        if found := re.fullmatch(r"top_(\d+)gram|repeated_(\d+)grams", name):
-            return self.top(int(found[1])) if found[1] else self.repeated(int(found[2]))
-        raise AttributeError(name)
 
     @cached_property
     def special_characters(self) -> float:

@@ -1,4 +1,4 @@
-"""Collect: the layouts in which people publish prompts, answers, tests and reasoning chains, and plain text and HTML.
+"""Collect: documents from people's files, in the layouts of layouts.py.
 
 Read line by line, at most `shard_mb` in a job, whatever a file's size; .gz files, .json lists and UTF-16 are first
 unpacked to lines of UTF-8 on the disk. What can't be read is counted and shown, and takes nothing else with it: a
@@ -8,37 +8,18 @@ damaged .gz gives what comes before the damage, a line that is not UTF-8 is read
 import codecs
 import glob
 import gzip
-import html
-import html.parser
 import json
 import re
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from tritium.core.config import ConfigError, opt
+from tritium.core.curate.layouts import html_text, parse
 from tritium.core.curate.runner import temporary, write_atomically
 from tritium.core.curate.step import Context, Document, Drop, Job, Piece, Step, digest, state
-from tritium.core.formats import (
-    LONE_SURROGATE,
-    DataError,
-    RecordError,
-    conversation,
-    is_json_list,
-    json_list,
-    number_text,
-    problem,
-    required_text,
-    tests_of,
-)
-from tritium.core.rewards.maths import boxed
-
-LONGEST_REFERENCE = 100  # characters: a longer "answer" without "####" is an explanation, which nothing compares with
-CALCULATOR = re.compile(r"<<[^<>]*>>")  # GSM8K's annotations
-SKIPPED_TAGS = {"script", "style", "head", "nav", "footer", "noscript", "template", "svg", "form"}
-BLOCKS = {"p", "div", "br", "li", "tr", "h1", "h2", "h3", "h4", "h5", "h6", "pre", "blockquote", "section", "article"}
+from tritium.core.formats import LONE_SURROGATE, DataError, RecordError, is_json_list, json_list
 
 
 @dataclass
@@ -90,13 +71,12 @@ class Collect(Step):
     def read(self, piece: Piece, job: Job) -> Iterator[Document | tuple[str, Drop]]:
         name, count = piece.name.rpartition("-")[0], 0
         with open(piece.path, "rb") as file:
-            for at, line in stretch(file, piece, int(self.max_line_mb * 1e6)) if is_lines(piece) else texts(self, file):
+            lines = kind_of(piece.path) == "lines"
+            for at, line in stretch(file, piece, int(self.max_line_mb * 1e6)) if lines else texts(self, file):
                 place = f"{name}:{at}"
                 if self.limit and count >= self.limit:
                     return
-                found = (
-                    Drop(f"a line longer than {self.max_line_mb:g} MB") if line is None else self.one_line(line, job)
-                )
+                found = self.one_line(line, job)
                 if found is None:
                     continue
                 count += 1
@@ -104,24 +84,24 @@ class Collect(Step):
         if piece.damage:
             yield f"{name}: the rest", Drop("a damaged file: what follows is lost", piece.damage)
 
-    def one_line(self, line: bytes | str, job: Job) -> Document | Drop | None:
+    def one_line(self, line: bytes | str | None, job: Job) -> Document | Drop | None:
         """A document from a line of JSON or a text; None where it is empty."""
+        if line is None:
+            return Drop(f"a line longer than {self.max_line_mb:g} MB")
         text = line if isinstance(line, str) else self.decoded(line, job)
-        if not text.strip():
-            return None
-        if isinstance(line, str):
-            return {"kind": "text", "text": text}
+        if not text.strip() or isinstance(line, str):
+            return {"kind": "text", "text": text} if text.strip() else None
         try:
-            record = json.loads(text)
-        except (ValueError, RecursionError) as error:
+            document = parse(json.loads(text))
+        except (json.JSONDecodeError, RecursionError) as error:
             return Drop("malformed JSON", f"{error}: {text[:200]}")
-        try:
-            document = parse(record)
         except RecordError as error:
             return Drop(str(error), text[:400])
         except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
             return Drop(f"a record that can't be used ({type(error).__name__})", f"{error}: {text[:400]}")
-        return Drop("a text that is not valid Unicode") if LONE_SURROGATE.search(repr_of(document)) else document
+        if "\\u" in text and LONE_SURROGATE.search(json.dumps(document, ensure_ascii=False)):
+            return Drop("a text that is not valid Unicode")
+        return document
 
     def decoded(self, line: bytes, job: Job) -> str:
         try:
@@ -137,12 +117,9 @@ class Collect(Step):
             seen = job.__dict__.setdefault("seen", set())
             job.notes["ids that come twice in a shard"] += own in seen
             seen.add(own)
+            document["own_id"] = own
         base = {"source": self.source or name, "licence": self.licence, "language": "", "scores": {}}
-        return {"id": place} | base | document | {"provenance": []} | ({"own_id": own} if own is not None else {})
-
-
-def repr_of(document: Document) -> str:
-    return json.dumps(document, ensure_ascii=False)
+        return {"id": place} | base | document | {"provenance": []}
 
 
 def stem(path: str) -> str:
@@ -153,10 +130,6 @@ def kind_of(path: str) -> str:
     """How a file is read: "lines" of JSON, "text", or "html"."""
     suffix = Path(path.removesuffix(".gz")).suffix.lower()
     return "html" if suffix in (".html", ".htm", ".xhtml") else "lines" if suffix in (".json", ".jsonl") else "text"
-
-
-def is_lines(piece: Piece) -> bool:
-    return kind_of(piece.path) == "lines"
 
 
 @dataclass(frozen=True)
@@ -234,201 +207,3 @@ def texts(step: Collect, file) -> Iterator[tuple[int, str]]:
         parts.append(text)
         size += len(text)
     yield at, "".join(parts).strip("\n")
-
-
-# ── HTML ─────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-class TextOnly(html.parser.HTMLParser):
-    """The text that a reader of the page would see, a line for each block; links and menus' markup taken away."""
-
-    def __init__(self):
-        super().__init__(convert_charrefs=True)
-        self.parts, self.hidden = [], []
-
-    def handle_starttag(self, tag: str, attributes: Any) -> None:
-        if tag in SKIPPED_TAGS:
-            self.hidden.append(tag)
-        elif tag in BLOCKS:
-            self.parts.append("\n")
-
-    def handle_endtag(self, tag: str) -> None:
-        if tag in self.hidden:
-            del self.hidden[self.hidden.index(tag) :]
-        elif tag in BLOCKS:
-            self.parts.append("\n")
-
-    def handle_data(self, data: str) -> None:
-        if not self.hidden:
-            self.parts.append(data)
-
-
-def html_text(page: str) -> str:
-    parser = TextOnly()
-    parser.feed(page)
-    parser.close()
-    lines = (" ".join(line.split()) for line in "".join(parser.parts).split("\n"))
-    return re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).strip()
-
-
-# ── layouts ──────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def parse(record: Any) -> Document:
-    """A document without its labels. Raises: RecordError, and what a record of another shape may raise."""
-    if not isinstance(record, dict):
-        raise RecordError("a record that is not a JSON object")
-    form = next((form for keys, form in LAYOUTS if keys <= record.keys()), other)
-    document = form(record)
-    id = next((record[k] for k in ("id", "uuid", "problem_id", "task_id", "name") if k in record), None)
-    language = record.get("language", record.get("lang"))
-    facts = {"own_id": str(id)} if isinstance(id, str | int) else {}
-    facts |= {"language": language} if isinstance(language, str) else {}
-    for key, names in {"licence": ("license", "licence"), "category": ("category", "problem_type", "type")}.items():
-        if value := next((record[n] for n in names if isinstance(record.get(n), str)), None):
-            facts[key] = value
-    if isinstance(record.get("difficulty", record.get("level")), int | str):
-        facts["level"] = str(record.get("difficulty", record.get("level")))
-    return document | facts
-
-
-def asked(prompt: Any, answers: list, reference: Any = "", system: Any = "", by: str = "gold") -> Document:
-    """A problem, where there is a reference; else a chat. Empty answers are left out."""
-    messages = [{"role": "system", "content": system}] if system else []
-    messages.append({"role": "user", "content": required_text(prompt, "question")})
-    given = [{"text": text, "by": by} for text in answers if isinstance(text, str) and text.strip()]
-    reference = number_text(reference) if isinstance(reference, int | float) else (reference or "").strip()
-    return {"kind": "problem" if reference else "chat", "messages": messages, "answers": given, "reference": reference}
-
-
-def cases(inputs: list, outputs: list) -> str:
-    """The reference of a program that reads and prints."""
-    pairs = [{"input": a, "output": b} for a, b in zip(inputs, outputs, strict=False)]
-    return json.dumps({"cases": pairs}) if pairs else ""
-
-
-def apps(record: dict) -> Document:
-    tests = json.loads(record["input_output"] or "{}")
-    if name := tests.get("fn_name"):
-        wanted = [[out, out[0]] if isinstance(out, list) and len(out) == 1 else [out] for out in tests["outputs"]]
-        calls = zip(tests["inputs"], wanted, strict=False)
-        asserts = [f"assert {name}(*{given!r}) in {outs!r}" for given, outs in calls]
-        reference = json.dumps({"tests": asserts, "entry_point": name})
-    else:
-        reference = cases(tests.get("inputs", []), tests.get("outputs", []))
-    starter = f"\n\n{record['starter_code']}" if record.get("starter_code") else ""
-    solutions = json.loads(record["solutions"]) if record.get("solutions") else []
-    return asked(record["question"] + starter, [f"```python\n{s}\n```" for s in solutions[:1]], reference)
-
-
-def code_contests(record: dict) -> Document:
-    """Python 3 solutions only (language 3)."""
-    tests = [record.get(f"{name}_tests") or {} for name in ("public", "private", "generated")]
-    both = [[text for test in tests for text in test.get(key, [])] for key in ("input", "output")]
-    known = record.get("solutions") or {}
-    pairs = zip(known.get("language", []), known.get("solution", []), strict=False)
-    python = [f"```python\n{text}\n```" for language, text in pairs if language in (3, "PYTHON3")]
-    return asked(record["description"], python[:1], cases(*both))
-
-
-def codeforces(record: dict) -> Document:
-    parts = [
-        record["description"],
-        *(
-            f"{name}\n{record[key]}"
-            for name, key in (("Input", "input_format"), ("Output", "output_format"))
-            if record.get(key)
-        ),
-    ]
-    tests = [*(record.get("examples") or []), *(record.get("official_tests") or [])]
-    different = {(t["input"], t["output"]): None for t in tests}
-    prompt = "\n\n".join([*parts, *(f"Example input\n{t['input']}\nExample output\n{t['output']}" for t in tests[:2])])
-    return asked(
-        prompt,
-        [record["editorial"]] if record.get("editorial") else [],
-        cases(*map(list, zip(*different, strict=True))) if different else "",
-    )
-
-
-def openr1(record: dict) -> Document:
-    """The generations are chains, each marked right or wrong; OpenR1-Math."""
-    document = asked(
-        record["problem"], [record.get("solution")], record.get("answer") or boxed(record.get("solution") or "")
-    )
-    marks = record.get("correctness_math_verify") or [None] * len(record["generations"])
-    chains = [
-        {"text": t, "by": "r1"} | ({} if m is None else {"right": m})
-        for t, m in zip(record["generations"], marks, strict=False)
-    ]
-    return document | {"answers": document["answers"] + chains}
-
-
-def solved(record: dict) -> Document:
-    """NuminaMath and MATH: the answer is what the solution puts in a box."""
-    return asked(record["problem"], [record["solution"]], record.get("answer") or boxed(record["solution"]))
-
-
-def natural(record: dict) -> Document:
-    document = asked(record["question"], [], record["reference_answer"])
-    said = [{"text": r["response"], "by": r.get("response_model", "model")} for r in record.get("responses") or []]
-    return document | {"answers": [answer for answer in said if answer["text"]]}
-
-
-def plain(record: dict) -> Document:
-    text = record["text"] if "text" in record else record["content"]
-    return {"kind": "text", "text": required_text(text, "text")}
-
-
-def other(record: dict) -> Document:
-    """What core/formats.py reads: GSM8K, SVAMP, MBPP, HumanEval, problems with tests; alpaca, sharegpt, messages."""
-    key = next((k for k in ("answer", "Answer", "ground_truth", "reference") if k in record), None)
-    if tests_of(record) or key:
-        messages, reference = problem(record)
-        gold = record.get("code", record.get("canonical_solution")) if tests_of(record) else record[key]
-        if tests_of(record) and gold:
-            gold = f"```python\n{record.get('prompt', '') if 'canonical_solution' in record else ''}{gold}\n```"
-        gold = CALCULATOR.sub("", gold) if isinstance(gold, str) else number_text(gold) if gold is not None else ""
-        answers = [{"text": gold, "by": "gold"}] if gold.strip() else []
-        answers += [
-            {"text": v["solution"], "by": k, "right": v["is_correct"]}
-            for k, v in record.items()
-            if isinstance(v, dict) and {"solution", "is_correct"} <= v.keys()
-        ]
-        known = tests_of(record) or len(reference) <= LONGEST_REFERENCE
-        return {
-            "kind": "problem" if known else "chat",
-            "messages": messages,
-            "answers": answers,
-            "reference": reference if known else "",
-        }
-    messages = conversation(record)
-    while messages[-1]["role"] != "assistant":
-        messages = messages[:-1]
-    last = messages[-1]
-    if last.get("tool_calls"):
-        raise RecordError("a conversation that ends with a tool call")
-    thought = f"<think>\n{last['reasoning_content']}\n</think>\n\n" if last.get("reasoning_content") else ""
-    return {
-        "kind": "chat",
-        "messages": messages[:-1],
-        "answers": [{"text": thought + last["content"], "by": "gold"}],
-        "reference": "",
-    }
-
-
-LAYOUTS: list[tuple[set[str], Callable[[dict], Document]]] = [
-    ({"question", "input_output"}, apps),
-    ({"description", "public_tests"}, code_contests),
-    ({"description", "input_format"}, codeforces),
-    ({"problem", "generations"}, openr1),
-    ({"problem", "solution"}, solved),
-    ({"question", "reference_answer"}, natural),
-    (
-        {"system_prompt", "question", "response"},
-        lambda r: asked(r["question"], [r["response"]], system=r["system_prompt"]),
-    ),
-    ({"html"}, lambda r: {"kind": "text", "text": required_text(html_text(r["html"]), "text")}),
-    ({"text", "test_list"}, other),
-    ({"text"}, plain),
-    ({"content"}, plain),
-]

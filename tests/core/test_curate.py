@@ -8,8 +8,8 @@ import pytest
 
 from tritium.core.curate.clean import anonymised, identified
 from tritium.core.curate.filters import RULES, Filter, Measures
+from tritium.core.curate.layouts import html_text, parse
 from tritium.core.curate.reject import math_verify
-from tritium.core.curate.sources import html_text, parse
 from tritium.core.curate.step import Drop
 from tritium.core.formats import RecordError
 from tritium.core.rewards.make import make_reward
@@ -133,11 +133,11 @@ def naive_repeated(words, n):
 def test_repeated_ngrams_are_what_the_paper_counts(text):
     words, measured = text.split(), Measures(text)
     for n in (5, 6, 10):
-        assert getattr(measured, f"repeated_{n}grams") == pytest.approx(naive_repeated(words, n) if words else 0)
+        assert measured.repeated(n) == pytest.approx(naive_repeated(words, n) if words else 0)
     if words:
         counts = Counter(zip(words, words[1:], strict=False))
         top, times = counts.most_common(1)[0] if counts else ((), 1)
-        assert measured.top_2gram == pytest.approx(times * len("".join(top)) / len("".join(words)) if times > 1 else 0)
+        assert measured.top(2) == pytest.approx(times * len("".join(top)) / len("".join(words)) if times > 1 else 0)
 
 
 PROSE = ("The committee met on Tuesday to review the plans that had been drawn up. Several members have asked for more "
