@@ -1,7 +1,7 @@
 """The layouts in which people publish prompts, answers, tests and reasoning chains: a record → a document.
 
 Found from a record's keys: APPS, CodeContests, Codeforces, OpenR1-Math, NuminaMath, MATH, Natural Reasoning, Orca,
-HTML, plain text; and, by core/formats.py, GSM8K, SVAMP, MBPP, HumanEval, tests of one's own, Alpaca, ShareGPT, messages.
+HTML, plain text; and, by core/formats.py, GSM8K, SVAMP, MBPP, HumanEval, assertions, Alpaca, ShareGPT, messages.
 """
 
 import html.parser
