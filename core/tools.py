@@ -9,6 +9,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 
 from tritium.core.chat import render, stop_ids
 from tritium.core.sandbox import run_python
@@ -54,19 +55,26 @@ TOOLS: dict[str, Tool] = {"python": python}
 
 
 class ToolUse:
-    """The engine's `extend`: at most `max_calls` calls of `tool` in a sequence. A tool that raises says so itself."""
+    """The engine's `extend`: at most `max_calls` calls of `tool` in a sequence. A tool that raises says so itself.
+
+    What is returned runs in a thread of its own, and several at once.
+    """
 
     def __init__(self, tokenizer: Tokenizer, tool: Tool, max_calls: int = 4):
         self.tokenizer, self.tool, self.max_calls = tokenizer, tool, max_calls
         self.calls: Counter[Running] = Counter()
 
-    def __call__(self, sequence: Running) -> list[int]:
+    def __call__(self, sequence: Running) -> Callable[[], list[int]] | None:
         completion = sequence.completion
         start = max((i + 1 for i, w in enumerate(completion.weights) if not w), default=0)
         call = find_call(self.tokenizer.decode(completion.tokens[start:]))
         if call is None or self.calls[sequence] >= self.max_calls:
-            return []
+            return None
         self.calls[sequence] += 1
+        return partial(self.say, call)
+
+    def say(self, call: str) -> list[int]:
+        """The tokens of what the tool says."""
         try:
             said = self.tool(call)
         except Exception as error:

@@ -133,6 +133,8 @@ def without_autocast(function: Callable) -> Callable:
 
     @functools.wraps(function)
     def run(*arguments, **options):
+        if not torch._C._is_any_autocast_enabled():
+            return function(*arguments, **options)
         first = _first_tensor(arguments)
         device = "cpu" if first is None else first.device.type  # None: the gradients of outputs that nobody used
         if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):

@@ -186,7 +186,7 @@ def _attend_output(q, k_pages, v_pages, page_table, lengths, window, softcap, sc
 # Torch ----------------------------------------------------------------------------------------------------------------
 
 
-COPY_BYTES = 4 << 20  # of fp32 keys at a time: they should stay in the cache, and a long cache not be held twice
+COPY_BYTES = 2 << 20  # of fp32 keys at a time: they should stay in the cache, and a long cache not be held twice
 
 
 def _attend(q: Tensor, keys: Tensor, values: Tensor, seen: Tensor, softcap: float | None, scale: float) -> Tensor:
@@ -199,22 +199,37 @@ def _attend(q: Tensor, keys: Tensor, values: Tensor, seen: Tensor, softcap: floa
     return torch.matmul(s.softmax(-1), values.to(dtype))
 
 
-def _slots(page_table: Tensor, lengths: Tensor, page: int, longest: int, window: int | None) -> tuple[Tensor, Tensor]:
-    """Which of the cache's tokens are the keys of each query, and which of these it sees: both [B, longest]."""
-    at, last = torch.arange(longest, device=lengths.device), (lengths[:, None].long() - 1).clamp_min_(0)  # [B, 1]
-    seen = (at <= last) if window is None else (at <= last) & (at > last - window)
-    at = torch.where(seen, at, last)  # what lies at the others may be anything, NaN too
-    return page_table.gather(1, at // page).long() * page + at % page, seen
+def _slots(page_table: Tensor, lengths: Tensor, page: int, keys: int, window: int | None) -> tuple[Tensor, Tensor]:
+    """Where in the cache each query's keys are, [B, keys], and which of these it sees, [B, 1, 1, keys]."""
+    lengths = lengths[:, None].long()  # [B, 1]
+    first = 0 if window is None else (lengths - window).clamp_min_(0)
+    at = torch.arange(keys, device=lengths.device) + first  # [B, keys]
+    seen = at < lengths
+    at = torch.where(seen, at, (lengths - 1).clamp_min_(0))  # what lies at the others may be anything, NaN too
+    return page_table.gather(1, at // page).long() * page + at % page, seen[:, None, None]
 
 
 @lru_cache(maxsize=4)
-def _slots_of_step(
-    table: bytes, lengths: bytes, kinds: tuple[np.dtype, np.dtype], page: int, longest: int, window: int | None
-) -> tuple[Tensor, Tensor]:
-    """The same, from the bytes of the two tensors: every layer of a model asks for the same."""
-    lengths = np.frombuffer(bytearray(lengths), kinds[1])
-    table = np.frombuffer(bytearray(table), kinds[0]).reshape(len(lengths), -1)
-    return _slots(torch.from_numpy(table).long(), torch.from_numpy(lengths), page, longest, window)
+def _parts_of_step(
+    table: bytes, lengths: bytes, kinds: tuple[np.dtype, np.dtype], page: int, window: int | None, most: int
+) -> list[tuple[slice | Tensor, Tensor, Tensor]]:
+    """Parts of a batch, of about `most` keys each: their rows, of about the same length, and the `_slots` of these.
+
+    Every layer of a model asks for the same: so it is kept, by the bytes of the page table and the lengths.
+    """
+    rows = torch.from_numpy(np.frombuffer(bytearray(lengths), kinds[1])).long()
+    page_table = torch.from_numpy(np.frombuffer(bytearray(table), kinds[0])).long().view(len(rows), -1)
+    seen = rows if window is None else rows.clamp_max(window)
+    (seen, order), parts, start = seen.sort(descending=True, stable=True), [], 0
+    in_order = bool((order.diff() > 0).all())
+    while start < len(order):
+        keys = max(1, int(seen[start]))
+        alike = int((seen[start:] >= keys - max(page, keys // 4)).sum())  # worth padding to the longest
+        stop = start + max(1, min(alike, most // keys))
+        part = slice(start, stop) if in_order else order[start:stop]
+        parts.append((part, *_slots(page_table[part], rows[part], page, keys, window)))
+        start = stop
+    return parts
 
 
 @without_autocast
@@ -227,19 +242,18 @@ def _attend_torch(
         return torch.zeros_like(q)
     if q.device.type == "cpu" and not torch.compiler.is_compiling():
         tables = page_table.numpy(), lengths.numpy()
-        keys = *(x.tobytes() for x in tables), tuple(x.dtype for x in tables)
-        slots, seen = _slots_of_step(*keys, page, longest, window)
+        key = *(x.tobytes() for x in tables), tuple(x.dtype for x in tables)
+        parts = _parts_of_step(*key, page, window, COPY_BYTES // (G * D * 4))
     else:
-        slots, seen = _slots(page_table, lengths, page, longest, window)
-    o = torch.empty(B, H, D, dtype=q.dtype, device=q.device)
-    step = max(1, COPY_BYTES // (longest * G * D * 4))
+        parts = [(slice(None), *_slots(page_table, lengths, page, longest, window))]
+    q = q.reshape(B, G, H // G, D)
     keys, values = k_pages.flatten(0, 1), v_pages.flatten(0, 1)  # [P · page, G, D]
-    for rows in (slice(start, min(B, start + step)) for start in range(0, B, step)):
-        here = [
-            x.index_select(0, slots[rows].flatten()).view(-1, longest, G, D).transpose(1, 2) for x in (keys, values)
-        ]
-        o[rows] = _attend(q[rows].unflatten(1, (G, -1)), *here, seen[rows, None, None], softcap, scale).flatten(1, 2)
-    return torch.where(lengths[:, None, None] > 0, o, 0.0)
+    o = torch.empty_like(q, memory_format=torch.contiguous_format)
+    for rows, slots, seen in parts:
+        at = slots.flatten()
+        here = [x.index_select(0, at).unflatten(0, slots.shape).transpose(1, 2) for x in (keys, values)]
+        o[rows] = _attend(q[rows], *here, seen, softcap, scale).to(q.dtype)
+    return torch.where(lengths[:, None, None] > 0, o.view(B, H, D), 0.0)
 
 
 # Public ---------------------------------------------------------------------------------------------------------------

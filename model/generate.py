@@ -12,6 +12,7 @@ same tokens (up to rounding) in any company, on any number of ranks, and after g
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -73,13 +74,21 @@ class Running:
 
 
 class Event(NamedTuple):
-    """A token that a sequence drew, the text that it completes ("" without a decoder), and why it was the last."""
+    """A token that a sequence drew, the text that it completes ("" without a decoder), and why it was the last.
+
+    None for a token: the sequence ended without one, with what a tool had to say. `top` are the likeliest tokens in its
+    place and their log-probs, as many as its options ask for.
+    """
 
     sequence: Running
-    token: int
+    token: int | None
     text: str
     logp: float
     finish_reason: str
+    top: tuple[tuple[int, float], ...] = ()
+
+
+Extend = Callable[[Running], Callable[[], Sequence[int]] | None]
 
 
 class Text:
@@ -113,8 +122,8 @@ class Engine:
 
     `pages` of the cache (see PagedCache) bound its memory, `max_batch` how many run at once. `decoder` makes the
     incremental decoder of an answer (`Tokenizer.incremental`): with it events carry text, and stop strings work.
-    `extend(sequence)` is asked when an answer stops by itself: the tokens that it returns follow, and the sequence goes
-    on; without any, it ends.
+    `extend(sequence)` is asked when an answer stops by itself. None ends it; a function is called in a thread while the
+    other sequences go on, and the tokens that it returns follow the answer, which then goes on, too.
     """
 
     def __init__(
@@ -123,21 +132,23 @@ class Engine:
         pages: int,
         max_batch: int = 256,
         decoder: Callable | None = None,
-        extend: Callable[[Running], Sequence[int]] | None = None,
+        extend: Extend | None = None,
     ):
         self.model, self.cache, self.max_batch = model, PagedCache(model, pages), max_batch
         self.decoder, self.extend = decoder, extend
         self.capacity = min(model.positions, self.cache.usable * self.cache.page + 1)  # of a sequence
         self.waiting: deque[Running] = deque()
         self.running: list[Running] = []  # the oldest first
+        self.calling: dict[Running, Future] = {}  # those that wait for a tool, with their pages
+        self.threads = ThreadPoolExecutor(thread_name_prefix="tool") if extend else None
         self.groups: list[Group] = []  # those that hold pages
         self.sampled: tuple[list[Running], Sampler | None] = [], None
-        self.packed = PackedWeights(model) if PackedWeights.possible(model) else None
+        self.packed = PackedWeights.of(model)
         self.graphs = DecodeGraphs(model, self.cache) if DecodeGraphs.possible(model) else None
 
     @property
     def busy(self) -> bool:
-        return bool(self.running or self.waiting)
+        return bool(self.running or self.waiting or self.calling)
 
     def submit(
         self,
@@ -179,8 +190,8 @@ class Engine:
         return made
 
     def cancel(self, sequence: Running) -> None:
-        """End a sequence that waits or runs."""
-        if sequence in self.running:
+        """End a sequence that waits or runs; a tool that it called comes to its end for nothing."""
+        if sequence in self.running or sequence in self.calling:
             self.leave(sequence)
         elif sequence in self.waiting:
             self.waiting.remove(sequence)
@@ -190,18 +201,23 @@ class Engine:
     @torch.no_grad()
     def step(self) -> list[Event]:
         """Advance: read waiting prompts, or give every running sequence one more token."""
+        ended = self.hear() if self.calling else []
         self.admit()
+        if self.calling and not self.running:
+            wait(self.calling.values(), return_when=FIRST_COMPLETED)
         unread = [s for s in self.running if len(s.ids) - s.cached > 1]
         rows, logits = self.prefill(unread) if unread else self.decode()
         if not rows:
-            return []
+            return ended
         uniforms = torch.tensor([s.draws[s.drawn] for s in rows], device=logits.device)
         if self.sampled[0] != rows:
             self.sampled = rows, Sampler([s.options for s in rows], logits.device)
         drawn = self.sampled[1](logits, uniforms, [s.history for s in rows])
-        return [self.push(*row) for row in zip(rows, *(x.tolist() for x in drawn), strict=True)]
+        return ended + [self.push(*row) for row in zip(rows, *(x.tolist() for x in drawn), strict=True)]
 
-    def push(self, sequence: Running, token: int, logp: float, sampled_logp: float) -> Event:
+    def push(
+        self, sequence: Running, token: int, logp: float, sampled_logp: float, top: list[int], top_logps: list[float]
+    ) -> Event:
         """Add a token to a sequence; end it where it ends."""
         completion = sequence.completion
         sequence.drawn += 1
@@ -212,17 +228,34 @@ class Engine:
         completion.finish_reason = (
             "stop" if stopped else "length" if sequence.drawn >= sequence.options.max_tokens else "context" * full
         )
-        if stopped and self.extend is not None and sequence.drawn < sequence.options.max_tokens:
-            more = list(self.extend(sequence))
-            if more and len(sequence.ids) + len(more) >= self.capacity:
-                completion.finish_reason = "context"
-            elif more:
-                completion.finish_reason = ""
+        ask = stopped and self.extend is not None and sequence.drawn < sequence.options.max_tokens
+        if ask and (call := self.extend(sequence)) is not None:
+            completion.finish_reason = ""
+            self.running.remove(sequence)
+            self.calling[sequence] = self.threads.submit(call)
+        elif completion.finish_reason:
+            text += self.end(sequence)
+        top = tuple(zip(top, top_logps, strict=True))[: sequence.options.top_logprobs]
+        return Event(sequence, token, text, logp, completion.finish_reason, top)
+
+    def end(self, sequence: Running) -> str:
+        """The sequence leaves; what was held back of its text."""
+        self.leave(sequence)
+        return sequence.text.finish() if sequence.text else ""
+
+    def hear(self) -> list[Event]:
+        """Let those go on whose tools have spoken; the ends of those that can't."""
+        ended = []
+        for sequence in [s for s, call in self.calling.items() if call.done()]:
+            more = list(self.calling[sequence].result())
+            if not more or len(sequence.ids) + len(more) >= self.capacity:
+                sequence.completion.finish_reason = "context" if more else "stop"
+                ended.append(Event(sequence, None, self.end(sequence), 0.0, sequence.completion.finish_reason))
+            else:
+                del self.calling[sequence]
                 self.append(sequence, more, [0.0] * len(more), [0.0] * len(more), 0.0)
-        if completion.finish_reason:
-            self.leave(sequence)
-            text += sequence.text.finish() if sequence.text else ""
-        return Event(sequence, token, text, logp, completion.finish_reason)
+                self.running.append(sequence)
+        return ended
 
     def append(self, sequence: Running, tokens: list[int], logps: list, sampled_logps: list, weight: float) -> None:
         sequence.ids += tokens
@@ -241,7 +274,7 @@ class Engine:
         Every running sequence should find another page: else those that join would soon have to leave again.
         """
         passed: list[Running] = []
-        while self.waiting and len(self.running) < self.max_batch:
+        while self.waiting and len(self.running) + len(self.calling) < self.max_batch:
             sequence = self.waiting.popleft()
             group = sequence.group
             if group and group.leader and not group.pages:
@@ -307,7 +340,8 @@ class Engine:
         return True
 
     def leave(self, sequence: Running) -> None:
-        self.running.remove(sequence)
+        if self.calling.pop(sequence, None) is None:
+            self.running.remove(sequence)
         self.cache.release(sequence.pages)
         sequence.pages, sequence.cached = [], 0
         if sequence.group is not None:  # it led, and was not read to its end
@@ -448,7 +482,7 @@ def generate(
     max_batch: int = 256,
     pages: int | None = None,
     decoder: Callable | None = None,
-    extend: Callable[[Running], Sequence[int]] | None = None,
+    extend: Extend | None = None,
     on_token: Callable[[int, int], None] | None = None,
     **given: Any,
 ) -> list[Completion]:
@@ -481,7 +515,7 @@ def generate(
             raise ValueError(f"prompt {i}: {error}") from None
         places |= {sequence: i * n + j for j, sequence in enumerate(made)}
     for event in run(engine):
-        if on_token is not None:
+        if on_token is not None and event.token is not None:
             on_token(places[event.sequence], event.token)
     return [sequence.completion for sequence in places]
 

@@ -5,9 +5,11 @@
     more             fp32, where the CPU multiplies that faster than bf16 (avx512_bf16 without AMX: 160 GFLOP/s a core
                      against 84): the products are the same, their sums are rounded once
 
-Both are made when they are first wanted, and again where a weight has changed since. The ops are those that
-torch.compile uses on a CPU.
+Both are made when they are first wanted, stay with the model, and are made again where a weight has changed since. The
+ops are those that torch.compile uses on a CPU.
 """
+
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -21,25 +23,31 @@ WIDE_BYTES = 4 << 30  # of fp32 weights that are kept beside bf16 ones, at most
 
 
 class PackedWeights:
-    """`linear(x, weight, bias)` is F.linear's, for [rows, in] and the weights of `model`; others are left to F.linear.
-
-    A weight is known by its identity and version: what has been changed in place is laid out again.
-    """
+    """`linear(x, weight, bias)` is F.linear's, for [rows, in] and the weights of a model; others are F.linear's."""
 
     def __init__(self, model: Transformer):
         self.own = {id(p): p for p in model.parameters() if p.dim() == 2}
         few = 4 * sum(p.numel() for p in self.own.values()) <= WIDE_BYTES
         self.wide = torch.float32 if few and fp32_is_faster(model.dtype) else model.dtype
         self.packs: dict[tuple[int, torch.dtype], tuple[int, Tensor]] = {}
+        self.sums: dict[int, int] = {}  # of what was packed
 
     @staticmethod
-    def possible(model: Transformer) -> bool:
-        """On a CPU, in a dtype that oneDNN has on it."""
-        if model.mesh.device.type != "cpu" or not torch.backends.mkldnn.is_available():
-            return False
-        return model.dtype == torch.float32 or (
-            model.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-        )
+    def of(model: Transformer) -> "PackedWeights | None":
+        """Those of this model as its weights are now; None but on a CPU, in a dtype that oneDNN has on it.
+
+        An optimizer may write where a weight lies without telling its version: the bits are added up, which takes a
+        twentieth of the time that packing takes.
+        """
+        bf16 = model.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        if model.mesh.device.type != "cpu" or not (bf16 or model.dtype == torch.float32):
+            return None
+        if model not in _PACKED:
+            _PACKED[model] = PackedWeights(model)
+        packed = _PACKED[model]
+        changed = {i for i, total in packed.sums.items() if total != bits(packed.own[i])}
+        packed.packs = {key: pack for key, pack in packed.packs.items() if key[0] not in changed}
+        return packed
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return self.product(x, weight, bias).to(x.dtype)
@@ -48,11 +56,21 @@ class PackedWeights:
         """The same, in the dtype that it was multiplied in: fp32 logits are not rounded to be widened again."""
         if id(weight) not in self.own:
             return F.linear(x, weight, bias)
-        dtype = weight.dtype if len(x) <= NARROW else self.wide
+        few = x.shape[0] <= NARROW
+        dtype = weight.dtype if few else self.wide
         version, pack = self.packs.get((id(weight), dtype), (None, None))
         if version != weight._version:
-            rows = 1 if len(x) <= NARROW else 32  # a hint
+            rows = 1 if few else 32  # a hint
             pack = torch.ops.mkldnn._reorder_linear_weight(weight.detach().to(dtype), rows)
-            self.packs[id(weight), dtype] = weight._version, pack
+            self.packs[id(weight), dtype], self.sums[id(weight)] = (weight._version, pack), bits(weight)
         bias = None if bias is None else bias.to(dtype)
         return torch.ops.mkldnn._linear_pointwise(x.to(dtype), pack, bias, "none", [], "")
+
+
+_PACKED: WeakKeyDictionary[Transformer, PackedWeights] = WeakKeyDictionary()
+
+
+def bits(weight: Tensor) -> int:
+    """The sum of its bytes, eight at a time where that goes."""
+    kind = torch.int64 if weight.shape[-1] * weight.element_size() % 8 == 0 else torch.int16
+    return int(weight.detach().view(kind).sum())

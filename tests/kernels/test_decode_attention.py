@@ -44,6 +44,14 @@ def test_agrees_with_the_reference(options, copy_bytes, monkeypatch):
     assert (expected[0] == 0).all()
 
 
+@pytest.mark.parametrize("window", [None, 20])
+def test_rows_of_very_different_lengths_each_see_their_own_keys(window):
+    """These are computed in parts of about the same length."""
+    inputs = (*make(B=9, N=40), torch.tensor([100, 3, 160, 0, 31, 158, 1, 16, 99], dtype=torch.int32))
+    expected = file.decode_attention_reference(*inputs, window=window)
+    torch.testing.assert_close(decode_attention(*inputs, window=window), expected)
+
+
 def test_equals_the_last_row_of_training_attention():
     q, k_pages, v_pages, table = make(B=1, N=2, page=8)
     k, v = (x[table[0].long()].flatten(0, 1)[:11] for x in (k_pages, v_pages))

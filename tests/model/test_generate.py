@@ -1,10 +1,13 @@
 """Sampling: the same tokens in any company, options that cut what they say, and how a sequence ends."""
 
 import itertools
+import threading
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from tritium.model.beam import beam_search
 from tritium.model.config import ModelConfig
@@ -72,14 +75,17 @@ def test_weights_that_a_step_of_training_has_changed_are_those_that_generate(dty
     model = Transformer(SHAPE, dtype=dtype).initialize(0)
     other = Transformer(SHAPE, dtype=dtype).initialize(1)
     engine = Engine(model, 100, max_batch=20)
-    for changed in (False, True):
-        if changed:
+    for change in (None, Tensor.copy_, lambda p, q: p.data.copy_(q.data / 2)):  # the last unseen by autograd
+        if change:
             with torch.no_grad():
                 for p, q in zip(model.parameters(), other.parameters(), strict=True):
-                    p.copy_(q)
+                    change(p, q)
+        engine = engine if change is Tensor.copy_ else Engine(model, 100, max_batch=20)
         made = [engine.submit(p, Options(max_tokens=8, stop_ids=[]), [(0, i)])[0] for i, p in enumerate(prompts(18))]
         list(run(engine))
-        expected = generate(model, prompts(18), max_tokens=8, stop_ids=[])
+        fresh = Transformer(SHAPE, dtype=dtype)
+        fresh.load_state_dict(model.state_dict())
+        expected = generate(fresh, prompts(18), max_tokens=8, stop_ids=[])
         assert [s.completion.tokens for s in made] == tokens(expected)
 
 
@@ -133,7 +139,7 @@ def test_top_k_and_top_p_cut_the_tail():
 
 def test_logps_are_the_policys_own_whatever_was_cut():
     sampler = Sampler([Options(temperature=0.5, top_k=1)])
-    token, logp, sampled = sampler(LOGITS, torch.tensor([0.3]))
+    token, logp, sampled, *_ = sampler(LOGITS, torch.tensor([0.3]))
     assert token == 0 and sampled == 0 and logp.item() == pytest.approx(LOGITS.log_softmax(-1)[0, 0].item(), abs=1e-6)
 
 
@@ -282,7 +288,7 @@ def test_a_cancelled_sequence_leaves_its_pages_and_the_others_alone(model):
 
 def test_what_a_tool_says_goes_on_in_the_same_sequence(model):
     def extend(sequence):
-        return [9, 8, 7] * 6 if len(sequence.completion.tokens) < 20 else []  # more than a page
+        return (lambda: [9, 8, 7] * 6) if len(sequence.completion.tokens) < 20 else None  # more than a page
 
     (free,) = generate(model, [[1, 2, 3]], max_tokens=12, temperature=0, stop_ids=[])
     stop = free.tokens[3]
@@ -295,6 +301,41 @@ def test_what_a_tool_says_goes_on_in_the_same_sequence(model):
     assert again.tokens == found.tokens[first + 18 :] and len(again.tokens) > 1
     np.testing.assert_allclose(again.logps, found.logps[first + 18 :], rtol=0, atol=1e-5)
     assert found.logps[first : first + 18] == [0.0] * 18
+
+
+def test_a_tool_at_work_holds_up_nobody_else(model):
+    """The tool waits until the other sequence has drawn ten tokens more: never, if that waited for it."""
+    (free,) = generate(model, [[1, 2, 3]], max_tokens=12, temperature=0, stop_ids=[])
+    (alone,) = generate(model, [[4, 5]], max_tokens=40, temperature=0, stop_ids=[])
+    others, waited = threading.Event(), []
+
+    def extend(sequence):
+        return (lambda: waited.append(others.wait(30)) or [9, 8, 7]) if not waited else None
+
+    engine = Engine(model, 100, extend=extend)
+    options = Options(max_tokens=40, temperature=0, stop_ids=[free.tokens[3]])
+    (one,) = engine.submit([1, 2, 3], options, [(0, 0)])
+    (other,) = engine.submit([4, 5], replace(options, stop_ids=[]), [(0, 1)])
+    for _ in run(engine):
+        if one in engine.calling and len(other.completion.tokens) > 20:
+            others.set()
+    assert waited == [True] and other.completion.tokens == alone.tokens
+    assert one.completion.weights.count(0.0) == 3 and not engine.calling
+    assert sorted(engine.cache.free) == list(range(1, 100))
+
+
+def test_what_a_tool_says_beyond_the_context_ends_its_sequence_and_one_that_is_cancelled_is_not_heard(model):
+    (free,) = generate(model, [[1, 2, 3]], max_tokens=12, temperature=0, stop_ids=[])
+    options = Options(max_tokens=12, temperature=0, stop_ids=[free.tokens[3]])
+    engine = Engine(model, 100, extend=lambda sequence: lambda: [9] * 64, decoder=Letters)
+    one, two = (engine.submit([1, 2, 3], options, [(0, i)])[0] for i in range(2))
+    events = []
+    while engine.busy:
+        events += engine.step()
+        if two in engine.calling:
+            engine.cancel(two)
+    assert [e.finish_reason for e in events if e.token is None] == ["context"] == [one.completion.finish_reason]
+    assert two.completion.finish_reason == "cancelled" and len(engine.cache.free) == engine.cache.usable
 
 
 # The options ----------------------------------------------------------------------------------------------------------
