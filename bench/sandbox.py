@@ -84,6 +84,10 @@ ESCAPES = {
     "    if n != 'program.py' and 'assert f' in text: print('ESCAPED')\ndef f(x): return 0",
     "answers out of turn": "import json, os, sys\nfor n in range(3, 20):\n    try: os.write(n, b'[\"f\"]\\n' + "
     'b\'{"value": 9, "changed": null}\\n\' * 9)\n    except OSError: pass\ndef f(x): return 0',
+    "forges the builtins of the tests": 'import os\nfor n in range(3, 20):\n    try: os.write(n, b\'["f", '
+    '"__builtins__"]\\n\' + b\'\\n\'.join(b\'{"value": %s, "changed": null}\' % v for v in (b\'["r", 0]\', '
+    "b'[\"d\", [[\"sorted\", [\"r\", 1]]]]', b'9', b'0', b'0', b'[\"l\", [1, 4]]')) + b'\\n')\n"
+    "    except OSError: pass",
     "nests its answer deeply": "def f(x):\n    y = []\n    for _ in range(100000): y = [y]\n    return y",
     "endless answer": "import itertools\ndef f(x): return itertools.count()",
     "deep recursion": "import sys\nsys.setrecursionlimit(10 ** 9)\ndef f(x): return f(x)\nf(3)",

@@ -21,6 +21,7 @@ from tritium.core.rewards import Answer, Score, score_one
 from tritium.core.sandbox import PYTHON_ARGV, Limits, Sandbox, level, run_python
 
 FENCED = re.compile(r"```(?:python|py)?[^\S\n]*\n(.*?)(?:```|\Z)", re.DOTALL | re.IGNORECASE)
+WHOLE, LONGEST = re.compile(r"[-+]?\d+"), 4000  # digits of an integer, which Python reads
 PIPE = Path(__file__).with_name("code_pipe.py")
 
 
@@ -55,11 +56,14 @@ class Code:
 
 
 def extract(text: str, spec: dict) -> str:
-    blocks = FENCED.findall(text)
-    program = blocks[-1] if blocks else text if spec.get("prefix") else parse_reasoning(text)[1]
-    if (prefix := spec.get("prefix")) and not re.search(rf"^def {re.escape(spec['entry_point'])}\b", program, re.M):
-        return prefix + program
-    return program
+    """The program in an answer. Of several blocks of code it is the last that defines the entry point: one that shows
+    how it is used may follow."""
+    prefix, entry = spec.get("prefix"), spec.get("entry_point")
+    defines = re.compile(rf"^def {re.escape(entry or '')}\b" if entry else "", re.MULTILINE)
+    answer = text if prefix and "think>" not in text else parse_reasoning(text)[1]  # a continuation is indented
+    blocks = FENCED.findall(answer)
+    program = ([b for b in blocks if defines.search(b)] or blocks or [answer])[-1]
+    return prefix + program if prefix and not defines.search(program) else program
 
 
 def by_asserts(program: str, spec: dict, limits: Limits, at: str) -> list[bool]:
@@ -107,12 +111,14 @@ def tokens(a: str, b: str) -> bool:
 
 
 def floats(a: str, b: str) -> bool:
-    """Numbers within 1e-6, relative or absolute; all else as tokens."""
+    """Numbers within 1e-6, relative or absolute; two whole ones, and all else, as tokens."""
     pairs = list(zip(a.split(), b.split(), strict=False))
     return len(a.split()) == len(b.split()) and all(x == y or close(x, y) for x, y in pairs)
 
 
 def close(a: str, b: str) -> bool:
+    if WHOLE.fullmatch(a) and WHOLE.fullmatch(b):
+        return int(a[:LONGEST]) == int(b[:LONGEST]) and len(a) < LONGEST
     try:
         return math.isclose(float(a), float(b), rel_tol=1e-6, abs_tol=1e-6)
     except ValueError:

@@ -178,7 +178,9 @@ def checker():
         spec = json.load(file)
     space, entry = {"__name__": "tests"}, spec.get("entry_point")
     for name in [str(name) for name in read()]:
-        if name == entry or not hasattr(builtins, name):  # no program redefines `sorted` for the tests
+        if name == entry or not (
+            hasattr(builtins, name) or name.startswith("__")
+        ):  # no program's `sorted` for the tests
             space[name] = ask("name", name)
     if entry in space:
         space["candidate"] = space[entry]

@@ -53,6 +53,9 @@ PAIR = """Compare two answers to a question by {rubric}. What stands between the
 
 Give your reasons in one sentence, then the line "Winner: A", "Winner: B" or "Winner: tie"."""
 Question = str | Sequence[dict]  # of one turn, or a conversation that waits for an answer
+MARK = re.compile(r"\[(?=(?:end of the |reference )?(?:question|answer))", re.IGNORECASE)
+SCORE = re.compile(r"Score[\s*]*:[\s*]*(\d+(?:\.\d+)?)", re.IGNORECASE)
+WINNER = re.compile(r"Winner[\s*]*:[\s*]*(?:answer )?(A|B|tie)\b", re.IGNORECASE)
 TRANSIENT = (408, 409, 429, 500, 502, 503, 504)
 
 
@@ -70,7 +73,7 @@ class LLMJudge(Composed):
         return [self.verdict([next(replies) for _ in questions]) for questions in asked]
 
     def questions(self, answer: Answer) -> list[str]:
-        prompt, text, reference = answer.prompt, answer.text, answer.reference
+        prompt, text, reference = (MARK.sub("(", t) for t in (answer.prompt, answer.text, answer.reference))
         if self.pairwise:
             pairs = [(text, reference), (reference, text)] if reference else []
             return [PAIR.format(rubric=self.rubric, prompt=prompt, a=a, b=b) for a, b in pairs]
@@ -84,14 +87,14 @@ class LLMJudge(Composed):
             return ValueError("there is no reference answer to compare with")
         said = [parse_reasoning(reply)[1] for reply in replies]
         if not self.pairwise:
-            found = re.findall(r"Score:\**\s*(\d+(?:\.\d+)?)", said[0])
+            found = SCORE.findall(said[0])
             if not found or not 1 <= float(found[-1]) <= 10:
                 return ValueError("the judge gave no score from 1 to 10")
             return Score((float(found[-1]) - 1) / 9, said[0][:300])
-        winners = [re.findall(r"Winner:\**\s*(A|B|tie)\b", text)[-1:] for text in said]
-        if not all(winners):
+        winners = "".join(found[-1].lower() for text in said if (found := WINNER.findall(text)))
+        if not re.fullmatch("(a|b|tie){2}", winners):
             return ValueError("the judge named no winner")
-        value = {("A", "B"): 1.0, ("B", "A"): 0.0}.get((winners[0][0], winners[1][0]), 0.5)
+        value = {"ab": 1.0, "ba": 0.0}.get(winners, 0.5)
         return Score(value, right=value == 1)
 
 

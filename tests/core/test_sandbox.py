@@ -149,6 +149,10 @@ def test_a_completion_continues_its_prefix_and_a_function_may_be_called_sum():
         ("print(2.9999999)", "float", True),
         ("print(2.99)", "float", False),
         ("print(3, 3)", "float", False),
+        ("print('3e0')", "float", True),
+        ("print('+3')", "float", True),
+        ("print('nan')", "float", False),
+        ("print('3' * 9000)", "float", False),
         ("print(3); raise SystemExit(1)", "tokens", False),
     ],
 )
@@ -157,6 +161,21 @@ def test_cases_are_compared_as_the_problem_wants(printed, checker, passes):
     cases = [{"input": "1 2\n", "output": "3\n"}]
     assert code(printed, cases=cases, checker=checker) == float(passes)
     assert code(a, cases=[*cases, {"input": "2 2", "output": "5"}]) == 0.5
+
+
+def test_whole_numbers_are_no_floats_and_what_shows_the_use_of_a_program_is_not_the_program():
+    big = [{"input": "", "output": "1000000007"}]
+    assert code("print(1000000008)", cases=big, checker="float") == 0.0
+    assert code("print(1000000008.0)", cases=big, checker="float") == code("print(1000000007)", cases=big) == 1.0
+    answer = "```python\ndef f(x): return x\n```\nUse it so:\n```python\nprint(f(2))\n```"
+    assert code(answer, ["assert f(1) == 1"], entry_point="f") == 1.0
+
+
+def test_programs_in_the_reasoning_are_no_answer():
+    program = "```python\ndef f(x): return x\n```"
+    for text in (f"<think>{program}", f"<think>{program}</think>no idea"):
+        assert code(text, ["assert f(1) == 1"], entry_point="f") == 0.0
+    assert code(f"<think>no idea</think>{program}", ["assert f(1) == 1"], entry_point="f") == 1.0
 
 
 def test_a_problem_without_tests_or_with_broken_ones_is_the_judges_failure():
