@@ -4,8 +4,8 @@ import re
 from fractions import Fraction
 from math import factorial
 
-from tritium.core.rewards.latex import WORDS
 from tritium.core.rewards.polynomial import NotExact, Ratio
+from tritium.core.rewards.words import WORDS
 
 TOKEN = re.compile(r"\s*(\d+(?:\.\d+)?(?:[eE][+-]?\d+)?(?!\w*_)|\.\d+|[a-zA-Z]+(?:_\w+)?|\*\*|[-+*/^()!&|])")
 FUNCTIONS = ("sin", "cos", "tan", "log", "ln", "exp", "sqrt", "asin", "acos", "atan")

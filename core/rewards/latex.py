@@ -1,11 +1,10 @@
 """LaTeX and the signs of mathematics, in plain operators: \\frac12 is ((1)/(2)), ≤ stays, a set's brackets are ⟨ ⟩."""
 
 import re
-import tomllib
 from math import comb
-from pathlib import Path
 
-WORDS = tomllib.loads(Path(__file__).with_name("maths.toml").read_text("utf-8"))
+from tritium.core.rewards.words import WORDS
+
 SIGNS = str.maketrans(
     {"−": "-", "–": "-", "×": "*", "·": "*", "÷": "/", "∞": " infty ", "°": " deg ", "√": " sqrt ", "∅": "⟨⟩"}
     | {"²": "^2", "³": "^3", "½": " 1/2", "¼": " 1/4", "¾": " 3/4", "∈": "=", "∓": "±", "∣": "|"}

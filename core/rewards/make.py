@@ -28,6 +28,7 @@ from tritium.core.rewards.llm import open_judge
 from tritium.core.rewards.maths import MathMatch
 from tritium.core.rewards.scorer import ModelReward, ProcessReward
 from tritium.core.rewards.text import Json, Language, Length, Regex, Repetition, Tags, Words
+from tritium.core.rewards.words import WORDS
 
 
 @dataclass(frozen=True)
@@ -130,17 +131,6 @@ class Ensemble(Composed):
         return Score(mean - self.k * std, parts={"mean": mean, "std": std}, right=all(s.solved for s in row))
 
 
-ABSTENTIONS = (
-    "i don't know",
-    "i do not know",
-    "don't know",
-    "not sure",
-    "cannot determine",
-    "can't determine",
-    "unknown",
-)
-
-
 @dataclass(frozen=True)
 class Abstain(Composed):
     """Right +1, "I don't know" 0, wrong −4: guessing pays only above 80 % confidence."""
@@ -164,7 +154,7 @@ class Abstain(Composed):
 def abstains(text: str) -> bool:
     """Whether an answer says no more than that it does not know: "I don't know, but 7" is a guess."""
     answer = parse_reasoning(text)[1].lower().replace("’", "'").strip(" .!*")
-    return any(answer.endswith(words) for words in ABSTENTIONS) and not any(c.isdigit() for c in answer)
+    return any(answer.endswith(words) for words in WORDS["abstentions"]) and not any(c.isdigit() for c in answer)
 
 
 JUDGES: dict[str, Any] = {

@@ -22,8 +22,9 @@ from tritium.core.chat import parse_reasoning
 from tritium.core.rewards import Score
 from tritium.core.rewards.exact import NUMBER
 from tritium.core.rewards.expression import FUNCTIONS, GREEK, Expression
-from tritium.core.rewards.latex import WORDS, latex_to_plain
+from tritium.core.rewards.latex import latex_to_plain
 from tritium.core.rewards.polynomial import NotExact, Ratio
+from tritium.core.rewards.words import WORDS
 from tritium.core.rewards.worker import WorkerError, call
 
 LONGEST, MOST_ITEMS = 1000, 64  # characters of an answer that is compared as mathematics; items of a set

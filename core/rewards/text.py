@@ -12,14 +12,10 @@ from tritium.core.chat import parse_reasoning
 from tritium.core.config import ConfigError
 from tritium.core.formats import read_text
 from tritium.core.rewards import Score
+from tritium.core.rewards.words import WORDS
 from tritium.core.rewards.worker import call
 
-SCRIPTS = {  # language → the scripts it is written in, as Unicode's character names begin
-    "en": "LATIN", "de": "LATIN", "fr": "LATIN", "es": "LATIN", "it": "LATIN", "pt": "LATIN", "latin": "LATIN",
-    "ru": "CYRILLIC", "uk": "CYRILLIC", "cyrillic": "CYRILLIC", "el": "GREEK", "greek": "GREEK", "ar": "ARABIC",
-    "fa": "ARABIC", "he": "HEBREW", "hi": "DEVANAGARI", "th": "THAI", "ko": "HANGUL",
-    "zh": "CJK", "ja": "HIRAGANA KATAKANA CJK",
-}  # fmt: skip
+SCRIPTS = WORDS["scripts"]
 UNSPACED = "\u0e00-\u0e7f\u3040-\u30ff\u3400-\u9fff"  # Thai, kana, CJK
 WORD = re.compile(f"[{UNSPACED}]|[^\\s{UNSPACED}]+")
 

@@ -3,17 +3,16 @@
     call("tritium.core.rewards.text:search", [pattern, text], seconds=1.0)
 
 One worker is kept, and answers in about 0.1 ms; one that is late is killed, and the next call starts another. Its
-memory is limited too. Requests and answers are lines of JSON.
+memory is limited too. Requests and answers are JSON.
 """
 
 import atexit
 import json
-import os
-import selectors
 import subprocess
 import sys
 import threading
 from importlib import import_module
+from multiprocessing.connection import Connection, Pipe
 from typing import Any
 
 MEMORY = 2 << 30  # bytes of address space
@@ -24,86 +23,80 @@ class WorkerError(RuntimeError):
     """The call took too long, or ended its process."""
 
 
+class Worker:
+    """A process that calls functions."""
+
+    def __init__(self):
+        self.channel, theirs = Pipe()
+        command, null = [sys.executable, "-m", __name__, str(theirs.fileno())], subprocess.DEVNULL
+        self.process = subprocess.Popen(
+            command, pass_fds=[theirs.fileno()], stdin=null, stdout=null, stderr=null, start_new_session=True
+        )
+        theirs.close()
+        self.imported: set[str] = set()
+
+    def ask(self, function: str, arguments: list, seconds: float) -> dict:
+        """Raises: OSError or EOFError where there is no answer in time: the worker is of no more use then."""
+        self.channel.send_bytes(json.dumps([function, arguments]).encode())
+        if not self.channel.poll(seconds):
+            raise EOFError
+        return json.loads(self.channel.recv_bytes())
+
+
 _lock = threading.Lock()
-_worker: subprocess.Popen | None = None
-_imported: set[str] = set()  # by the worker
+_worker: Worker | None = None
 
 
 def call(function: str, arguments: list, seconds: float) -> Any:
     """`module:function(*arguments)`, all of it JSON, in the worker. Raises: WorkerError; ValueError where it raised."""
+    global _worker
     module = function.partition(":")[0]
     with _lock:
-        if _worker is None or _worker.poll() is not None:
-            start()
-        if module not in _imported:
-            _exchange([f"{__name__}:prepare", [module]], STARTING)
-            _imported.add(module)
-        reply = _exchange([function, arguments], seconds)
+        try:
+            _worker = _worker or Worker()
+            if module not in _worker.imported:
+                _worker.ask(f"{__name__}:prepare", [module], STARTING)
+                _worker.imported.add(module)
+            reply = _worker.ask(function, arguments, seconds)
+        except BaseException as error:  # also where its answer would come after an interruption, to another call
+            stop()
+            if isinstance(error, OSError | EOFError):
+                raise WorkerError(f"no answer within {seconds:g} s, or the process died") from None
+            raise
     if "error" in reply:
         raise ValueError(reply["error"])
     return reply["value"]
-
-
-def _exchange(request: list, seconds: float) -> dict:
-    try:
-        _worker.stdin.write(json.dumps(request).encode() + b"\n")
-        _worker.stdin.flush()
-        line = _readline(_worker, seconds)
-    except OSError:
-        line = b""
-    if not line.endswith(b"\n"):
-        stop()
-        raise WorkerError(f"no answer within {seconds:g} s, or the process died")
-    return json.loads(line)
-
-
-def _readline(worker: subprocess.Popen, seconds: float) -> bytes:
-    """A line of the worker's, or what there is of it at the deadline. Its answers are shorter than a pipe's buffer."""
-    with selectors.DefaultSelector() as selector:
-        selector.register(worker.stdout, selectors.EVENT_READ)
-        return worker.stdout.readline() if selector.select(seconds) else b""
 
 
 def prepare(module: str) -> None:
     import_module(module)
 
 
-def start() -> None:
-    global _worker
-    atexit.register(stop)
-    command = [sys.executable, "-m", "tritium.core.rewards.worker"]
-    pipe = subprocess.PIPE
-    _worker = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, start_new_session=True)
-    _imported.clear()
-    _readline(_worker, STARTING)
-
-
+@atexit.register
 def stop() -> None:
     global _worker
     if _worker is not None:
-        _worker.kill()
-        _worker.communicate()
+        _worker.process.kill()
+        _worker.process.wait()
+        _worker.channel.close()
         _worker = None
 
 
-def serve() -> None:
-    """The worker's loop: until its input ends."""
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what a function prints is no answer
+def serve(channel: Connection) -> None:
+    """The worker's loop: until its caller has gone."""
     if sys.platform == "linux":
         import resource
 
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-    print("ready", file=answers, flush=True)
-    for line in sys.stdin:
-        function, arguments = json.loads(line)
+    while True:
+        function, arguments = json.loads(channel.recv_bytes())
         module, _, name = function.partition(":")
         try:
             reply = {"value": getattr(import_module(module), name)(*arguments)}
         except Exception as error:
             reply = {"error": f"{type(error).__name__}: {str(error)[:300]}"}
-        print(json.dumps(reply), file=answers, flush=True)
+        channel.send_bytes(json.dumps(reply).encode())
 
 
 if __name__ == "__main__":
-    serve()
+    serve(Connection(int(sys.argv[1])))
