@@ -33,6 +33,8 @@ class DecodeGraphs:
 
     def __init__(self, model: Transformer, cache: PagedCache):
         self.model, self.pages = model, cache.pages
+        # One pool of memory for all: none runs beside another, and their outputs, which stay, are never given out again.
+        self.pool = torch.cuda.graph_pool_handle()
         self.captured: dict[tuple[int, int], tuple[torch.cuda.CUDAGraph, list[Tensor], Tensor]] = {}
 
     @staticmethod
@@ -62,6 +64,6 @@ class DecodeGraphs:
                 advance(self.model, self.pages, *inputs)
         torch.cuda.current_stream().wait_stream(other)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, pool=self.pool):
             logits = advance(self.model, self.pages, *inputs)
         return graph, inputs, logits

@@ -51,6 +51,8 @@ def train(config: Config) -> Result:
     tokenizer = load_tokenizer(config.model, model)
     opening = [{"role": "system", "content": config.system}] if config.system else []
     messages, turn = list(opening), 0
+    if hasattr(sys.stdin, "reconfigure"):
+        sys.stdin.reconfigure(errors="surrogateescape")  # what is no UTF-8 is not the end of the session
     while (question := ask()) is not None:
         command, _, argument = question.partition(" ")
         if command == "/reset":
@@ -63,9 +65,13 @@ def train(config: Config) -> Result:
         elif re.fullmatch(r"/[a-z]+", command):
             print(f"({command} is no command: /reset, {', '.join(COMMANDS)}, /quit)")
         elif question:
-            messages.append({"role": "user", "content": question})
-            said = reply(model, tokenizer, messages, config, config.seed + turn)
-            messages = messages + said if said else list(opening)
+            asked = [*messages, {"role": "user", "content": question}]
+            try:
+                said = reply(model, tokenizer, asked, config, config.seed + turn)
+            except UserError as error:  # of the question: a lone surrogate is no text that a model can read
+                print(f"({error})")
+                continue
+            messages = asked + said if said else list(opening)
             turn += 1
     return Result(config.model)
 
@@ -73,7 +79,7 @@ def train(config: Config) -> Result:
 def save(file: str, messages: list[dict], model: Transformer) -> str:
     if not file:
         raise ValueError("/save needs the name of a file: /save chats.jsonl")
-    with open(file, "a", encoding="utf-8") as lines:
+    with open(file, "a", encoding="utf-8", errors="backslashreplace") as lines:  # a lone surrogate is \\udXXX
         lines.write(json.dumps({"messages": messages}, ensure_ascii=False) + "\n")
     return f"(saved to {file})"
 

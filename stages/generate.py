@@ -4,14 +4,15 @@ tritium generate --model=runs/sft --sources=prompts.jsonl --out=answers.jsonl
 
 A record is {"prompt": text} (continued as it is), {"messages": […]} or a problem ({"question", …}, answered in the
 model's chat format). Each line of the answers is its record with "answers": [{"text", "finish_reason", "tokens"}, …].
-The same command again goes on after the last whole line; lines that answer other records are refused. A record that
-can't be answered keeps its line, with "error".
+The same command again goes on after the last whole line; lines that answer other records, or were drawn from another
+model or with other options (answers.jsonl.settings keeps them), are refused. A record that can't be answered keeps its
+line, with "error".
 """
 
 import json
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import islice, zip_longest
 from pathlib import Path
@@ -28,6 +29,8 @@ from tritium.core.tools import TOOLS, ToolUse
 from tritium.core.trainer import Result
 from tritium.model.cache import cache_pages
 from tritium.model.generate import Engine, Running
+from tritium.model.transformer import Transformer
+from tritium.parallel.data import fingerprint
 from tritium.parallel.mesh import Mesh, local_device
 
 ONE_PROCESS = True
@@ -60,7 +63,7 @@ def train(config: Config) -> Result:
     model = load_model(config.model, config.dtype, Mesh.single(local_device(config.device)), frozen=True)
     tokenizer, skipped = load_tokenizer(config.model, model), Skipped()
     records = (record for path in config.sources for _, record in read_records(path, skipped))
-    done = resume(file, config)
+    done = resume(file, config, settings(config, model))
     sampling, context = config.sampling, model.config.max_positions
     pages = sampling.pages(model) or cache_pages(sampling.max_batch, context)
     extend = ToolUse(tokenizer, TOOLS[sampling.tool], sampling.max_calls) if sampling.tool else None
@@ -131,9 +134,21 @@ def shown(sequence: Running, tokenizer: Tokenizer, config: Config) -> dict[str, 
     return row
 
 
-def resume(file: Path, config: Config) -> int:
-    """How many records a run before has answered in `file`. Raises: ConfigError where its lines answer others."""
+def settings(config: Config, model: Transformer) -> dict[str, Any]:
+    """What decides the answers to a record: the options, and the weights by their bits."""
+    given = {name: asdict(config)[name] for name in ("n", "logprobs", "seed", "dtype")}
+    sampling = {f"sampling.{k}": v for k, v in asdict(config.sampling).items() if k not in ("max_batch", "cache_mb")}
+    return given | sampling | {"model": f"{fingerprint(model.parameters()):x}"}
+
+
+def resume(file: Path, config: Config, now: dict[str, Any]) -> int:
+    """How many records a run before has answered in `file`, with the settings of `now`, which are kept beside it.
+
+    Raises: ConfigError where its lines answer other records, or were drawn with other settings.
+    """
+    beside = file.with_name(file.name + ".settings")
     if not (done := keep_whole_lines(file)):
+        beside.write_text(json.dumps(now), encoding="utf-8")
         return 0
     skipped = Skipped()
     records = islice((record for path in config.sources for _, record in read_records(path, skipped)), done)
@@ -144,6 +159,13 @@ def resume(file: Path, config: Config) -> int:
                     f"out: line {number} of {file} is not n={config.n} answers to record {number} of the sources: "
                     f"give another --out, or delete it"
                 )
+    try:
+        before = json.loads(beside.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        before = {}
+    if changed := [name for name, value in now.items() if before.get(name) != value]:
+        told = ", ".join(f"{name}={before.get(name, 'unknown')}" for name in changed)
+        raise ConfigError(f"out: {file} was drawn with {told}: give that again or another --out, or delete the file")
     print(f"{file} holds {done} of the answers: going on after them", file=sys.stderr)
     return done
 

@@ -172,9 +172,10 @@ FIELDS: dict[str, tuple[type, ...]] = {
     "temperature": NUMBER, "top_k": WHOLE, "top_p": NUMBER, "min_p": NUMBER, "repetition_penalty": NUMBER,
     "presence_penalty": NUMBER, "frequency_penalty": NUMBER,
     "no_repeat_ngram": WHOLE, "logit_bias": (dict,), "stop": (str, list), "n": WHOLE,
-    "seed": WHOLE, "stream": FLAG, "stream_options": (dict,), "logprobs": (bool, int), "user": TEXT,
+    "seed": WHOLE, "stream": FLAG, "stream_options": (dict,), "logprobs": (bool, int), "top_logprobs": WHOLE,
+    "user": TEXT,
 }  # fmt: skip
-MOST_SAMPLES = 64
+MOST_SAMPLES, MOST_TOP = 64, 20
 
 
 @dataclass
@@ -208,6 +209,7 @@ def read_request(body: Any, chat: bool, tokenizer: Tokenizer, sampling: Sampling
     if not 1 <= n <= MOST_SAMPLES:
         raise RequestError(f"n={n} must be from 1 to {MOST_SAMPLES}")
     given = {f.name: body[f.name] for f in fields(Options) if f.name in body}
+    given["top_logprobs"] = top_logprobs(body, chat)
     given["max_tokens"] = body.get("max_completion_tokens", body.get("max_tokens", sampling.max_tokens))
     given["stop"] = [stop] if isinstance(stop, str) else stop
     try:
@@ -220,8 +222,19 @@ def read_request(body: Any, chat: bool, tokenizer: Tokenizer, sampling: Sampling
         raise RequestError(f"seed={seed} must be from 0 to 2^64 - 1")
     usage = bool(body.get("stream_options", {}).get("include_usage"))
     prompts = read_prompts(body, chat, tokenizer)
-    logprobs = body.get("logprobs", False)
-    return Asked(chat, prompts, options, n, seed, body.get("stream", False), usage, logprobs is not False)
+    return Asked(
+        chat, prompts, options, n, seed, body.get("stream", False), usage, body.get("logprobs", False) is not False
+    )
+
+
+def top_logprobs(body: dict[str, Any], chat: bool) -> int:
+    """How many of the likeliest tokens are wanted: "top_logprobs" in a chat, which "logprobs" goes with, else this."""
+    wanted = body.get("top_logprobs", 0) if chat else int(body.get("logprobs", 0))
+    if not 0 <= wanted <= MOST_TOP:
+        raise RequestError(f"{wanted} top logprobs: from 0 to {MOST_TOP} are told")
+    if "top_logprobs" in body and not (chat and body.get("logprobs")):
+        raise RequestError("top_logprobs goes with logprobs: true, in a chat; a completion's logprobs is the number")
+    return wanted
 
 
 def read_prompts(body: dict[str, Any], chat: bool, tokenizer: Tokenizer) -> list[list[int]]:
@@ -352,12 +365,16 @@ class Handler(BaseHTTPRequestHandler):
     def logprobs(self, asked: Asked, events: list[Event]) -> dict[str, Any] | None:
         if not asked.logprobs:
             return None
-        pieces, values = [self.server.tokenizer.piece(e.token) for e in events], [e.logp for e in events]
+        piece = self.server.tokenizer.piece
+        tops = [[(piece(token), logp) for token, logp in event.top] for event in events]
         if not asked.chat:
-            return {"tokens": pieces, "token_logprobs": values, "top_logprobs": None}
-        return {
-            "content": [{"token": t, "logprob": p, "top_logprobs": []} for t, p in zip(pieces, values, strict=True)]
-        }
+            top = [dict(pairs) for pairs in tops] if asked.options.top_logprobs else None
+            values = [event.logp for event in events]
+            return {"tokens": [piece(e.token) for e in events], "token_logprobs": values, "top_logprobs": top}
+        content = [{"token": piece(event.token), "logprob": event.logp} for event in events]
+        for entry, pairs in zip(content, tops, strict=True):
+            entry["top_logprobs"] = [{"token": token, "logprob": logp} for token, logp in pairs]
+        return {"content": content}
 
     def stream(self, asked: Asked, made: list[Samples], head: dict[str, Any]) -> None:
         """Server-sent events, a prompt's samples as they come; what goes wrong on the way is an event, too."""

@@ -1,8 +1,10 @@
 """A real server on localhost: what clients ask, ask wrongly, and leave unread; and files of prompts."""
 
 import http.client
+import io
 import json
 import socket
+import sys
 import threading
 import time
 
@@ -11,7 +13,7 @@ import pytest
 from tritium.core.config import ConfigError, UserError
 from tritium.core.setup import load_model, load_tokenizer
 from tritium.parallel.mesh import Mesh
-from tritium.stages import generate, serve
+from tritium.stages import chat, generate, serve
 
 pytestmark = pytest.mark.usefixtures("quick")
 
@@ -65,6 +67,24 @@ def test_chat_completions_and_their_streams_say_the_same(server):
         logprobs = [x["logprob"] for c in own[1:] for x in c["logprobs"]["content"]]
         assert logprobs == pytest.approx([x["logprob"] for x in choice["logprobs"]["content"]], abs=1e-5)
         assert len(logprobs) >= 1 and max(logprobs) <= 0
+
+
+def test_the_likeliest_tokens_are_told_with_each(server):
+    body = {"max_tokens": 5, "temperature": 0, "logprobs": True, "top_logprobs": 3}
+    status, found = ask(server, CHAT, body | {"messages": HELLO})
+    assert status == 200
+    for entry in found["choices"][0]["logprobs"]["content"]:
+        top = [x["logprob"] for x in entry["top_logprobs"]]
+        assert len(top) == 3 and top == sorted(top, reverse=True)
+        assert entry["top_logprobs"][0] == {
+            "token": entry["token"],
+            "logprob": pytest.approx(entry["logprob"], abs=1e-5),
+        }
+    del body["top_logprobs"]
+    for k in (0, 2):
+        logprobs = ask(server, TEXT, body | {"prompt": "1 + 2", "logprobs": k})[1]["choices"][0]["logprobs"]
+        best = [max(top, key=top.get) for top in logprobs["top_logprobs"] or ()]
+        assert best == (logprobs["tokens"] if k else []) and len(logprobs["token_logprobs"]) == len(logprobs["tokens"])
 
 
 def test_text_completions_take_texts_and_ids(server):
@@ -121,6 +141,9 @@ def test_models_are_listed(server):
         (CHAT, {"messages": HELLO, "\ud800": 1}, 400, "unknown field"),
         (CHAT, {"messages": HELLO, "logit_bias": {"99999": 1}}, 400, "there is no token 99999"),
         (CHAT, {"messages": HELLO, "stop": [1]}, 400, "stop"),
+        (CHAT, {"messages": HELLO, "logprobs": True, "top_logprobs": 21}, 400, "21 top logprobs: from 0 to 20"),
+        (CHAT, {"messages": HELLO, "top_logprobs": 2}, 400, "top_logprobs goes with logprobs: true"),
+        (TEXT, {"prompt": "1", "logprobs": -1}, 400, "-1 top logprobs"),
         (CHAT, {"messages": [{"role": "king", "content": "x"}]}, 400, "unknown role 'king'"),
         (CHAT, {"messages": ["x"]}, 400, "messages must be a list"),
         (CHAT, {}, 400, "messages must be a list"),
@@ -219,6 +242,20 @@ def test_a_port_in_use_is_a_sentence(server, tiny):
         )
 
 
+# Chat -----------------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_no_text_does_not_end_a_chat(tiny, tmp_path, monkeypatch, capsys):
+    typed = b"\xff\xfe\nHi\n/save " + str(tmp_path / "a.jsonl").encode() + b"\n"
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(typed), encoding="utf-8"))
+    config = chat.Config(model=tiny.model)
+    config.sampling.max_tokens = 4
+    chat.train(config)
+    assert "lone surrogate" in capsys.readouterr().out
+    (saved,) = (json.loads(line)["messages"] for line in (tmp_path / "a.jsonl").read_text().splitlines())
+    assert [m["content"] for m in saved[:-1]] == ["Hi"]
+
+
 # Files ----------------------------------------------------------------------------------------------------------------
 
 
@@ -242,6 +279,33 @@ def test_a_file_of_prompts_becomes_a_file_of_answers_in_order_and_goes_on(tiny, 
         assert [[a["text"] for a in row.get("answers", [])] for row in again] == [
             [a["text"] for a in row.get("answers", [])] for row in found
         ]
+
+
+def test_answers_of_another_model_or_other_options_are_not_gone_on_with(tiny, tmp_path):
+    (source := tmp_path / "prompts.jsonl").write_text('{"prompt": "1 + 1"}\n{"prompt": "2 + 2"}\n')
+    out = tmp_path / "out.jsonl"
+
+    def draw(model=tiny.model, temperature=1.0, **options):
+        config = generate.Config(model=model, sources=[str(source)], out=str(out), dtype="fp32", **options)
+        config.sampling.max_tokens, config.sampling.temperature = 3, temperature
+        generate.train(config)
+
+    draw()
+    out.write_text(before := out.read_text().splitlines(keepends=True)[0])
+    other = load_model(tiny.model, "fp32", Mesh.single(), frozen=True)
+    other.norm.mul_(1.5)
+    other.save(str(tmp_path / "other"))
+    load_tokenizer(tiny.model, other).save(str(tmp_path / "other"))
+    for options, words in (
+        ({"temperature": 0.5}, "was drawn with sampling.temperature=1.0"),
+        ({"seed": 3}, "was drawn with seed=0"),
+        ({"model": str(tmp_path / "other")}, "was drawn with model="),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            draw(**options)
+    assert out.read_text() == before
+    draw()
+    assert len(out.read_text().splitlines()) == 2
 
 
 def test_a_prompt_that_is_no_unicode_does_not_end_the_file(tiny, tmp_path):
