@@ -33,7 +33,7 @@ class DecodeGraphs:
 
     def __init__(self, model: Transformer, cache: PagedCache):
         self.model, self.pages = model, cache.pages
-        # One pool of memory for all: none runs beside another, and their outputs, which stay, are never given out again.
+        # One pool of memory for all: none runs beside another, and their outputs stay taken.
         self.pool = torch.cuda.graph_pool_handle()
         self.captured: dict[tuple[int, int], tuple[torch.cuda.CUDAGraph, list[Tensor], Tensor]] = {}
 
