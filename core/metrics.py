@@ -25,6 +25,7 @@ import torch
 
 import tritium
 from tritium.core.config import UserError
+from tritium.kernels.backend import fp32_is_faster
 
 _PLAIN_INTERVAL = 10.0  # seconds between lines where the stream is a file
 
@@ -213,6 +214,7 @@ def matmul_rate(
     `device` is the GPU if there is one, else the CPU. Runs for about `seconds`, after one round to warm up.
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    dtype = torch.float32 if device.type == "cpu" and fp32_is_faster(dtype) else dtype  # as kernels/wide.py multiplies
     pairs = [
         (torch.randn(m, k, device=device, dtype=dtype), torch.randn(n, k, device=device, dtype=dtype))
         for m, n, k in shapes

@@ -63,7 +63,7 @@ def test_ops_agree_on_either_kind_of_cpu(monkeypatch, name):
         monkeypatch.setattr(wide, "fp32_is_faster", lambda dtype, fast=fast: fast)
         found.append(values())
     for x, y in zip((found[0][0], *found[0][1]), (found[1][0], *found[1][1]), strict=True):
-        assert (x - y).float().norm() <= 0.01 * y.float().norm()  # bf16's rounding is 2⁻⁹, here of several steps
+        assert (x - y).float().norm() <= 0.05 * y.float().norm()  # logits of size 8 in bf16 are 2 % off in exp
 
 
 def test_the_choice_does_not_change_within_a_process():
