@@ -138,86 +138,74 @@ class Measures:
         return [line for raw in self.text.split("\n") if (line := raw.strip())]
 
     @cached_property
+    def line_repeats(self) -> tuple[float, float]:
+        return repeats(self.lines)
+
+    @cached_property
+    def paragraph_repeats(self) -> tuple[float, float]:
+        return repeats([p for raw in self.text.split("\n\n") if (p := raw.strip())])
+
+    @cached_property
     def lengths(self) -> np.ndarray:
         return np.fromiter(map(len, self.all_words), np.int64, self.words)
 
     @cached_property
-    def grams(self) -> list[np.ndarray]:
-        """[n]: a hash of each n words in a row, [words − n + 1] uint64."""
+    def grams(self) -> dict[int, tuple[np.ndarray, np.ndarray]]:
+        """n → (a hash of each n words in a row, [words − n + 1] uint64; these in order), for each n of which one comes
+        twice: where none does, none of more words does."""
         ids = np.fromiter(map(hash, self.all_words), np.int64, self.words).view(np.uint64) * MULTIPLIER
-        found = [ids[:0], ids]
-        for n in range(2, LONGEST_GRAM + 1):
-            found.append(found[-1][:-1] * MULTIPLIER + ids[n - 1 :] if n <= self.words else ids[:0])
+        found, hashes = {}, ids
+        for n in range(2, min(LONGEST_GRAM, self.words) + 1):
+            hashes = hashes[:-1] * MULTIPLIER + ids[n - 1 :]
+            ordered = np.sort(hashes)
+            if not (ordered[1:] == ordered[:-1]).any():
+                break
+            found[n] = hashes, ordered
         return found
 
-    mean_word = cached_property(lambda self: self.lengths.mean() if self.spaced and self.words else None)
-    symbol_words = cached_property(
-        lambda self: (self.text.count("#") + self.text.count("...") + self.text.count("…")) / max(self.words, 1)
-    )
-    bullet_lines = cached_property(lambda self: share(self.lines, lambda line: line[0] in "•-*‣●"))
-    ellipsis_lines = cached_property(lambda self: share(self.lines, lambda line: line.endswith(("...", "…"))))
-    alphabetic_words = cached_property(lambda self: 1 - letterless(self.all_words) / max(self.words, 1))
-    stop_words = cached_property(
-        lambda self: len({STOP_WORDS[w] for w in STOP_WORDS.keys() & self.all_words}) if self.spaced else None
-    )
-    sentences = cached_property(lambda self: len(SENTENCE_END.findall(self.text)))
-    braces = cached_property(lambda self: self.text.count("{"))
-    incomplete_lines = cached_property(lambda self: share(self.lines, lambda line: not line.endswith(ENDS)))
-    short_lines = cached_property(lambda self: share(self.lines, lambda line: len(line) < 30))
-    line_repeats = cached_property(lambda self: repeats(self.lines))
+    mean_word = property(lambda self: self.lengths.mean() if self.spaced and self.words else None)
+    symbol_words = property(lambda self: sum(map(self.text.count, ("#", "...", "…"))) / max(self.words, 1))
+    bullet_lines = property(lambda self: share([line[0] in "•-*‣●" for line in self.lines]))
+    ellipsis_lines = property(lambda self: share([line.endswith(("...", "…")) for line in self.lines]))
+    incomplete_lines = property(lambda self: share([not line.endswith(ENDS) for line in self.lines]))
+    short_lines = property(lambda self: share([len(line) < 30 for line in self.lines]))
+    alphabetic_words = property(lambda self: 1 - letterless(self.all_words) / max(self.words, 1))
+    stop_words = property(lambda self: len(self.found_stop_words()) if self.spaced else None)
+    sentences = property(lambda self: len(SENTENCE_END.findall(self.text)))
+    braces = property(lambda self: self.text.count("{"))
+    placeholders = property(lambda self: sum(map(self.text.lower().count, PLACEHOLDERS)))
     repeated_lines = property(lambda self: self.line_repeats[0])
     repeated_line_characters = property(lambda self: self.line_repeats[1])
-    paragraph_repeats = cached_property(lambda self: repeats(self.paragraphs))
     repeated_paragraphs = property(lambda self: self.paragraph_repeats[0])
     repeated_paragraph_characters = property(lambda self: self.paragraph_repeats[1])
 
-    @cached_property
-    def placeholders(self) -> int:
-        lower = self.text.lower()
-        return sum(phrase in lower for phrase in PLACEHOLDERS)
-
-    @cached_property
-    def paragraphs(self) -> list[str]:
-        return [p for raw in self.text.split("\n\n") if (p := raw.strip())]
-
-    @cached_property
+    @property
     def special_characters(self) -> float:
         ascii_only = self.text.isascii()
         special = self.text.encode().translate(None, PLAIN_ASCII) if ascii_only else SPECIAL.findall(self.text)
         return len(special) / max(self.characters, 1)
 
-    def sorted_grams(self, n: int) -> tuple[np.ndarray, np.ndarray]:
-        grams = self.grams[n]
-        return grams, np.sort(grams)
-
-    @cached_property
-    def unique_from(self) -> int:
-        """An n of which no n-gram comes twice: nor does one of more words. 5 is tried first: most texts have none."""
-        for n in (5, 2, 3, 4, *range(6, LONGEST_GRAM + 1)):
-            _, ordered = self.sorted_grams(n)
-            if not (ordered[1:] == ordered[:-1]).any():
-                return n
-        return LONGEST_GRAM + 1
+    def found_stop_words(self) -> set[str]:
+        return {STOP_WORDS[word] for word in STOP_WORDS.keys() & self.all_words}
 
     def top(self, n: int) -> float:
         """The share of the words' characters that the most frequent n-gram makes up."""
-        if n >= self.unique_from:
+        if n not in self.grams:
             return 0.0
-        grams, ordered = self.sorted_grams(n)
+        hashes, ordered = self.grams[n]
         edges = np.flatnonzero(np.concatenate([[True], ordered[1:] != ordered[:-1], [True]]))
-        counts = np.diff(edges)
-        if not len(ordered) or counts.max() < 2:
-            return 0.0
-        at = (grams == ordered[edges[counts.argmax()]]).argmax()
-        return float(counts.max() * self.lengths[at : at + n].sum() / self.lengths.sum())
+        counts = edges[1:] - edges[:-1]
+        best = counts.argmax()
+        at = (hashes == ordered[edges[best]]).argmax()
+        return float(counts[best] * self.lengths[at : at + n].sum() / self.lengths.sum())
 
     def repeated(self, n: int) -> float:
         """The share of the words' characters that are in an n-gram which comes more than once, each counted once."""
-        if n >= self.unique_from:
+        if n not in self.grams:
             return 0.0
-        grams, ordered = self.sorted_grams(n)
-        twice = np.unique(ordered[1:][ordered[1:] == ordered[:-1]])
-        again, edges = np.isin(grams, twice), np.zeros(self.words + 1, np.int64)
+        hashes, ordered = self.grams[n]
+        again = np.isin(hashes, ordered[1:][ordered[1:] == ordered[:-1]])
+        edges = np.zeros(self.words + 1, np.int64)
         edges[: len(again)] += again
         edges[n : n + len(again)] -= again
         return float(self.lengths[edges.cumsum()[:-1] > 0].sum() / self.lengths.sum())
@@ -229,8 +217,8 @@ def letterless(words: Sequence[str]) -> int:
     return sum(not (word[0].isalpha() or any(map(str.isalpha, word))) for word in others)
 
 
-def share(items: Sequence[str], holds) -> float:
-    return sum(map(bool, map(holds, items))) / len(items) if items else 0.0
+def share(facts: Sequence[bool]) -> float:
+    return sum(facts) / len(facts) if facts else 0.0
 
 
 def repeats(items: Sequence[str]) -> tuple[float, float]:
