@@ -319,7 +319,7 @@ class Plan:
         found += [*self.of_muon(), Collective("objects", "dp", 2 * (self.mesh.dp > 1), 0, "counts, metrics")]
         together = self.mesh.zero >= 2 and self.mesh.world_size > 1
         found.append(Collective("objects", "world", 2 * together, 0, "batches"))
-        return [c for c in found if c.count]
+        return [c._replace(count=int(c.count)) for c in found if c.count]
 
     def of_tensor_parallel(self) -> Iterator[Collective]:
         """Around two blocks a layer, the embedding and the head's input (parallel/tensor.py): what a gather does
