@@ -149,17 +149,22 @@ def damage(folder: Path, without: str = "", part: int = 0, parts: int = 1) -> st
     """
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
-    except (OSError, ValueError) as error:
+        wanted = {name: (entry["bytes"], entry["sha256"]) for name, entry in manifest.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # a bit flipped in it is damage, too
         return f"{MANIFEST} can't be read ({error})"
-    names = [name for name in manifest if not (without and name.startswith(without + "/"))]
+    names = [name for name in wanted if not (without and name.startswith(without + "/"))]
     for name in names[part::parts]:
-        path, wanted = folder / name, manifest[name]
-        if not path.is_file():
+        size, checksum = wanted[name]
+        try:
+            found = (folder / name).stat().st_size
+            if found != size:
+                return f"{name} has {found} bytes, not {size}"
+            if digest(folder / name) != checksum:
+                return f"{name} is not what was written (its checksum differs)"
+        except FileNotFoundError:
             return f"{name} is missing"
-        if path.stat().st_size != wanted["bytes"]:
-            return f"{name} has {path.stat().st_size} bytes, not {wanted['bytes']}"
-        if digest(path) != wanted["sha256"]:
-            return f"{name} is not what was written (its checksum differs)"
+        except (OSError, ValueError) as error:
+            return f"{name} can't be read ({error})"
     return ""
 
 

@@ -103,6 +103,13 @@ class LossScale:
         self.value = (self.value * factor).clamp(1.0, 2.0**24)
         self.good = torch.where(full, 0.0, self.good)
 
+    def state(self) -> list[float]:
+        return [float(self.value), float(self.good)]
+
+    def load(self, state: list[float]) -> None:
+        self.value.fill_(state[0])
+        self.good.fill_(state[1])
+
 
 class State:
     """What the optimizer keeps for this rank's part of a flat buffer, on `device`."""

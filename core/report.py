@@ -26,35 +26,6 @@ _STAGE_COLUMNS = {
     "checkpoint": "checkpoint",
 }
 
-_PAGE_STYLE = """
-:root { color-scheme: light dark; --back: #fff; --text: #1b1f24; --faint: #59636e; --line: #d1d9e0; --card: #f6f8fa }
-@media (prefers-color-scheme: dark) {
-  :root { --back: #0d1117; --text: #e6edf3; --faint: #9198a1; --line: #3d444d; --card: #151b23 }
-}
-* { box-sizing: border-box }
-body { margin: 0 auto; padding: 1rem; max-width: 70rem; background: var(--back); color: var(--text);
-  font: 16px/1.5 system-ui, sans-serif }
-h1 { margin: .5rem 0 } h2 { margin: 2rem 0 .5rem; font-size: 1.2rem }
-.scroll { overflow-x: auto }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums }
-th, td { padding: .35rem .75rem; border-bottom: 1px solid var(--line); text-align: left; white-space: nowrap }
-td.number { text-align: right }
-.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(28rem, 100%), 1fr)); gap: 1rem }
-.sample { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(16rem, 100%), 1fr)); gap: 1rem;
-  margin: .75rem 0; padding: .75rem; border-radius: .5rem; background: var(--card) }
-.sample h3 { margin: 0; font-size: .85rem; font-weight: 600; color: var(--faint) }
-pre { margin: 0; white-space: pre-wrap; overflow-wrap: anywhere; font: .85rem/1.45 ui-monospace, monospace }
-"""
-
-# The chart carries its own style, so that it also stands alone, as a file in a README.
-_CHART_STYLE = """
-.chart { color: #59636e; font: 12px system-ui, sans-serif; width: 100%; height: auto }
-.chart text { fill: currentColor } .chart .title { font-size: 14px; font-weight: 600 }
-.chart .grid { stroke: currentColor; stroke-opacity: .2 }
-.chart path { fill: none; stroke-width: 2; stroke-linejoin: round } .chart .raw { stroke-width: 1; opacity: .3 }
-@media (prefers-color-scheme: dark) { .chart { color: #9198a1 } }
-"""
-
 # Okabe and Ito's colours, told apart by most colour-blind readers and visible on white and on black.
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 
@@ -98,7 +69,7 @@ def page(title: str, body: str, style: str = "") -> str:
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"/>'
         "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\"/>"
         '<meta name="viewport" content="width=device-width, initial-scale=1"/>'
-        f"<title>{escaped(title)}</title><style>{_PAGE_STYLE}{style}</style></head>\n"
+        f"<title>{escaped(title)}</title><style>\n{style_sheet('report.css')}{style}</style></head>\n"
         f"<body><h1>{escaped(title)}</h1>\n{body}</body></html>\n"
     )
 
@@ -142,7 +113,7 @@ def svg_chart(series: Mapping[str, Points], title: str, x_label: str, y_label: s
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" class="chart" role="img" viewBox="0 0 {_WIDTH} {_HEIGHT}" '
         f'aria-label="{escaped(label)}">'
-        f"<title>{escaped(title)}</title><style>{_CHART_STYLE}</style>{''.join(body)}</svg>"
+        f"<title>{escaped(title)}</title><style>\n{style_sheet('chart.css')}</style>{''.join(body)}</svg>"
     )
 
 
@@ -279,3 +250,8 @@ def facts(machine: Mapping[str, Any]) -> str:
 def escaped(value: Any) -> str:
     """Escaped text; characters that HTML and XML cannot hold (as an untrained model may emit) become U+FFFD."""
     return escape(re.sub("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]", "\ufffd", str(value)))
+
+
+def style_sheet(name: str) -> str:
+    """A file that lies beside this one. (The chart has its own, so that it stands alone in a README, too.)"""
+    return Path(__file__).with_name(name).read_text(encoding="utf-8")

@@ -18,8 +18,9 @@ import signal
 import threading
 import time
 import tomllib
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -74,13 +75,9 @@ class LoopConfig:
             raise ConfigError(f"run.seed={self.seed} must not be negative")
         if not self.epochs > 0:
             raise ConfigError(f"run.epochs={self.epochs} must be positive")
-        for name in ("steps", "save_every", "keep", "check_every", "max_bad_steps"):
-            self.at_least_1(name)
-
-    def at_least_1(self, name: str) -> None:
-        value = getattr(self, name)
-        if value is not None and value < 1:
-            raise ConfigError(f"run.{name}={value} must be at least 1")
+        for name in ("steps", "save_every", "keep", "check_every", "max_bad_steps", "eval_every", "eval_bins"):
+            if (value := getattr(self, name, None)) is not None and value < 1:
+                raise ConfigError(f"run.{name}={value} must be at least 1")
 
 
 @dataclass
@@ -89,11 +86,6 @@ class RunConfig(LoopConfig):
 
     eval_every: int = opt(100, "steps between evaluations on held-out data")
     eval_bins: int = opt(8, "bins of an evaluation, at most")
-
-    def __post_init__(self):
-        super().__post_init__()
-        for name in ("eval_every", "eval_bins"):
-            self.at_least_1(name)
 
 
 @dataclass
@@ -214,31 +206,12 @@ class Trainer:
         if self.told_to_stop():
             self.obey()
 
-    def after_steps(self, first: int) -> None:
-        """What the steps since `first` make due."""
-        if self.passed(first, self.eval_every) or self.index >= self.total_steps:
-            self.peaks.append(self.measure_peak())  # a machine's speed drifts: MFU is relative to the mean
-            self.log(self.evaluate(self.evaluation))
-        if self.passed(first, self.run.check_every):
-            self.check_replicas()
-        if self.passed(first, self.run.save_every) and self.index < self.total_steps:
-            self.save()
-
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """A part of the work, for the step's breakdown and for the watch."""
-        with self.watch.phase(name), self.clock(name):
-            yield
-
-    def passed(self, first: int, every: int) -> bool:
-        """Whether the steps since `first` reached a multiple of `every`."""
-        return self.index // every > first // every
-
     def step(self, batches: Sequence[PackedBatch], extra: dict[str, float] | None = None) -> None:
         """One optimizer step on this rank's micro-batches. `extra` numbers go into the step's metrics."""
         self.watch.step = self.index + 1
         with self.phase("count"):
-            counts, batches = self.global_counts(batches), self.in_step(batches)
+            local = counts_of(batches) | {"work": sum(map(self.flops, batches), 0.0)}
+            counts, batches = all_reduce_counts(local, self.mesh), self.in_step(batches)
         self.prepare(batches)
         torch.manual_seed(hash((self.run.seed, self.index, self.mesh.rank)) % 2**63)  # of dropout, when resumed too
         sums: dict[str, Tensor] = {}
@@ -273,6 +246,43 @@ class Trainer:
             sums[key] = sums.get(key, 0.0) + total / (counts[denominator] or 1.0)
         return loss
 
+    def update(self, rate: float) -> dict[str, Tensor]:
+        """Step every optimizer, each with its own clip."""
+        values: dict[str, Tensor] = {}
+        for key, optimizer in self.optimizers.items():
+            suffix = "" if len(self.optimizers) == 1 else f".{key}"
+            if self.lr_scale[key]:
+                values["grad_norm" + suffix], values["skipped" + suffix] = optimizer.step(
+                    rate * self.lr_scale[key], self.loss_scale and self.loss_scale.value
+                )
+            optimizer.network.zero_grad()
+        if self.loss_scale:
+            values["loss_scale"] = self.loss_scale.value
+            self.loss_scale.update(sum(v for k, v in values.items() if k.startswith("skipped")))
+        return values
+
+    def after_steps(self, first: int) -> None:
+        """What the steps since `first` make due."""
+        if self.passed(first, self.eval_every) or self.index >= self.total_steps:
+            self.peaks.append(self.measure_peak())  # a machine's speed drifts: MFU is relative to the mean
+            self.log(self.evaluate(self.evaluation))
+        if self.passed(first, self.run.check_every):
+            self.check_replicas()
+        if self.passed(first, self.run.save_every) and self.index < self.total_steps:
+            self.save()
+
+    def passed(self, first: int, every: int) -> bool:
+        """Whether the steps since `first` reached a multiple of `every`."""
+        return self.index // every > first // every
+
+    # ------------------------------------------------------------------------------------------ parts of a step
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """A part of the work, for the step's breakdown and for the watch."""
+        with self.watch.phase(name), self.clock(name):
+            yield
+
     def prepare(self, batches: Sequence[PackedBatch]) -> None:
         """Let the objective note what must be fixed before the parameters move; again, it finds it there."""
         with self.phase("prepare"), self.whole():
@@ -296,65 +306,25 @@ class Trainer:
         most = max(self.mesh.gather_objects(len(batches)))
         return [*batches, *[pack([], multiple_of=FILLER).to(self.mesh.device)] * (most - len(batches))]
 
-    @contextmanager
-    def reducing(self, last: bool) -> Iterator[None]:
+    def reducing(self, last: bool) -> AbstractContextManager[None]:
         """Around a backward: every network's gradients are summed over the ranks in time."""
-        with ExitStack() as stack:
-            for key in self.optimizers:
-                stack.enter_context(self.flat[key].backward(last))
-            yield
+        return within(self.flat[key].backward(last) for key in self.optimizers)
 
-    @contextmanager
-    def whole(self, layers: bool = False) -> Iterator[None]:
+    def whole(self, layers: bool = False) -> AbstractContextManager[None]:
         """Within, what the networks' forward passes need is there; with `layers`, all of them: for decoding."""
-        with ExitStack() as stack:
-            for flat in self.flat.values():
-                stack.enter_context(flat.whole(layers))
-            yield
+        return within(flat.whole(layers) for flat in self.flat.values())
 
-    @contextmanager
-    def averaged(self) -> Iterator[None]:
+    def averaged(self) -> AbstractContextManager[None]:
         """Within, networks have the running means of their weights, with optim.ema."""
-        with ExitStack() as stack:
-            for optimizer in self.optimizers.values():
-                stack.enter_context(optimizer.averaged())
-            yield
-
-    def global_counts(self, batches: Sequence[PackedBatch]) -> dict[str, float]:
-        """Every denominator over all micro-batches and ranks, and the step's FLOPs ("work")."""
-        local: dict[str, float] = {"work": 0.0}
-        for batch in batches:
-            for key, value in batch.counts.items():
-                local[key] = local.get(key, 0.0) + value
-            local["work"] += self.flops(batch)
-        return all_reduce_counts(local, self.mesh)
-
-    def update(self, rate: float) -> dict[str, Tensor]:
-        """Step every optimizer, each with its own clip."""
-        values: dict[str, Tensor] = {}
-        for key, optimizer in self.optimizers.items():
-            suffix = "" if len(self.optimizers) == 1 else f".{key}"
-            if self.lr_scale[key]:
-                values["grad_norm" + suffix], values["skipped" + suffix] = optimizer.step(
-                    rate * self.lr_scale[key], self.loss_scale and self.loss_scale.value
-                )
-            optimizer.network.zero_grad()
-        if self.loss_scale:
-            values["loss_scale"] = self.loss_scale.value
-            self.loss_scale.update(sum(v for k, v in values.items() if k.startswith("skipped")))
-        return values
+        return within(optimizer.averaged() for optimizer in self.optimizers.values())
 
     @torch.no_grad()
     def evaluate(self, batches: Sequence[PackedBatch]) -> dict[str, float]:
         """The objective's terms and metrics over held-out batches as eval_NAME, averaged by their denominators; {}
         without any batch on any rank."""
         sums: dict[str, Tensor] = {}
-        local: dict[str, float] = {}
-        for batch in batches:
-            for key, value in batch.counts.items():
-                local[key] = local.get(key, 0.0) + value
         with self.phase("evaluate"), self.averaged(), self.whole():
-            counts = all_reduce_counts(local, self.mesh)
+            counts = all_reduce_counts(counts_of(batches), self.mesh)
             if not counts:
                 return {}
             batches = self.in_step(batches)
@@ -490,9 +460,7 @@ class Trainer:
             kept = self.optimizers | self.followers
             shares = [deal(o.tensors(), f"trainer/{key}", self.mesh) for key, o in kept.items()]
             state = {"step": self.index, "before": self.before, "last": self.last, "config": self.config_toml}
-            if self.loss_scale:
-                state["loss_scale"] = [float(self.loss_scale.value), float(self.loss_scale.good)]
-            state["notes"] = self.notes
+            state |= {"notes": self.notes, "loss_scale": self.loss_scale and self.loss_scale.state()}
             texts |= {"trainer/state.json": json.dumps(state, indent=2) + "\n"}
 
             def write_small(folder: Path) -> None:
@@ -566,9 +534,8 @@ class Trainer:
         except ValueError as error:
             raise CheckpointError(f"{folder} does not fit this model: {error}") from None
         self.index = self.saved = state["step"]
-        if self.loss_scale and "loss_scale" in state:
-            self.loss_scale.value.fill_(state["loss_scale"][0])
-            self.loss_scale.good.fill_(state["loss_scale"][1])
+        if self.loss_scale and state["loss_scale"]:
+            self.loss_scale.load(state["loss_scale"])
         self.before, self.last, self.notes = state["before"], state["last"], state["notes"]
         self.metrics.resume(self.index + 1 if self.index else 0)  # step 0 is evaluated again
         if self.index:
@@ -586,6 +553,23 @@ class Trainer:
     def say(self, text: str) -> None:
         """Tell the reader something, on the main rank; nothing where `text` is empty."""
         self.metrics.message(text)
+
+
+@contextmanager
+def within(contexts: Iterable[AbstractContextManager]) -> Iterator[None]:
+    """Enter all of them, and leave them in reverse."""
+    with ExitStack() as stack:
+        for context in contexts:
+            stack.enter_context(context)
+        yield
+
+
+def counts_of(batches: Sequence[PackedBatch]) -> dict[str, float]:
+    """The batches' denominators, added up."""
+    total: Counter[str] = Counter()
+    for batch in batches:
+        total.update(batch.counts)
+    return dict(total)
 
 
 def trained_share(network: nn.Module) -> float:

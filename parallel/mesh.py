@@ -129,6 +129,10 @@ def init_mesh(
         raise ValueError(
             f"cp={cp} × tp={tp} does not divide the {world_size} processes of this run: start a multiple of it"
         )
+    if not timeout > 0:
+        raise ValueError(f"timeout={timeout}: ranks wait for one another for some seconds, at least")
+    if ring and cp == 1:
+        raise ValueError("ring goes with context parallelism: cp of at least 2")
     if zero not in range(4):
         raise ValueError(f"zero={zero}: the levels are 0, 1, 2 and 3")
     if shard and (shard < 0 or not zero or world_size // tp % shard):
@@ -171,13 +175,17 @@ def _check_agreement(mine: str) -> None:
 def _place(cp: int, tp: int, shard: int, device: torch.device, timeout: timedelta) -> Mesh:
     rank, world_size = dist.get_rank(), dist.get_world_size()
     grid = torch.arange(world_size).view(-1, cp, tp)  # [dp, cp, tp], of ranks
-    dp, (dp_rank, cp_rank, tp_rank) = len(grid), (grid == rank).nonzero()[0].tolist()
+    dp, places = len(grid), (grid == rank).nonzero()[0].tolist()
 
     def groups(name: str, ranks: torch.Tensor) -> ProcessGroup:
         # Made here and not by init_device_mesh, which gives its groups torch's default timeout whatever the parent's.
         return dist.new_subgroups_by_enumeration(ranks.tolist(), timeout=timeout, group_desc=name)[0]
 
-    dp_group, cp_group, tp_group = (groups(AXES[i], grid.movedim(i, -1).flatten(0, 1)) for i in range(3))
+    axes = [groups(AXES[i], grid.movedim(i, -1).flatten(0, 1)) for i in range(3)]
+    along: dict[str, Any] = {}
+    for axis, size, place, group in zip(AXES, grid.shape, places, axes, strict=True):
+        along |= {axis: size, f"{axis}_rank": place, f"{axis}_group": group if size > 1 else None}
+    dp_group, cp_group, _ = axes
     data_group = dp_group if cp == 1 else cp_group if dp == 1 else groups("data", grid.flatten(0, 1).t())
     shard_group, replica_group = data_group, None
     if shard:
@@ -187,21 +195,13 @@ def _place(cp: int, tp: int, shard: int, device: torch.device, timeout: timedelt
     return Mesh(
         rank=rank,
         world_size=world_size,
-        dp=dp,
-        cp=cp,
-        tp=tp,
-        dp_rank=dp_rank,
-        cp_rank=cp_rank,
-        tp_rank=tp_rank,
-        dp_group=dp_group if dp > 1 else None,
-        cp_group=cp_group if cp > 1 else None,
-        tp_group=tp_group if tp > 1 else None,
+        **along,
         data_group=data_group if dp * cp > 1 else None,
         shard=shard,
         shard_group=shard_group if (shard or dp * cp) > 1 else None,
         replica_group=replica_group if dp * cp > shard else None,
         device=device,
-        device_mesh=DeviceMesh.from_group([dp_group, cp_group, tp_group], device.type, grid, mesh_dim_names=AXES),
+        device_mesh=DeviceMesh.from_group(axes, device.type, grid, mesh_dim_names=AXES),
     )
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from tritium.core.config import UserError, load, opt
 from tritium.kernels import doctor
 from tritium.stages.cli import run_stage
+from tritium.stages.plan import aligned
 
 
 @dataclass(frozen=True)
@@ -36,9 +37,7 @@ def _json(rows: list[dict[str, Any]], machine: dict[str, Any]) -> str:
 
 def _table(rows: list[dict[str, Any]], machine: dict[str, Any]) -> str:
     heads = ("op", "kernel", "config", "target", "registers", "spill", "shared", "instructions")
-    lines = [heads] + [_cells(row) for row in rows]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(heads))]
-    table = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
+    table = aligned([heads, *map(_cells, rows)], left=range(len(heads)))
     facts = [f"{key}: {value}" for key, value in machine.items() if key != "backends"]
     backends = [f"{op}: {why}" for op, why in machine["backends"].items()]
     spilling = [f"{row['kernel']} {row['config']} on {row['target']}" for row in rows if row.get("spill_bytes")]

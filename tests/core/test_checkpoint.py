@@ -248,3 +248,24 @@ def test_one_ranks_full_disk_is_told_on_all_and_leaves_what_was_there(pool2, tmp
     for error in pool2.run(save_on_ranks, str(tmp_path), 2, rank):
         assert "step-00000002 could not be written" in error and ("(rank 1)" in error) == (rank == 1)
     assert list(tmp_path.iterdir()) == [before] and damage(before) == ""
+
+
+def test_any_bit_that_flips_in_a_manifest_is_damage_or_changes_nothing(tmp_path):
+    """Not a crash: a name, a size, a key or a bracket may be hit."""
+    folder = save(tmp_path, 1)
+    manifest = folder / "manifest.json"
+    content = manifest.read_bytes()
+    for place in range(len(content)):
+        for bit in (1, 4, 64):
+            manifest.write_bytes(content[:place] + bytes([content[place] ^ bit]) + content[place + 1 :])
+            assert damage(folder) or json.loads(manifest.read_bytes()) == json.loads(content), (place, bit)
+
+
+def test_a_file_that_the_disk_will_not_give_back_is_damage(tmp_path, monkeypatch):
+    folder = save(tmp_path, 1)
+
+    def broken(path: Path) -> str:
+        raise OSError(5, "Input/output error", str(path))
+
+    monkeypatch.setattr("tritium.core.checkpoint.digest", broken)
+    assert "can't be read" in damage(folder)

@@ -104,13 +104,13 @@ def saving(out: Path) -> bool:
 
 def kill_again_and_again(tiny, pool2, folder: Path, kills: int, seed: int, *more: str) -> None:
     """Kill a random rank at random moments, each third time in the middle of a save; compare with a run left alone."""
-    steps, chosen = 25 * (kills + 1), random.Random(seed)
+    steps, chosen = 12 * (kills + 1), random.Random(seed)
     out, log = folder / "killed", folder / "log"
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", f"--max-restarts={kills}"]
     torchrun += [f"--master-port={free_port()}", "-m", "tritium.stages.pretrain"]
     with started([*torchrun, *arguments(tiny, out, steps, *more)], log) as process:
         for kill in range(kills):
-            target = 25 * kill + chosen.randrange(6, 20)
+            target = 12 * kill + chosen.randrange(6, 11)
             wait_for(lambda target=target: step_of(out) >= target, process, log)
             if kill % 3 == 0:
                 wait_for(lambda: saving(out), process, log)
@@ -150,7 +150,7 @@ def test_killed_five_times_on_each_mesh(tiny, pool2, tmp_path, mesh):
 
 # ---------------------------------------------------------------------------------------------- ranks that hang
 
-LIMIT = 12  # mesh.timeout
+LIMIT = 9  # mesh.timeout
 
 
 @contextlib.contextmanager

@@ -126,3 +126,10 @@ def test_an_unknown_or_absent_device_is_refused():
     if not torch.cuda.is_available():
         with pytest.raises(ValueError, match="torch sees no GPU here"):
             init_mesh(device="cuda")
+
+
+@pytest.mark.parametrize("options,words", [({"timeout": 0}, "timeout=0"), ({"timeout": float("nan")}, "timeout=nan"),
+                                           ({"ring": True}, "cp of at least 2")])  # fmt: skip
+def test_options_that_cannot_be_are_refused(options, words):
+    with pytest.raises(ValueError, match=words):
+        init_mesh(device="cpu", **options)

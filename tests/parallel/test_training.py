@@ -185,23 +185,23 @@ RUNS_OF_FOUR = [
     ("pretrain", TIED, 1, 2, 3),
     ("pretrain", OWN, 2, 2, 1),
     ("pretrain", TIED, 4, 1, 0),  # two ranks share a KV head
-    ("pretrain", SHARED, 4, 1, 0),
+    pytest.param("pretrain", SHARED, 4, 1, 0, marks=pytest.mark.long),
     ("pretrain", TIED, 1, 1, 1),
     ("dpo", SHARED, 2, 2, 3),
-    ("dpo", SHARED, 2, 1, 3),
+    pytest.param("dpo", SHARED, 2, 1, 3, marks=pytest.mark.long),
     ("reward", OWN, 2, 2, 2),
-    ("reward", TIED, 1, 2, 0),
-    ("muon", TIED, 1, 1, 2),
+    pytest.param("reward", TIED, 1, 2, 0, marks=pytest.mark.long),
+    pytest.param("muon", TIED, 1, 1, 2, marks=pytest.mark.long),
     ("muon", SHARED, 4, 1, 0),
     ("lora", SHARED, 4, 1, 0),
     ("distill", OWN, 2, 2, 0),
-    ("lora", SHARED, 2, 1, 3),
-    ("muon", SHARED, 2, 1, 3),
+    pytest.param("lora", SHARED, 2, 1, 3, marks=pytest.mark.long),
+    pytest.param("muon", SHARED, 2, 1, 3, marks=pytest.mark.long),
     ("muon by name", SHARED, 2, 1, 2),
 ]
 
 
-@pytest.mark.parametrize("stage,name", sorted({run[:2] for run in RUNS_OF_TWO + RUNS_OF_FOUR}))
+@pytest.mark.parametrize("stage,name", sorted({getattr(run, "values", run)[:2] for run in RUNS_OF_TWO + RUNS_OF_FOUR}))
 def test_the_run_to_compare_with_clips_and_moves_every_parameter(alone, stage, name):
     metrics, states = left_behind(alone(stage, name))
     assert any(m["grad_norm"] > 0.5 for m in metrics)
@@ -243,6 +243,14 @@ def test_first_gradients_are_those_of_fp64_to_rounding(pool4, tmp_path, alone, d
 def test_an_optimizer_on_the_host_gives_the_same_numbers(pool2, tmp_path, alone, stage, like, zero):
     pool2.run(train, str(tmp_path), stage, MODELS[TIED], 1, 1, zero)
     assert_same_run(tmp_path, alone(like, TIED))
+
+
+@pytest.mark.parametrize("zero", [1, 3])
+def test_the_running_mean_of_the_weights_is_what_is_exported(pool2, tmp_path, zero):
+    pool2.run(train, str(tmp_path), "by name", MODELS[OWN], 1, 1, zero)
+    model, mean = tritium.load(str(tmp_path / "step-00000005"), dtype=torch.float64), left_behind(tmp_path)[1][-1]
+    for name, p in model.named_parameters():
+        assert torch.equal(p, mean[f"ema.{name}"]) and not torch.equal(p, mean[f"master.{name}"]), name
 
 
 def test_a_run_of_muon_goes_on_on_another_mesh(pool4, tmp_path, alone):
