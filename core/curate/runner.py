@@ -124,7 +124,7 @@ def work(job: Job) -> None:
         for document, outcome in job.step.run(entering(job, ledger), job):
             for item in outcome if isinstance(outcome, list) else [outcome]:
                 if isinstance(item, Drop):
-                    ledger.drop(document, item)
+                    ledger.drop(document, item, alone=item is outcome)
                     row = {"id": document["id"], "reason": item.reason} | ({"twin": item.twin} if item.twin else {})
                     reasons.write(json.dumps(row).encode() + b"\n")
                     continue
@@ -161,8 +161,9 @@ class Ledger:
         self.characters += len(text_of(document))
         self.sample("", document, Drop(""))
 
-    def drop(self, document: Document, drop: Drop) -> None:
-        self.dropped[drop.reason] += 1
+    def drop(self, document: Document, drop: Drop, alone: bool = True) -> None:
+        """`alone`: it is all that became of the document; else something that was to be made of it failed."""
+        (self.dropped if alone else self.job.notes)[drop.reason] += 1
         self.sample(drop.reason, document, drop)
 
     def sample(self, reason: str, document: Document, drop: Drop) -> None:

@@ -1,5 +1,6 @@
 """Select: by thresholds on scores, then a sample, then a mixture of sources."""
 
+import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -72,8 +73,8 @@ class Select(Step):
             said = text_of(document)
             times[i], sizes[i] = 1 if not self.takes(document) or self.fits(document) is None else -1, len(said)
             orders[i] = priority(document["id"], context.seed)
-            sources.append(document["source"])
-            tags.append(str(document.get(self.tag)))
+            sources.append(sys.intern(document["source"]))
+            tags.append(sys.intern(str(document.get(self.tag))))
             if self.model and times[i] > 0:
                 texts[i] = said[:2000]
         left = np.flatnonzero(times > 0)

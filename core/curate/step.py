@@ -25,7 +25,7 @@ class Drop:
     twin: str = ""
 
 
-Outcome = Document | Drop | list[Document]  # kept, dropped, or replaced by others
+Outcome = Document | Drop | list[Document | Drop]  # kept, dropped, or replaced by others; what failed among them
 
 
 @dataclass(frozen=True)
