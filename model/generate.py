@@ -143,7 +143,8 @@ class Engine:
         self.threads = ThreadPoolExecutor(thread_name_prefix="tool") if extend else None
         self.groups: list[Group] = []  # those that hold pages
         self.sampled: tuple[list[Running], Sampler | None] = [], None
-        self.packed = PackedWeights.of(model)
+        packed = PackedWeights.of(model)
+        self.linear, self.head = (packed.linear, packed.product) if packed else (F.linear, F.linear)
         self.graphs = DecodeGraphs(model, self.cache) if DecodeGraphs.possible(model) else None
 
     @property
@@ -347,16 +348,16 @@ class Engine:
         if sequence.group is not None:  # it led, and was not read to its end
             sequence.group.leader, sequence.group = None, None
 
-    def make_room(self) -> None:
-        """A page for the next token of each running sequence; where there is none, the youngest gives way."""
-        for sequence in list(self.running):
-            while sequence in self.running and sequence.cached >= len(sequence.pages) * self.cache.page:
-                if self.cache.free:
-                    sequence.pages += self.cache.take(1)
-                elif not self.reclaim():
-                    youngest = self.running[-1]
-                    self.leave(youngest)
-                    self.waiting.appendleft(youngest)
+    def room_for(self, sequence: Running, tokens: int) -> bool:
+        """Pages for so many tokens; where there are none, the youngest gives way. Whether the sequence still runs."""
+        while sequence in self.running and (missing := self.cache.needed(tokens) - len(sequence.pages)) > 0:
+            if missing <= len(self.cache.free):
+                sequence.pages += self.cache.take(missing)
+            elif not self.reclaim():
+                youngest = self.running[-1]
+                self.leave(youngest)
+                self.waiting.appendleft(youngest)
+        return sequence in self.running
 
     # Forward passes -----------------------------------------------------------------------------------------------
 
@@ -368,10 +369,9 @@ class Engine:
             missing = self.cache.needed(sequence.cached + count) - len(sequence.pages)  # what a tool said
             if missing > len(self.cache.free) and parts:
                 break
-            if missing > 0 and not self.room_for(sequence, missing):
-                continue
-            parts.append((sequence, count))
-            budget -= count
+            if self.room_for(sequence, sequence.cached + count):
+                parts.append((sequence, count))
+                budget -= count
             if not budget:
                 break
         parts = [(s, count) for s, count in parts if s in self.running]
@@ -386,20 +386,7 @@ class Engine:
             if sequence.cached == len(sequence.ids):
                 done.append((sequence, end - 1))
         last = F.pad(torch.tensor([i for _, i in done], dtype=torch.int64), (0, fill(len(done))))
-        multiply = self.packed.product if self.packed else F.linear
-        return [s for s, _ in done], self.model.project(hidden[last.to(hidden.device)], multiply)[: len(done)]
-
-    def room_for(self, sequence: Running, missing: int) -> bool:
-        """Take pages for what a tool said, from those that are younger if need be; whether the sequence still runs."""
-        while missing > len(self.cache.free):
-            if not self.reclaim():
-                youngest = self.running[-1]
-                self.leave(youngest)
-                self.waiting.appendleft(youngest)
-                if youngest is sequence:
-                    return False
-        sequence.pages += self.cache.take(missing)
-        return True
+        return [s for s, _ in done], self.model.project(hidden[last.to(hidden.device)], self.head)[: len(done)]
 
     def stream(self, parts: list[tuple[Running, int]]) -> tuple[Tensor, list[int]]:
         """Hidden states of the next tokens of each sequence, packed, and where each ends."""
@@ -411,8 +398,7 @@ class Engine:
         positions = np.concatenate([np.arange(a, a + n) for a, n in zip(starts, lengths, strict=True)] + [[0] * filler])
         slots = [slots_of(s.pages, a, n, page) for (s, n), a in zip(parts, starts, strict=True)]
         slots.append(np.zeros(filler, np.int64))
-        linear = self.packed.linear if self.packed else F.linear
-        view = Prefill(self.cache.pages, torch.from_numpy(np.concatenate(slots)).to(device), linear)
+        view = Prefill(self.cache.pages, torch.from_numpy(np.concatenate(slots)).to(device), self.linear)
         if any(starts):
             keys = [slots_of(s.pages, 0, a + n, page) for (s, n), a in zip(parts, starts, strict=True)] + slots[-1:]
             view.key_slots = torch.from_numpy(np.concatenate(keys)).to(device)
@@ -427,7 +413,8 @@ class Engine:
 
     def decode(self) -> tuple[list[Running], Tensor]:
         """Feed each running sequence its last token: the sequences, and the logits of the next, [B, V]."""
-        self.make_room()
+        for sequence in list(self.running):
+            self.room_for(sequence, sequence.cached + 1)
         rows, page = list(self.running), self.cache.page
         if not rows:
             return rows, torch.empty(0)
@@ -442,7 +429,11 @@ class Engine:
         slots = table[np.arange(size), positions // page].astype(np.int64) * page + positions % page
         slots[len(rows) :] = 0
         inputs = [torch.from_numpy(x).to(self.model.mesh.device) for x in (tokens, positions, slots, table)]
-        logits = self.graphs(*inputs) if self.graphs else advance(self.model, self.cache.pages, *inputs, self.packed)
+        logits = (
+            self.graphs(*inputs)
+            if self.graphs
+            else advance(self.model, self.cache.pages, *inputs, self.linear, self.head)
+        )
         for sequence in rows:
             sequence.cached += 1
         return rows, logits[: len(rows)]

@@ -4,12 +4,13 @@ A step of a small batch is hundreds of short kernels, and launching them takes l
 captured for each batch size and page-table width, over inputs that stay where they are.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from tritium.model.cache import Decode, PagedCache
-from tritium.model.packed import PackedWeights
 from tritium.model.transformer import Transformer
 
 
@@ -20,12 +21,15 @@ def advance(
     positions: Tensor,
     slots: Tensor,
     table: Tensor,
-    packed: PackedWeights | None = None,
+    linear: Callable[..., Tensor] = F.linear,
+    head: Callable[..., Tensor] = F.linear,
 ) -> Tensor:
-    """Logits [B, V] after one token of each sequence: tokens, positions, slots [B]; table [B, N] int32."""
-    view = Decode(pages, slots, table, (positions + 1).int(), packed.linear if packed else F.linear)
-    hidden = model.hidden(tokens, positions=positions, cache=view)
-    return model.project(hidden, packed.product if packed else F.linear)
+    """Logits [B, V] after one token of each sequence: tokens, positions, slots [B]; table [B, N] int32.
+
+    `linear` and `head` are what weights are multiplied with: see model/packed.py.
+    """
+    view = Decode(pages, slots, table, (positions + 1).int(), linear)
+    return model.project(model.hidden(tokens, positions=positions, cache=view), head)
 
 
 class DecodeGraphs:

@@ -9,7 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from tritium.core.rollout import SamplingConfig
 from tritium.model.beam import beam_search
+from tritium.model.cache import PagedCache
 from tritium.model.config import ModelConfig
 from tritium.model.generate import Engine, Text, generate, run
 from tritium.model.sampling import History, Options, Sampler
@@ -222,6 +224,17 @@ def test_where_pages_run_out_sequences_give_way_and_nothing_changes(model):
     for one, other in zip(found, expected, strict=True):
         np.testing.assert_allclose(one.completion.logps, other.completion.logps, rtol=0, atol=1e-5)
     assert sorted(tight.cache.free) == list(range(1, 8)) and not any(tight.cache.uses)
+
+
+def test_the_cache_takes_the_memory_that_it_was_given_and_no_more(model):
+    for megabytes in (0.1, 0.05):
+        pages = SamplingConfig(cache_mb=megabytes).pages(model)
+        engine, _ = engine_for((model, prompts(8)), pages, n=2, max_tokens=40, stop_ids=[])
+        size, place = engine.cache.pages.nbytes, engine.cache.pages.data_ptr()
+        assert size == pages * PagedCache.page_bytes(model)
+        assert megabytes * 1e6 - PagedCache.page_bytes(model) < size <= megabytes * 1e6
+        list(run(engine))
+        assert (engine.cache.pages.nbytes, engine.cache.pages.data_ptr()) == (size, place)
 
 
 @pytest.mark.parametrize("length", [2, 15, 16, 17, 33])
