@@ -156,7 +156,10 @@ class Experience:
         rewards = np.zeros(len(sample.completion.tokens), np.float32)
         scored = np.zeros_like(rewards)
         steps = dict(zip(sample.score.ends, sample.score.steps, strict=True)) if sample.score.ends else {}
+        own = np.flatnonzero(sample.completion.weights)
         for at, value in (steps or {len(rewards) - 1: self.shaped(sample)}).items():
+            if len(own):  # where a tool speaks, nothing is learned: its step's score is of what the model said last
+                at = own[max(0, np.searchsorted(own, at, "right") - 1)]
             rewards[at] += value
             scored[at] = 1.0
         return sample_document(sample, fields, {"rewards": rewards, "scored": scored})

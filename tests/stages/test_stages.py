@@ -160,6 +160,16 @@ def test_grpo_trains_on_groups_that_differ_and_on_answers_that_were_judged():
     assert first.targets[first.supervised].tolist() == [1, 2] * 2
 
 
+def test_a_step_that_ends_in_a_tools_words_is_scored_where_the_model_last_spoke():
+    """Nothing is learned of a tool's words: a group whose every score lay there would have none, and a mean of NaN."""
+    said = Completion([1, 2, 8, 9, 3], [0.0] * 5, "stop", weights=[1.0, 1.0, 0.0, 0.0, 1.0])
+    samples = [Sample(Problem(0, [], [50], ""), said, "", Score(v, steps=(v,), ends=(3,))) for v in (0.0, 1.0)]
+    trainer, config = SimpleNamespace(mesh=Mesh.single(), out=Path("none")), grpo.Config(model="")
+    (batch,) = Experience(trainer, None, [], None, config, 1).batches(Rollout([samples]), updates=1, varied_only=True)
+    assert batch.fields["rewards"][batch.supervised].tolist() == [0, 0, 0, 0, 1, 0]
+    assert batch.fields["scored"][batch.supervised].tolist() == [0, 1, 0] * 2
+
+
 def test_grpo_steps_on_nothing_where_no_group_teaches(tiny, tmp_path):
     config = grpo_config(tiny, tmp_path, 2)
     config.grpo, config.sampling.max_tokens = grpo.GRPOConfig(prompts=2, group=2), 2
