@@ -48,17 +48,20 @@ from tritium.core.curate.step import (
 
 @dataclass(frozen=True)
 class Features:
-    """A shard → a file with a row for each of its documents; work for another process. Made once."""
+    """A shard → a file of what its documents are compared by; work for another process. Made once."""
 
-    step: "Twins"
+    step: "Compared"
     scratch: Path
 
     def __call__(self, piece: Piece) -> Path:
         path = self.scratch / f"{piece.name}-{digest(repr(self.step), piece.key)[:16]}.npy"
         if not path.exists():
             texts = (text_of(d).encode() if self.step.takes(d) else b"" for d in read_shard(piece.path))
-            rows = [self.step.features(block) for block in blocks(texts)]
-            write_array(path, np.concatenate(rows) if rows else self.step.features([]))
+            rows, first = [], 0
+            for block in blocks(texts):
+                rows.append(self.step.features(block, first))
+                first += len(block)
+            write_array(path, np.concatenate(rows or [self.step.features([], 0)]))
         return path
 
 
@@ -68,23 +71,33 @@ def each(function: Callable, items: Sequence) -> list:
 
 
 @dataclass
-class Twins(Step):
+class Compared(Step):
+    """A step that compares documents with those of all shards."""
+
+    GLOBAL: ClassVar[bool] = True
+
+    def features(self, texts: list[bytes], first: int) -> np.ndarray:
+        """What some documents, the first of which has this number in its shard, are compared by; rows."""
+        raise NotImplementedError
+
+    def files_of(self, context: Context, shards: list[Piece]) -> list[Path]:
+        """The features of each shard."""
+        return (each if self.LOCAL else context.map)(Features(self, context.scratch), shards)
+
+
+@dataclass
+class Twins(Compared):
     """A step that drops documents because of others: the plan of a shard holds for each row the id of the
     document that it repeats, or nothing."""
 
-    GLOBAL: ClassVar[bool] = True
     REASON: ClassVar[str] = ""
-
-    def features(self, texts: list[bytes]) -> np.ndarray:
-        """What the documents are compared by, a row each."""
-        raise NotImplementedError
 
     def pairs(self, files: list[Path], firsts: np.ndarray, context: Context) -> Iterator[np.ndarray]:
         """[m, 2] numbers of documents that are one."""
         raise NotImplementedError
 
     def prepare(self, context: Context, shards: list[Piece]) -> None:
-        files = (each if self.LOCAL else context.map)(Features(self, context.scratch), shards)
+        files = self.files_of(context, shards)
         firsts = np.cumsum([0, *(shard.rows for shard in shards)])
         found = [pairs for pairs in self.pairs(files, firsts, context) if len(pairs)]
         twin = np.full(firsts[-1], -1, np.int64)
@@ -117,7 +130,7 @@ class Exact(Twins):
 
     REASON: ClassVar[str] = "an exact duplicate"
 
-    def features(self, texts: list[bytes]) -> np.ndarray:
+    def features(self, texts: list[bytes], first: int) -> np.ndarray:
         keys = [hashlib.blake2b(b" ".join(text.lower().split()), digest_size=8).digest() for text in texts]
         rows = np.frombuffer(b"".join(keys), np.uint64)
         return np.stack(
@@ -156,7 +169,7 @@ class Near(Twins):
             raise ConfigError(f"threshold={self.threshold} must be in (0, 1], words={self.words} ≥ 1, "
                               f"permutations={self.permutations} ≥ 16")  # fmt: skip
 
-    def features(self, texts: list[bytes]) -> np.ndarray:
+    def features(self, texts: list[bytes], first: int) -> np.ndarray:
         return signatures(texts, self.words, self.permutations)
 
     def pairs(self, files: list[Path], firsts: np.ndarray, context: Context) -> Iterator[np.ndarray]:
@@ -195,12 +208,10 @@ def rows_at(maps: list[np.ndarray], firsts: np.ndarray, numbers: np.ndarray) -> 
 
 
 @dataclass
-class Passages(Step):
+class Passages(Compared):
     """Cut out passages that came before."""
 
     passage: int = opt(50, "words: every repeated passage of so many is found")
-
-    GLOBAL: ClassVar[bool] = True
 
     def check(self) -> None:
         if self.passage < 4:
@@ -211,9 +222,20 @@ class Passages(Step):
         """Words of a fingerprint."""
         return self.passage // 2 + 1
 
+    def takes(self, document: Document) -> bool:
+        return document["kind"] == "text" and super().takes(document)
+
+    def features(self, texts: list[bytes], first: int) -> np.ndarray:
+        """Winnowed fingerprints, [m, 4] uint64: hash, document, first byte, byte after the last."""
+        hashes, owners, starts, ends = word_hashes(texts)
+        found, at = grams(hashes, owners, self.size)
+        chosen = winnow(found, owners[at], self.passage - self.size + 1)
+        at = at[chosen]
+        columns = found[chosen], owners[at] + first, starts[at], ends[at + self.size - 1]
+        return np.stack([column.astype(np.uint64) for column in columns], 1)
+
     def prepare(self, context: Context, shards: list[Piece]) -> None:
-        files = context.map(Fingerprints(self, context.scratch), shards)
-        rows = [np.load(file, mmap_mode="r") for file in files]
+        rows = [np.load(file, mmap_mode="r") for file in self.files_of(context, shards)]
         spill = Spill(context.scratch / "spill", sum(map(len, rows)), context.memory)
         firsts = np.cumsum([0, *(len(r) for r in rows)])
         for first, part in zip(firsts, rows, strict=False):
@@ -241,33 +263,6 @@ class Passages(Step):
             return Drop("nothing but passages that came before")
         document["text"] = text
         return document
-
-
-@dataclass(frozen=True)
-class Fingerprints:
-    """A shard of texts → their winnowed fingerprints, [m, 4] uint64: hash, document, first byte, end."""
-
-    step: Passages
-    scratch: Path
-
-    def __call__(self, piece: Piece) -> Path:
-        path = self.scratch / f"{piece.name}-{digest(repr(self.step), piece.key)[:16]}.npy"
-        if path.exists():
-            return path
-        size, window, rows, number = self.step.size, self.step.passage - self.step.size + 1, [], 0
-        texts = (
-            d["text"].encode() if d["kind"] == "text" and self.step.takes(d) else b"" for d in read_shard(piece.path)
-        )
-        for block in blocks(texts):
-            hashes, owners, starts, ends = word_hashes(block)
-            found, first = grams(hashes, owners, size)
-            chosen = winnow(found, owners[first], window)
-            at = first[chosen]
-            columns = found[chosen], owners[at] + number, starts[at], ends[at + size - 1]
-            rows.append(np.stack([c.astype(np.uint64) for c in columns], 1))
-            number += len(block)
-        write_array(path, np.concatenate(rows) if rows else np.zeros((0, 4), np.uint64))
-        return path
 
 
 def winnow(hashes: np.ndarray, owners: np.ndarray, window: int) -> np.ndarray:

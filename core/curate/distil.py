@@ -8,12 +8,11 @@ with back-off), or has not what was asked for, is counted and shown; the documen
 import re
 import sqlite3
 import tomllib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from functools import cache, cached_property
 from importlib import resources
-from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -93,17 +92,15 @@ class Distil(Step):
             or not document["reference" if self.which == "unverified" else "answers"]
         )
 
-    def run(self, documents: Iterable[Document], job: Job) -> Iterator[tuple[Document, Outcome]]:
-        documents = iter(documents)
+    @property
+    def BATCH(self) -> int:
+        return self.batch
+
+    def several(self, documents: list[Document], job: Job) -> list[Outcome]:
         with closing(Replies(self, job)) as replies:
-            while batch := list(islice(documents, self.batch)):
-                asked = [d for d in batch if self.takes(d)]
-                states, drops = self.converse(asked, replies)
-                number = {id(d): i for i, d in enumerate(asked)}
-                for document in batch:
-                    at = number.get(id(document))
-                    mine = [s for s in states if s.document == at]
-                    yield document, document if at is None else self.made(document, mine, drops.get(at, []))
+            states, drops = self.converse(documents, replies)
+        mine = [[s for s in states if s.document == i] for i in range(len(documents))]
+        return [self.made(d, mine[i], drops.get(i, [])) for i, d in enumerate(documents)]
 
     def converse(self, documents: list[Document], replies: "Replies") -> tuple[list[State], dict[int, list[Drop]]]:
         """The calls of the task, each for all documents together: what they gave, and what failed, by document."""

@@ -13,9 +13,8 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -25,14 +24,14 @@ from tritium.core.curate.step import Context, Document, Job, Outcome, Piece, Ste
 from tritium.core.data import DataConfig, encode_documents
 from tritium.core.tokenizer import Tokenizer
 
-BATCH = 512  # documents that are tokenised together
-
 
 @dataclass
 class Pack(Step):
     """Tokenise; a prompt goes with its first answer that is not wrong."""
 
     tokenizer: str = opt(REQUIRED, "folder or file of the tokenizer")
+
+    BATCH: ClassVar[int] = 512
 
     def files(self) -> list[str]:
         return [self.tokenizer]
@@ -44,17 +43,18 @@ class Pack(Step):
     def loaded(self) -> Tokenizer:
         return Tokenizer.load(self.tokenizer)
 
+    def several(self, documents: list[Document], job: Job) -> list[Outcome]:
+        made = encode_documents([whole_text(d) for d in documents], self.loaded, DataConfig())
+        for document, ids in zip(documents, made, strict=True):
+            document["scores"]["tokens"] = len(ids)
+            note(document, tokens=len(ids))
+        self.parts += made
+        return documents
+
     def run(self, documents: Iterable[Document], job: Job) -> Iterator[tuple[Document, Outcome]]:
-        documents, parts = iter(documents), []
-        while batch := list(islice(documents, BATCH)):
-            taken = [d for d in batch if self.takes(d)]
-            made = encode_documents([whole_text(d) for d in taken], self.loaded, DataConfig())
-            for document, ids in zip(taken, made, strict=True):
-                document["scores"]["tokens"] = len(ids)
-                note(document, tokens=len(ids))
-            parts += made
-            yield from ((d, d) for d in batch)
-        write_array(tokens_of(job.context, job.piece), np.concatenate(parts) if parts else np.zeros(0, np.uint16))
+        self.parts: list[np.ndarray] = [np.zeros(0, np.uint16)]  # its dtype gives way
+        yield from super().run(documents, job)
+        write_array(tokens_of(job.context, job.piece), np.concatenate(self.parts))
 
     def finish(self, context: Context, shards: list[Piece]) -> dict[str, Any]:
         """Join the shards' tokens by source. Facts: tokens by source, bytes per token by language."""

@@ -11,11 +11,10 @@
 `pass_rate` is the share of right ones among answers that models gave: a difficulty to select by.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.util import find_spec
-from itertools import islice
 from typing import Any, ClassVar
 
 from tritium.core.chat import parse_reasoning
@@ -24,8 +23,6 @@ from tritium.core.curate.runner import write_lines
 from tritium.core.curate.step import Context, Document, Drop, Job, Outcome, Piece, Step, note, read_shard
 from tritium.core.rewards import Answer, Reward, Score, judge
 from tritium.core.select import distinct_paths
-
-BATCH = 256  # documents that are judged together
 
 
 @dataclass
@@ -40,6 +37,7 @@ class Reject(Step):
     pairs: int = opt(1, "pairs from a document, at most")
     gold: bool = opt(True, "gold answers are learned too, not only those of models")
 
+    BATCH: ClassVar[int] = 256
     LOCAL: ClassVar[bool] = True
 
     def check(self) -> None:
@@ -65,13 +63,12 @@ class Reject(Step):
     def judges(self) -> dict[str, Reward]:
         return {}
 
-    def run(self, documents: Iterable[Document], job: Job) -> Iterator[tuple[Document, Outcome]]:
-        documents = iter(documents)
-        while batch := list(islice(documents, BATCH)):
-            asked = [d for d in batch if d["kind"] != "text" and self.takes(d)]
-            self.mark(asked, job)
-            chosen = {id(d): self.verdict(d) for d in asked}
-            yield from ((d, chosen.get(id(d), d)) for d in batch)
+    def takes(self, document: Document) -> bool:
+        return document["kind"] != "text" and super().takes(document)
+
+    def several(self, documents: list[Document], job: Job) -> list[Outcome]:
+        self.mark(documents, job)
+        return [self.verdict(document) for document in documents]
 
     def mark(self, documents: list[Document], job: Job) -> None:
         """Leave with each answer its scores, whether it is "right", and why it was rejected."""
@@ -125,7 +122,7 @@ class Reject(Step):
         files = {"sft": self.sft, "pairs": self.preferred, "rankings": self.ranked}
         counts = {}
         for name, rows in files.items():
-            documents = (d for shard in shards for d in read_shard(shard.path) if d["kind"] != "text" and self.takes(d))
+            documents = (d for shard in shards for d in read_shard(shard.path) if self.takes(d))
             counts[f"{name}.jsonl"] = write_lines(
                 context.out / f"{name}.jsonl", (r for d in documents for r in rows(d))
             )

@@ -1,19 +1,18 @@
 """Scores from models: perplexity, instruction-following difficulty, and classifiers trained here on given examples."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import islice
 from math import exp
 from pathlib import Path
 from typing import ClassVar
+
+import numpy as np
 
 from tritium.core.config import REQUIRED, ConfigError, opt
 from tritium.core.curate.step import Context, Document, Drop, Job, Outcome, Piece, Step, text_of
 from tritium.core.formats import Skipped, read_documents
 from tritium.core.rewards.classifier import features, probability, train_classifier
-
-BATCH = 128  # documents that a model sees together
 
 
 @dataclass
@@ -39,6 +38,7 @@ class Perplexity(Bounded):
     model: str = opt(REQUIRED, "folder of a language model")
     ifd: bool = opt(False, "score answers by how little their prompt helps")
 
+    BATCH: ClassVar[int] = 128
     LOCAL: ClassVar[bool] = True
 
     def files(self) -> list[str]:
@@ -67,21 +67,17 @@ class Perplexity(Bounded):
             -found.logp / max(found.tokens, 1) for found in likelihoods(self.loaded.model, self.loaded.tokenizer, pairs)
         ]
 
-    def run(self, documents: Iterable[Document], job: Job) -> Iterator[tuple[Document, Outcome]]:
-        documents, (name,) = iter(documents), self.measures()
-        while batch := list(islice(documents, BATCH)):
-            asked = [d for d in batch if self.takes(d)]
-            if self.ifd:
-                answers = [d["answers"][0]["text"] for d in asked]
-                given = self.losses(
-                    [(d["messages"][-1]["content"] + "\n", a) for d, a in zip(asked, answers, strict=True)]
-                )
-                alone = self.losses([("", answer) for answer in answers])
-                values = [a / max(b, 1e-9) for a, b in zip(given, alone, strict=True)]
-            else:
-                values = [exp(min(loss, 50.0)) for loss in self.losses([("", text_of(d)) for d in asked])]
-            outcomes = {id(d): self.judged(d, name, value) for d, value in zip(asked, values, strict=True)}
-            yield from ((d, outcomes.get(id(d), d)) for d in batch)
+    def several(self, documents: list[Document], job: Job) -> list[Outcome]:
+        if self.ifd:
+            answers = [d["answers"][0]["text"] for d in documents]
+            prompts = [d["messages"][-1]["content"] + "\n" for d in documents]
+            given = self.losses(list(zip(prompts, answers, strict=True)))
+            alone = self.losses([("", answer) for answer in answers])
+            values = [a / max(b, 1e-9) for a, b in zip(given, alone, strict=True)]
+        else:
+            values = [exp(min(loss, 50.0)) for loss in self.losses([("", text_of(d)) for d in documents])]
+        (name,) = self.measures()
+        return [self.judged(d, name, value) for d, value in zip(documents, values, strict=True)]
 
 
 @dataclass
@@ -114,13 +110,8 @@ class Classify(Bounded):
     def weights_file(self, context: Context) -> Path:
         return context.scratch / "classifier.npz"
 
-    def run(self, documents: Iterable[Document], job: Job) -> Iterator[tuple[Document, Outcome]]:
-        from numpy import load
-
-        weights = load(self.weights_file(job.context))["weights"].astype(float)
-        for document in documents:
-            if not self.takes(document):
-                yield document, document
-                continue
-            value = 1 - probability(weights, features(text_of(document)[: self.characters]))
-            yield document, self.judged(document, self.name, value)
+    def several(self, documents: list[Document], job: Job) -> list[Outcome]:
+        weights = np.load(self.weights_file(job.context))["weights"].astype(float)
+        texts = [text_of(d)[: self.characters] for d in documents]
+        values = [1 - probability(weights, features(text)) for text in texts]
+        return [self.judged(d, self.name, value) for d, value in zip(documents, values, strict=True)]

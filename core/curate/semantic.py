@@ -6,11 +6,10 @@ products and their k largest, in torch, or faiss's flat index.
 """
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
-from itertools import islice
 from pathlib import Path
 from typing import ClassVar
 
@@ -141,7 +140,7 @@ class Semantic(Twins):
     def files(self) -> list[str]:
         return [self.model]
 
-    def features(self, texts: list[bytes]) -> np.ndarray:
+    def features(self, texts: list[bytes], first: int) -> np.ndarray:
         parts = [Embedder(self.model)([t.decode() for t in texts[i : i + BATCH]]) for i in range(0, len(texts), BATCH)]
         return np.concatenate(parts) if parts else np.zeros((0, 1), np.float32)
 
@@ -182,23 +181,22 @@ class Decontaminate(Step):
     def files(self) -> list[str]:
         return [*Collect(sources=self.against).paths(), *([self.model] if self.model else [])]
 
+    BATCH: ClassVar[int] = BATCH
+
     @property
     def LOCAL(self) -> bool:  # elsewhere of the class
         return bool(self.model)
 
-    def run(self, documents: Iterable[Document], job: Job) -> Iterator[tuple[Document, Outcome]]:
-        documents = iter(documents)
-        while batch := list(islice(documents, BATCH)):
-            asked = [d for d in batch if self.takes(d)]
-            drops = {id(d): drop for d in asked if (drop := self.by_words(d))}
-            if self.model:
-                items = embedded(tuple(self.against), self.model)
-                values, _ = most_similar(Embedder(self.model)([prompt_text(d) for d in asked]), items, 1)
-                for document, value in zip(asked, values[:, 0].tolist(), strict=True):
-                    if value >= self.threshold:
-                        drop = Drop("means what an item of an evaluation set does", f"similarity {value:.3f}")
-                        drops.setdefault(id(document), drop)
-            yield from ((d, drops.get(id(d), d)) for d in batch)
+    def several(self, documents: list[Document], job: Job) -> list[Outcome]:
+        outcomes = [self.by_words(d) or d for d in documents]
+        if self.model:
+            items = embedded(tuple(self.against), self.model)
+            values, _ = most_similar(Embedder(self.model)([prompt_text(d) for d in documents]), items, 1)
+            for i in np.flatnonzero(values[:, 0] >= self.threshold):
+                if not isinstance(outcomes[i], Drop):
+                    said = f"similarity {values[i, 0]:.3f}"
+                    outcomes[i] = Drop("means what an item of an evaluation set does", said)
+        return outcomes
 
     def by_words(self, document: Document) -> Drop | None:
         known, short = evaluation_grams(tuple(self.against), self.words)

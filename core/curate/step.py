@@ -5,6 +5,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -74,10 +75,11 @@ class Job:
 
 @dataclass
 class Step:
-    """A step. Most define `one`; those with a plan for all shards also `prepare`; those that ask models `run`."""
+    """A step. Most define `one`; those that ask models `several`; those that plan for all shards `prepare`, `run`."""
 
     kinds: list[str] = opt([], "only documents of these kinds; others pass (default: all)", choices=KINDS)
 
+    BATCH: ClassVar[int] = 64  # documents that `several` gets
     LOCAL: ClassVar[bool] = False  # runs in the main process: it holds a model
     GLOBAL: ClassVar[bool] = False  # what becomes of a document depends on all shards
 
@@ -113,9 +115,16 @@ class Step:
         """What becomes of a document. It may be changed in place."""
         return document
 
+    def several(self, documents: list[Document], job: Job) -> Sequence[Outcome]:
+        """What becomes of some documents, for steps that are better off with many at once."""
+        return [self.one(document) for document in documents]
+
     def run(self, documents: Iterable[Document], job: Job) -> Iterator[tuple[Document, Outcome]]:
-        for document in documents:
-            yield document, self.one(document) if self.takes(document) else document
+        documents = iter(documents)
+        while batch := list(islice(documents, self.BATCH)):
+            asked = [d for d in batch if self.takes(d)]
+            outcomes = dict(zip(map(id, asked), self.several(asked, job) if asked else (), strict=True))
+            yield from ((d, outcomes.get(id(d), d)) for d in batch)
 
     def finish(self, context: Context, shards: list[Piece]) -> dict[str, Any]:
         """After the last job: write what the pipeline is for, from the shards. Returns facts for the report."""
