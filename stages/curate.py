@@ -20,7 +20,7 @@ The steps and their options are in core/curate/, a file for each group.
 
 import json
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from tritium.core.config import ConfigError, UserError, from_dict, nearest, opt, to_toml
@@ -57,11 +57,12 @@ STEPS = {
     "reject": Reject,
     "pack": Pack,
 }
+OPTIONS = "; ".join(f"{name}: {', '.join(f.name for f in fields(step))}" for name, step in STEPS.items())
 
 
 @dataclass
 class Config:
-    steps: dict[str, dict] = opt({}, "tables [steps.NAME], in the order of the work")
+    steps: dict[str, dict] = opt({}, f"tables [steps.NAME], in the order of the work; {OPTIONS}")
     out: str = opt("runs/curate", "folder to write, or to go on with")
     workers: int = opt(2, "processes")
     shard_mb: float = opt(64.0, "of input in a shard")

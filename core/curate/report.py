@@ -56,7 +56,8 @@ def one_step(step: Mapping[str, Any]) -> str:
     dropped = {reason: rows for reason, rows in step["samples"].items() if reason}
     if dropped:
         shown = "".join(example(row, step["twins"], reason) for reason, rows in dropped.items() for row in rows[:2])
-        parts.append(f"<details><summary>dropped, examples</summary>{shown}</details>")
+        opened = ' open=""' if step["twins"] else ""
+        parts.append(f"<details{opened}><summary>dropped, examples</summary>{shown}</details>")
     if kept := step["samples"].get(""):
         shown = "".join(example(row, {}) for row in kept[:3])
         parts.append(f"<details><summary>kept, examples</summary>{shown}</details>")
@@ -79,14 +80,14 @@ def example(row: Mapping[str, Any], twins: Mapping[str, str], reason: str = "") 
 def histogram(name: str, values: Sequence[float]) -> str:
     """Of a sample of the values, dropped documents included; on a logarithmic axis where they spread over decades."""
     low, high = min(values), max(values)
-    logarithmic = low >= 0 and high > 50 * max(sorted(values)[len(values) // 2], 1e-9) ** 0.5 and high > 100
+    middle = sorted(values)[len(values) // 2]
+    logarithmic = low >= 0 and high > 10 * (middle + 1)
     scaled = [math.log10(v + 1) if logarithmic else v for v in values]
     start, width = min(scaled), (max(scaled) - min(scaled)) / BINS or 1.0
     counts = [0] * BINS
     for value in scaled:
         counts[min(int((value - start) / width), BINS - 1)] += 1
     bars = "".join(f'<div style="height: {100 * n / max(counts):.0f}%" title="{n}"></div>' for n in counts)
-    middle = sorted(values)[len(values) // 2]
     axis = " (logarithmic)" if logarithmic else ""
     return (
         f"<h4>{escaped(name)}{axis}</h4>"

@@ -14,7 +14,7 @@ from tritium.core.config import ConfigError, UserError
 from tritium.core.curate import distil
 from tritium.core.curate.mixture import best_mixture, best_ratio, fit_mixture, fit_replay, simplex
 from tritium.core.curate.select import clusters, mixed
-from tritium.core.curate.semantic import most_similar
+from tritium.core.curate.semantic import Embedder, most_similar
 from tritium.stages import curate
 
 CONFUSED = "mumble"
@@ -224,6 +224,26 @@ def test_a_classifier_learns_from_examples_what_is_good(tmp_path):
     assert [d["text"] for d in documents] == good[30:] and summary["dropped"] == {"quality out of bounds": 10}
     with pytest.raises(ConfigError, match="good and bad"):
         run(tmp_path, rows, {"classify": {}}, out="b")
+
+
+def test_an_encoder_of_berts_family_embeds_by_its_mean_hidden_state(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    import torch
+
+    torch.manual_seed(0)
+    (tmp_path / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefgh"]))
+    tokenizer = transformers.BertTokenizer(str(tmp_path / "vocab.txt"))
+    config = transformers.BertConfig(
+        vocab_size=13, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32
+    )
+    model = transformers.BertModel(config).eval()
+    for part in (tokenizer, model):
+        part.save_pretrained(tmp_path / "bert")
+    rows = Embedder(str(tmp_path / "bert"))(["a b c", "d", "a b c"])
+    hidden = model(**tokenizer("a b c", return_tensors="pt")).last_hidden_state[0].mean(0)
+    np.testing.assert_allclose(rows[0], (hidden / hidden.norm()).detach().numpy(), atol=1e-5)
+    np.testing.assert_allclose(rows[0], rows[2], atol=1e-6)
+    assert abs(rows[0] @ rows[1]) < 0.999
 
 
 NO_FAISS = pytest.mark.skipif(not importlib.util.find_spec("faiss"), reason="faiss is not installed")
