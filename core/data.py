@@ -35,6 +35,7 @@ from tritium.core.formats import (
     read_records,
     read_text,
 )
+from tritium.core.output import write_array
 from tritium.core.schedule import BatchRamp
 from tritium.core.tokenizer import Tokenizer
 from tritium.parallel.mesh import Mesh
@@ -224,21 +225,6 @@ def encode_documents(texts: list[str], tokenizer: Tokenizer, config: DataConfig)
         rng = draws[i]
         encoded[i] = fill_in_the_middle(tokenizer, texts[i], markers, rng, rng.random() < config.fim_spm)
     return [np.array(before + ids + after, dtype) for ids in encoded]
-
-
-def write_array(path: Path, array: np.ndarray) -> None:
-    """Write under another name first: a reader never sees half a file, and two writers do not mix.
-
-    Raises: UserError where it can't be written.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.npy")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        np.save(temporary, array)
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise UserError(f"{path} can't be written: {error.strerror or error}; free some space") from None
 
 
 # ---------------------------------------------------------------------------------------------- records

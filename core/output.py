@@ -1,9 +1,19 @@
-"""Places that a stage writes to, made before its work begins: a path that can't be written should not cost an hour."""
+"""Places that a stage writes to, made before its work begins: a path that can't be written should not cost an hour.
+And files that are there whole or not at all."""
 
+import errno
+import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
 
 from tritium.core.config import UserError
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, None)  # numpy tells no number
 
 
 def make_folder(folder: str | Path, option: str) -> Path:
@@ -23,3 +33,29 @@ def make_room_for(file: str, option: str) -> Path:
     if Path(file).is_dir():
         raise UserError(f"{option}={file} is a folder: name a file")
     return Path(file)
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[BinaryIO]:
+    """A file that takes its name only when it is whole, and on the disk: no reader sees half of it, no two writers mix.
+    Raises: UserError where it can't be written."""
+    hidden = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with hidden.open("wb", buffering=1 << 20) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        hidden.replace(path)
+    except OSError as error:
+        if error.errno not in FULL and error.filename not in (str(hidden), str(path.parent)):
+            raise  # of what is read meanwhile
+        raise UserError(f"{path} can't be written: {error.strerror or error}; free some space") from None
+    finally:
+        hidden.unlink(missing_ok=True)
+
+
+def write_array(path: Path, array: np.ndarray) -> None:
+    """A .npy file; as `whole_file`."""
+    with whole_file(path) as file:
+        np.save(file, array)

@@ -30,7 +30,6 @@ from tritium.core.curate.minhash import (
     signatures,
     word_hashes,
 )
-from tritium.core.curate.runner import write_array
 from tritium.core.curate.step import (
     Context,
     Document,
@@ -44,6 +43,7 @@ from tritium.core.curate.step import (
     read_shard,
     text_of,
 )
+from tritium.core.output import write_array
 
 
 @dataclass(frozen=True)

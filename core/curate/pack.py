@@ -19,9 +19,10 @@ from typing import Any, ClassVar
 import numpy as np
 
 from tritium.core.config import REQUIRED, opt
-from tritium.core.curate.runner import temporary, write_array, write_atomically
+from tritium.core.curate.runner import write_atomically
 from tritium.core.curate.step import Context, Document, Job, Outcome, Piece, Step, note, read_shard
 from tritium.core.data import DataConfig, encode_documents
+from tritium.core.output import whole_file, write_array
 from tritium.core.tokenizer import Tokenizer
 
 
@@ -75,7 +76,7 @@ class Pack(Step):
     def join(self, base: Path, source: str, lengths: np.ndarray, context: Context, shards: list[Piece]) -> None:
         parts = [np.load(tokens_of(context, shard), mmap_mode="r") for shard in shards]
         header = {"descr": parts[0].dtype.str, "fortran_order": False, "shape": (int(lengths.sum()),)}
-        with temporary(base.with_name(base.name + ".tokens.npy")) as file:
+        with whole_file(base.with_name(base.name + ".tokens.npy")) as file:
             np.lib.format.write_array_header_1_0(file, header)
             for shard, part in zip(shards, parts, strict=True):
                 rows = [(d["provenance"][-1]["tokens"], d["source"] == source)

@@ -24,10 +24,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from tritium.core.config import UserError
 from tritium.core.curate.step import Context, Document, Drop, Job, Piece, Step, digest, read_shard, text_of
+from tritium.core.output import whole_file
 
 SAMPLES = 4  # of each reason, and of what is kept
 VALUES = 1000  # of each score, for a histogram
@@ -120,7 +118,7 @@ def work(job: Job) -> None:
     """Do a job and leave its three files. Runs in any process."""
     shard, dropped, meta = outputs(job.out)
     ledger, hashed, size = Ledger(job), hashlib.sha256(), 0
-    with temporary(shard) as out, temporary(dropped) as reasons:
+    with whole_file(shard) as out, whole_file(dropped) as reasons:
         for document, outcome in job.step.run(entering(job, ledger), job):
             for item in outcome if isinstance(outcome, list) else [outcome]:
                 if isinstance(item, Drop):
@@ -219,41 +217,15 @@ def twin_texts(summary: dict, folder: Path, shards: Sequence[Piece]) -> dict[str
 # ── files ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-class temporary:
-    """A binary file that takes its name only when it is whole, and is on the disk by then."""
-
-    def __init__(self, path: Path):
-        self.path, self.hidden = path, path.with_name(f".{path.name}.{os.getpid()}")
-
-    def __enter__(self):
-        try:
-            self.file = self.hidden.open("wb", buffering=1 << 20)
-        except OSError as error:
-            raise UserError(f"{self.path} can't be written: {error.strerror}") from None
-        return self.file
-
-    def __exit__(self, kind, value, trace) -> None:
-        if kind is None:
-            self.file.flush()
-            os.fsync(self.file.fileno())
-        self.file.close()
-        self.hidden.replace(self.path) if kind is None else self.hidden.unlink(missing_ok=True)
-
-
 def write_atomically(path: Path, text: str) -> None:
-    with temporary(path) as file:
+    with whole_file(path) as file:
         file.write(text.encode())
-
-
-def write_array(path: Path, array: np.ndarray) -> None:
-    with temporary(path) as file:
-        np.save(file, array)
 
 
 def write_lines(path: Path, rows: Iterable[dict]) -> int:
     """A .jsonl file of rows; their number."""
     count = 0
-    with temporary(path) as file:
+    with whole_file(path) as file:
         for row in rows:
             file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
             count += 1

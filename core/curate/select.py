@@ -10,9 +10,10 @@ import numpy as np
 
 from tritium.core.config import ConfigError, opt
 from tritium.core.curate.mixture import best_mixture, read_runs
-from tritium.core.curate.runner import priority, write_array
+from tritium.core.curate.runner import priority
 from tritium.core.curate.semantic import Embedder
 from tritium.core.curate.step import Context, Document, Drop, Job, Outcome, Piece, Step, note, read_shard, text_of
+from tritium.core.output import write_array
 from tritium.core.select import balanced, spread_out
 
 

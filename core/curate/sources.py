@@ -17,9 +17,10 @@ from pathlib import Path
 
 from tritium.core.config import ConfigError, opt
 from tritium.core.curate.layouts import html_text, parse
-from tritium.core.curate.runner import temporary, write_atomically
+from tritium.core.curate.runner import write_atomically
 from tritium.core.curate.step import Context, Document, Drop, Job, Piece, Step, digest, state
 from tritium.core.formats import LONE_SURROGATE, DataError, RecordError, is_json_list, json_list
+from tritium.core.output import whole_file
 
 
 @dataclass
@@ -149,7 +150,7 @@ class Unpack:
         said = plain.with_suffix(".damage")
         if not said.exists():
             damage = ""
-            with temporary(plain) as out:
+            with whole_file(plain) as out:
                 try:
                     for chunk in listed_lines(path) if listed else chunks(path, wide):
                         out.write(chunk)

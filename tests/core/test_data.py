@@ -18,10 +18,10 @@ from tritium.core.data import (
     parse_sources,
     record_sources,
     text_sources,
-    write_array,
 )
 from tritium.core.formats import DataError, RecordError, Skipped
 from tritium.core.groups import conversation_group, preference_group, ranking_group
+from tritium.core.output import write_array
 from tritium.core.tokenizer import Tokenizer
 from tritium.parallel.mesh import Mesh
 from tritium.stages.pretrain import replay_weights
