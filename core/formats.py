@@ -5,7 +5,8 @@
                    {"conversation": [{"system"?, "input", "output"}, …]}       unified
                    {"instruction", "input"?, "output", "system"?, "history"?}  alpaca
                    {"question", "answer"}                                      GSM8K and friends
-    preference     any of these (its answer left out, or ignored) with "chosen" and "rejected"; {"prompt", …} too
+    preference     any of these (its answer left out, or ignored) with "chosen" and "rejected"; {"prompt", …} too; two
+                   whole conversations alone, "chosen" and "rejected"
     ranking        the same with "ranked": a list of answers, best first; answers of equal worth as a list in the list
     feedback       the same with "label": whether its answer, or "completion", is good
     score          the same with "completion" and "score", in [0, 1]
@@ -20,6 +21,7 @@ The form is found from the record's keys. A record that can't be used raises `Re
 
 import gzip
 import json
+import math
 import re
 import zlib
 from collections import Counter
@@ -40,6 +42,7 @@ CODE_KEYS = ("tests", "setup", "entry_point", "prefix", "cases", "checker")
 SEPARATORS = re.compile(r"[\s,]*")
 SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "function_call": "assistant", "observation": "tool"}
 SHAREGPT_ROLES |= {"function": "tool", "ipython": "tool", "model": "assistant", "bot": "assistant"}
+PROMPTS = {"messages", "conversations", "conversation", "instruction", "prompt", "question", "problem"}
 REPOSITORY_KEYS = ("repo", "repo_name", "repository", "repository_name", "max_stars_repo_name")
 
 
@@ -152,9 +155,12 @@ def json_list(path: str) -> Iterator[tuple[str, Any]]:
                 continue
             try:
                 item, at = decoder.raw_decode(buffer, at)
-            except json.JSONDecodeError as error:
-                if error.pos < len(buffer.rstrip()) and "Unterminated" not in error.msg:
-                    raise DataError(f"{path}:{number}: malformed JSON: {error.msg}") from None
+            except (ValueError, RecursionError) as error:
+                cut = isinstance(error, json.JSONDecodeError) and (
+                    error.pos >= len(buffer.rstrip()) or "Unterminated" in error.msg
+                )
+                if not cut:
+                    raise DataError(f"{path}:{number}: malformed JSON: {error}") from None
                 break  # not all of it is there yet
             if state == "after":
                 raise DataError(f"{path}:{number}: malformed JSON: more than one list")
@@ -189,7 +195,7 @@ def read_documents(path: str, skipped: Skipped, repositories: bool = False) -> I
             skipped.add('a record without a "text"', place)
         elif LONE_SURROGATE.search(text):
             skipped.add("a text that is not valid Unicode", place)
-        elif repositories and (name := next((str(record[k]) for k in REPOSITORY_KEYS if k in record), None)):
+        elif repositories and (name := next((str(record[k]) for k in REPOSITORY_KEYS if record.get(k)), None)):
             inside = files.setdefault(name, {})
             inside[str(record.get("path", record.get("file_path", f"file {len(inside)}")))] = text
         else:
@@ -211,9 +217,7 @@ def conversation(record: dict) -> list[Message]:
     messages = prompt_of(record)
     for key in ("output", "answer", "Answer", "response", "completion", "canonical_solution", "code", "ground_truth"):
         if key in record and messages[-1]["role"] != "assistant":
-            answer = record[key]
-            answer = number_text(answer) if isinstance(answer, int | float) else answer
-            messages = [*messages, {"role": "assistant", "content": required_text(answer, "answer")}]
+            messages = [*messages, {"role": "assistant", "content": plain_answer(record[key])}]
     if not any(m["role"] == "assistant" for m in messages):
         raise RecordError("a record without an answer")
     return messages
@@ -230,13 +234,13 @@ def prompt_of(record: dict) -> list[Message]:
     if isinstance(record.get("prompt"), list):
         return listed_messages({"messages": record["prompt"]})
     if "Body" in record and "Question" in record:  # SVAMP
-        body = required_text(record["Body"], "question").strip()
-        return [{"role": "user", "content": f"{body}{'' if body.endswith('.') else '.'} {record['Question']}"}]
+        body, question = (required_text(record[key], "question").strip() for key in ("Body", "Question"))
+        return [{"role": "user", "content": f"{body}{'' if body.endswith('.') else '.'} {question}"}]
     for key in ("prompt", "question", "problem"):
         if key in record:
             return [{"role": "user", "content": required_text(record[key], key)}]
     if "text" in record and "test_list" in record:  # MBPP: the first test shows the function's name
-        tests = "\n".join(record["test_list"])
+        tests = "\n".join(texts(record["test_list"], "test_list"))
         return [{"role": "user", "content": f"{required_text(record['text'], 'question')}\n{tests}"}]
     raise RecordError(f"a record of unknown form (keys: {', '.join(sorted(record)[:8])})")
 
@@ -266,8 +270,8 @@ def listed_messages(record: dict) -> list[Message]:
     if not isinstance(turns, list) or not turns:
         raise RecordError("a record whose conversation is not a list of turns")
     messages = []
-    if isinstance(record.get("system"), str) and record["system"]:
-        messages.append({"role": "system", "content": record["system"]})
+    if record.get("system"):
+        messages.append({"role": "system", "content": required_text(record["system"], "system")})
     for turn in turns:
         if not isinstance(turn, dict):
             raise RecordError("a turn that is not an object")
@@ -284,11 +288,14 @@ def listed_messages(record: dict) -> list[Message]:
 def one_message(turn: dict) -> Message:
     """A turn of OpenAI's or sharegpt's. Raises: RecordError."""
     said = turn.get("role", turn.get("from"))
-    role = SHAREGPT_ROLES.get(said, said)
+    role = SHAREGPT_ROLES.get(said, said) if isinstance(said, str) else said
     if role not in ROLES:
         raise RecordError(f"an unknown role {role!r}")
     message = {"role": role} | typed_content(turn.get("content", turn.get("value")))
-    calls = list(turn.get("tool_calls") or []) + message.pop("tool_calls", [])
+    calls = turn.get("tool_calls") or []
+    if not isinstance(calls, list):
+        raise RecordError("tool_calls that are not a list")
+    calls = calls + message.pop("tool_calls", [])
     if said == "function_call":
         calls, message["content"] = loaded(message["content"], "function call"), ""
     if calls:
@@ -300,6 +307,8 @@ def one_message(turn: dict) -> Message:
         required_text(message["content"], "turn")
     weight = turn.get("weight", turn.get("loss_weight"))
     if weight is not None:
+        if not isinstance(weight, int | float):
+            raise RecordError(f"a weight that is not a number: {weight!r}")
         message["weight"] = float(weight)
     return message
 
@@ -313,12 +322,13 @@ def typed_content(content: Any) -> dict:
     parts = {"text": [], "reasoning": [], "tool_call": []}
     for part in content:
         kind = part.get("type") if isinstance(part, dict) else None
-        if kind not in parts:
+        said = part.get("text", part.get("value")) if isinstance(part, dict) else None
+        if not isinstance(kind, str) or kind not in parts or not (isinstance(said, str) or kind == "tool_call"):
             raise RecordError("a turn with content that is not text")
-        parts[kind].append(part.get("text", part.get("value")))
-    message = {"content": "".join(map(str, parts["text"]))}
+        parts[kind].append(said)
+    message = {"content": "".join(parts["text"])}
     if parts["reasoning"]:
-        message["reasoning_content"] = "".join(map(str, parts["reasoning"]))
+        message["reasoning_content"] = "".join(parts["reasoning"])
     if parts["tool_call"]:
         message["tool_calls"] = [loaded(call, "tool call") for call in parts["tool_call"]]
     return message
@@ -360,12 +370,17 @@ def turn_text(turn: dict) -> str:
 
 def alpaca_prompt(record: dict) -> list[Message]:
     messages = []
-    if isinstance(record.get("system"), str) and record["system"]:
-        messages.append({"role": "system", "content": record["system"]})
-    for question, answer in record.get("history") or []:
+    if record.get("system"):
+        messages.append({"role": "system", "content": required_text(record["system"], "system")})
+    history = record.get("history") or []
+    if not isinstance(history, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
+        raise RecordError("a history that is not a list of [question, answer]")
+    for question, answer in history:
         messages.append({"role": "user", "content": required_text(question, "question")})
         messages.append({"role": "assistant", "content": required_text(answer, "answer")})
     instruction, extra = required_text(record["instruction"], "instruction"), record.get("input") or ""
+    if not isinstance(extra, str):
+        raise RecordError("an input that is not text")
     messages.append({"role": "user", "content": f"{instruction}\n{extra}" if extra else instruction})
     return messages
 
@@ -377,6 +392,8 @@ def preference(record: dict) -> tuple[list[Message], str, str]:
     chosen, rejected = answer_text(record["chosen"], "chosen"), answer_text(record["rejected"], "rejected")
     if chosen == rejected:
         raise RecordError("a pair whose answers are equal")
+    if isinstance(record["chosen"], list) and not PROMPTS & {*record}:
+        record = {"messages": record["chosen"]}  # the prompt is what both conversations begin with
     return open_prompt(record), chosen, rejected
 
 
@@ -462,10 +479,8 @@ def problem(record: dict) -> tuple[list[Message], str]:
     key = next((key for key in ("answer", "Answer", "ground_truth", "reference") if key in record), None)
     if key is None:
         raise RecordError("a record without an answer")
-    answer = record[key]
-    answer = number_text(answer) if isinstance(answer, int | float) else required_text(answer, "answer")
-    mark = "\nA: " if key == "ground_truth" else "####"
-    return open_prompt({k: v for k, v in record.items() if k != key}), answer.rpartition(mark)[2].strip()
+    answer = plain_answer(record[key]).rpartition("\nA: " if key == "ground_truth" else "####")[2].strip()
+    return open_prompt({k: v for k, v in record.items() if k != key}), required_text(answer, "answer")
 
 
 def tests_of(record: dict) -> dict:
@@ -473,21 +488,36 @@ def tests_of(record: dict) -> dict:
     if "test" in record and "entry_point" in record:  # HumanEval
         tests = {"tests": ["check(candidate)"], "setup": required_text(record["test"], "test")}
         return tests | {"entry_point": record["entry_point"], "prefix": required_text(record.get("prompt"), "prompt")}
-    if isinstance(record.get("test_list"), list):  # MBPP
-        return {"tests": record["test_list"], "setup": record.get("test_setup_code") or ""} | called(record)
+    if "test_list" in record:  # MBPP
+        tests = texts(record["test_list"], "test_list")
+        return {"tests": tests, "setup": record.get("test_setup_code") or ""} | called(record)
+    if "tests" in record:
+        texts(record["tests"], "tests")
+    if "cases" in record and not (isinstance(record["cases"], list) and record["cases"]):
+        raise RecordError('"cases" that are not a list of {"input", "output"}')
     return {key: record[key] for key in CODE_KEYS if key in record} if {"tests", "cases"} & {*record} else {}
 
 
 def called(record: dict) -> dict:
     """MBPP's entry point: what its own solution defines and its tests call."""
-    names = re.findall(r"^(?:def|class) (\w+)", record.get("code") or "", re.MULTILINE)
+    code = record.get("code")
+    names = re.findall(r"^(?:def|class) (\w+)", code if isinstance(code, str) else "", re.MULTILINE)
     used = [name for name in names if re.search(rf"\b{name}\b", "\n".join(record["test_list"]))]
     return {"entry_point": used[0]} if used else {}
 
 
-def number_text(value: int | float) -> str:
-    """145.0 → "145"."""
-    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
+def plain_answer(value: Any) -> str:
+    """An answer that is a text or a number (145.0 → "145"). Raises: RecordError."""
+    if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+        return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
+    return required_text(value, "answer")
+
+
+def texts(value: Any, name: str) -> list[str]:
+    """Raises: RecordError where it is not a list of texts."""
+    if not isinstance(value, list) or not value or not all(isinstance(item, str) for item in value):
+        raise RecordError(f'"{name}" that is not a list of texts')
+    return value
 
 
 def required_text(value: Any, name: str) -> str:

@@ -44,9 +44,14 @@ class ModelConfig:
             object.__setattr__(self, "family", "qwen2" if self.qkv_bias else "qwen3" if self.qk_norm else "llama")
         if self.windows and len(self.windows) != self.num_layers:
             raise ValueError(f"{len(self.windows)} windows for {self.num_layers} layers")
-        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads")
+        for name in (*sizes, "head_dim", "max_positions"):
+            if not isinstance(value := getattr(self, name), int) or value < 1:
+                raise ValueError(f"{name}={value!r} must be at least 1, and whole")
+        if odd := [w for w in self.windows if w is not None and not (isinstance(w, int) and w >= 1)]:
+            raise ValueError(f"a window of {odd[0]!r} must be at least 1, and whole")
+        if odd := [i for i in (self.bos_id, *self.stop_ids) if i is not None and not isinstance(i, int)]:
+            raise ValueError(f"the id of a special token is {odd[0]!r}, not a whole number")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"num_heads={self.num_heads} must be a multiple of num_kv_heads={self.num_kv_heads}")
         if self.head_dim % 8 or not 8 <= self.head_dim <= 256:

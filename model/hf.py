@@ -59,6 +59,7 @@ def load(
     if classifies(raw):
         model = ScalarModel.described(model, raw)
     try:
+        check_files(path)
         with ExitStack() as stack:
             tensors = stack.enter_context(open_tensors(path, "model"))
             fill(model, tensors)
@@ -68,9 +69,19 @@ def load(
     return model
 
 
+def check_files(path: Path) -> None:
+    """Raises: ModelFolderError for shards that the index names but that are not there, and for pickles."""
+    if not tensor_files(path, "model") and any(path.glob("*.bin")):
+        raise ModelFolderError("its weights are pickles (*.bin), which are never read: convert them to safetensors")
+    if (path / INDEX).exists():
+        named = set(read_json(path / INDEX).get("weight_map", {}).values())
+        if missing := sorted(name for name in named if not (path / name).exists()):
+            raise ModelFolderError(f"{', '.join(missing)} of {INDEX} is missing: fetch the model again")
+
+
 def classifies(raw: dict) -> bool:
     names = raw.get("architectures") or []
-    return raw.get("task_type") == "SEQ_CLS" or any(name.endswith("ForSequenceClassification") for name in names)
+    return raw.get("task_type") == "SEQ_CLS" or any(str(name).endswith("ForSequenceClassification") for name in names)
 
 
 def heads_in(folder: str) -> tuple[str, ...]:
@@ -117,7 +128,7 @@ def decoder_of(model: Transformer | ScalarModel) -> Transformer:
 
 def read_json(path: Path) -> dict:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise ModelFolderError(f"{path} does not exist: a model folder holds config.json and *.safetensors") from None
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
@@ -130,7 +141,7 @@ def read_json(path: Path) -> dict:
 def from_hf_config(raw: dict, path: Path) -> ModelConfig:
     """transformers' names → ours. Raises: ModelFolderError for what this decoder does not compute."""
     family = raw.get("model_type")
-    if family not in FAMILIES:
+    if not isinstance(family, str) or family not in FAMILIES:
         near = difflib.get_close_matches(str(family), FAMILIES, n=1, cutoff=0.3)
         hint = f" (the nearest is {near[0]})" if near else ""
         raise ModelFolderError(
@@ -140,13 +151,16 @@ def from_hf_config(raw: dict, path: Path) -> ModelConfig:
     key, wanted = ("hidden_activation", "gelu_pytorch_tanh") if family == "gemma2" else ("hidden_act", "silu")
     if raw.get(key) not in (wanted, None):
         wrong[key] = raw[key]
+    if (quantized := raw.get("quantization_config")) is not None:
+        method = quantized.get("quant_method", quantized) if isinstance(quantized, dict) else quantized
+        raise ModelFolderError(f"{path}: its weights are quantised ({method}): take the model in bf16, fp16 or fp32")
     if wrong:
         raise ModelFolderError(f"{path}: {', '.join(f'{k}={v!r}' for k, v in wrong.items())} is not supported")
     try:
         return ModelConfig(**shape_of(raw) | rope_of(raw) | extras_of(raw))
     except KeyError as error:
         raise ModelFolderError(f"{path} has no {error.args[0]!r}") from None
-    except (TypeError, ValueError) as error:
+    except (AttributeError, TypeError, ValueError) as error:
         raise ModelFolderError(f"{path}: {error}") from None
 
 
@@ -154,7 +168,7 @@ def shape_of(raw: dict) -> dict:
     """What every family has."""
     family, heads, width = raw["model_type"], raw["num_attention_heads"], raw["hidden_size"]
     eos = raw.get("eos_token_id")
-    eos = eos if isinstance(eos, list) else [eos]
+    eos = eos if isinstance(eos, list) and eos else [None if eos == [] else eos]
     return {
         "family": family,
         "vocab_size": raw["vocab_size"],
@@ -164,8 +178,8 @@ def shape_of(raw: dict) -> dict:
         "num_heads": heads,
         "num_kv_heads": raw.get("num_key_value_heads") or heads,
         "head_dim": raw.get("head_dim") or (256 if family == "gemma2" else width // heads),
-        "max_positions": raw.get("max_position_embeddings", 2048),
-        "norm_eps": raw.get("rms_norm_eps", 1e-6),
+        "max_positions": raw.get("max_position_embeddings") or 2048,
+        "norm_eps": float(raw.get("rms_norm_eps") or 1e-6),
         "tie_embeddings": raw.get("tie_word_embeddings", family in ("gemma2", "minicpm")),
         "qkv_bias": family == "qwen2",
         "qk_norm": family == "qwen3",
@@ -330,6 +344,11 @@ def hf_tensors(
 def joined(tensors: Mapping[str, Tensor], names: list[tuple[str, int]], cut: Sharding | None, mesh: Mesh) -> Tensor:
     """This rank's shard of the matrix that the tensors are together."""
     pieces = [tensors[name] for name, _ in names]
+    for (name, _), piece in zip(names, pieces, strict=True):
+        if piece.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+            raise ModelFolderError(f"{name} is {piece.dtype}, not a float of 16 bits or more: a quantised model?")
+        if piece.numel() and not all(bool(end.isfinite()) for end in piece.aminmax()):
+            raise ModelFolderError(f"{name} holds NaN or infinity: the model is broken")
     return shard(torch.cat(pieces) if len(pieces) > 1 else pieces[0], cut, mesh)
 
 

@@ -66,6 +66,12 @@ class Added:
     rstrip: bool = False
     single_word: bool = False
 
+    def __post_init__(self):
+        if not isinstance(self.content, str) or not self.content:
+            raise ValueError(f"an added token that is {self.content!r}")
+        if not isinstance(self.id, int) or not 0 <= self.id < 1 << 24:
+            raise ValueError(f"the added token {self.content!r} with the id {self.id!r}")
+
     @property
     def control(self) -> bool:
         """Markers in bars count as special whatever their flag: else a user's text could forge a turn (DeepSeek)."""
@@ -87,6 +93,7 @@ class Parts:
     names: dict[str, int | None] = field(default_factory=dict)  # "bos", "eos", "pad", "unk"
     files: dict[str, bytes] = field(default_factory=dict)  # as they are saved
     config: dict[str, Any] = field(default_factory=dict)  # tokenizer_config.json
+    chat_template: str = ""  # Jinja
 
 
 def read(path: Path) -> Parts:
@@ -141,6 +148,10 @@ def read_parts(main: str, found: dict[str, bytes]) -> Parts:
     parts.files = found
     parts.config = json.loads(found.get("tokenizer_config.json", b"{}"))
     extend(parts, found)
+    template = parts.config.get("chat_template") or ""
+    if isinstance(template, list):  # several by name: the first is the default
+        template = template[0]["template"] if template else ""
+    parts.chat_template = found.get("chat_template.jinja", str(template).encode()).decode()
     return parts
 
 

@@ -170,10 +170,7 @@ class Tokenizer:
     @property
     def chat_template(self) -> str:
         """The Jinja text of the model's own chat template; empty where the files hold none."""
-        if (jinja := self._parts.files.get("chat_template.jinja")) is not None:
-            return jinja.decode()
-        template = self._parts.config.get("chat_template") or ""
-        return template if isinstance(template, str) else next((t["template"] for t in template), "")
+        return self._parts.chat_template
 
     def special_id(self, piece: str) -> int | None:
         """The id of a piece such as <|im_end|>, None where the vocabulary has no such piece."""
