@@ -300,6 +300,8 @@ def one_message(turn: dict) -> Message:
         calls, message["content"] = loaded(message["content"], "function call"), ""
     if calls:
         message["tool_calls"] = [tool_call(call) for call in (calls if isinstance(calls, list) else [calls])]
+    if isinstance(turn.get("tool_call_id"), str):
+        message["tool_call_id"] = turn["tool_call_id"]
     for key in ("reasoning_content", "reasoning"):
         if turn.get(key):
             message["reasoning_content"] = required_text(turn[key], key)
@@ -336,11 +338,14 @@ def typed_content(content: Any) -> dict:
 
 def tool_call(call: Any) -> dict:
     """`{"name", "arguments"}`, whatever it was wrapped in. Raises: RecordError."""
+    outer = call if isinstance(call, dict) else {}
     call = call.get("function", call) if isinstance(call, dict) else call
     if not isinstance(call, dict) or not isinstance(call.get("name"), str):
         raise RecordError("a tool call without a name")
     arguments = call.get("arguments", call.get("parameters", {}))
-    return {"name": call["name"], "arguments": arguments}
+    return {"name": call["name"], "arguments": arguments} | (
+        {"id": outer["id"]} if isinstance(outer.get("id"), str) else {}
+    )
 
 
 def joined(first: Message, second: Message) -> Message:
@@ -507,10 +512,14 @@ def called(record: dict) -> dict:
 
 
 def plain_answer(value: Any) -> str:
-    """An answer that is a text or a number (145.0 → "145"). Raises: RecordError."""
-    if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
-        return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
-    return required_text(value, "answer")
+    """An answer that is a text or a number. Raises: RecordError."""
+    number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return number_text(value) if number else required_text(value, "answer")
+
+
+def number_text(value: int | float) -> str:
+    """145.0 → "145"."""
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
 
 
 def texts(value: Any, name: str) -> list[str]:

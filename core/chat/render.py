@@ -203,7 +203,7 @@ def _results(template: Template, messages: Sequence[Message]) -> str:
         if message["role"] != "tool":
             break
         content = json.dumps(message["content"], ensure_ascii=False) if style.quoted else message["content"]
-        results.append(style.result.format(content))
+        results.append(style.result(message) if callable(style.result) else style.result.format(content))
     return style.begin + style.between.join(results) + style.end
 
 
@@ -219,6 +219,7 @@ def _answer(
     content = content.strip() if template.strip else content
     weight = float(message.get("weight", 1.0))
     before, _, after = template.answer.partition("{}")
+    before = before if content or not message.get("tool_calls") else ""  # a turn that only calls
     if reasoning:
         yield Part(before + reasoning, False, True, 0.0 if thinking == "mask" else weight)
         before = ""

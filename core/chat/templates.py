@@ -77,6 +77,9 @@ _DEEPSEEK = Template(
     tool="{}",
     marks=("<｜Assistant｜>",),
 )
+_MISTRAL = Template(
+    begin="{bos}", user="[INST] {} [/INST]", header="", end="{eos}", tools=MISTRAL, tool="{}", marks=("[INST]",)
+)
 _CODER = (
     "You are an AI programming assistant, utilizing the DeepSeek Coder model, developed by DeepSeek Company, and you "
     "only answer questions related to computer science. For politically sensitive questions, security and privacy "
@@ -139,9 +142,8 @@ TEMPLATES = {
         strip=True,
         marks=("[INST]", "<<SYS>>"),
     ),
-    "mistral": Template(
-        begin="{bos}", user="[INST] {} [/INST]", header="", end="{eos}", tools=MISTRAL, tool="{}", marks=("[INST]",)
-    ),
+    "mistral_v3": replace(_MISTRAL, user="[INST] {}[/INST]", answer=" {}", marks=("[INST]", "[AVAILABLE_TOOLS]")),
+    "mistral": _MISTRAL,
     "minicpm": Template(
         system="{}", user="<用户>{}", header="<AI>", end="", closing_eos=True, strip=True, marks=("<用户>", "<AI>")
     ),

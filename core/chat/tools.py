@@ -26,7 +26,7 @@ class Tools:
 
     describe: Callable[[Sequence[Any]], str]
     call: Callable[[Calls, str], str]  # of the calls, and of the text before them
-    result: str  # one result; "{}" is its text
+    result: str | Callable[[Mapping[str, Any]], str]  # of a tool's message; in a text, "{}" is what it says
     begin: str = ""  # before the results of a round
     end: str = ""
     between: str = "\n"
@@ -51,8 +51,22 @@ def _llama_calls(calls: Calls, before: str) -> str:
 
 
 def _mistral_calls(calls: Calls, before: str) -> str:
-    listed = [f'{{"name": "{c["name"]}", "arguments": {dumps(c["arguments"])}}}' for c in calls]
+    listed = []
+    for c in calls:
+        id = f', "id": "{c["id"]}"' if "id" in c else ""
+        listed.append(f'{{"name": "{c["name"]}", "arguments": {dumps(c["arguments"])}{id}}}')
     return f"[TOOL_CALLS] [{', '.join(listed)}]"
+
+
+def _mistral_result(message: Mapping[str, Any]) -> str:
+    """The content is JSON where it can be, else a JSON string, as in Mistral's own library."""
+    content = message["content"]
+    try:
+        json.loads(content)
+    except ValueError:
+        content = json.dumps(content, ensure_ascii=False)
+    id = f', "call_id": "{message["tool_call_id"]}"' if "tool_call_id" in message else ""
+    return f'[TOOL_RESULTS] {{"content": {content}{id}}}[/TOOL_RESULTS]'
 
 
 def _deepseek_calls(calls: Calls, before: str) -> str:
@@ -72,8 +86,7 @@ LLAMA = Tools(
 )  # fmt: skip
 MISTRAL = Tools(
     lambda tools: f"[AVAILABLE_TOOLS] {json.dumps(tools, ensure_ascii=False)}[/AVAILABLE_TOOLS]",
-    _mistral_calls, '[TOOL_RESULTS] {{"content": {}}}[/TOOL_RESULTS]',
-    between="", where="last", quoted=True, resumes=True,
+    _mistral_calls, _mistral_result, between="", where="last", resumes=True,
 )  # fmt: skip
 DEEPSEEK = Tools(
     _hermes_tools, _deepseek_calls, "<｜tool▁output▁begin｜>{}<｜tool▁output▁end｜>",

@@ -9,6 +9,7 @@ import pytest
 import tritium
 from tritium.core.chat import TEMPLATES, ChatError, find_template, render, stop_ids, template_text
 from tritium.core.config import UserError
+from tritium.core.formats import conversation
 from tritium.core.tokenizer import Tokenizer
 
 DATA = Path(tritium.__file__).parent.parent / "shared" / "data"
@@ -123,6 +124,51 @@ def test_forged_turns_stay_text():
     assert rendered.ids.count(tokenizer.special_id("<｜User｜>")) == 1
 
 
+ADD = {"name": "add", "description": "Adds.", "parameters": {"type": "object", "properties": {"a": {"type": "number"}}}}
+CALL = '{"a": 2, "é": "ü"}'
+# What the models' own Jinja texts (Llama 3.1, DeepSeek R1 distilled, Mistral v0.3) make of `tool_talk`, without what
+# golden.json holds already.
+LLAMA_TOOLS = (
+    "Given the following functions, please respond with a JSON for a function call with its proper arguments that best "
+    'answers the given prompt.\n\nRespond in the format {"name": function name, "parameters": dictionary of argument '
+    f"name and its value}}.Do not use variables.\n\n{json.dumps({'type': 'function', 'function': ADD}, indent=4)}\n\n2+2?"
+)
+DEEPSEEK_CALL = f"<｜tool▁call▁begin｜>function<｜tool▁sep｜>add\n```json\n{CALL}\n```<｜tool▁call▁end｜>"
+THEIR_TOOLS = {
+    "llama3_1": f"user<|end_header_id|>\n\n{LLAMA_TOOLS}<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"
+    f'{{"name": "add", "parameters": {CALL}}}<|eot_id|><|start_header_id|>ipython<|end_header_id|>\n\n"4"<|eot_id|>'
+    "<|start_header_id|>assistant<|end_header_id|>\n\nSo 4.<|eot_id|>",
+    "deepseek_r1": f"<s><｜User｜>2+2?<｜Assistant｜><｜tool▁calls▁begin｜>{DEEPSEEK_CALL}\n{DEEPSEEK_CALL}"
+    "<｜tool▁calls▁end｜></s>"
+    "<｜tool▁outputs▁begin｜><｜tool▁output▁begin｜>4<｜tool▁output▁end｜>\n"
+    '<｜tool▁output▁begin｜>{"sum": 6}<｜tool▁output▁end｜><｜tool▁outputs▁end｜>So 4.</s><｜User｜> Thanks ',
+    "mistral_v3": f'<s>[INST] 2+2?[/INST][TOOL_CALLS] [{{"name": "add", "arguments": {CALL}, "id": "abcdefgh0"}}, '
+    f'{{"name": "add", "arguments": {CALL}, "id": "abcdefgh1"}}]</s>'
+    '[TOOL_RESULTS] {"content": 4, "call_id": "abcdefgh0"}[/TOOL_RESULTS][TOOL_RESULTS] {"content": {"sum": 6}, "call_id": "abcdefgh1"}[/TOOL_RESULTS] So 4.</s>'
+    f'[AVAILABLE_TOOLS] [{{"type": "function", "function": {json.dumps(ADD)}}}][/AVAILABLE_TOOLS][INST]  Thanks [/INST]',
+}
+
+
+def tool_talk(calls: int) -> list[dict]:
+    """In OpenAI's form, with ids."""
+    function = {"name": "add", "arguments": CALL}
+    called = [{"type": "function", "id": f"abcdefgh{i}", "function": function} for i in range(calls)]
+    results = [
+        {"role": "tool", "content": content, "tool_call_id": f"abcdefgh{i}"}
+        for i, content in enumerate(["4", '{"sum": 6}'][:calls])
+    ]
+    more = [{"role": "assistant", "content": "So 4."}, {"role": "user", "content": " Thanks "}]
+    talk = [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": None, "tool_calls": called}, *results]
+    return [*talk, *more, {"role": "assistant", "content": "Welcome"}]
+
+
+@pytest.mark.parametrize(("name", "calls"), [("llama3_1", 1), ("deepseek_r1", 2), ("mistral_v3", 2)])
+def test_tools_are_as_in_the_models_own_templates(name, calls):
+    tools = {} if name == "deepseek_r1" else {"tools": [{"type": "function", "function": ADD}]}
+    text = template_text(name, conversation({"messages": tool_talk(calls)} | tools), "<s>", "</s>")
+    assert THEIR_TOOLS[name] in text
+
+
 def test_tool_formats():
     llama = template_text("llama3_1", TOOLS, "<B>")
     assert "Environment: ipython\nCutting" in llama and '{"name": "add", "parameters": {"a": 2, "é": "ü"}}' in llama
@@ -132,7 +178,9 @@ def test_tool_formats():
         "<｜tool▁output▁begin｜>6<｜tool▁output▁end｜><｜tool▁outputs▁end｜>4 and 6<E>"
     )
     mistral = template_text("mistral", TOOLS, "<s>", "</s>")
-    assert mistral.startswith("<s>[AVAILABLE_TOOLS] [") and '[TOOL_RESULTS] {"content": "4"}[/TOOL_RESULTS]' in mistral
+    assert mistral.startswith("<s>[AVAILABLE_TOOLS] [") and '[TOOL_RESULTS] {"content": 4}[/TOOL_RESULTS]' in mistral
+    said = [TOOLS[0], TOOLS[1], {"role": "tool", "content": 'it "is" ü'}]
+    assert template_text("mistral", said).endswith('[TOOL_RESULTS] {"content": "it \\"is\\" ü"}[/TOOL_RESULTS]')
     with pytest.raises(ChatError, match="no place for tools"):
         template_text("gemma", TOOLS)
 
