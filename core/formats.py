@@ -338,14 +338,12 @@ def typed_content(content: Any) -> dict:
 
 def tool_call(call: Any) -> dict:
     """`{"name", "arguments"}`, whatever it was wrapped in. Raises: RecordError."""
-    outer = call if isinstance(call, dict) else {}
+    id = call.get("id") if isinstance(call, dict) else None
     call = call.get("function", call) if isinstance(call, dict) else call
     if not isinstance(call, dict) or not isinstance(call.get("name"), str):
         raise RecordError("a tool call without a name")
     arguments = call.get("arguments", call.get("parameters", {}))
-    return {"name": call["name"], "arguments": arguments} | (
-        {"id": outer["id"]} if isinstance(outer.get("id"), str) else {}
-    )
+    return {"name": call["name"], "arguments": arguments} | ({"id": id} if isinstance(id, str) else {})
 
 
 def joined(first: Message, second: Message) -> Message:

@@ -131,7 +131,9 @@ CALL = '{"a": 2, "é": "ü"}'
 LLAMA_TOOLS = (
     "Given the following functions, please respond with a JSON for a function call with its proper arguments that best "
     'answers the given prompt.\n\nRespond in the format {"name": function name, "parameters": dictionary of argument '
-    f"name and its value}}.Do not use variables.\n\n{json.dumps({'type': 'function', 'function': ADD}, indent=4)}\n\n2+2?"
+    "name and its value}.Do not use variables.\n\n"
+    + json.dumps({"type": "function", "function": ADD}, indent=4)
+    + "\n\n2+2?"
 )
 DEEPSEEK_CALL = f"<｜tool▁call▁begin｜>function<｜tool▁sep｜>add\n```json\n{CALL}\n```<｜tool▁call▁end｜>"
 THEIR_TOOLS = {
@@ -144,7 +146,8 @@ THEIR_TOOLS = {
     '<｜tool▁output▁begin｜>{"sum": 6}<｜tool▁output▁end｜><｜tool▁outputs▁end｜>So 4.</s><｜User｜> Thanks ',
     "mistral_v3": f'<s>[INST] 2+2?[/INST][TOOL_CALLS] [{{"name": "add", "arguments": {CALL}, "id": "abcdefgh0"}}, '
     f'{{"name": "add", "arguments": {CALL}, "id": "abcdefgh1"}}]</s>'
-    '[TOOL_RESULTS] {"content": 4, "call_id": "abcdefgh0"}[/TOOL_RESULTS][TOOL_RESULTS] {"content": {"sum": 6}, "call_id": "abcdefgh1"}[/TOOL_RESULTS] So 4.</s>'
+    '[TOOL_RESULTS] {"content": 4, "call_id": "abcdefgh0"}[/TOOL_RESULTS]'
+    '[TOOL_RESULTS] {"content": {"sum": 6}, "call_id": "abcdefgh1"}[/TOOL_RESULTS] So 4.</s>'
     f'[AVAILABLE_TOOLS] [{{"type": "function", "function": {json.dumps(ADD)}}}][/AVAILABLE_TOOLS][INST]  Thanks [/INST]',
 }
 
