@@ -148,7 +148,8 @@ THEIR_TOOLS = {
     f'{{"name": "add", "arguments": {CALL}, "id": "abcdefgh1"}}]</s>'
     '[TOOL_RESULTS] {"content": 4, "call_id": "abcdefgh0"}[/TOOL_RESULTS]'
     '[TOOL_RESULTS] {"content": {"sum": 6}, "call_id": "abcdefgh1"}[/TOOL_RESULTS] So 4.</s>'
-    f'[AVAILABLE_TOOLS] [{{"type": "function", "function": {json.dumps(ADD)}}}][/AVAILABLE_TOOLS][INST]  Thanks [/INST]',
+    f'[AVAILABLE_TOOLS] [{{"type": "function", "function": {json.dumps(ADD)}}}][/AVAILABLE_TOOLS]'
+    "[INST]  Thanks [/INST]",
 }
 
 
