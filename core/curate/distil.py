@@ -105,11 +105,11 @@ class Distil(Step):
     def converse(self, documents: list[Document], replies: "Replies") -> tuple[list[State], dict[int, list[Drop]]]:
         """The calls of the task, each for all documents together: what they gave, and what failed, by document."""
         prompts = [prompt_text(d) for d in documents]
-        states = [State(i, known(d, prompts, i), d["id"]) for i, d in enumerate(documents)]
+        states = [State(i, known(d, prompts, i), f"{d['id']}/{replies.name}") for i, d in enumerate(documents)]
         drops: dict[int, list[Drop]] = {}
-        for number, call in enumerate(tasks()[self.task]["calls"]):
+        for call in tasks()[self.task]["calls"]:
             asked = [
-                State(s.document, dict(s.values), f"{s.path}/{number}.{k}")
+                State(s.document, dict(s.values), f"{s.path}.{k}")
                 for s in states
                 for k in range(self.n if call.get("sampled") else 1)
             ]
@@ -196,7 +196,7 @@ class Replies:
     a local model is asked for the same batch."""
 
     def __init__(self, step: Distil, job: Job):
-        self.step, self.seed = step, job.context.seed
+        self.step, self.name, self.seed = step, job.name, job.context.seed
         sampled = {k: v for k, v in asdict(step).items() if k in ("teacher", "model", "temperature", "max_tokens")}
         self.identity = digest(sampled, [] if step.remote else state(step.teacher))
         self.cache = sqlite3.connect(job.context.cache)

@@ -24,7 +24,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tritium.core.curate.step import Context, Document, Drop, Job, Piece, Step, digest, read_shard, text_of
+from tritium.core.curate.step import Context, Document, Drop, Job, Piece, Step, digest, text_of
 from tritium.core.output import whole_file
 
 SAMPLES = 4  # of each reason, and of what is kept
@@ -72,7 +72,7 @@ def run_steps(
             metas, made = run_step(step, name, here, shards, folder, pool)
             summary = summarise(name, type(step).__name__.lower(), metas)
             shards = made
-            yield summary | {"facts": step.finish(here, shards), "twins": twin_texts(summary, folder, shards)}
+            yield summary | {"facts": step.finish(here, shards), "twins": twin_texts(summary, shards)}
     finally:
         pool.close()
 
@@ -205,13 +205,15 @@ def summarise(name: str, kind: str, metas: Sequence[dict]) -> dict[str, Any]:
     return merged
 
 
-def twin_texts(summary: dict, folder: Path, shards: Sequence[Piece]) -> dict[str, str]:
+def twin_texts(summary: dict, shards: Sequence[Piece]) -> dict[str, str]:
     """The texts of the documents that the shown duplicates resemble."""
     wanted = {row["twin"] for rows in summary["samples"].values() for row in rows if row["twin"]}
-    if not wanted:
-        return {}
-    rows = (document for shard in shards for document in read_shard(shard.path))
-    return {d["id"]: text_of(d)[:SHOWN] for d in rows if d["id"] in wanted}
+    found: dict[str, str] = {}
+    for shard in shards if wanted else ():
+        with open(shard.path, encoding="utf-8") as lines:
+            rows = (json.loads(line) for line in lines if any(id in line for id in wanted))
+            found |= {d["id"]: text_of(d)[:SHOWN] for d in rows if d["id"] in wanted}
+    return found
 
 
 # ── files ────────────────────────────────────────────────────────────────────────────────────────────────────────

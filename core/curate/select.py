@@ -69,16 +69,18 @@ class Select(Step):
         """The plan: how often each document is taken, −1 where a threshold leaves it out."""
         firsts = np.cumsum([0, *(shard.rows for shard in shards)])
         times, sizes = np.full(firsts[-1], -1, np.int64), np.zeros(firsts[-1], np.int64)
-        orders, sources, tags, texts = np.zeros(firsts[-1], np.int64), [], [], {}
+        orders, taken = np.zeros(firsts[-1], np.int64), np.zeros(firsts[-1], bool)
+        sources, tags, texts = [], [], {}
         for i, document in enumerate(d for shard in shards for d in read_shard(shard.path)):
             said = text_of(document)
-            times[i], sizes[i] = 1 if not self.takes(document) or self.fits(document) is None else -1, len(said)
+            taken[i], sizes[i] = self.takes(document), len(said)
+            times[i] = 1 if not taken[i] or self.fits(document) is None else -1
             orders[i] = priority(document["id"], context.seed)
             sources.append(sys.intern(document["source"]))
             tags.append(sys.intern(str(document.get(self.tag))))
-            if self.model and times[i] > 0:
+            if self.model and taken[i] and times[i] > 0:
                 texts[i] = said[:2000]
-        left = np.flatnonzero(times > 0)
+        left = np.flatnonzero((times > 0) & taken)
         left = left[np.argsort(orders[left], kind="stable")]
         if self.count:
             chosen = left[self.chosen([tags[i] for i in left], [texts.get(i, "") for i in left])]
@@ -97,11 +99,9 @@ class Select(Step):
         if self.by == "tag":
             return balanced(tags, str, self.count)
         vectors = Embedder(self.model)(texts)
-        return (
-            spread_out(vectors, self.count)
-            if self.by == "diverse"
-            else balanced(clusters(vectors, self.clusters), int, self.count)
-        )
+        if self.by == "diverse":
+            return spread_out(vectors, self.count)
+        return balanced(clusters(vectors, self.clusters), int, self.count)
 
     def run(self, documents: Iterable[Document], job: Job) -> Iterator[tuple[Document, Outcome]]:
         for document, times in zip(documents, np.load(job.plan).tolist(), strict=True):

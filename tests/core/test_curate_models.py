@@ -162,6 +162,13 @@ def test_each_task_puts_its_calls_together(tmp_path, teacher, task):
     assert len({d["id"] for d in documents}) == len(documents)
 
 
+def test_two_steps_of_distillation_give_documents_of_their_own(tmp_path, teacher):
+    step = FAST | {"do": "distil", "teacher": teacher["url"], "task": "evolve", "which": "all"}
+    documents, _ = run(tmp_path, prompts(2), {"once": step, "twice": step})
+    assert len(documents) == 8 and len({d["id"] for d in documents}) == 8
+    assert documents[-1]["id"].startswith("in:") and "/once" in documents[-1]["id"] and "/twice" in documents[-1]["id"]
+
+
 def test_a_text_becomes_questions_and_facts_several_each(tmp_path, teacher):
     def say(question, seed):
         if "List the facts" in question:
@@ -296,6 +303,14 @@ def test_samples_by_embedding_have_what_they_are_asked_for(tmp_path, tiny, quick
     rows = [{"text": f"{i} plus 3 is {i + 3}"} for i in range(20)] + [{"text": "Hello, who are you?"}]
     documents, _ = run(tmp_path, rows, {"select": {"count": 4, "by": by, "model": tiny.model, "clusters": 3}})
     assert len(documents) == 4 and rows[-1]["text"] in [d["text"] for d in documents]  # the one of another kind
+
+
+def test_a_sample_of_one_kind_lets_the_others_pass(tmp_path):
+    rows = [{"text": f"text {i}"} for i in range(9)] + prompts(5)
+    documents, summary = run(tmp_path, rows, {"select": {"kinds": ["text"], "count": 3, "low": {"words": -1e9}}})
+    assert [d["kind"] for d in documents] == ["chat"] * 5 and summary["dropped"] == {"words < -1e+09": 9}
+    documents, _ = run(tmp_path, rows, {"select": {"kinds": ["text"], "count": 3}}, out="b")
+    assert sorted(d["kind"] for d in documents) == ["chat"] * 5 + ["text"] * 3
 
 
 def test_clusters_are_those_that_are_there():
