@@ -27,7 +27,7 @@ from tritium.model.packed import PackedWeights
 from tritium.model.sampling import History, Options, Sampler
 from tritium.model.transformer import Transformer
 
-PREFILL_TOKENS = 8192  # the longest stream of a prefill
+PREFILL_TOKENS = 2048  # the longest stream of a prefill: its activations stay small
 ROWS = 32  # streams are filled up to a multiple: oneDNN builds a matmul kernel for every shape it meets
 
 

@@ -21,6 +21,13 @@ BANNED = -1e35  # finite, so that a row may be banned whole; no bias makes up fo
 CANDIDATES = 256  # a top-p set is looked for among so many of the likeliest tokens, and only then among all
 
 
+RANGES = {
+    "max_tokens": (1, HUGE), "temperature": (0, HUGE), "top_k": (0, (1 << 31) - 1), "top_p": (1 / HUGE, 1),
+    "min_p": (0, 1), "repetition_penalty": (1 / HUGE, HUGE), "presence_penalty": (-HUGE, HUGE),
+    "frequency_penalty": (-HUGE, HUGE), "no_repeat_ngram": (0, HUGE), "top_logprobs": (0, HUGE),
+}  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Options:
     """How the tokens of one request are drawn, and what ends it. Raises: ValueError for an impossible value.
@@ -49,24 +56,15 @@ class Options:
     top_logprobs: int = 0
 
     def __post_init__(self):
-        whole = {"max_tokens": 1, "top_k": 0, "no_repeat_ngram": 0, "top_logprobs": 0}
-        for name, least in (whole | {"temperature": 0, "min_p": 0}).items():
-            if not least <= getattr(self, name) <= HUGE:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least {least}, and at most {HUGE}")
+        values = [(name, getattr(self, name)) for name in RANGES] + [
+            ("logit_bias", x) for x in self.logit_bias.values()
+        ]
+        for name, value in values:
+            least, most = RANGES.get(name, (-HUGE, HUGE))
+            if not least <= value <= most:
+                raise ValueError(f"{name}={value} must be from {least:g} to {most:g}")
         if 0 < self.temperature < 1 / HUGE:
             raise ValueError(f"temperature={self.temperature} must be 0 or at least {1 / HUGE}")
-        if self.top_k >= 1 << 31:
-            raise ValueError(f"top_k={self.top_k} must be less than 2^31")
-        if not 1 / HUGE <= self.top_p <= 1:
-            raise ValueError(f"top_p={self.top_p} must be in (0, 1]")
-        if self.min_p > 1:
-            raise ValueError(f"min_p={self.min_p} must be in [0, 1]")
-        if not 1 / HUGE <= self.repetition_penalty <= HUGE:
-            raise ValueError(f"repetition_penalty={self.repetition_penalty} must be positive, and at most {HUGE}")
-        added = {"presence_penalty": self.presence_penalty, "frequency_penalty": self.frequency_penalty}
-        for name, value in [*added.items(), *(("logit_bias", bias) for bias in self.logit_bias.values())]:
-            if not -HUGE <= value <= HUGE:
-                raise ValueError(f"{name}={value} must be finite: at most {HUGE} in size")
         if isinstance(self.stop, str) or not all(isinstance(s, str) and s for s in self.stop):
             raise ValueError(f"stop={self.stop!r} must be a list of strings, none of them empty")
 
@@ -107,45 +105,30 @@ class History:
         if n and end >= n - 1:
             self.followers.setdefault(tuple(self.ids[end - n + 1 : end]), set()).add(self.ids[end])
 
-    def edits(self) -> dict[str, tuple[Sequence[int], Sequence[float]]]:
-        """{what to do: (tokens, with which number each)}"""
+    def edits(self) -> tuple[dict[int, float], dict[int, float]]:
+        """What the logits of which tokens are divided by (or multiplied, below 0), and what is then added to which."""
         options, n = self.options, self.options.no_repeat_ngram
-        found = {}
-        if options.repetition_penalty != 1:
-            found["repetition"] = list(self.seen), [options.repetition_penalty] * len(self.seen)
+        divided = dict.fromkeys(self.seen, options.repetition_penalty) if options.repetition_penalty != 1 else {}
+        added = dict(options.logit_bias)
         if options.presence_penalty or options.frequency_penalty:
-            counts = self.answered.values()
-            penalties = [-options.presence_penalty - options.frequency_penalty * count for count in counts]
-            found["add"] = list(self.answered), penalties
-        if options.logit_bias:
-            tokens, values = found.get("add", ([], []))
-            found["add"] = [*tokens, *options.logit_bias], [*values, *options.logit_bias.values()]
-        if n:
-            banned = self.followers.get(tuple(self.ids[len(self.ids) - n + 1 :]), ())
-            found["add"] = [*found.get("add", ([], []))[0], *banned], [
-                *found.get("add", ([], []))[1], *[BANNED] * len(banned)
-            ]  # fmt: skip
-        return found
+            for token, count in self.answered.items():
+                penalty = options.presence_penalty + options.frequency_penalty * count
+                added[token] = added.get(token, 0.0) - penalty
+        banned = self.followers.get(tuple(self.ids[len(self.ids) - n + 1 :]), ()) if n else ()
+        return divided, added | dict.fromkeys(banned, BANNED)
 
 
 def edit(scores: Tensor, histories: Sequence[History | None]) -> None:
     """Change the logits [B, V] as each row's history wants; None: not at all. In place."""
-    gathered: dict[str, tuple[list, list, list]] = {"repetition": ([], [], []), "add": ([], [], [])}
-    for row, history in enumerate(histories):
-        for kind, (tokens, values) in history.edits().items() if history is not None else ():
-            rows, columns, numbers = gathered[kind]
-            rows += [row] * len(tokens)
-            columns += tokens
-            numbers += values
-    for kind, (rows, columns, numbers) in gathered.items():
-        if rows:
-            at = torch.tensor([rows, columns], device=scores.device).unbind()
-            value = torch.tensor(numbers, device=scores.device)
-            if kind == "add":
-                scores.index_put_(at, value, accumulate=True)
-            else:
-                old = scores[at]
-                scores[at] = torch.where(old > 0, old / value, old * value)
+    edits = [({}, {}) if history is None else history.edits() for history in histories]
+    for kind in (0, 1):
+        cells = [(row, *cell) for row, both in enumerate(edits) for cell in both[kind].items()]
+        if not cells:
+            continue
+        *places, numbers = zip(*cells, strict=True)
+        at = torch.tensor(places, device=scores.device).unbind()
+        old, value = scores[at], torch.tensor(numbers, device=scores.device)
+        scores[at] = old + value if kind else torch.where(old > 0, old / value, old * value)
 
 
 class Drawn(NamedTuple):

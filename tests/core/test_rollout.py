@@ -65,10 +65,10 @@ def test_the_samplers_log_probs_go_with_the_answers_tokens():
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"top_k": -1}, "sampling.top_k=-1 must be at least 0"),
-        ({"temperature": -0.5}, "sampling.temperature=-0.5 must be at least 0"),
-        ({"top_p": 0.0}, "sampling.top_p=0.0 must be in"),
-        ({"max_tokens": 0}, "sampling.max_tokens=0 must be at least 1"),
+        ({"top_k": -1}, "sampling.top_k=-1 must be from 0"),
+        ({"temperature": -0.5}, "sampling.temperature=-0.5 must be from 0"),
+        ({"top_p": 0.0}, "sampling.top_p=0.0 must be from 1e-30 to 1"),
+        ({"max_tokens": 0}, "sampling.max_tokens=0 must be from 1"),
     ],
 )
 def test_sampling_that_cannot_be(options, words):
