@@ -2,21 +2,23 @@
 
 tritium surgery similarity MODEL --text=book.txt --span=4      # which layers change little
 tritium surgery layers MODEL OUT --order=0-23,8-31             # depth up-scaling by duplication
+tritium surgery vocabulary MODEL OUT --text=book.txt           # what the text uses, of the tokenizer too
 tritium surgery vocabulary MODEL OUT --size=32064              # cut at its end, or longer
 tritium surgery average OUT MODEL MODEL … [--weights=1,2] [--ema=0.5] [--fisher=book.txt]
 """
 
 import argparse
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
-from tritium.core.checkpoint import model_folder
 from tritium.core.config import UserError
+from tritium.core.formats import Skipped, read_documents
 from tritium.core.output import make_folder
 from tritium.core.setup import DTYPES, load_model, load_tokenizer
+from tritium.core.tokenizer import Tokenizer
+from tritium.core.tokenizer.pruning import prune
 from tritium.model.surgery import average, ema_weights, fisher, layer_similarities, with_layers, with_vocabulary
 from tritium.model.transformer import Transformer
 from tritium.parallel.files import tensor_files
@@ -50,10 +52,11 @@ def parser() -> argparse.ArgumentParser:
     kind.add_argument("out")
     kind.add_argument("--order", required=True, help="such as 0-23,8-31")
     kind.set_defaults(run=layers)
-    kind = kinds.add_parser("vocabulary", help="drop tokens at the end, or add some there")
+    kind = kinds.add_parser("vocabulary", help="drop tokens that a text does not use, or cut or add some at the end")
     kind.add_argument("model")
     kind.add_argument("out")
-    kind.add_argument("--size", type=int, required=True, help="tokens of the new model")
+    kind.add_argument("--text", default="", help="file: keep the tokens that it uses; the tokenizer is pruned too")
+    kind.add_argument("--size", type=int, default=0, help="tokens of the new model")
     kind.set_defaults(run=vocabulary)
     kind = kinds.add_parser("average", help="average the weights of models of one shape, the newest last")
     kind.add_argument("out")
@@ -83,16 +86,21 @@ def layers(arguments: argparse.Namespace) -> None:
         if not first.isdigit() or (last and not last.isdigit()):
             raise UserError(f"--order={arguments.order}: {part!r} is neither a layer nor a range such as 8-31")
         order += range(int(first), int(last or first) + 1)
-    write(with_layers(opened(arguments.model, arguments.dtype), order), arguments.out, arguments.model)
+    tokenizer = load_tokenizer(arguments.model)
+    write(with_layers(opened(arguments.model, arguments.dtype), order), arguments.out, tokenizer)
 
 
 def vocabulary(arguments: argparse.Namespace) -> None:
     model = opened(arguments.model, arguments.dtype)
-    kept = min(arguments.size, model.config.vocab_size)
-    tokens = load_tokenizer(arguments.model).vocab_size
-    if arguments.size < tokens:
-        raise UserError(f"--size={arguments.size}: the tokenizer has {tokens} tokens")
-    write(with_vocabulary(model, range(kept), arguments.size - kept), arguments.out, arguments.model)
+    tokenizer = load_tokenizer(arguments.model, model)
+    kept = range(min(arguments.size, model.config.vocab_size))
+    if arguments.text:
+        documents = read_documents(arguments.text, Skipped())
+        tokenizer, kept = prune(tokenizer, {i for text in documents for i in tokenizer.encode(text)})
+    size = max(arguments.size, len(kept)) if arguments.text else arguments.size
+    if size < tokenizer.vocab_size:
+        raise UserError(f"--size={size}: the tokenizer has {tokenizer.vocab_size} tokens")
+    write(with_vocabulary(model, kept, size - len(kept)), arguments.out, tokenizer)
 
 
 def averaged(arguments: argparse.Namespace) -> None:
@@ -108,7 +116,7 @@ def averaged(arguments: argparse.Namespace) -> None:
     fishers = []
     for model, name in zip(models, arguments.models, strict=True) if arguments.fisher else ():
         fishers.append(fisher(model, texts(arguments.fisher, name, model)))
-    write(average(models, weights, fishers), arguments.out, arguments.models[0])
+    write(average(models, weights, fishers), arguments.out, load_tokenizer(arguments.models[0]))
 
 
 def opened(folder: str, dtype: str) -> Transformer:
@@ -128,14 +136,13 @@ def texts(file: str, folder: str, model: Transformer) -> list[torch.Tensor]:
     return [t for t in torch.tensor(ids[: DOCUMENTS * size]).split(size) if len(t) > 1]
 
 
-def write(model: Transformer, out: str, source: str) -> None:
-    """The model's folder, with the tokenizer of `source`."""
+def write(model: Transformer, out: str, tokenizer: Tokenizer) -> None:
+    """The model's folder, with its tokenizer."""
     folder = make_folder(out, "OUT")
     if tensor_files(folder, "model"):
         raise UserError(f"OUT={folder} holds a model already: name another folder, or delete it")
     model.save(str(folder))
-    for file in Path(model_folder(source)).glob("*token*"):
-        shutil.copyfile(file, folder / file.name)
+    tokenizer.save(folder)
     print(f"{folder}: {sum(p.numel() for p in model.parameters()):,} parameters")
 
 

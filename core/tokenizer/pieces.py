@@ -45,6 +45,15 @@ class Pieces:
         return self._sp.id_to_piece(list(range(self._sp.vocab_size())))
 
     @cached_property
+    def scores(self) -> list[float]:  # [V]: of two merges, the one with the higher comes first
+        return [self._sp.get_score(i) for i in range(len(self.pieces))]
+
+    def fixed(self, id: int) -> bool:
+        """Whether it is no ordinary piece: a control or unknown token, a byte, or one that is never split."""
+        sp = self._sp
+        return sp.is_control(id) or sp.is_unknown(id) or sp.is_byte(id) or self.scores[id] == 0.0
+
+    @cached_property
     def surface(self) -> dict[int, bytes]:  # [V]
         surface = {i: piece.replace(_SPACE, " ").encode() for i, piece in enumerate(self.pieces)}
         for i, piece in enumerate(self.pieces):
