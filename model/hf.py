@@ -7,7 +7,6 @@ use the half-split rotary layout, so nothing is permuted. Safetensors only: no p
 import difflib
 import json
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
 from dataclasses import asdict, fields
 from functools import partial
 from pathlib import Path
@@ -60,10 +59,8 @@ def load(
         model = ScalarModel.described(model, raw)
     try:
         check_files(path)
-        with ExitStack() as stack:
-            tensors = stack.enter_context(open_tensors(path, "model"))
+        with open_tensors(path, "model") as tensors:
             fill(model, tensors)
-            tensors.open = stack.pop_all() if streamed else None  # as long as a parameter comes from it
     except (TensorFileError, ModelFolderError) as error:
         raise ModelFolderError(f"{path}: {error}") from None
     return model
@@ -356,7 +353,8 @@ def joined(tensors: Mapping[str, Tensor], names: list[tuple[str, int]], cut: Sha
 def fill(model: Transformer | ScalarModel, tensors: Mapping[str, Tensor]) -> None:
     """Copy every tensor into its parameter; complain about all that is wrong at once."""
     problems, used = [], set()
-    for module, key, names in parts(model):
+    # The largest first: while it is copied, the others take no memory yet.
+    for module, key, names in sorted(parts(model), key=lambda part: -getattr(part[0], part[1]).numel()):
         p = getattr(module, key)
         for name, rows in names:
             used.add(name)

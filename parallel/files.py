@@ -11,16 +11,17 @@ tensor at a time on its device. All ranks must see the same folder.
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from tritium.parallel.mesh import Mesh
+
+REMAP = 1 << 25  # bytes that are read before a file is mapped anew
 
 
 class TensorFileError(ValueError):
@@ -72,13 +73,19 @@ def tensor_files(folder: Path, stem: str) -> list[Path]:
 
 
 class TensorFiles(Mapping[str, Tensor]):
-    """The tensors of open safetensors files by name, each read when it is asked for."""
+    """The tensors of safetensors files by name, each read when it is asked for, from a map of its file. The pages that
+    were read count as this process's memory while they are mapped: so a file is mapped anew after REMAP bytes."""
 
-    def __init__(self, where: dict[str, Any]):
-        self.where = where  # name → the open, memory-mapped file that holds it
+    def __init__(self, where: dict[str, Path]):
+        self.where, self.file, self.map, self.read = where, None, None, 0
 
     def __getitem__(self, name: str) -> Tensor:
-        return self.where[name].get_tensor(name)
+        if self.where[name] != self.file or self.read > REMAP:
+            self.map, self.read, self.file = None, 0, self.where[name]  # unmapped first
+            self.map = safe_open(self.file, framework="pt")
+        tensor = self.map.get_tensor(name)
+        self.read += tensor.nbytes
+        return tensor
 
     def __contains__(self, name: object) -> bool:
         return name in self.where
@@ -96,11 +103,10 @@ def open_tensors(folder: Path, stem: str) -> Iterator[TensorFiles]:
     files, where = tensor_files(folder, stem), {}
     if not files:
         raise TensorFileError(f"{folder} has no {stem}*.safetensors")
-    with ExitStack() as stack:
-        for file in files:
-            try:
-                handle = stack.enter_context(safe_open(file, framework="pt"))
-            except (SafetensorError, OSError) as error:
-                raise TensorFileError(f"{file} is damaged: {error}") from None
-            where |= dict.fromkeys(handle.keys(), handle)
-        yield TensorFiles(where)
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as opened:
+                where |= dict.fromkeys(opened.keys(), file)
+        except (SafetensorError, OSError) as error:
+            raise TensorFileError(f"{file} is damaged: {error}") from None
+    yield TensorFiles(where)
