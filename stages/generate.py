@@ -80,15 +80,14 @@ def train(config: Config) -> Result:
             engine.step()
             while queue and is_done(queue[0][1]):
                 record, made = queue.pop(0)
-                row = (
-                    {"error": made}
-                    if isinstance(made, str)
-                    else {"answers": [shown(s, tokenizer, config) for s in made]}
-                )
+                if wrong := isinstance(made, str):
+                    row = {"error": made}
+                else:
+                    row = {"answers": [shown(s, tokenizer, config) for s in made]}
+                    tokens += sum(len(s.completion.tokens) for s in made)
                 lines.write(json.dumps(record | row, ensure_ascii=False) + "\n")
                 lines.flush()
-                answers, failed = answers + ("answers" in row), failed + ("error" in row)
-                tokens += 0 if isinstance(made, str) else sum(len(s.completion.tokens) for s in made)
+                answers, failed = answers + (not wrong), failed + wrong
     if skipped.reasons:
         print(skipped.summary(), file=sys.stderr)
     if failed:
