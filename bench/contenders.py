@@ -21,6 +21,7 @@ import torch
 
 from tritium.core.batch import Document, pack, plan_bins
 from tritium.core.config import opt
+from tritium.core.kept import Kept
 from tritium.core.metrics import Metrics
 from tritium.core.objectives import CrossEntropy, PairOptions, Pairwise, Preference
 from tritium.core.optim import OptimConfig
@@ -85,7 +86,7 @@ def tritium(work: Work) -> Steps:
         networks, objective = {"reward": ScalarModel(model).initialize(0)}, Pairwise()
     if work.kind == "dpo":
         networks["reference"] = load_model(work.folder, "bf16", mesh, frozen=True)
-        objective = Preference(options=PairOptions())
+        objective = Preference(options=PairOptions(), kept=Kept())
     settings = Settings(RunConfig(out=f"{work.folder}/run"), OptimConfig(lr=LR), ScheduleConfig(kind="constant"))
     loop = _Loop(networks, objective, settings, mesh, name="", total_steps=1 << 30)
     loop.metrics = Metrics(None, main=False, total_steps=1, name="")

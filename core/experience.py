@@ -14,14 +14,17 @@ from typing import Any
 import numpy as np
 
 from tritium.core.batch import Group, PackedBatch, pack, plan_bins
-from tritium.core.config import ConfigError, opt
+from tritium.core.config import REQUIRED, ConfigError, opt
 from tritium.core.data import SourcesConfig
-from tritium.core.health import diagnose
+from tritium.core.health import BLOWN_UP, diagnose
 from tritium.core.metrics import read_lines
+from tritium.core.reference import ReferenceConfig
 from tritium.core.rewards import Reward
 from tritium.core.rollout import Problem, Rollout, Sample, SamplingConfig, roll_out, sample_document, share
+from tritium.core.schedule import ScheduleConfig
+from tritium.core.setup import FinetuneConfig, MeshConfig
 from tritium.core.tokenizer import Tokenizer
-from tritium.core.trainer import Trainer
+from tritium.core.trainer import LoopConfig, Trainer, TrainingError
 from tritium.parallel.data import all_reduce_counts
 from tritium.parallel.mesh import Mesh
 
@@ -57,6 +60,37 @@ class ProblemsConfig(SourcesConfig):
 
 
 @dataclass
+class PolicyStage:
+    """The settings of every stage that reinforces a policy."""
+
+    model: str = opt(REQUIRED, "folder of the model to start from, with its tokenizer")
+    reference: ReferenceConfig = opt(ReferenceConfig, "what the KL holds the policy to")
+    reward: str = opt("", 'judges in text, e.g. "exact - 0.1*repetition"; see core/rewards/make.py')
+    reward_model: str = opt("", "folder of a reward model, with its tokenizer; its score is added")
+    model_weight: float = opt(1.0, "weight of its score")
+    sampling: SamplingConfig = opt(SamplingConfig, "how answers are drawn")
+    shaping: ShapingConfig = opt(ShapingConfig, "what a score becomes")
+    data: ProblemsConfig = opt(ProblemsConfig, "problems")
+    schedule: ScheduleConfig = opt(ScheduleConfig(kind="constant"), "learning rate over the run")
+    run: LoopConfig = opt(LoopConfig, "the run itself; steps are optimizer steps")
+    mesh: MeshConfig = opt(MeshConfig, "parallelism")
+    finetune: FinetuneConfig = opt(FinetuneConfig, "what of the policy is trained")
+
+    def check_sampling(self, importance: float, name: str) -> None:
+        """Raises: ConfigError for answers that teach nothing, or whose log-probs are not those of what drew them."""
+        sampling = self.sampling
+        if not sampling.temperature:
+            raise ConfigError("sampling.temperature=0: a group of equal answers teaches nothing; it must be positive")
+        if importance and (sampling.temperature != 1 or sampling.top_k or sampling.top_p < 1):
+            needs = "sampling.temperature=1, no top_k or top_p"
+            raise ConfigError(f"{name}={importance} compares log-probs: it needs {needs}")
+
+    def steps_of(self, problems: int, prompts: int, updates: int) -> int:
+        """Optimizer steps of the run: as many as `run.steps` says, or whole rollouts over the problems."""
+        return self.run.steps or max(1, round(self.run.epochs * problems / prompts)) * updates
+
+
+@dataclass
 class Experience:
     """Where a stage's experience comes from. `verifier` only measures: whether answers are right, whatever is rewarded.
 
@@ -77,7 +111,10 @@ class Experience:
 
     def __post_init__(self):
         file = self.trainer.out / "metrics.jsonl"
-        self.history = [row for _, row in read_lines(file) if "reward" in row] if file.exists() else []
+        self.history, last = [], {}
+        for _, row in read_lines(file) if file.exists() else ():
+            last |= row
+            self.history += [last.copy()] if "reward" in row else []
         self.warned: set[str] = set()
 
     def collect(self, number: int) -> tuple[Rollout, dict[str, float]]:
@@ -92,7 +129,7 @@ class Experience:
                     break
             greedy = self.greedy_scores(rollout, number) if self.greedy else None
         seconds = time.perf_counter() - start
-        numbers = summary(rollout, self.settings.shaping, self.settings.sampling.max_tokens, mesh)
+        numbers = summary(rollout, *self.shaping, mesh)
         numbers["sampled_tokens_per_second"] = numbers["length"] * numbers.pop("samples") / seconds
         self.remember(rollout, number)
         self.warn(numbers)
@@ -121,11 +158,27 @@ class Experience:
         """The shaped score of the likeliest answer to each group's problem (0 where the judge failed)."""
         likeliest = replace(self.settings.sampling, temperature=0.0)
         found = self.answers([group[0].problem for group in rollout.groups], likeliest, 1, (number,))
-        values = [self.shaped(group[0]) for group in found.groups]
-        return [0.0 if value is None else value for value in values]
+        return [sum(shaped(s, *self.shaping)) if s.score else 0.0 for (s,) in found.groups]
 
-    def shaped(self, sample: Sample) -> float | None:
-        return shaped(sample, self.settings.shaping, self.settings.sampling.max_tokens)
+    @property
+    def shaping(self) -> tuple[ShapingConfig, int]:
+        return self.settings.shaping, self.settings.sampling.max_tokens
+
+    def estimate(self, batches: Sequence[PackedBatch]) -> dict[str, float]:
+        """`Trainer.estimate`; it counts the rollouts whose KL to the reference blew up.
+
+        Raises: TrainingError where it is beyond `reference.max_kl`.
+        """
+        numbers, notes, limit = self.trainer.estimate(batches), self.trainer.notes, self.settings.reference.max_kl
+        if "kl_k3" in numbers:
+            kl = numbers["kl_k3"]
+            numbers["kl_blowups"] = notes["kl_blowups"] = notes.get("kl_blowups", 0.0) + float(not kl <= BLOWN_UP)
+            if limit and not kl <= limit:
+                raise TrainingError(
+                    f"after step {self.trainer.index} the KL to the reference is {kl:.3g} per token, above "
+                    f"reference.max_kl={limit}: raise beta, or lower optim.lr; checkpoints are in {self.trainer.out}"
+                )
+        return numbers
 
     def remember(self, rollout: Rollout, number: int) -> None:
         """Note each problem's share of right answers, and the draw that it was of: checkpoints keep it."""
@@ -152,31 +205,30 @@ class Experience:
         return [batch.to(self.trainer.mesh.device) for batch in packed]
 
     def document(self, sample: Sample, fields: dict[str, float]):
-        """With the shaped score at the answer's last token, and step scores where the judge gave any."""
-        rewards = np.zeros(len(sample.completion.tokens), np.float32)
+        """With the shaped score at the answer's last token, or the shaped scores of its steps at the end of each; where
+        a tool speaks there, at the last token before that the policy drew."""
+        answer, score = sample.completion, sample.score
+        rewards = np.zeros(len(answer.tokens), np.float32)
         scored = np.zeros_like(rewards)
-        steps = dict(zip(sample.score.ends, sample.score.steps, strict=True)) if sample.score.ends else {}
-        own = np.flatnonzero(sample.completion.weights)
-        for at, value in (steps or {len(rewards) - 1: self.shaped(sample)}).items():
-            if len(own):  # where a tool speaks, nothing is learned: its step's score is of what the model said last
-                at = own[max(0, np.searchsorted(own, at, "right") - 1)]
-            rewards[at] += value
-            scored[at] = 1.0
+        drawn = np.flatnonzero(answer.weights or np.ones(len(rewards)))
+        for at, value in zip(score.ends or [len(rewards) - 1], shaped(sample, *self.shaping), strict=True):
+            place = drawn[max(np.searchsorted(drawn, at, "right") - 1, 0)]
+            rewards[place] += value
+            scored[place] = 1.0
         return sample_document(sample, fields, {"rewards": rewards, "scored": scored})
 
 
-def shaped(sample: Sample, shaping: ShapingConfig, max_tokens: int) -> float | None:
-    """The reward of a whole answer; None where the judge failed. `overlong` is the soft punishment of Yu et al., arXiv
-    2503.14476, eq. 13."""
-    if sample.score is None:
-        return None
-    value = sample.score.value * shaping.scale
-    value = min(max(value, -shaping.clip), shaping.clip) if shaping.clip else value
-    if sample.completion.finish_reason != "stop":
-        value -= shaping.missing_eos
+def shaped(sample: Sample, shaping: ShapingConfig, max_tokens: int) -> list[float]:
+    """The rewards of a judged answer: of the whole, or of each step, the last of which bears what the answer's end
+    costs. `overlong` is the soft punishment of Yu et al., arXiv 2503.14476, eq. 13."""
+    score, answer = sample.score, sample.completion
+    values = np.array(score.steps if score.ends else [score.value]) * shaping.scale
+    values = values.clip(-shaping.clip, shaping.clip) if shaping.clip else values
+    if answer.finish_reason != "stop":
+        values[-1] -= shaping.missing_eos
     if shaping.overlong:
-        value -= max(0.0, 1.0 - (max_tokens - len(sample.completion.tokens)) / shaping.overlong)
-    return value
+        values[-1] -= max(0.0, 1.0 - (max_tokens - len(answer.tokens)) / shaping.overlong)
+    return values.tolist()
 
 
 def varied(rollout: Rollout, mesh: Mesh) -> float:
@@ -220,7 +272,7 @@ def summary(rollout: Rollout, shaping: ShapingConfig, max_tokens: int, mesh: Mes
     groups = [{s.score.value for s in group if s.score is not None} for group in rollout.groups]
     sums = {  # name → (sum, what it is a mean over)
         "reward": (sum(s.score.value for s in judged), "judged"),
-        "shaped_reward": (sum(shaped(s, shaping, max_tokens) for s in judged), "judged"),
+        "shaped_reward": (sum(sum(shaped(s, shaping, max_tokens)) for s in judged), "judged"),
         "right": (sum(s.right for s in judged), "judged"),
         "length": (sum(len(s.completion.tokens) for s in samples), "samples"),
         "ended": (sum(s.completion.finish_reason == "stop" for s in samples), "samples"),

@@ -10,6 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean, pstdev
 from typing import NamedTuple
 
+BLOWN_UP = 0.5  # nats per token: beyond, the policy speaks another language than the reference
+
 PANEL = {  # chart of the report → its series
     "reward": ("reward", "shaped_reward", "right", "eval_right"),
     "KL": ("kl_k1", "kl_k3", "old_kl", "beta"),
@@ -19,7 +21,7 @@ PANEL = {  # chart of the report → its series
     "length": ("length",),
     "answers": ("ended", "varied_groups"),
     "critic": ("explained_variance", "value_loss"),
-    "verifier failures": ("verifier_failures",),
+    "failures": ("verifier_failures", "kl_blowups"),
     "tokens per second": ("sampled_tokens_per_second", "tokens_per_second"),
 }
 
@@ -82,7 +84,7 @@ def failures(history: Sequence[Mapping[str, float]]) -> str | None:
 TROUBLES: dict[str, tuple[str, Callable[[Trend], bool], str]] = {
     "KL": (
         "kl_k3",
-        lambda t: t.after > max(0.5, 5 * t.before),
+        lambda t: t.after > max(BLOWN_UP, 5 * t.before),
         "the KL to the reference blew up ({t.before:.3g} → {t.after:.3g} per token): raise beta, or lower lr",
     ),
     "entropy": (

@@ -235,7 +235,7 @@ class Trainer:
     def micro_loss(self, batch: PackedBatch, counts: dict[str, float], sums: dict[str, Tensor]) -> Tensor | None:
         """The micro-batch's share of the step's loss; adds its terms and metrics to `sums`. None if it is empty."""
         if not batch.sequences:
-            return self.idle_loss(batch) if self.mesh.zero == 3 else None
+            return self.idle_loss(batch) if self.mesh.zero >= 2 else None
         terms, metrics = self.objective.loss(self.objective.outputs(self.networks, batch), batch)
         loss = None
         for key, (total, denominator, coefficient) in terms.items():

@@ -7,6 +7,7 @@
 Folders are peft's: adapter_config.json and adapter_model.safetensors.
 """
 
+import copy
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -87,6 +88,31 @@ class Base(nn.Module):
     def logprob(self, *args, **options):
         """Transformer.logprob: the head has no adapter."""
         return self.policy[0].logprob(*args, **options)
+
+
+def twin(policy: Transformer, folder: str, seed: int = 0) -> Model | None:
+    """A second model on the base of a `policy` with a LoRA, which is in memory once: with a new one where `folder` is
+    the base's, with the folder's own where that is one on this base. None where it is neither, or the base is dense in
+    one and NF4 in the other, and at ZeRO-3, which cuts every network by itself."""
+    own, path = next(iter(policy.adapters.values()), None), Path(folder)
+    raw = read_json(path / ADAPTER_CONFIG) if (path / ADAPTER_CONFIG).is_file() else None
+    if not isinstance(own, LoraConfig) or policy.mesh.zero == 3 or (raw and raw.get("peft_type") != "LORA"):
+        return None
+    quantized, base = (LoraConfig.from_peft(raw).quantized, base_folder(path, raw)) if raw else (own.quantized, path)
+    if base.resolve() != Path(own.base).resolve() or quantized != own.quantized:
+        return None
+    shared = {id(t): t for t in (*policy.parameters(), *policy.buffers()) if not t.requires_grad}
+    model: Model = copy.deepcopy(policy, shared | {id(policy.mesh): policy.mesh})
+    for _, _, here in adapted(model):
+        here.pairs, here.active = nn.ModuleDict(), None
+    model.adapters.clear()
+    if raw is None:
+        attach(model, own, seed=seed)
+        return model
+    if raw.get("task_type") == "SEQ_CLS":
+        model = ScalarModel.described(model, raw)
+    load_adapter(model, str(path))
+    return model
 
 
 # Folders --------------------------------------------------------------------------------------------------------------

@@ -2,23 +2,32 @@
 
     tritium dpo --model=runs/sft/step-00000200 --data.sources=pairs.jsonl --run.out=runs/dpo
     tritium dpo --model=… --loss=simpo --beta=2 --margin=1 …
+    tritium dpo --model=… --online --draw.k=8 --draw.updates=4 --draw.refresh=1 --data.sources=problems.jsonl …
 
 The losses are in core/objectives/preference.py. Where one needs a reference, it is the starting model, frozen (an
 adapter's base, where only one is trained), unless `reference` names another; its log-prob of each answer is computed
-once, and kept over epochs.
+once, and kept on disk over epochs.
+
+With `online`, pairs are made as the policy goes: it answers problems, a judge tells the better from the worse answers
+(`draw.reward`, `draw.reward_model`), and every `draw.refresh` rounds the policy becomes the reference. Of many prompts
+and updates a round, that is iterated DPO.
 """
 
 from dataclasses import dataclass
 
 from torch import nn
 
+from tritium.core.checkpoint import model_folder
 from tritium.core.config import REQUIRED, ConfigError, UserError, opt
 from tritium.core.data import DataConfig, open_records
 from tritium.core.formats import Skipped
 from tritium.core.groups import feedback_group, preference_group
-from tritium.core.objectives import KTO, Preference
-from tritium.core.objectives.preference import LOSSES, REFERENCE_FREE, PairOptions
+from tritium.core.kept import Kept, kept_file
+from tritium.core.objectives.base import Objective
+from tritium.core.objectives.preference import KTO, LOSSES, REFERENCE_FREE, PairOptions, Preference
+from tritium.core.online import DrawConfig, Rounds
 from tritium.core.optim import OptimConfig
+from tritium.core.rollout import load_problems
 from tritium.core.schedule import ScheduleConfig
 from tritium.core.setup import FinetuneConfig, MeshConfig, load_model, load_reference, load_tokenizer, start
 from tritium.core.trainer import Result, RunConfig, Trainer
@@ -33,6 +42,8 @@ class Config:
     reference: str = opt("", "folder of the reference, of the same vocabulary (default: the model)")
     loss: str = opt("dpo", "the objective", choices=(*LOSSES, "kto"))
     beta: float = opt(0.1, "how strongly the policy is held to the reference; a scale where there is none")
+    online: bool = opt(False, "draw the pairs from the policy: data.sources are problems")
+    draw: DrawConfig = opt(DrawConfig, "online: how answers come about, and who judges them")
     label_smoothing: float = opt(0.0, f"share of labels taken to be wrong ({', '.join(SMOOTHED)})")
     margin: float = opt(1.0, "simpo's γ, slic's δ")
     penalty: float = opt(5.0, "dpop's λ, of a chosen answer that loses")
@@ -57,40 +68,45 @@ class Config:
             raise ConfigError(f"sft={self.sft}: kto has no chosen answers; leave it out")
         if self.reference and self.loss in REFERENCE_FREE:
             raise ConfigError(f"reference={self.reference}: {self.loss} has no reference; leave it out")
+        if self.online and (self.loss == "kto" or (self.draw.refresh and self.finetune.kind in ("lora", "qlora"))):
+            raise ConfigError("online: not with loss=kto; and the base of an adapter does not move: draw.refresh=0")
 
 
 def train(config: Config) -> Result:
-    """Train on pairs; `eval_accuracy` is the share of held-out pairs where the policy moved towards the chosen one."""
-    mesh = start(config, "dpo")
+    """Train on pairs; `eval_accuracy` is the share of held-out pairs whose chosen answer has the higher reward: where
+    the policy moved towards it, or, without a reference, finds it likelier."""
+    mesh, draw = start(config, "dpo"), config.draw
     networks = open_networks(config, mesh)
-    policy = networks["policy"]
-    tokenizer = load_tokenizer(config.model, policy, config.data.template)
-    skipped = Skipped(config.data.on_error)
-    if config.loss == "kto":
-        objective = KTO(config.beta, config.desirable, config.undesirable)
-        convert, name = feedback_group(tokenizer), "groups"
+    tokenizer = load_tokenizer(config.model, networks["policy"], config.data.template)
+    skipped, context = Skipped(config.data.on_error), networks["policy"].config.max_positions
+    settings = {"name": "dpo", "tokenizer": tokenizer, "skipped": skipped}
+    if config.online:
+        problems = load_problems(config.data.sources, tokenizer, context, skipped)
+        settings["total_steps"] = draw.steps(config.run, len(problems))
+        settings["followers"] = ["reference"] if draw.refresh and "reference" in networks else []
     else:
-        options = PairOptions(config.beta, config.label_smoothing, config.margin, config.penalty)
-        objective = Preference(config.loss, options, config.sft)
-        convert, name = preference_group(tokenizer), "pairs"
-    bins, evaluation = open_records(config, convert, policy.config.max_positions, mesh, skipped, name)
-    trainer = Trainer(
-        networks,
-        objective,
-        config,
-        mesh,
-        name="dpo",
-        total_steps=config.run.steps or bins.steps_in(config.run.epochs),
-        tokenizer=tokenizer,
-        skipped=skipped,
-        evaluation=evaluation,
-    )
+        convert, name = (feedback_group, "groups") if config.loss == "kto" else (preference_group, "pairs")
+        bins, settings["evaluation"] = open_records(config, convert(tokenizer), context, mesh, skipped, name)
+        settings["total_steps"] = config.run.steps or bins.steps_in(config.run.epochs)
+    trainer = Trainer(networks, objective_of(config, mesh), config, mesh, **settings)
+    rounds = Rounds(trainer, tokenizer, problems, config) if config.online else None
     for step in trainer.steps():
-        batches = bins.step(step, trainer.ramp)
         # ------------------------------------------------------------------------------------------------------
-        trainer.step(batches)  # −log σ(β [(π_c − ref_c) − (π_r − ref_r)]) / pairs, or another loss of pairs
+        for batches, numbers in rounds.steps(step) if rounds else [(bins.step(step, trainer.ramp), {})]:
+            trainer.step(batches, numbers)  # −log σ(β [(π_c − ref_c) − (π_r − ref_r)]) / pairs, or another loss
         # ------------------------------------------------------------------------------------------------------
     return trainer.result()
+
+
+def objective_of(config: Config, mesh: Mesh) -> Objective:
+    asked_again = config.loss not in REFERENCE_FREE and not config.online
+    kept = (
+        Kept(kept_file(config.run.out, model_folder(config.reference or config.model), mesh)) if asked_again else None
+    )
+    if config.loss == "kto":
+        return KTO(config.beta, config.desirable, config.undesirable, kept)
+    options = PairOptions(config.beta, config.label_smoothing, config.margin, config.penalty)
+    return Preference(config.loss, options, config.sft, kept)
 
 
 def open_networks(config: Config, mesh: Mesh) -> dict[str, nn.Module]:

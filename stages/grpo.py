@@ -8,21 +8,18 @@ score the same teach nothing and are left out. Several phases (first mathematics
 recipe, each with its own prompts, rewards and KL: see stages/recipes/ladder.toml.
 """
 
-import math
 from dataclasses import dataclass
-from typing import Any
 
-from tritium.core.config import REQUIRED, ConfigError, opt
-from tritium.core.experience import Experience, ProblemsConfig, ShapingConfig
+from tritium.core.config import ConfigError, opt
+from tritium.core.experience import Experience, PolicyStage
 from tritium.core.formats import Skipped
 from tritium.core.objectives.policy import ALGORITHMS, PolicyGradient, algorithm
 from tritium.core.optim import OptimConfig
-from tritium.core.reference import ReferenceConfig, open_policy
+from tritium.core.reference import open_policy
 from tritium.core.rewards.model import open_reward
 from tritium.core.rollout import SamplingConfig, load_problems
-from tritium.core.schedule import ScheduleConfig
-from tritium.core.setup import FinetuneConfig, MeshConfig, load_tokenizer, start
-from tritium.core.trainer import LoopConfig, Result, Trainer
+from tritium.core.setup import load_tokenizer, start
+from tritium.core.trainer import Result, Trainer
 
 ITS_OWN = "(default: the algorithm's)"
 
@@ -70,32 +67,13 @@ class GRPOConfig:
 
 
 @dataclass
-class Config:
-    model: str = opt(REQUIRED, "folder of the model to start from, with its tokenizer")
-    reference: ReferenceConfig = opt(ReferenceConfig, "what grpo.beta holds the policy to")
+class Config(PolicyStage):
     reward: str = opt("exact", 'judges in text, e.g. "exact - 0.1*repetition"; see core/rewards/make.py')
-    reward_model: str = opt("", "folder of a reward model, with its tokenizer; its score is added")
-    model_weight: float = opt(1.0, "weight of its score")
     grpo: GRPOConfig = opt(GRPOConfig, "the objective")
-    sampling: SamplingConfig = opt(SamplingConfig, "how answers are drawn")
-    shaping: ShapingConfig = opt(ShapingConfig, "what a score becomes")
-    data: ProblemsConfig = opt(ProblemsConfig, "problems")
     optim: OptimConfig = opt(OptimConfig(lr=5e-5, weight_decay=0.0), "optimizer")
-    schedule: ScheduleConfig = opt(ScheduleConfig(kind="constant"), "learning rate over the run")
-    run: LoopConfig = opt(LoopConfig, "the run itself; steps are optimizer steps")
-    mesh: MeshConfig = opt(MeshConfig, "parallelism")
-    finetune: FinetuneConfig = opt(FinetuneConfig, "what of the model is trained")
 
     def __post_init__(self):
-        check_sampling(self.sampling, self.grpo.importance, "grpo.importance")
-
-
-def check_sampling(sampling: SamplingConfig, importance: float, name: str) -> None:
-    """Raises: ConfigError for answers that teach nothing, or whose log-probs are not those of their distribution."""
-    if not sampling.temperature:
-        raise ConfigError("sampling.temperature=0: a group of equal answers teaches nothing; it must be positive")
-    if importance and (sampling.temperature != 1 or sampling.top_k or sampling.top_p < 1):
-        raise ConfigError(f"{name}={importance} compares log-probs: it needs sampling.temperature=1, no top_k or top_p")
+        self.check_sampling(self.grpo.importance, "grpo.importance")
 
 
 def train(config: Config) -> Result:
@@ -107,27 +85,29 @@ def train(config: Config) -> Result:
     tokenizer = load_tokenizer(config.model, networks["policy"], config.data.template)
     skipped = Skipped(config.data.on_error)
     problems = load_problems(config.data.sources, tokenizer, networks["policy"].config.max_positions, skipped)
-    objective = objective_of(options, config.sampling)
-    total_steps = rollouts_in(config, len(problems)) * options.updates
-    settings = {"name": "grpo", "total_steps": total_steps, "tokenizer": tokenizer, "skipped": skipped}
-    settings["followers"] = ["reference"] if moving else []
+    objective, updates = objective_of(options, config.sampling), options.updates
+    settings = {"name": "grpo", "tokenizer": tokenizer, "skipped": skipped}
+    settings |= {"total_steps": config.steps_of(len(problems), options.prompts, updates)}
+    settings |= {"followers": ["reference"] if moving else []}
     trainer = Trainer(networks, objective, config, mesh, **settings)
     judged_by = (config.reward, config.reward_model, options.malformed, config.run.dtype, mesh)
-    reward = open_reward(*judged_by, config.model_weight)
+    reward = open_reward(*judged_by, config.model_weight, networks["policy"])
     grouped = objective.baseline in ("mean", "others")
     sizes = {"prompts": options.prompts, "group": options.group, "rounds": options.rounds}
     experience = Experience(
         trainer, tokenizer, problems, reward, config, **sizes, greedy=objective.baseline == "greedy"
     )
     for step in trainer.steps():
-        rollout, numbers = experience.collect(step // options.updates)
-        batches = experience.batches(rollout, options.updates, varied_only=grouped)
+        number, done = divmod(step, updates)
+        rollout, numbers = experience.collect(number)
+        batches = experience.batches(rollout, updates, varied_only=grouped)
         # ------------------------------------------------------------------------------------------------------
-        numbers |= trainer.estimate(batches)  # log-probs before the first update, KL, advantages
-        for i in range(options.updates):
-            trainer.step(batches[i :: options.updates], numbers)  # −min(ρA, clip(ρ)A) + β KL
+        numbers |= experience.estimate(batches)  # log-probs before the first update, KL, advantages
+        for i in range(done, min(updates, trainer.total_steps - number * updates)):
+            trainer.step(batches[i::updates], numbers)  # −min(ρA, clip(ρ)A) + β KL
+            numbers = {}  # a rollout's: with its first update
         # ------------------------------------------------------------------------------------------------------
-        if moving and config.reference.due(step // options.updates):
+        if moving and config.reference.due(number):
             trainer.followers["reference"].follow(config.reference.decay)
     return trainer.result()
 
@@ -135,16 +115,9 @@ def train(config: Config) -> Result:
 def objective_of(options: GRPOConfig, sampling: SamplingConfig) -> PolicyGradient:
     """The algorithm, with the options that were given in place of its own."""
     names = ("clip_low", "clip_high", "normalization", "scale", "beta", "kl", "kl_in", "importance", "entropy")
-    given: dict[str, Any] = {name: getattr(options, name) for name in names}
+    given = {name: getattr(options, name) for name in names}
     constant = options.constant or (sampling.max_tokens if options.algorithm == "dr_grpo" else None)
     return algorithm(options.algorithm, **given, constant=constant, temperature=sampling.temperature)
-
-
-def rollouts_in(config: Config, problems: int) -> int:
-    """How many rollouts a run has: whole ones, where `run.steps` says how many optimizer steps."""
-    if config.run.steps:
-        return math.ceil(config.run.steps / config.grpo.updates)
-    return max(1, round(config.run.epochs * problems / config.grpo.prompts))
 
 
 if __name__ == "__main__":

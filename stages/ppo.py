@@ -13,26 +13,26 @@ from dataclasses import dataclass
 import numpy as np
 from torch import nn
 
-from tritium.core.batch import PackedBatch
-from tritium.core.config import REQUIRED, ConfigError, opt
+from tritium.core.batch import PackedBatch, pack
+from tritium.core.checkpoint import model_folder
+from tritium.core.config import ConfigError, opt
 from tritium.core.data import Bins, DataConfig, record_sources, text_sources
-from tritium.core.experience import Experience, ProblemsConfig, ShapingConfig
+from tritium.core.experience import Experience, PolicyStage
 from tritium.core.formats import Skipped
 from tritium.core.groups import conversation_group
 from tritium.core.objectives.policy import PPO, adapted
 from tritium.core.optim import OptimConfig
-from tritium.core.reference import ReferenceConfig, open_policy
+from tritium.core.reference import open_policy
 from tritium.core.rewards.make import make_reward
 from tritium.core.rewards.model import open_reward
-from tritium.core.rollout import SamplingConfig, load_problems
-from tritium.core.schedule import ScheduleConfig
-from tritium.core.setup import FinetuneConfig, MeshConfig, load_tokenizer, read_model, start
+from tritium.core.rollout import load_problems
+from tritium.core.setup import FinetuneConfig, load_tokenizer, read_model, start
 from tritium.core.tokenizer import Tokenizer
-from tritium.core.trainer import LoopConfig, Result, Trainer
+from tritium.core.trainer import Result, Trainer
+from tritium.model.adapters import twin
 from tritium.model.heads import ScalarModel
 from tritium.model.hf import decoder_of
 from tritium.parallel.mesh import Mesh
-from tritium.stages.grpo import check_sampling
 
 
 @dataclass
@@ -81,27 +81,16 @@ class TextConfig(DataConfig):
 
 
 @dataclass
-class Config:
-    model: str = opt(REQUIRED, "folder of the model to start from, with its tokenizer")
-    reference: ReferenceConfig = opt(ReferenceConfig, "what ppo.beta holds the policy to")
+class Config(PolicyStage):
     critic: str = opt("", "folder that the critic starts from (default: the reward model, else the model)")
-    reward_model: str = opt("", "folder of a reward model, with its tokenizer")
-    model_weight: float = opt(1.0, "weight of its score")
-    reward: str = opt("", 'judges in text, e.g. "exact - 0.1*repetition"; added to the reward model\'s score')
     verifier: str = opt("exact", "judge that only measures which answers are right (empty: none)")
     ppo: PPOConfig = opt(PPOConfig, "the objective")
-    sampling: SamplingConfig = opt(SamplingConfig, "how answers are drawn")
-    shaping: ShapingConfig = opt(ShapingConfig, "what a score becomes")
-    data: ProblemsConfig = opt(ProblemsConfig, "problems")
     text: TextConfig = opt(TextConfig, "text whose cross-entropy joins each step")
     optim: OptimConfig = opt(OptimConfig(lr=2e-5, weight_decay=0.0, eps=1e-5), "optimizer")
-    schedule: ScheduleConfig = opt(ScheduleConfig(kind="constant"), "learning rate over the run")
-    run: LoopConfig = opt(LoopConfig, "the run itself; steps are optimizer steps")
-    mesh: MeshConfig = opt(MeshConfig, "parallelism")
-    finetune: FinetuneConfig = opt(FinetuneConfig, "what of the policy is trained; the critic is trained whole")
+    finetune: FinetuneConfig = opt(FinetuneConfig, "what is trained of the policy, and an adapter of the critic, too")
 
     def __post_init__(self):
-        check_sampling(self.sampling, self.ppo.importance, "ppo.importance")
+        self.check_sampling(self.ppo.importance, "ppo.importance")
 
 
 def train(config: Config) -> Result:
@@ -115,30 +104,32 @@ def train(config: Config) -> Result:
     problems = load_problems(config.data.sources, tokenizer, context, skipped)
     text, objective = open_text(config, tokenizer, context, mesh, skipped), objective_of(config)
     each = options.epochs * options.minibatches  # optimizer steps of a rollout
-    rollouts = -(-config.run.steps // each) if config.run.steps else config.run.epochs * len(problems) / options.prompts
-    settings = {"name": "ppo", "total_steps": max(1, round(rollouts)) * each, "followers": moving}
+    total_steps = config.steps_of(len(problems), options.prompts, each)
+    settings = {"name": "ppo", "total_steps": total_steps, "followers": moving}
     trainer = Trainer(networks, objective, config, mesh, **settings, tokenizer=tokenizer, skipped=skipped)
     verifier = make_reward(config.verifier, options.malformed) if config.verifier else None
     sizes = {"prompts": options.prompts, "group": options.group, "verifier": verifier}
     judged_by = (config.reward, config.reward_model, options.malformed, config.run.dtype, mesh)
-    reward = open_reward(*judged_by, config.model_weight)
+    reward = open_reward(*judged_by, config.model_weight, networks["policy"])
     experience = Experience(trainer, tokenizer, problems, reward, config, **sizes)
     for step in trainer.steps():
-        number = step // each
+        number, done = divmod(step, each)
         objective.beta = trainer.notes.get("beta", options.beta)
         trainer.lr_scale |= {"policy": float(number >= options.value_warmup), "critic": options.critic_lr}
         rollout, numbers = experience.collect(number)
         batches = experience.batches(rollout, options.minibatches, varied_only=False)
         # ------------------------------------------------------------------------------------------------------
-        numbers |= trainer.estimate(batches) | {"beta": objective.beta}  # r_t = score − β KL → GAE → whitened
-        for i in range(each):
-            update = minibatch(batches, i, options.minibatches, config.run.seed, step)
-            extra = [as_ptx(batch) for batch in trainer.in_step(text.step(step + i))] if text else []
-            trainer.step([*extra, *update], numbers)  # −min(ρA, clip(ρ)A) + c (V − R)² − ptx log p
+        numbers |= experience.estimate(batches) | {"beta": objective.beta}  # r_t = score − β KL → GAE → whitened
+        shown, empty = numbers, pack([]).to(mesh.device)  # a rank without answers reduces both networks as all do
+        for i in range(done, min(each, total_steps - number * each)):
+            update = minibatch(batches, i, options.minibatches, config.run.seed, number) or [empty]
+            extra = [as_ptx(b) for b in trainer.in_step(text.step(number * each + i))] if text else []
+            trainer.step([*extra, *update], shown)  # −min(ρA, clip(ρ)A) + c (V − R)² − ptx log p
+            shown = {}  # a rollout's: with its first update
             if too_far(trainer, options):
                 break
         # ------------------------------------------------------------------------------------------------------
-        trainer.index = step + each  # a rollout's steps are counted whether they were needed or not
+        trainer.index = min((number + 1) * each, total_steps)  # steps are counted whether they were needed or not
         if moving and config.reference.due(number):
             trainer.followers["reference"].follow(config.reference.decay)
         if options.target_kl:
@@ -159,10 +150,12 @@ def objective_of(config: Config) -> PPO:
 
 
 def open_networks(config: Config, mesh: Mesh) -> dict[str, nn.Module]:
-    """Policy, critic, and the reference where the KL to it counts. The critic's head starts at 0."""
+    """Policy, critic, and the reference where the KL to it counts. The critic's head starts at 0; where adapters are
+    trained and it starts from the same base, or from an adapter of it, that base is here once for all."""
     dtype, reference = config.run.dtype, config.reference if config.ppo.beta else None
     networks = open_policy(config.model, dtype, mesh, config.finetune, config.run.seed, reference)
-    critic = read_model(config.critic or config.reward_model or config.model, dtype, mesh)
+    folder = config.critic or config.reward_model or config.model
+    critic = twin(networks["policy"], model_folder(folder), config.run.seed + 1) or read_model(folder, dtype, mesh)
     networks["critic"] = ScalarModel(decoder_of(critic))
     networks["critic"].score.data.zero_()
     if networks["critic"].config.vocab_size != networks["policy"].config.vocab_size:
@@ -187,9 +180,9 @@ def as_ptx(batch: PackedBatch) -> PackedBatch:
     return batch
 
 
-def minibatch(batches: Sequence[PackedBatch], i: int, parts: int, seed: int, step: int) -> list[PackedBatch]:
-    """The batches of update `i`: each pass deals them out anew, in an order of its own."""
-    order = np.random.default_rng([seed, step, i // parts]).permutation(len(batches))
+def minibatch(batches: Sequence[PackedBatch], i: int, parts: int, seed: int, number: int) -> list[PackedBatch]:
+    """The batches of update `i` of rollout `number`: each pass deals them out anew, in an order of its own."""
+    order = np.random.default_rng([seed, number, i // parts]).permutation(len(batches))
     return [batches[j] for j in order[i % parts :: parts]]
 
 

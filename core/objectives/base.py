@@ -16,6 +16,7 @@ tests/core/test_objectives*.py.
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -43,7 +44,7 @@ Networks = nn.ModuleDict  # "policy", and what else the stage has
 class Objective:
     """The protocol; `prepare` may stay empty."""
 
-    asks: tuple[str, ...] = ()  # frozen networks that `outputs` runs, after the trained one
+    asks: tuple[str, ...] = ()  # frozen networks that `outputs` runs, after the trained ones
 
     def prepare(self, networks: Networks, batches: Sequence[PackedBatch]) -> None:
         """Fill `batch.fields`, without a gradient, with what must be fixed before the parameters move."""
@@ -75,6 +76,11 @@ def sequence_sum(values: Tensor, batch: PackedBatch) -> Tensor:
 def supervised(values: Tensor, batch: PackedBatch, like: Tensor) -> Tensor:
     """A per-token field [T] at the supervised tokens, [N], in the dtype of `like`."""
     return values.index_select(0, batch.supervised).to(like.dtype)
+
+
+def log1mexp(logp: Tensor) -> Tensor:
+    """log(1 − p) of log p ≤ 0; p = 1, where it is not finite and has no gradient, counts as 1 − 10⁻⁶."""
+    return (-torch.expm1(logp.clamp(max=-1e-6))).log()
 
 
 def smoothed(logits: Tensor, smoothing: float) -> Tensor:

@@ -1,16 +1,18 @@
 """Distillation: a student learns the distribution of a teacher with the same vocabulary, token by token."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from tritium.core.batch import PackedBatch
+from tritium.core.kept import Kept, sequence_keys
 from tritium.core.objectives.base import Loss, Metric, Networks, Objective, Term, sequence_sum
-from tritium.core.objectives.preference import Preference, sequence_keys
+from tritium.core.objectives.preference import Preference
 from tritium.kernels import linear_kl
 from tritium.kernels.linear_kl import TopK
 from tritium.kernels.linear_logprob import LogProb
@@ -31,7 +33,7 @@ class Distill(Objective):
     (Hinton et al., arXiv 1503.02531; Agarwal et al., arXiv 2306.13649, eq. 1 to 3), at `temperature`, without the
     factor τ². On answers that the student drew, it is on-policy distillation (GKD). `sft` adds their cross-entropy.
 
-    With `top_k`, the teacher's k likeliest tokens are kept over epochs by document, and the rest is one bucket.
+    With `top_k`, the teacher's k likeliest tokens are `kept` over epochs by document, and the rest is one bucket.
     """
 
     asks = ("teacher",)
@@ -40,32 +42,37 @@ class Distill(Objective):
     temperature: float = 1.0
     sft: float = 0.0
     top_k: int = 0
-    cache: dict[bytes, TopK] = field(default_factory=dict)
+    kept: Kept | None = None  # where, with `top_k`; by default in a temporary file
+
+    def __post_init__(self):
+        self.kept = self.kept or Kept()
 
     @torch.no_grad()
     def prepare(self, networks: Networks, batches: Sequence[PackedBatch]) -> None:
-        for batch in batches if self.top_k else ():
-            keys = sequence_keys(batch)
-            if any(key not in self.cache for key in keys):
-                self.cache |= zip(keys, self.ask(networks["teacher"], batch), strict=True)
+        if self.top_k:
+            ask = lambda batch: self.ask(networks["teacher"], batch)  # noqa: E731
+            self.kept.fill(batches, ask, np.float32, networks["policy"].mesh)
 
-    def ask(self, teacher: Transformer, batch: PackedBatch) -> list[TopK]:
-        """The teacher's k likeliest tokens at the supervised tokens of each sequence, [n, k]; a piece at a time."""
+    def ask(self, teacher: Transformer, batch: PackedBatch) -> Sequence[Tensor]:
+        """The teacher's k likeliest tokens at the supervised tokens of each sequence, and their log-probs, [n, 2, k]
+        fp32 (which holds ids below 2²⁴); a piece at a time."""
         hidden = teacher.hidden(batch.tokens, batch.cu_seqlens, positions=batch.positions)
         found = []
         for index in batch.supervised.split(HEAD_ROWS):
             logp = (teacher.project(hidden.index_select(0, index)).float() / self.temperature).log_softmax(-1)
-            found.append(logp.topk(min(self.top_k, logp.shape[-1]), sorted=False))
-        values, ids = (torch.cat(parts) for parts in zip(*found, strict=True))
-        lengths = sequence_sum(torch.ones_like(values[:, 0]), batch).long().tolist()
-        return [TopK(i, v) for i, v in zip(ids.split(lengths), values.split(lengths), strict=True)]
+            best = logp.topk(min(self.top_k, logp.shape[-1]), sorted=False)
+            found.append(torch.stack([best.indices.float(), best.values], 1))  # [n, 2, k]
+        lengths = sequence_sum(torch.ones(len(batch.supervised), device=hidden.device), batch).long().tolist()
+        return torch.cat(found).split(lengths)
 
     def outputs(self, networks: Networks, batch: PackedBatch) -> Taught:
         policy, teacher = networks["policy"], networks["teacher"]
         hidden = policy.hidden(batch.tokens, batch.cu_seqlens, positions=batch.positions)
         if self.top_k:
-            kept = [self.cache[key] for key in sequence_keys(batch)]
-            top = TopK(*(torch.cat(parts) for parts in zip(*kept, strict=True)))
+            kept = np.concatenate(self.kept.get(sequence_keys(batch), np.float32))
+            k = min(self.top_k, policy.config.vocab_size)
+            ids, logp = torch.tensor(kept, device=hidden.device).view(-1, 2, k).unbind(1)  # [N, k]
+            top = TopK(ids.long(), logp)
             own = hidden.index_select(0, batch.supervised)
             kl = linear_kl(own, policy.head_weight, top, None, temperature=self.temperature, kind=self.kind)
         else:

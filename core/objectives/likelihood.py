@@ -3,7 +3,7 @@
 import torch
 
 from tritium.core.batch import PackedBatch
-from tritium.core.objectives.base import Loss, Metric, Objective, Term, supervised
+from tritium.core.objectives.base import Loss, Metric, Objective, Term, log1mexp, supervised
 from tritium.kernels.linear_logprob import LogProb
 
 
@@ -39,5 +39,4 @@ class Unlikelihood(CrossEntropy):
     def per_token(self, outputs: LogProb, batch: PackedBatch) -> torch.Tensor:
         document = torch.searchsorted(batch.cu_seqlens[1:], batch.supervised.to(torch.int32), right=True)
         good = batch.fields["good"].index_select(0, document) > 0  # [N]
-        unlikely = torch.where(good, -1.0, outputs.logp).clamp(max=-1e-6)  # log(1 − p) of p = 1 is not finite
-        return torch.where(good, -outputs.logp, -(-torch.expm1(unlikely)).log())
+        return torch.where(good, -outputs.logp, -log1mexp(outputs.logp))

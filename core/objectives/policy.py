@@ -137,7 +137,7 @@ class PolicyGradient(Objective):
         within = lambda values: segment_sum(values, group).repeat_interleave(  # noqa: E731
             group.diff().long(), output_size=len(values)
         )
-        count = within(scored)
+        count = within(scored).clamp_min(1.0)
         centered = rewards - within(scored * rewards) / count
         if self.baseline == "others":
             return centered * count / (count - 1.0).clamp_min(1.0)

@@ -5,23 +5,25 @@ answers: π and ref are sums over an answer's tokens, |y| is their number, and i
 Δ = (π_c − ref_c) − (π_r − ref_r) for the chosen answer c and the rejected one r.
 """
 
-import hashlib
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from tritium.core.batch import Document, PackedBatch, pack
+from tritium.core.kept import Kept, sequence_keys
 from tritium.core.objectives.base import (
     Loss,
     Metric,
     Networks,
     Objective,
     Term,
+    log1mexp,
     sequence_sum,
     smoothed,
     supervised_logprob,
@@ -112,7 +114,7 @@ def apo_down(pairs: Pairs, o: PairOptions) -> Tensor:
 
 def orpo(pairs: Pairs, o: PairOptions) -> Tensor:
     """−β log σ(log odds_c − log odds_r), odds = p / (1 − p), p = exp(π/|y|) (Hong et al., arXiv 2403.07691, 7)."""
-    odds = pairs.means - (-torch.expm1(pairs.means)).log()
+    odds = pairs.means - log1mexp(pairs.means)
     return -o.beta * F.logsigmoid(difference(odds))
 
 
@@ -142,38 +144,25 @@ LOSSES: dict[str, Callable[[Pairs, PairOptions], Tensor]] = {
 }
 REFERENCE_FREE = frozenset({"orpo", "simpo", "cpo", "slic", "rrhf"})
 SFT_WEIGHT = {"orpo": 1.0, "cpo": 1.0, "rrhf": 1.0}  # of the chosen answer's −log-prob, by the papers; of others 0
+PER_TOKEN = frozenset({"dpo_norm", "ipo_mean", "orpo", "simpo", "rrhf"})  # compare means: so do the rewards shown
 SFT_SUMS = frozenset({"cpo", "slic", "rrhf"})  # it is the answer's sum there, else its mean per token
 
 
-class ReferenceLogprob:
-    """The reference's log-prob of each sequence, computed once: `cache` keeps it by the sequence's tokens."""
+@torch.no_grad()
+def reference_logprob(networks: Networks, batches: Sequence[PackedBatch], kept: Kept | None) -> None:
+    """The reference's log-prob of each sequence as `fields["reference"]` [S], computed once where it can be kept."""
 
-    def __init__(self):
-        self.cache: dict[bytes, float] = {}
+    def ask(batch: PackedBatch) -> Tensor:
+        return sequence_sum(supervised_logprob(networks["reference"], batch).logp, batch).double()
 
-    @torch.no_grad()
-    def fill(self, networks: Networks, batches: Sequence[PackedBatch]) -> None:
-        """`fields["reference"]` [S] of each batch, in the dtype of the log-probs."""
-        for batch in batches:
-            if "reference" in batch.fields:  # an evaluation's batch, seen before
-                continue
-            keys = sequence_keys(batch)
-            with_cache = networks["policy"].mesh.zero < 3  # there, all ranks run a forward pass, or none does
-            if with_cache and keys and all(key in self.cache for key in keys):
-                values = [self.cache[key] for key in keys]
-                batch.fields["reference"] = torch.tensor(values, dtype=torch.float64, device=batch.tokens.device)
-                continue
-            reference = sequence_sum(supervised_logprob(networks["reference"], batch).logp, batch)  # [S]
-            batch.fields["reference"] = reference
-            self.cache |= zip(keys, reference.tolist(), strict=True)
-
-
-def sequence_keys(batch: PackedBatch) -> list[bytes]:
-    """What names a sequence: its tokens, and which of them are supervised."""
-    tokens, on = batch.tokens.cpu().numpy(), (batch.weights > 0).cpu().numpy()
-    ends = batch.cu_seqlens[: batch.sequences + 1].tolist()
-    spans = [slice(a, b) for a, b in zip(ends, ends[1:], strict=False)]
-    return [hashlib.blake2b(tokens[s].tobytes() + on[s].tobytes(), digest_size=16).digest() for s in spans]
+    if kept:
+        kept.fill(batches, ask, np.float64, networks["policy"].mesh)
+    for batch in batches:
+        if kept:
+            values = np.array(kept.get(sequence_keys(batch), np.float64)).flatten()
+            batch.fields["reference"] = torch.tensor(values, device=batch.tokens.device)
+        else:
+            batch.fields["reference"] = ask(batch)
 
 
 @dataclass
@@ -187,9 +176,7 @@ class Preference(Objective):
     name: str = "dpo"
     options: PairOptions = field(default_factory=PairOptions)
     sft: float | None = None
-
-    def __post_init__(self):
-        self.reference = ReferenceLogprob()
+    kept: Kept | None = None  # the reference's log-probs of earlier epochs
 
     @property
     def sft_weight(self) -> float:
@@ -197,7 +184,7 @@ class Preference(Objective):
 
     def prepare(self, networks: Networks, batches: Sequence[PackedBatch]) -> None:
         if self.name not in REFERENCE_FREE:
-            self.reference.fill(networks, batches)
+            reference_logprob(networks, batches, self.kept)
 
     def loss(self, outputs: LogProb, batch: PackedBatch) -> Loss:
         policy = sequence_sum(outputs.logp, batch)  # [S]
@@ -208,7 +195,8 @@ class Preference(Objective):
         if self.sft_weight:
             likelihood = pairs.policy if self.name in SFT_SUMS else pairs.means
             terms["sft"] = Term(-likelihood[:, 0].sum(), "pairs", self.sft_weight)
-        rewards = self.options.beta * pairs.ratios.detach()
+        ratios = pairs.ratios / pairs.lengths if self.name in PER_TOKEN else pairs.ratios
+        rewards = self.options.beta * ratios.detach()
         margin = difference(rewards)
         metrics = {"accuracy": (margin > 0).sum(), "margin": margin.sum()}
         metrics |= {"chosen_reward": rewards[:, 0].sum(), "rejected_reward": rewards[:, 1].sum()}
@@ -227,13 +215,11 @@ class KTO(Objective):
     beta: float = 0.1
     desirable: float = 1.0
     undesirable: float = 1.0
-
-    def __post_init__(self):
-        self.reference = ReferenceLogprob()
+    kept: Kept | None = None
 
     @torch.no_grad()
     def prepare(self, networks: Networks, batches: Sequence[PackedBatch]) -> None:
-        self.reference.fill(networks, batches)
+        reference_logprob(networks, batches, self.kept)
         policy, reference = networks["policy"], networks["reference"]
         sums = {"kl": 0.0, "sequences": 0.0}
         for batch in mismatched(batches, policy):

@@ -6,13 +6,13 @@ import torch
 
 from tritium.core.batch import Document, pack
 from tritium.core.objectives import Distill, DualLevel, PairOptions, Preference
+from tritium.core.online import pair_of
 from tritium.core.rewards import Score
 from tritium.core.rollout import Problem, Sample
 from tritium.model.config import ModelConfig
 from tritium.model.generate import Completion
 from tritium.model.transformer import Transformer
 from tritium.parallel.mesh import init_mesh
-from tritium.stages.distill import pair_of
 
 SHAPE = ModelConfig(40, 16, 24, 2, 2, 2, 8, max_positions=32, init_std=0.3)
 WIDE = ModelConfig(40, 24, 32, 1, 2, 2, 8, max_positions=32, init_std=0.3)
@@ -74,6 +74,22 @@ def test_the_divergence_by_its_definition(kind):
     student, teacher = networks["policy"], networks["teacher"]
     kl = torch.cat([divergences(student, teacher, d, kind, 1.5) for d in documents])
     assert_same(student, total(Distill(kind, 1.5), networks, pack([[d] for d in documents])), kl.mean())
+
+
+@pytest.mark.parametrize(("kind", "beta"), [("forward", 0), ("reverse", 1), ("jsd", 0.5)])
+def test_the_divergence_is_that_of_trls_gkd(kind, beta):
+    from trl.experimental.gkd.gkd_trainer import GKDTrainer
+
+    networks, documents = networks_on(), [d for pair in pairs_of() for d in pair]
+    student, logits = networks["policy"], {"policy": [], "teacher": []}
+    for d in documents:
+        ids, on = torch.from_numpy(d.ids).long(), torch.from_numpy(d.weights[1:] > 0)
+        for name, found in logits.items():
+            found.append(networks[name].logits(ids)[:-1][on])
+    given = [torch.cat(logits[name])[None] for name in ("policy", "teacher")]
+    labels = torch.zeros(given[0].shape[:2], dtype=torch.long)
+    theirs = GKDTrainer.generalized_jsd_loss(given[0], given[1].detach(), labels, beta=beta, temperature=1.5)
+    assert_same(student, total(Distill(kind, 1.5), networks, pack([[d] for d in documents])), theirs)
 
 
 def test_a_kept_teacher_is_asked_once_and_its_rest_is_one_bucket():

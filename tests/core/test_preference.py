@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from tritium.core.batch import Document, pack
+from tritium.core.kept import Kept
 from tritium.core.objectives import KTO, PairOptions, Preference
 from tritium.core.objectives.preference import LOSSES, REFERENCE_FREE, Pairs, mismatched
 from tritium.model.config import ModelConfig
@@ -200,6 +201,38 @@ def test_loss_and_gradients_are_trls(name, monkeypatch):
     assert_same(policy, ours, trl_dpo(policy, reference, pairs_of(), TRL[name]))
 
 
+def trl_logps(policy: Transformer, pairs, mean: bool) -> list[torch.Tensor]:
+    """[pairs] of the chosen and of the rejected answers, by TRL's own `get_batch_logps`."""
+    from trl.experimental.cpo.cpo_trainer import CPOTrainer
+
+    found = []
+    for i in (0, 1):
+        ids, mask = padded([p[i] for p in pairs])
+        logits = torch.stack([policy.logits(row) for row in ids])
+        found.append(CPOTrainer.get_batch_logps(logits, ids.masked_fill(mask == 0, -100), average_log_prob=mean))
+    return found
+
+
+@pytest.mark.parametrize("name", ["orpo", "cpo", "simpo"])
+def test_reference_free_losses_and_their_gradients_are_trls(name):
+    from trl.experimental.cpo.cpo_trainer import CPOTrainer
+    from trl.experimental.orpo.orpo_trainer import ORPOTrainer
+
+    policy, pairs = model(0), pairs_of()
+    chosen, rejected = trl_logps(policy, pairs, mean=name != "cpo")
+    state = trainer(beta=B, label_smoothing=E, alpha=0.0, simpo_gamma=M)
+    state.loss_type = "simpo" if name == "simpo" else "sigmoid"
+    if name == "orpo":
+        losses, *_ = ORPOTrainer.odds_ratio_loss(state, chosen, rejected)
+        theirs = -(losses + chosen).mean().double()  # policy_nll_loss − losses, where the answers alone are labels
+    else:
+        theirs = CPOTrainer.cpo_loss(state, chosen, rejected)[0].mean()
+    ours = total(
+        Preference(name, OPTIONS, sft=None if name == "orpo" else 0.0), {"policy": policy}, pack(pairs, {"pairs": 3.0})
+    )
+    assert_same(policy, ours, theirs, 1e-5)
+
+
 @pytest.mark.parametrize(("name", "summed"), [("orpo", False), ("cpo", True), ("rrhf", True)])
 def test_the_likelihood_of_the_chosen_answer_is_added_as_its_paper_does(name, summed):
     policy, batch = model(0), pack(pairs_of(), {"pairs": 3.0})
@@ -218,13 +251,44 @@ def test_the_likelihood_of_the_chosen_answer_is_added_as_its_paper_does(name, su
     assert_same(policy, total(Preference(name, OPTIONS), {"policy": policy}, batch), expected)
 
 
-def test_the_reference_is_asked_once_for_an_answer_however_it_is_packed():
+def test_the_reference_is_asked_once_for_an_answer_however_it_is_packed(tmp_path):
     policy, reference = model(0), model(9).requires_grad_(False)
-    objective, networks, pairs = Preference(), {"policy": policy, "reference": reference}, pairs_of()
+    networks, pairs, file = {"policy": policy, "reference": reference}, pairs_of(), str(tmp_path / "kept.sqlite")
+    objective = Preference(kept=Kept(file))
     first = total(objective, networks, pack(pairs, {"pairs": 3.0})).item()
     reference.initialize(5)  # it would show if it were asked again
     again = [pack(pairs[::-1][:1], {"pairs": 1.0}), pack(pairs[:2], {"pairs": 2.0}, multiple_of=32)]
     assert total(objective, networks, *again).item() == pytest.approx(first, abs=1e-12)
+    resumed = Preference(kept=Kept(file))  # another process: what was asked is on the disk
+    assert total(resumed, networks, pack(pairs, {"pairs": 3.0})).item() == pytest.approx(first, abs=1e-12)
+    assert total(Preference(), networks, pack(pairs, {"pairs": 3.0})).item() != pytest.approx(first, abs=1e-6)
+    with open(file, "r+b") as damaged:
+        damaged.write(b"not a database at all")
+    assert total(Preference(kept=Kept(file)), networks, pack(pairs, {"pairs": 3.0})).item() != first
+
+
+def test_an_answer_that_is_certain_has_a_gradient():
+    policy = torch.tensor([[0.0, -2.0], [-1.0, 0.0], [0.0, 0.0]], requires_grad=True)
+    pairs = Pairs(policy, torch.zeros(3, 2), torch.full((3, 2), 4.0))
+    LOSSES["orpo"](pairs, OPTIONS).sum().backward()
+    assert policy.grad.isfinite().all() and (policy.grad[:2].diff() > 0).all()  # towards the chosen one
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_rewards_are_shown_in_the_unit_of_the_loss(name):
+    """A loss of means per token shows means: its accuracy is then of what it compares."""
+    policy, reference = model(0), model(9).requires_grad_(False)
+    batch, networks = pack(pairs_of(), {"pairs": 3.0}), torch.nn.ModuleDict({"policy": policy, "reference": reference})
+    objective = Preference(name, OPTIONS)
+    objective.prepare(networks, [batch])
+    outputs = objective.outputs(networks, batch)
+    shown = objective.loss(outputs, batch)[1]["margin"].sum.item()
+    against = torch.zeros(6, dtype=torch.float64) if name in REFERENCE_FREE else batch.fields["reference"]
+    lengths = torch.tensor([2, 6, 1, 3, 5, 5], dtype=torch.float64)
+    answers = [part.sum() for part in outputs.logp.split(lengths.long().tolist())]
+    rewards = B * (torch.stack(answers) - against)
+    rewards = rewards / lengths if name in ("dpo_norm", "ipo_mean", "orpo", "simpo", "rrhf") else rewards
+    assert shown == pytest.approx((rewards[::2] - rewards[1::2]).sum().item(), abs=1e-9)
 
 
 # ---------------------------------------------------------------------------------------------- KTO

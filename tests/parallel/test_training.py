@@ -19,6 +19,7 @@ import tritium
 from tritium.core import checkpoint
 from tritium.core.batch import Document, PackedBatch, pack
 from tritium.core.config import from_dict, opt
+from tritium.core.kept import Kept
 from tritium.core.objectives import CrossEntropy, Distill, Objective, PairOptions, Pairwise, Preference
 from tritium.core.optim import OptimConfig
 from tritium.core.rewards import Score
@@ -87,7 +88,7 @@ def networks_of(stage: str, config: ModelConfig, mesh: Mesh, dtype: torch.dtype)
         return {"reward": ScalarModel(model).initialize(seed=2)}, Pairwise(centering=0.1)
     if stage == "dpo":
         reference = Transformer(config, mesh, dtype).initialize(seed=3).requires_grad_(False)
-        return {"policy": model, "reference": reference}, Preference(options=PairOptions(beta=0.5), sft=0.2)
+        return {"policy": model, "reference": reference}, Preference("dpo", PairOptions(beta=0.5), 0.2, Kept())
     if stage == "distill":
         teacher = Transformer(config, mesh, dtype).initialize(seed=3).requires_grad_(False)
         return {"policy": model, "teacher": teacher}, Distill("reverse", temperature=1.5, sft=0.2)
@@ -274,7 +275,7 @@ def test_a_run_goes_on_on_another_mesh(pool4, tmp_path, alone):
 
 def reinforce(stage, model: str, problems: str, out: str, scorer: str, text: str, mesh: dict[str, int]) -> None:
     """Two rollouts of GRPO, in which a judge likes odd token sums, or of PPO with a reward model, a reference that
-    follows, and text."""
+    follows, and text in three bins, which two ranks can't share evenly."""
     sections = {"model": model, "data": {"sources": [problems]}, "mesh": mesh, "sampling": {"max_tokens": 12}}
     sections |= {"run": {"out": out, "steps": 2, "dtype": "fp64", "device": "cpu"}}
     if stage == "grpo":
@@ -291,15 +292,15 @@ def reinforce(stage, model: str, problems: str, out: str, scorer: str, text: str
 
 
 @pytest.mark.parametrize("stage", ["grpo", "ppo"])
-@pytest.mark.parametrize("mesh", [{"cp": 2}, {"tp": 2}, {"zero": 3}])
+@pytest.mark.parametrize("mesh", [{"cp": 2}, {"tp": 2}, {"zero": 2}, {"zero": 3}])
 def test_rollouts_and_their_training_are_those_of_one_process(pool2, tmp_path, tiny, stage, mesh):
     """Every rank of a replica samples the same answers; one that had others would learn from others."""
     problems, scorer = tiny.data("problems.jsonl"), str(tmp_path / "scorer")
     shutil.copytree(tiny.model, scorer)
     ScalarModel(tritium.load(tiny.model, dtype=torch.float32)).initialize(0).save(scorer)
-    text = tiny.data("chats.jsonl")
-    reinforce(stage, tiny.model, problems, str(tmp_path / "alone"), scorer, text, {})
-    pool2.run(reinforce, stage, tiny.model, problems, str(tmp_path / "mesh"), scorer, text, mesh)
+    given = (stage, tiny.model, problems)
+    reinforce(*given, str(tmp_path / "alone"), scorer, tiny.data("chats.jsonl"), {})
+    pool2.run(reinforce, *given, str(tmp_path / "mesh"), scorer, tiny.data("chats.jsonl"), mesh)
     expected, found = (left_behind(tmp_path / name) for name in ("alone", "mesh"))
     assert stage == "ppo" or all(metrics["varied_groups"] > 0 for metrics in expected[0])
     keys = ("loss", "reward", "entropy", "ratio", "length", "grad_norm", "tokens", "value_loss", "kl_k1", "ptx")

@@ -29,7 +29,7 @@ def teacher(tiny, tmp_path_factory) -> str:
 
 def run(tiny, out, teacher: str, *settings: str) -> list[dict]:
     fixed = [f"--model={tiny.model}", f"--teacher={teacher}", f"--run.out={out}", "--run.dtype=fp32"]
-    fixed += ["--data.bin_tokens=512", "--optim.lr=3e-3", "--run.eval_bins=1", "--sampling.max_tokens=6"]
+    fixed += ["--data.bin_tokens=512", "--optim.lr=3e-3", "--run.eval_bins=1", "--draw.sampling.max_tokens=6"]
     assert cli.main(["distill", *fixed, *settings]) == 0
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
@@ -43,7 +43,7 @@ def test_the_student_comes_closer_to_the_teacher_on_given_answers(tiny, tmp_path
 
 def test_the_student_comes_closer_to_the_teacher_on_its_own_answers(tiny, tmp_path, teacher):
     source = f"--data.sources={tiny.data('problems.jsonl')}"
-    rows = run(tiny, tmp_path, teacher, source, "--mode=on_policy", "--prompts=6", "--run.steps=8", "--k=4")
+    rows = run(tiny, tmp_path, teacher, source, "--mode=on_policy", "--draw.prompts=6", "--run.steps=8")
     losses = [row["loss"] for row in rows if "loss" in row]
     assert sum(losses[-2:]) < sum(losses[:2])
 
@@ -54,7 +54,7 @@ def test_pairs_and_both_kls_together(tiny, tmp_path, teacher, monkeypatch):
 
     monkeypatch.setattr(ExactMatch, "__call__", odd)
     source = f"--data.sources={tiny.data('problems.jsonl')}"
-    rows = run(tiny, tmp_path, teacher, source, "--mode=dual", "--prompts=6", "--run.steps=4", "--round=2")
+    rows = run(tiny, tmp_path, teacher, source, "--mode=dual", "--draw.prompts=6", "--run.steps=4", "--draw.refresh=2")
     steps = [row for row in rows if "kl_positive" in row]
     assert len(steps) == 4 and all(row["pairs_kept"] > 0 and row["kl_negative"] > 0 for row in steps)
     assert steps[0]["margin"] == 0.0 and steps[1]["margin"] != 0.0  # the reference is the student of the round's start

@@ -91,3 +91,24 @@ def test_a_problem_outside_the_band_stays_away_as_long_with_several_rounds():
     problems = [Problem(i, [], [], "") for i in range(3)]
     rates = trainer.notes["pass_rates"]
     assert all(p.index for n in range(88, 96) for p in problems_of(n, problems, 2, 0, rates, [0.1, 0.9]))
+
+
+def scored_document(score: Score, weights: list[float], shaping: dict) -> dict[str, list[float]]:
+    """Where a rollout's document has its rewards, of an answer of four tokens that did not end by itself."""
+    settings = SimpleNamespace(shaping=ShapingConfig(**shaping), sampling=SimpleNamespace(max_tokens=8))
+    experience = Experience(SimpleNamespace(out=Path("none")), None, [], None, settings, 1)
+    completion = Completion([1] * 4, [0.0] * 4, "length", weights=weights)
+    document = experience.document(Sample(Problem(0, [], [5], ""), completion, "", score), {"number": 0.0})
+    return {name: document.fields[name][1:].tolist() for name in ("rewards", "scored")}
+
+
+def test_step_scores_are_shaped_and_the_last_bears_what_the_end_costs():
+    steps = Score(0.5, steps=(3.0, 0.5), ends=(1, 3))
+    found = scored_document(steps, [], {"scale": 2.0, "clip": 4.0, "missing_eos": 1.5})
+    assert found == {"rewards": [0.0, 4.0, 0.0, -0.5], "scored": [0.0, 1.0, 0.0, 1.0]}
+
+
+@pytest.mark.parametrize("score", [Score(1.0), Score(1.0, steps=(1.0,), ends=(3,))])
+def test_a_score_where_a_tool_speaks_last_belongs_to_the_last_token_that_was_drawn(score):
+    """At a token without a weight it would be lost, and a group of such answers would have no score at all: NaN."""
+    assert scored_document(score, [1.0, 1.0, 0.0, 0.0], {})["rewards"] == [0.0, 1.0, 0.0, 0.0]

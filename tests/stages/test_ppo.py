@@ -10,7 +10,7 @@ import tritium
 from tritium.core.config import ConfigError, from_dict
 from tritium.core.rewards import Answer, Score, judge
 from tritium.core.rewards.model import open_reward
-from tritium.core.trainer import Trainer
+from tritium.core.trainer import Trainer, TrainingError
 from tritium.parallel.mesh import Mesh
 from tritium.stages import grpo, ppo, reward
 from tritium.stages.cli import run_stage
@@ -42,12 +42,12 @@ def test_ppo_reinforces_what_is_rewarded_and_its_critic_learns(tiny, tmp_path, o
     result = ppo.train(made)
     steps = [m for m in rows(tmp_path) if "loss" in m]
     assert len(steps) == 48
-    rewards = [m["reward"] for m in steps]
-    assert sum(rewards[-8:]) / 8 > sum(rewards[:8]) / 8 + 0.2
+    rewards = [m["reward"] for m in steps if "reward" in m]
+    assert len(rewards) == 12 and sum(rewards[-2:]) / 2 > sum(rewards[:2]) / 2 + 0.2
     assert steps[0]["explained_variance"] == 0.0  # its head begins with zeros
     assert sum(m["value_loss"] for m in steps[-8:]) < 0.8 * sum(m["value_loss"] for m in steps[:8])
     assert "grad_norm.policy" not in steps[0] and "grad_norm.policy" in steps[4]  # one rollout for the critic alone
-    assert steps[4]["kl_k1"] == steps[4]["kl_k3"] == 0.0 < steps[-1]["kl_k3"]
+    assert steps[4]["kl_k1"] == steps[4]["kl_k3"] == 0.0 < steps[-4]["kl_k3"]
     assert tritium.load(result.checkpoint, dtype=torch.float32).config.vocab_size
 
 
@@ -77,12 +77,13 @@ def test_with_a_reward_model_and_text_beside(tiny, scorer, tmp_path):
     more = {"reward_model": scorer, "reward": "", "text": text, "shaping": {"clip": 2.0, "missing_eos": 1.0}}
     settings = {"prompts": 4, "group": 2, "epochs": 2, "target_kl": 0.01, "beta": 0.1}
     ppo.train(config(tiny, tmp_path, 6, ppo=settings, **more))
-    found = [m for m in rows(tmp_path) if "loss" in m]
-    assert all(m["ptx"] > 0 and m["reward/reward_model"] == pytest.approx(m["reward"]) for m in found)
+    steps = [m for m in rows(tmp_path) if "loss" in m]
+    assert len(steps) == 6 and all(m["ptx"] > 0 for m in steps)
+    found = [m for m in steps if "reward" in m]  # each rollout's numbers once
+    assert len(found) == 3 and all(m["reward/reward_model"] == pytest.approx(m["reward"]) for m in found)
     assert all(m["shaped_reward"] < m["reward"] for m in found)  # hardly an answer ends within six tokens
     assert found[-1]["beta"] < 0.1 * 0.98 + 1e-9  # the policy is nearer than it may be
-    lengths = {m["tokens"] for m in found}
-    assert len(lengths) > 1 and all(m["right"] <= 1 for m in found)
+    assert len({m["tokens"] for m in found}) > 1 and all(m["right"] <= 1 for m in found)
 
 
 def test_a_rollout_is_left_once_the_policy_is_too_far_and_the_next_one_begins(tiny, tmp_path, odd_is_right):
@@ -118,7 +119,8 @@ def test_killed_and_resumed_equals_uninterrupted(tiny, tmp_path, monkeypatch, od
     for file in ("model.safetensors", "trainer/policy.safetensors", "trainer/critic.safetensors"):
         cut, whole = (tmp_path / name / "step-00000006" / file for name in ("cut", "whole"))
         assert cut.read_bytes() == whole.read_bytes(), file
-    assert [m["beta"] for m in rows(tmp_path / "cut")] == [m["beta"] for m in rows(tmp_path / "whole")]
+    cut, whole = ([m.get("beta") for m in rows(tmp_path / name)] for name in ("cut", "whole"))
+    assert cut == whole and len(set(cut)) == 4  # of three rollouts, and None
 
 
 def test_a_reference_moves_and_is_found_again(tiny, tmp_path, odd_is_right):
@@ -139,7 +141,7 @@ def test_a_reference_moves_and_is_found_again(tiny, tmp_path, odd_is_right):
 def test_the_base_of_an_adapter_is_the_reference(tiny, tmp_path, odd_is_right):
     made = config(tiny, tmp_path, 6, finetune={"kind": "lora", "rank": 4}, optim={"lr": 1e-2})
     ppo.train(made)
-    found = [m["kl_k3"] for m in rows(tmp_path) if "loss" in m]
+    found = [m["kl_k3"] for m in rows(tmp_path) if "kl_k3" in m]
     assert found[0] == 0.0 < found[-1]
     with pytest.raises(ConfigError, match="the base of an adapter does not move"):
         ppo.train(config(tiny, tmp_path / "b", 2, finetune={"kind": "lora"}, reference={"every": 1}))
@@ -202,4 +204,56 @@ def test_ppo_goes_on_where_the_judge_fails_on_every_answer(tiny, tmp_path, monke
     monkeypatch.setattr("tritium.stages.ppo.open_reward", lambda *_: broken)
     settings = {"prompts": 2, "group": 1, "epochs": 2, "target_kl": 0.1, "stop_kl": 0.1}
     ppo.train(config(tiny, tmp_path, 2, ppo=settings))
-    assert rows(tmp_path)[-1]["beta"] == 0.05  # nothing was seen that could move it
+    assert rows(tmp_path)[0]["beta"] == 0.05 and len(rows(tmp_path)) == 2
+
+
+@pytest.mark.parametrize(("steps", "updates"), [(2, [1, 2]), (5, [1, 2, 3, 4, 5])])
+def test_steps_are_optimizer_steps_also_where_a_rollout_is_left_half_used(tiny, tmp_path, odd_is_right, steps, updates):
+    settings = {"prompts": 3, "group": 2, "epochs": 4}
+    ppo.train(config(tiny, tmp_path, steps, ppo=settings))
+    found = [m for m in rows(tmp_path) if "loss" in m]
+    assert [m["step"] for m in found] == updates and sum("reward" in m for m in found) == -(-steps // 4)
+
+
+def test_a_kl_that_blows_up_is_counted_and_ends_the_run_at_its_limit(tiny, tmp_path, monkeypatch, odd_is_right):
+    made = config(tiny, tmp_path, 12, reference={"max_kl": 1e-4}, optim={"lr": 3e-2})
+    monkeypatch.setattr("tritium.core.experience.BLOWN_UP", 1e-6)
+    with pytest.raises(TrainingError, match=r"the KL to the reference is .* above reference.max_kl=0.0001"):
+        ppo.train(made)
+    assert [m["kl_blowups"] for m in rows(tmp_path) if "kl_blowups" in m] == [
+        0.0
+    ]  # of the first rollout; then it ended
+    made = config(tiny, tmp_path / "on", 6, optim={"lr": 3e-2})
+    ppo.train(made)
+    assert [m["kl_blowups"] for m in rows(tmp_path / "on") if "kl_blowups" in m] == [0.0, 1.0, 2.0]
+
+
+def test_actor_critic_reference_and_reward_share_a_base(tiny, tmp_path, monkeypatch):
+    """Each is an adapter, or none, on one base in memory; a run that is resumed goes on to the bit."""
+    lora = {"kind": "lora", "rank": 4}
+    sections = {"model": tiny.model, "data": {"sources": [tiny.data("pairs.jsonl")], "bin_tokens": 512}}
+    sections |= {"finetune": lora, "run": {"out": str(tmp_path / "scorer"), "steps": 2, "dtype": "fp32"}}
+    scorer, seen = reward.train(from_dict(reward.Config, sections)).checkpoint, []
+    opened = ppo.open_networks
+    monkeypatch.setattr(ppo, "open_networks", lambda *a: (seen.append(opened(*a)), seen[-1])[1])
+    judges = []
+    monkeypatch.setattr(ppo, "open_reward", lambda *a: (judges.append(open_reward(*a)), judges[-1])[1])
+
+    def run(name: str, steps: int) -> Path:
+        made = config(tiny, tmp_path / name, steps, finetune=lora, reward_model=scorer, optim={"lr": 1e-2})
+        return Path(ppo.train(made).checkpoint)
+
+    whole = run("whole", 4)
+    policy, critic = seen[0]["policy"], seen[0]["critic"].backbone
+    model = judges[0].judges["reward_model"].model.backbone
+    for other in (critic, model):
+        shared = {p.data_ptr() for p in policy.parameters() if not p.requires_grad}
+        own = {p.data_ptr() for p in other.parameters()} - shared
+        adapters = [p for name, p in other.named_parameters() if ".pairs." in name]
+        assert own == {p.data_ptr() for p in adapters} and adapters
+    assert all(p.requires_grad for n, p in critic.named_parameters() if ".pairs." in n)
+    assert not any(p.requires_grad for p in model.parameters())
+    run("cut", 2)
+    cut = run("cut", 4)
+    for file in ("adapter_model.safetensors", "trainer/critic.safetensors"):
+        assert (cut / file).read_bytes() == (whole / file).read_bytes(), file

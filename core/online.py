@@ -1,0 +1,127 @@
+"""Pairs, or answers, that are drawn from the policy as it is trained: online `dpo`, and `distill`.
+
+problems → answers → a judge → the better and the worse of each problem → a few steps → the reference refreshed, …
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tritium.core.batch import Group, PackedBatch, pack, plan_bins
+from tritium.core.config import ConfigError, opt
+from tritium.core.experience import problems_of
+from tritium.core.rewards.model import open_reward
+from tritium.core.rollout import Problem, Rollout, Sample, SamplingConfig, roll_out, sample_document, share
+from tritium.core.tokenizer import Tokenizer
+from tritium.core.trainer import LoopConfig, Trainer
+from tritium.parallel.data import all_reduce_counts
+
+
+@dataclass
+class DrawConfig:
+    """How answers come about, and who judges them."""
+
+    prompts: int = opt(16, "problems of a round, over all ranks")
+    k: int = opt(4, "answers to each")
+    updates: int = opt(1, "optimizer steps of a round")
+    refresh: int = opt(0, "rounds after which the reference becomes the policy (0: it stays)")
+    margin: float = opt(0.0, "by how much the better answer's score must be better, more than this")
+    reward: str = opt("exact", "judges in text; see core/rewards/make.py")
+    reward_model: str = opt("", "folder of a reward model; its score is added")
+    sampling: SamplingConfig = opt(SamplingConfig, "how answers are drawn")
+
+    def __post_init__(self):
+        if not self.sampling.temperature:
+            raise ConfigError("draw.sampling.temperature=0: equal answers teach nothing; it must be positive")
+        for name, least in (("prompts", 1), ("k", 1), ("updates", 1), ("refresh", 0)):
+            if getattr(self, name) < least:
+                raise ConfigError(f"draw.{name}={getattr(self, name)} must be at least {least}")
+
+    def steps(self, run: LoopConfig, problems: int) -> int:
+        """Optimizer steps of a run."""
+        return run.steps or math.ceil(run.epochs * problems / self.prompts) * self.updates
+
+
+@dataclass
+class Rounds:
+    """What a stage that draws takes its batches from. `settings` is its config: `draw`, `data`, `run`. The better
+    answers are the "student"'s, the "teacher"'s, or the "best" of both; without `positive_from`, no pairs are made."""
+
+    trainer: Trainer
+    tokenizer: Tokenizer
+    problems: list[Problem]
+    settings: Any
+    positive_from: str = "student"
+
+    def __post_init__(self):
+        draw, run = self.settings.draw, self.settings.run
+        self.reward = open_reward(draw.reward, draw.reward_model, 0.0, run.dtype, self.trainer.mesh)
+
+    def steps(self, step: int) -> Iterator[tuple[list[PackedBatch], dict[str, float]]]:
+        """The batches of each step of the round that `step` is in, and, with the first, the round's numbers."""
+        draw, trainer = self.settings.draw, self.trainer
+        number, done = divmod(step, draw.updates)
+        with trainer.phase("sample"), trainer.whole(layers=True):
+            groups, numbers = self.pairs(number) if self.positive_from else self.single(number)
+        batches = self.packed(groups)
+        for i in range(done, min(draw.updates, trainer.total_steps - number * draw.updates)):
+            yield batches[i :: draw.updates], numbers
+            numbers = {}
+        if "reference" in trainer.followers and (number + 1) % draw.refresh == 0:
+            trainer.followers["reference"].follow(0.0)
+
+    def answers(self, network: str, number: int, stream: int) -> Rollout:
+        draw = self.settings.draw
+        chosen = share(problems_of(number, self.problems, draw.prompts, self.settings.run.seed), self.trainer.mesh)
+        drawn = {"n": draw.k, "seed": (self.settings.run.seed, number, stream)}
+        return roll_out(self.trainer.networks[network], self.tokenizer, chosen, self.reward, draw.sampling, **drawn)
+
+    def single(self, number: int) -> tuple[list[Group], dict[str, float]]:
+        """This rank's answers of round `number`."""
+        return [[sample_document(s, {})] for s in self.answers("policy", number, 0).samples], {}
+
+    def pairs(self, number: int) -> tuple[list[Group], dict[str, float]]:
+        """This rank's pairs of round `number`, and numbers over all ranks."""
+        alone = self.positive_from == "student"
+        own = self.answers("policy", number, 0)
+        theirs = Rollout([[] for _ in own.groups]) if alone else self.answers("teacher", number, 1)
+        both = list(zip(own.groups, theirs.groups, strict=True))
+        found = [pair_of(*answers, self.positive_from, self.settings.draw.margin) for answers in both]
+        groups = [[sample_document(s, {}) for s in pair] for pair in found if pair]
+        counts = {"tried": len(found), "kept": len(groups), "samples": len(own.samples)}
+        counts |= {"right": sum(s.right for s in own.samples), "failures": sum(own.failures.values())}
+        counts["taught"] = sum(any(p[0] is s for s in t) for p, (_, t) in zip(found, both, strict=True) if p)
+        total = all_reduce_counts({k: float(v) for k, v in counts.items()}, self.trainer.mesh)
+        numbers = {"right": total["right"] / (total["samples"] or 1.0), "verifier_failures": total["failures"]}
+        numbers["pairs_kept"] = total["kept"] / (total["tried"] or 1.0)
+        if not alone:
+            numbers["positives_from_teacher"] = total["taught"] / (total["kept"] or 1.0)
+        return groups, numbers
+
+    def packed(self, groups: list[Group]) -> list[PackedBatch]:
+        """Batches, as many as the round has steps where there are groups for it; pairs with their denominators."""
+        data, lengths = self.settings.data, [sum(map(len, group)) for group in groups]
+        bins = plan_bins(lengths, min(data.bin_tokens, -(-sum(lengths) // self.settings.draw.updates)))
+        batches = []
+        for chosen in ([groups[i] for i in members] for members in bins):
+            counts = pair_counts(chosen) if len(chosen[0]) == 2 else {}
+            batches.append(pack(chosen, counts, data.quantum).to(self.trainer.mesh.device))
+        return batches
+
+
+def pair_counts(pairs: Sequence[Group]) -> dict[str, float]:
+    tokens = [float(sum((pair[i].weights[1:] > 0).sum() for pair in pairs)) for i in (0, 1)]
+    return {"pairs": float(len(pairs)), "positive_tokens": tokens[0], "negative_tokens": tokens[1]}
+
+
+def pair_of(own: list[Sample], theirs: list[Sample], positive_from: str, margin: float) -> tuple[Sample, Sample] | None:
+    """(the best answer of those that may be positive, the student's worst one) where their scores are further apart
+    than `margin`; None where they are not, or no judge judged them."""
+    judged = [s for s in own if s.score is not None]
+    positives = {"student": judged, "teacher": theirs, "best": [*theirs, *judged]}[positive_from]
+    positives = [s for s in positives if s.score is not None]
+    if not judged or not positives:
+        return None
+    best, worst = max(positives, key=lambda s: s.score.value), min(judged, key=lambda s: s.score.value)
+    return (best, worst) if best.score.value - worst.score.value > margin else None
