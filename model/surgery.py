@@ -56,6 +56,27 @@ def with_layers(model: Transformer, order: Sequence[int]) -> Transformer:
 
 
 @torch.no_grad()
+def with_wider_mlps(model: Transformer, times: int) -> Transformer:
+    """A model whose MLPs are `times` as wide, and that computes the same (Net2WiderNet, arXiv 1511.05641, eq. 2).
+
+    Each unit is there `times` times, and what it adds is shared among its copies unevenly: equal ones would have equal
+    gradients, and stay equal. On one process.
+    """
+    config, generator = model.config, torch.Generator().manual_seed(0)
+    wider = replace(config, intermediate_size=times * config.intermediate_size)
+    made = Transformer(wider, model.mesh, model.dtype)
+    for name, p in made.named_parameters():
+        old = model.get_parameter(name)
+        if name.endswith("gate_up"):
+            old = torch.cat([half.repeat(times, 1) for half in old.chunk(2)])  # [2 · times · F, E]
+        elif name.endswith("mlp.down"):
+            shares = torch.rand(times, config.intermediate_size, generator=generator).add_(0.5)  # [times, F]
+            old = old.repeat(1, times) * (shares / shares.sum(0)).flatten().to(old)
+        p.copy_(old)
+    return made
+
+
+@torch.no_grad()
 def with_vocabulary(model: Transformer, rows: Sequence[int], new: int = 0) -> Transformer:
     """A model whose token i is `rows[i]` of this one's, and `new` more tokens after them, each the mean of the others.
 

@@ -5,6 +5,7 @@
     library.jsonl      docstrings and sources of Python's standard library           pretraining
     arithmetic.jsonl   worked problems, one to a document                            pretraining
     cold.jsonl         problems, the reasoning in <think>, then the answer           cold-start SFT
+    worked.jsonl       more of them                                                  a teacher
     chat.jsonl         the same, questions about Python functions, multi-turn chat   overall SFT
                        (most answers to stories are bare results, as people give them)
     sample.jsonl, rl.jsonl, test.jsonl   {"question", "answer"}                      sampling, RL, evaluation
@@ -35,6 +36,7 @@ class Config:
     arithmetic: int = opt(60_000, "worked problems for pretraining")
     cold: int = opt(1_500, "problems of the cold start")
     chat: int = opt(4_000, "conversations of the overall SFT")
+    worked: int = opt(4_000, "problems that a teacher learns, all with their working")
     sample: int = opt(800, "problems to sample answers to")
     rl: int = opt(6_000, "problems for reinforcement learning")
     test: int = opt(500, "held-out problems")
@@ -58,6 +60,7 @@ def train(config: Config) -> Result:
         "arithmetic": [{"text": equation(p)} for p in fresh(1, config.arithmetic)],
         "cold": [{"messages": turns(p.question, chat_answer(p))} for p in fresh(2, config.cold)],
         "chat": [{"messages": m} for m in overall(chat, config.seed)],
+        "worked": [{"messages": turns(p.question, chat_answer(p))} for p in fresh(6, config.worked)],
         "sample": [question(p) for p in fresh(4, config.sample)],
         "rl": [in_company(p) if i % 4 == 0 else question(p) for i, p in enumerate(fresh(5, config.rl))],
         "test": [question(p) for p in test],

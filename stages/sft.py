@@ -8,7 +8,7 @@ documents are packed without padding and do not see each other. See core/formats
 
 from dataclasses import dataclass
 
-from tritium.core.config import REQUIRED, opt
+from tritium.core.config import REQUIRED, ConfigError, opt
 from tritium.core.data import DataConfig, open_records
 from tritium.core.formats import Skipped
 from tritium.core.groups import conversation_group, feedback_group
@@ -17,6 +17,7 @@ from tritium.core.optim import OptimConfig
 from tritium.core.schedule import ScheduleConfig
 from tritium.core.setup import FinetuneConfig, MeshConfig, load_model, load_tokenizer, start
 from tritium.core.trainer import Result, RunConfig, Trainer
+from tritium.model.surgery import with_wider_mlps
 
 LOSSES = {"cross_entropy": CrossEntropy, "dft": DynamicFineTuning, "unlikelihood": Unlikelihood}
 
@@ -25,6 +26,7 @@ LOSSES = {"cross_entropy": CrossEntropy, "dft": DynamicFineTuning, "unlikelihood
 class Config:
     model: str = opt(REQUIRED, "folder of the model to start from, with its tokenizer")
     loss: str = opt("cross_entropy", "of a token; unlikelihood: of good and bad answers", choices=tuple(LOSSES))
+    widen: int = opt(1, "train a model whose MLPs are so many times as wide, and that begins as the same function")
     data: DataConfig = opt(DataConfig, "conversations; unlikelihood: answers with a label, or pairs")
     optim: OptimConfig = opt(OptimConfig, "optimizer")
     schedule: ScheduleConfig = opt(ScheduleConfig, "learning rate over the run")
@@ -32,11 +34,19 @@ class Config:
     mesh: MeshConfig = opt(MeshConfig, "parallelism")
     finetune: FinetuneConfig = opt(FinetuneConfig, "what of the model is trained")
 
+    def __post_init__(self):
+        if self.widen < 1 or (self.widen > 1 and self.finetune.kind != "full"):
+            raise ConfigError(f"widen={self.widen} must be at least 1, and goes with finetune.kind=full")
+
 
 def train(config: Config) -> Result:
     """Fine-tune `config.model` on conversations; the result's metrics hold `eval_loss` per supervised token."""
     mesh = start(config, "sft")
     model = load_model(config.model, config.run.dtype, mesh, finetune=config.finetune, seed=config.run.seed)
+    if config.widen > 1:
+        if mesh.world_size > 1:
+            raise ConfigError(f"widen={config.widen} is for one process: train it there first, then on the mesh")
+        model = with_wider_mlps(model, config.widen)
     tokenizer = load_tokenizer(config.model, model, config.data.template)
     skipped = Skipped(config.data.on_error)
     bad_too = config.loss == "unlikelihood"

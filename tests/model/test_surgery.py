@@ -96,3 +96,13 @@ def test_the_commands(tiny, tmp_path, capsys):
     ):
         assert cli.main(["surgery", *command]) == 2
         assert words in capsys.readouterr().err
+
+
+def test_wider_mlps_compute_the_same_and_learn_apart():
+    model = build()
+    wider = surgery.with_wider_mlps(model, 2)
+    assert wider.config.intermediate_size == 2 * model.config.intermediate_size
+    torch.testing.assert_close(wider.logits(TOKENS), model.logits(TOKENS), rtol=0, atol=1e-5)
+    wider.logits(TOKENS).square().sum().backward()
+    first, second = wider.layers[0].mlp.gate_up.grad[: wider.config.intermediate_size].chunk(2)
+    assert not torch.allclose(first, second)  # else the copies would stay copies

@@ -9,7 +9,7 @@ import pytest
 from tritium.core.config import ConfigError
 from tritium.stages import evaluate, run
 
-NAMES = ["corpus", "tokenizer", "pretrain", "cold", "sft", "sample", "reward", "dpo", "grpo", "ppo"]
+NAMES = ["corpus", "tokenizer", "pretrain", "cold", "sft", "sample", "reward", "dpo", "teach", "distill", "grpo", "ppo"]
 KEYS = {"name", "metric", "before", "after", "higher_is_better", "seconds", "tokens_per_second", "checkpoint"}
 
 
@@ -181,6 +181,54 @@ def test_a_model_is_measured_once_and_anew_where_it_or_the_test_changed(tiny, tm
     run.train(run.Config(recipe=str(recipe), out=str(out)))
     assert capsys.readouterr().err.count("already done") == 2
     assert all(row["after"] < row["before"] and not row["higher_is_better"] for row in rows(out))
+
+
+PHASES = """
+[stages.stem]
+kind = "grpo"
+metric = "right"
+[stages.stem.config]
+model = "{model}"
+grpo = {{ prompts = 3, group = 2, beta = 0.02 }}
+data.sources = ["{problems}"]
+sampling.max_tokens = 4
+run = {{ steps = 1, dtype = "fp32" }}
+[stages.style]
+kind = "grpo"
+metric = "reward"
+[stages.style.config]
+model = "{{stem}}"
+reference.model = "{model}"
+reward = "-0.5*repetition"
+grpo = {{ algorithm = "rloo", prompts = 2, group = 2, beta = 0.05 }}
+data.sources = ["{other}"]
+sampling.max_tokens = 4
+run = {{ steps = 1, dtype = "fp32" }}
+[stages.preference]
+kind = "ppo"
+metric = "right"
+[stages.preference.config]
+model = "{{style}}"
+reward = "exact"
+ppo = {{ prompts = 2, group = 2, epochs = 1, beta = 0.1 }}
+data.sources = ["{problems}"]
+sampling.max_tokens = 4
+run = {{ steps = 1, dtype = "fp32" }}
+"""
+
+
+def test_phases_of_reinforcement_learning_each_have_prompts_rewards_and_a_kl(tiny, tmp_path, quick):
+    (other := tmp_path / "other.jsonl").write_text('{"question": "Say a word.", "answer": "word"}\n' * 2)
+    recipe, given = tmp_path / "phases.toml", {"model": tiny.model, "problems": tiny.data("problems.jsonl")}
+    recipe.write_text(PHASES.format(**given, other=other))
+    run.train(run.Config(recipe=str(recipe), out=str(tmp_path / "out")))
+    assert [row["name"] for row in rows(tmp_path / "out")] == ["stem", "style", "preference"]
+    numbers = {}
+    for name in ("stem", "style", "preference"):
+        (line,) = (tmp_path / "out" / name / "metrics.jsonl").read_text().splitlines()
+        numbers[name] = json.loads(line)
+        assert numbers[name]["kl_k3"] >= 0
+    assert "reward/repetition" in numbers["style"] and "reward/repetition" not in numbers["preference"]
 
 
 RECIPE = """
