@@ -199,7 +199,7 @@ metric = "reward"
 [stages.style.config]
 model = "{{stem}}"
 reference.model = "{model}"
-reward = "-0.5*repetition"
+reward = "exact - 0.5*repetition"
 grpo = {{ algorithm = "rloo", prompts = 2, group = 2, beta = 0.05 }}
 data.sources = ["{other}"]
 sampling.max_tokens = 4
