@@ -23,8 +23,10 @@ import torch
 
 from tritium.core.muon import owners, pieces
 from tritium.kernels.attention_torch import KEPT_BYTES, ROWS
+from tritium.kernels.backend import fp32_is_faster
 from tritium.kernels.head import TILE_ROWS
 from tritium.kernels.head_triton import TILE_BYTES
+from tritium.kernels.wide import ROWS as BLOCK
 from tritium.model.cache import PAGE, cache_pages
 from tritium.model.config import ModelConfig
 from tritium.model.transformer import HEAD_ROWS, Transformer
@@ -281,6 +283,11 @@ class Plan:
         return self.itemsize * t * self.model.hidden_size + WIDE * tokens * self.model.head_dim + batches
 
     @property
+    def widens(self) -> bool:
+        """Whether a CPU multiplies what is in bf16 in fp32 (kernels/wide.py)."""
+        return self.machine.device == "cpu" and self.itemsize < WIDE and fp32_is_faster(torch.bfloat16)
+
+    @property
     def head_working(self) -> int:
         """The head's saved rows and few vectors, and what its backward makes (kernels/head.py): dhidden in fp32,
         dweight and a tile; then, at levels 2 and 3, the root's whole gradient.
@@ -290,24 +297,33 @@ class Plan:
         if self.machine.device == "cpu":
             rows = max(1, min(n, TILE_ROWS))
             columns = min(v, TILE_BYTES["cpu"] // (4 * rows))
-            sums = (1 if (rows, columns) == (n, v) else 2) * WIDE * columns * e  # and the last tile's product
-            product = (WIDE + (b if b < WIDE else 0)) * max(columns, rows) * e
+            tile = 2 * WIDE * rows * columns + WIDE * columns * e  # logits, softmax, the sum of a chunk's dweight
+            passing = 0
+            if self.widens:  # the hidden states, and the words of a chunk while those of the next are made
+                tile, passing = tile + WIDE * (n + columns) * e, WIDE * columns * e * (columns < v)
+            elif b < WIDE:  # the tile in bf16, and a product in both dtypes
+                tile, passing = tile + b * rows * columns, (WIDE + b) * max(columns, rows) * e
             if self.mesh.cp * self.mesh.tp > 1:  # joined with others, the entropy has a gradient too, if one of zeros
-                product = max(product, WIDE * rows * columns)
-            tile = (2 * WIDE + b) * rows * columns + sums + product
+                passing = max(passing, WIDE * rows * columns)
+            tile += passing
         return n * (b * e + 10 * WIDE) + b * v * e + max(WIDE * n * e + tile, b * n * e + self.reduced(0))
 
     @property
     def layer_working(self) -> int:
         """The most that the last layer's backward adds, at `down`, at SwiGLU, or at `gate_up`.
 
-        (Attention's adds less than what the MLP has given back by then.) A tied head's gradient waits for the
+        (Attention's adds less than what the MLP has given back by then, or little more where it is widened.) A tied head's gradient waits for the
         embedding's, to be added to it.
         """
-        tokens, e, f = self.split.local, self.model.hidden_size, self.f
+        tokens, e, f, b = self.split.local, self.model.hidden_size, self.f, self.itemsize
         swiglu = (4 if self.machine.device == "cpu" else 2) * tokens * f
-        most = max(tokens * f + e * f, swiglu, tokens * e + 2 * e * f - tokens * f)
-        return self.itemsize * (tokens * e + most + (self.v * e if self.model.tie_embeddings else 0))
+        down, gate_up = b * (tokens * f + e * f), b * (tokens * e + 2 * e * f - tokens * f)
+        if self.widens:  # the weight's gradient in fp32, and blocks of rows of what it is the product of
+            block = WIDE * min(BLOCK, tokens)
+            down += WIDE * e * f + max(0, block * (e + f) - b * e * f)
+            gate_up += WIDE * 2 * e * f + max(0, block * (e + 2 * f) - b * 2 * e * f)
+        waiting = self.v * e if self.model.tie_embeddings else 0
+        return b * (tokens * e + waiting) + max(down, b * swiglu, gate_up)
 
     # ------------------------------------------------------------------------------------------ collectives
 
