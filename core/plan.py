@@ -312,8 +312,8 @@ class Plan:
     def layer_working(self) -> int:
         """The most that the last layer's backward adds, at `down`, at SwiGLU, or at `gate_up`.
 
-        (Attention's adds less than what the MLP has given back by then, or little more where it is widened.) A tied head's gradient waits for the
-        embedding's, to be added to it.
+        (Attention's adds less than what the MLP has given back by then, or little more where it is widened.) A tied
+        head's gradient waits for the embedding's, to be added to it.
         """
         tokens, e, f, b = self.split.local, self.model.hidden_size, self.f, self.itemsize
         swiglu = (4 if self.machine.device == "cpu" else 2) * tokens * f
