@@ -51,6 +51,12 @@ ESCAPES = {
     "fills the disk": "n = 0\nfor i in range(100):\n    with open(f'f{i}', 'wb') as f:\n"
     "        for _ in range(16): n += f.write(bytes(1 << 20))\nif n > 1 << 28: print('ESCAPED')",
     "connects by TCP": "import socket\ns = socket.create_connection(('127.0.0.1', PORT), 1)\nprint('ESCAPED')",
+    "connects to a socket in the file system": "import socket\ns = socket.socket(socket.AF_UNIX)\n"
+    "s.connect('VICTIM/door')\nprint('ESCAPED')",
+    "changes files outside without opening them": "import os\nfor change in (os.utime, lambda p: os.chmod(p, 0o777),\n"
+    "               lambda p: os.chown(p, 0, 0), lambda p: os.setxattr(p, 'user.a', b'x'),\n"
+    "               lambda p: os.truncate(p, 0)):\n"
+    "    try: change('VICTIM/secret'); print('ESCAPED')\n    except OSError: pass",
     "sends by UDP": "import socket\ns = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)\n"
     "s.sendto(b'x', ('127.0.0.1', PORT))\nprint('ESCAPED')",
     "vsock, netlink": "import socket\nfor k in (40, 16, 17, 38):\n"
@@ -58,6 +64,14 @@ ESCAPES = {
     "    except OSError: pass",
     "kills its parents": "import os\nfor p in (os.getppid(), PARENT, 1, -1):\n"
     "    try: os.kill(p, 9)\n    except OSError: pass",
+    "kills its parents through a pipe": "import fcntl, os, socket, time\nfor p in (os.getppid(), PARENT):\n"
+    "    a, b = socket.socketpair()\n"
+    "    for command, value in ((10, 9), (8, p), (4, 0o20000)):  # signal, owner, async\n"
+    "        try: fcntl.fcntl(a, command, value)\n        except OSError: pass\n"
+    "    try: fcntl.ioctl(a, 0x8901, p.to_bytes(4, 'little'))\n    except OSError: pass\n"
+    "    b.send(b'x')\ntime.sleep(0.2)",
+    "leaves memory behind": "import ctypes\nl = ctypes.CDLL(None)\nl.shmget(0x74726974, 4096, 0o1666)\n"
+    "l.msgget(0x74726974, 0o1666)\nl.semget(0x74726974, 1, 0o1666)",
     "ptrace by ctypes": "import ctypes, os\nl = ctypes.CDLL(None)\n"
     "if l.ptrace(16, os.getppid(), 0, 0) == 0: print('ESCAPED')",
     "crashes by ctypes": "import ctypes\nctypes.string_at(0)",
@@ -104,8 +118,10 @@ class Verdict:
 
 def attempt(name: str, at: str, limits: Limits = LIMITS) -> Verdict:
     """Run one program at a level, look for what it left, and have it judged."""
-    with tempfile.TemporaryDirectory() as folder, listener() as server:
+    with tempfile.TemporaryDirectory() as folder, listener() as server, socket.socket(socket.AF_UNIX) as door:
         Path(folder, "secret").write_text("secret")
+        door.bind(f"{folder}/door")
+        door.listen()
         words = {"PARENT": os.getpid(), "VICTIM": folder, "PORT": server.getsockname()[1], "MARK": Path(folder).name}
         program = ESCAPES[name].replace("HOME", str(Path.home()))
         for word, value in words.items():
@@ -118,7 +134,7 @@ def attempt(name: str, at: str, limits: Limits = LIMITS) -> Verdict:
         files = {
             p for d in ("/", "/tmp", "/usr", "/var/tmp", "/dev/shm", folder) for p in Path(d).glob("tritium-escaped")
         }
-        left = [*(str(p) for p in files - before), *running(Path(folder).name)]
+        left = [*(str(p) for p in files - before), *running(Path(folder).name), *shared_memory()]
         score = Code(seconds=limits.seconds, memory=limits.memory, at=at)([], program, reference=TASK).value
     contained = "ESCAPED" not in outcome.stdout and not left and seconds < limits.seconds + 5
     return Verdict(contained, outcome.killed and f"killed: {outcome.killed}" or last_word(outcome), score, seconds)
@@ -136,6 +152,12 @@ def listener() -> socket.socket:
     server.bind(("127.0.0.1", 0))
     server.listen()
     return server
+
+
+def shared_memory() -> list[str]:
+    """What "leaves memory behind" has left."""
+    tables = [Path("/proc/sysvipc") / name for name in ("shm", "msg", "sem")]
+    return [str(table) for table in tables if table.exists() and str(0x74726974) in table.read_text().split()]
 
 
 def running(mark: str) -> list[str]:

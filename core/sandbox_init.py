@@ -34,9 +34,16 @@ CALLS = {  # (x86_64, aarch64); None: does not exist there
     },
     "confined": {
         *((62, 129), (200, 130), (234, 131), (129, 138), (297, 240), (434, 434), (424, 424)),  # signals
-        *((310, 270), (311, 271), (302, 261), (57, None), (58, None)),  # other processes' memory and limits, fork
+        *((310, 270), (311, 271), (302, 261), (440, 440), (57, None), (58, None)),  # others' memory and limits, fork
+        *((141, 140), (203, 122), (142, 118), (144, 119), (314, 274), (251, 30)),  # and when they run
+        *((41, 198), (29, 194), (68, 186), (64, 190), (240, 180)),  # sockets; what outlives a process in memory
+        *((90, None), (91, 52), (268, 53), (452, 452), (92, None), (93, 55), (94, None), (260, 54)),  # modes, owners:
+        *((132, None), (235, None), (261, None), (280, 88), (76, 45)),  # Landlock does not see them; times, truncate
+        *((188, 5), (189, 6), (190, 7), (197, 14), (198, 15), (199, 16), (463, 463), (466, 466)),  # attributes
     },
 }
+# Whom a pipe's data signals: (call, argument, its values): F_SETOWN, F_SETOWN_EX; FIOSETOWN, SIOCSPGRP
+OWNERS = (((72, 25), 1, (8, 15)), ((16, 29), 1, (0x8901, 0x8902)))
 SOCKET, CLONE, CLONE3 = (41, 198), (56, 220), (435, 435)
 
 libc = ctypes.CDLL(None, use_errno=True)
@@ -109,7 +116,8 @@ def limit(spec: dict, processes: bool) -> None:
 
 
 def filter_calls(confined: bool) -> None:
-    """A seccomp filter: no sockets but AF_UNIX, no namespaces, and where `confined` no signals and no forks."""
+    """A seccomp filter: no sockets but AF_UNIX, no namespaces; where `confined` no socket at all, no signals, no forks,
+    and nothing that Landlock does not see: it governs what is opened, made and removed, not modes, owners, times."""
     machine = platform.machine()
     if machine not in AUDIT:
         raise OSError(f"no table of system calls for {machine}")
@@ -118,14 +126,13 @@ def filter_calls(confined: bool) -> None:
     deny, no_such = 0x00050000 | 1, 0x00050000 | 38
     rows = [(load, 0, 0, 4), (equal, 1, 0, AUDIT[machine]), (give, 0, 0, 0x80000000), (load, 0, 0, 0)]
     rows += [(at_least, 0, 1, 0x40000000), (give, 0, 0, deny)]  # x32
-    for number in sorted(
-        n for key in ("always", "confined")[: 1 + confined] for n in (c[which] for c in CALLS[key]) if n
-    ):
+    calls = CALLS["always"] | (CALLS["confined"] if confined else set())
+    for number in sorted(call[which] for call in calls if call[which]):
         rows += [(equal, 0, 1, number), (give, 0, 0, deny)]
-    rows += [
-        (equal, 0, 1, CLONE3[which]),
-        (give, 0, 0, no_such),
-    ]  # its flags are out of sight: libc falls back on clone
+    for call, argument, values in OWNERS if confined else ():
+        refused = [row for value in values for row in ((equal, 0, 1, value), (give, 0, 0, deny))]
+        rows += [(equal, 0, len(refused) + 2, call[which]), (load, 0, 0, 16 + 8 * argument), *refused, (load, 0, 0, 0)]
+    rows += [(equal, 0, 1, CLONE3[which]), (give, 0, 0, no_such)]  # flags out of sight: libc falls back on clone
     rows += [(equal, 0, 4, SOCKET[which]), (load, 0, 0, 16), (equal, 1, 0, 1), (give, 0, 0, deny), (load, 0, 0, 0)]
     allowed = (any_bit, 1, 0, THREAD) if confined else (any_bit, 0, 1, NEW_USER)
     rows += [(equal, 0, 4, CLONE[which]), (load, 0, 0, 16), allowed, (give, 0, 0, deny), (load, 0, 0, 0)]

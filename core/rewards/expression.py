@@ -94,7 +94,7 @@ class Expression:
             n = base.fraction()  # of something else it is no value that we know
             if self.inexact or n.denominator != 1 or not 0 <= n <= 1000:
                 raise ValueError(f"{n}!")
-            self.take(f"*{factorial(n.numerator - 1) if n else 1}")  # n! = n · (n − 1)!
+            self.take(f"*{factorial(n.numerator - 1)}" if n else "**0")  # n! = n · (n − 1)!; 0! = 1 = 0⁰
             base = Ratio.of(factorial(n.numerator))
         if self.peek() in ("^", "**"):
             self.take("**")

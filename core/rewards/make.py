@@ -98,13 +98,12 @@ class Clip(Composed):
     high: float = 1.0
 
     def batch(self, answers: Sequence[Answer]) -> list[Score | Exception]:
-        def clipped(score: Score | Exception) -> Score | Exception:
-            if isinstance(score, Exception):
-                return score
-            value, *steps = (min(max(v, self.low), self.high) for v in (score.value, *score.steps))
-            return replace(score, value=value, steps=tuple(steps), right=score.solved)
+        given = scores(self.judge, answers)
+        return [score if isinstance(score, Exception) else self.clipped(score) for score in given]
 
-        return [clipped(score) for score in scores(self.judge, answers)]
+    def clipped(self, score: Score) -> Score:
+        value, *steps = (min(max(v, self.low), self.high) for v in (score.value, *score.steps))
+        return replace(score, value=value, steps=tuple(steps), right=score.solved)
 
 
 @dataclass(frozen=True)
