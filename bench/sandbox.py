@@ -53,6 +53,9 @@ ESCAPES = {
     "connects by TCP": "import socket\ns = socket.create_connection(('127.0.0.1', PORT), 1)\nprint('ESCAPED')",
     "connects to a socket in the file system": "import socket\ns = socket.socket(socket.AF_UNIX)\n"
     "s.connect('VICTIM/door')\nprint('ESCAPED')",
+    "sends letters by a pair of sockets": "import socket\nfor kind in (2, 3):\n"
+    "    try:\n        a, b = socket.socketpair(socket.AF_UNIX, kind)\n"
+    "        a.sendto(b'x', 'VICTIM/letters'); print('ESCAPED')\n    except OSError: pass",
     "changes files outside without opening them": "import os\nfor change in (os.utime, lambda p: os.chmod(p, 0o777),\n"
     "               lambda p: os.chown(p, 0, 0), lambda p: os.setxattr(p, 'user.a', b'x'),\n"
     "               lambda p: os.truncate(p, 0)):\n"
@@ -118,10 +121,15 @@ class Verdict:
 
 def attempt(name: str, at: str, limits: Limits = LIMITS) -> Verdict:
     """Run one program at a level, look for what it left, and have it judged."""
-    with tempfile.TemporaryDirectory() as folder, listener() as server, socket.socket(socket.AF_UNIX) as door:
+    unix, datagrams = socket.AF_UNIX, socket.SOCK_DGRAM
+    with (
+        tempfile.TemporaryDirectory() as folder, listener() as server,
+        socket.socket(unix) as door, socket.socket(unix, datagrams) as letters,
+    ):  # fmt: skip
         Path(folder, "secret").write_text("secret")
         door.bind(f"{folder}/door")
         door.listen()
+        letters.bind(f"{folder}/letters")
         words = {"PARENT": os.getpid(), "VICTIM": folder, "PORT": server.getsockname()[1], "MARK": Path(folder).name}
         program = ESCAPES[name].replace("HOME", str(Path.home()))
         for word, value in words.items():

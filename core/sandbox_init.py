@@ -42,8 +42,11 @@ CALLS = {  # (x86_64, aarch64); None: does not exist there
         *((188, 5), (189, 6), (190, 7), (197, 14), (198, 15), (199, 16), (463, 463), (466, 466)),  # attributes
     },
 }
-# Whom a pipe's data signals: (call, argument, its values): F_SETOWN, F_SETOWN_EX; FIOSETOWN, SIOCSPGRP
-OWNERS = (((72, 25), 1, (8, 15)), ((16, 29), 1, (0x8901, 0x8902)))
+REFUSED = (  # where `confined`, by an argument's value: (call, which argument, its values)
+    ((72, 25), 1, (8, 15)),  # fcntl: whom a pipe's data signals
+    ((16, 29), 1, (0x8901, 0x8902)),  # ioctl: the same
+    ((53, 199), 1, tuple(kind | flags for kind in (2, 3) for flags in (0, 0x800, 0x80000, 0x80800))),  # datagrams
+)
 SOCKET, CLONE, CLONE3 = (41, 198), (56, 220), (435, 435)
 
 libc = ctypes.CDLL(None, use_errno=True)
@@ -129,7 +132,7 @@ def filter_calls(confined: bool) -> None:
     calls = CALLS["always"] | (CALLS["confined"] if confined else set())
     for number in sorted(call[which] for call in calls if call[which]):
         rows += [(equal, 0, 1, number), (give, 0, 0, deny)]
-    for call, argument, values in OWNERS if confined else ():
+    for call, argument, values in REFUSED if confined else ():
         refused = [row for value in values for row in ((equal, 0, 1, value), (give, 0, 0, deny))]
         rows += [(equal, 0, len(refused) + 2, call[which]), (load, 0, 0, 16 + 8 * argument), *refused, (load, 0, 0, 0)]
     rows += [(equal, 0, 1, CLONE3[which]), (give, 0, 0, no_such)]  # flags out of sight: libc falls back on clone
