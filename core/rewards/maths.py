@@ -123,7 +123,7 @@ def same(a: Value, b: Value, until: float) -> bool:
         return False
     if kinds == {"number"}:
         return same_number(a, b, until)
-    if kinds == {"="}:
+    if kinds in ({"="}, {"≠"}):
         return proportional(a.items[0], b.items[0])
     if kinds <= {"set", "list"} or kinds == {"union"}:  # unordered; in brackets, what is there twice counts once
         if kinds == {"list"} and len(a.items) != len(b.items):
@@ -149,8 +149,9 @@ def same_number(a: Value, b: Value, until: float) -> bool:
         return dim_a == dim_b and f == g and same_by_sympy(a.text, b.text, until)
     if (a.unit == "%") != (b.unit == "%") and a.ratio.same(b.ratio) and not is_small(b.ratio):
         return True  # "50%" where "50" is asked for
-    f, g = (f if dim_a and dim_b or not dim_a else Fraction(1)), (g if dim_a and dim_b or not dim_b else Fraction(1))
-    return a.ratio.times(Ratio.of(f)).same(b.ratio.times(Ratio.of(g)))  # a unit may be left unsaid
+    if bool(dim_a) != bool(dim_b):  # a unit may be left unsaid
+        f, g = (Fraction(1) if dim else factor for dim, factor in ((dim_a, f), (dim_b, g)))
+    return a.ratio.times(Ratio.of(f)).same(b.ratio.times(Ratio.of(g)))
 
 
 def measure(unit: str) -> tuple[frozenset, Fraction]:
@@ -248,23 +249,25 @@ def parse_all(parts) -> tuple[Value, ...]:
 
 
 def relation(sides: list[str]) -> Value:
-    """An inequality in a variable is an interval; any other compares its sides. `sides` come with the signs between."""
-    if len({*sides[1::2]} & {*"<≤"}) and not {*sides[1::2]} <= {*"<≤"}:
-        raise ValueError("signs that point both ways")
-    if sides[1] in ">≥":
+    """An inequality in a variable is an interval; any other compares its sides. `sides` come with the signs between.
+
+    Raises: ValueError where the signs do not go together.
+    """
+    if {*sides[1::2]} <= {*">≥"}:
         sides = [{">": "<", "≥": "≤"}.get(side, side) for side in reversed(sides)]
-    signs, variable = sides[1::2], [bool(re.fullmatch("[a-zA-Z](?:_\\w+)?", side)) for side in sides[::2]]
+    signs, sides = sides[1::2], sides[::2]
+    variable = [bool(re.fullmatch(r"[a-zA-Z](?:_\w+)?", side)) for side in sides]
     if {*signs} <= {*"<≤"} and variable in ([True, False], [False, True], [False, True, False]):
-        ends = {(True, False): ["-infty", sides[-1]], (False, True): [sides[0], "infty"]}
-        low, high = ends.get(tuple(variable), [sides[0], sides[-1]])
+        low = "-infty" if variable[0] else sides[0]
+        high = "infty" if variable[-1] else sides[-1]
         opened = "(" if variable[0] or signs[0] == "<" else "["
         closed = ")" if variable[-1] or signs[-1] == "<" else "]"
-        return Value(opened + closed, (number(low), number(high)), name=sides[2 * variable.index(True)])
-    if len(sides) != 3:
-        raise ValueError("several signs")
+        return Value(opened + closed, (number(low), number(high)), name=sides[variable.index(True)])
+    if len(signs) != 1:
+        raise ValueError(f"the signs {', '.join(signs)}")
     if signs[0] in "=≠":
-        return Value(signs[0], (number(f"({sides[0]})-({sides[2]})"),))
-    return Value(signs[0], (number(sides[0]), number(sides[2])))
+        return Value(signs[0], (number(f"({sides[0]})-({sides[1]})"),))
+    return Value(signs[0], tuple(number(side) for side in sides))
 
 
 def split_list(text: str) -> list[str]:
