@@ -107,7 +107,8 @@ def settings_of(method: str, config: Config, answers: str) -> dict[str, Any]:
         options = {"prompts": 64, "group": 4, "epochs": 2, "beta": 0.01, "value_warmup": 1, "critic_lr": 2.0}
         return rl | {"reward": "exact", "ppo": options}
     if method == "distill":
-        return rl | {"mode": "dual", "teacher": config.teacher, "prompts": 32, "optim": {"lr": 1e-4}}
+        draw = {"prompts": 32, "sampling": rl.pop("sampling")}
+        return rl | {"mode": "dual", "teacher": config.teacher, "draw": draw, "optim": {"lr": 1e-4}}
     return rl | {"grpo": {"algorithm": {"grpo": "dapo"}.get(method, method), "prompts": 32, "group": 8}}
 
 
