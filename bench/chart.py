@@ -63,6 +63,8 @@ def _bar(row: Mapping[str, Any], y: int, ours: bool) -> list[str]:
 
 
 def _label(row: Mapping[str, Any]) -> str:
+    if row.get("label"):
+        return row["label"]
     if row["ms"] is None:
         return (row["reason"] or row["status"])[:100]
     parts = [f"{row['ms']:.4g} ms"]

@@ -1,8 +1,8 @@
 """Those who train the same model on the same data, each in a process of its own: `python -m tritium.bench.contenders`.
 
-A contender is a generator of steps: it yields (real tokens, loss or None) after each. The process takes a turn when it
-reads a line: some steps, then a line of JSON. Between turns it waits, so that contenders take turns on one machine, and
-each has its own peak memory.
+A contender is a generator of steps: it yields (real tokens, loss or None, seconds by part or {}) after each. The
+process takes a turn when it reads a line: some steps, then a line of JSON. Between turns it waits, so that contenders
+take turns on one machine, and each has its own peak memory.
 """
 
 import json
@@ -23,18 +23,23 @@ from tritium.core.batch import Document, pack, plan_bins
 from tritium.core.config import opt
 from tritium.core.kept import Kept
 from tritium.core.metrics import Metrics
-from tritium.core.objectives import CrossEntropy, PairOptions, Pairwise, Preference
+from tritium.core.objectives import CrossEntropy, Distill, PairOptions, Pairwise, Preference
+from tritium.core.objectives.policy import PPO, PolicyGradient
 from tritium.core.optim import OptimConfig
+from tritium.core.rollout import Problem, Sample, sample_document
 from tritium.core.schedule import ScheduleConfig
-from tritium.core.setup import load_model
+from tritium.core.setup import FinetuneConfig, load_model
 from tritium.core.trainer import RunConfig, Trainer
 from tritium.model.config import ModelConfig
+from tritium.model.generate import generate
 from tritium.model.heads import ScalarModel
 from tritium.parallel.mesh import Mesh
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LR = 1e-5  # of everyone, with AdamW: the work does not depend on it
-Steps = Iterator[tuple[int, float | None]]
+GROUP, NEW = 8, 64  # answers to a prompt, and tokens of each, where answers are sampled
+SAMPLED = ("grpo", "ppo")
+Steps = Iterator[tuple[int, float | None, dict[str, float]]]
 
 
 @dataclass
@@ -42,7 +47,7 @@ class Work:
     """What is trained: `groups` holds the documents of a record ([document], or [chosen, rejected]) as token ids, and
     `prompts` how many of a record's first tokens are not learned."""
 
-    kind: str  # "pretrain", "sft", "reward" or "dpo"
+    kind: str  # a stage of bench/train.py
     folder: str  # the starting weights, a Hugging Face folder in fp32
     shape: ModelConfig
     bin_tokens: int
@@ -51,9 +56,12 @@ class Work:
 
     def batches(self) -> Iterator[list[int]]:
         """The records of a step, endlessly: as many as fill about `bin_tokens` without being cut."""
-        bins = plan_bins([sum(map(len, group)) for group in self.groups], self.bin_tokens)
         while True:
-            yield from bins
+            yield from plan_bins([self.tokens(group) for group in self.groups], self.bin_tokens)
+
+    def tokens(self, group: list[list[int]]) -> int:
+        """Of a record, with the answers that will be sampled."""
+        return sum(map(len, group)) if self.kind not in SAMPLED else GROUP * (len(group[0]) + NEW)
 
     @classmethod
     def read(cls, path: str) -> "Work":
@@ -76,28 +84,70 @@ class _Loop(Trainer):
         return 1.0  # the table has its own
 
 
-def tritium(work: Work) -> Steps:
+def tritium(work: Work, dtype: str = "bf16") -> Steps:
     """Packed streams, `Trainer.step`: forward, backward, clip, AdamW with fp32 masters and moments."""
     mesh = Mesh.single(torch.device(DEVICE))
-    model = load_model(work.folder, "bf16", mesh)
-    networks: dict[str, torch.nn.Module] = {"policy": model}
-    objective: Any = CrossEntropy()
-    if work.kind == "reward":
-        networks, objective = {"reward": ScalarModel(model).initialize(0)}, Pairwise()
-    if work.kind == "dpo":
-        networks["reference"] = load_model(work.folder, "bf16", mesh, frozen=True)
-        objective = Preference(options=PairOptions(), kept=Kept())
+    networks, objective = _networks(work, mesh, dtype)
     settings = Settings(RunConfig(out=f"{work.folder}/run"), OptimConfig(lr=LR), ScheduleConfig(kind="constant"))
     loop = _Loop(networks, objective, settings, mesh, name="", total_steps=1 << 30)
     loop.metrics = Metrics(None, main=False, total_steps=1, name="")
+    loop.stepped_at = time.perf_counter()
     for number, members in enumerate(work.batches()):
-        groups, pairs = [_documents(work, i) for i in members], {"pairs": float(len(members))}
-        batch = pack(groups, pairs, multiple_of=max(work.bin_tokens // 8, 1)).to(mesh.device)
-        tokens = sum(len(d) for i in members for d in work.groups[i])
-        first = loop.evaluate([batch])["eval_loss"] if number == 0 else None
-        loop.stepped_at = time.perf_counter()
+        if work.kind in SAMPLED:
+            groups = _sampled(work, loop, members, number)
+        else:
+            groups = [_documents(work, i) for i in members]
+        with loop.phase("data"):
+            pairs = {"pairs": float(len(members))}
+            batch = pack(groups, pairs, multiple_of=max(work.bin_tokens // 8, 1)).to(mesh.device)
+        first = None
+        if work.kind in SAMPLED:
+            loop.estimate([batch])
+        elif number == 0:
+            first = loop.evaluate([batch])["eval_loss"]
         loop.step([batch])
-        yield tokens, first
+        times = {k.removeprefix("time/"): v for k, v in loop.pending[1].items() if k.startswith("time/")}
+        yield int(batch.counts["stream"]), first, times
+
+
+def tritium_fp32(work: Work) -> Steps:
+    """The same in fp32 throughout."""
+    return tritium(work, "fp32")
+
+
+def _networks(work: Work, mesh: Mesh, dtype: str) -> tuple[dict[str, torch.nn.Module], Any]:
+    """What a stage trains, beside what it only asks, and its objective."""
+    finetune = FinetuneConfig(kind="lora") if work.kind == "lora" else None
+    model = load_model(work.folder, dtype, mesh, finetune=finetune)
+    if work.kind == "reward":
+        return {"reward": ScalarModel(model).initialize(0)}, Pairwise()
+    networks: dict[str, torch.nn.Module] = {"policy": model}
+    if name := {"dpo": "reference", "ppo": "reference", "distill": "teacher"}.get(work.kind):
+        networks[name] = load_model(work.folder, dtype, mesh, frozen=True)
+    if work.kind == "ppo":
+        networks["critic"] = ScalarModel(load_model(work.folder, dtype, mesh)).initialize(0)
+    made = {
+        "dpo": lambda: Preference(options=PairOptions(), kept=Kept()),
+        "distill": Distill,
+        "ppo": lambda: PPO(beta=0.05),
+    }
+    return networks, made.get(work.kind, PolicyGradient if work.kind == "grpo" else CrossEntropy)()
+
+
+def _sampled(work: Work, loop: Trainer, members: list[int], number: int) -> list[list[Document]]:
+    """Answers of the policy to the prompts, GROUP to each; an answer's score is the share of different tokens."""
+    prompts = [work.groups[i][0] for i in members]
+    with loop.phase("sample"), loop.whole(layers=True):
+        options = {"n": GROUP, "seed": number, "max_tokens": NEW, "stop_ids": ()}
+        completions = generate(loop.networks["policy"], prompts, **options)
+    groups: list[list[Document]] = [[] for _ in prompts]
+    for i, completion in enumerate(completions):
+        rewards = np.zeros(len(completion.tokens), np.float32)
+        rewards[-1] = len(set(completion.tokens)) / len(completion.tokens)
+        sample = Sample(Problem(members[i // GROUP], [], prompts[i // GROUP], ""), completion, "")
+        fields = {"rewards": rewards, "scored": np.sign(rewards)}
+        groups[i // GROUP].append(sample_document(sample, {"number": float(i % GROUP)}, fields))
+    return groups
 
 
 def _documents(work: Work, i: int) -> list[Document]:
@@ -108,11 +158,11 @@ def _documents(work: Work, i: int) -> list[Document]:
 # ---------------------------------------------------------------------------------------------- plain loops
 
 
-def hf(work: Work, compiled: bool = False) -> Steps:
+def hf(work: Work, compiled: bool = False, dtype: torch.dtype = torch.bfloat16) -> Steps:
     """transformers: bf16 weights, SDPA, fused AdamW; padded batches, labels -100 where nothing is learned."""
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(work.folder, dtype=torch.bfloat16, attn_implementation="sdpa")
+    model = AutoModelForCausalLM.from_pretrained(work.folder, dtype=dtype, attn_implementation="sdpa")
     model = model.to(DEVICE).train()
     forward = torch.compile(model, dynamic=False) if compiled else model
     for members in work.batches():
@@ -127,12 +177,17 @@ def hf(work: Work, compiled: bool = False) -> Steps:
         whole = bool(mask.all())
         arguments = {"input_ids": tokens, "labels": labels} | ({} if whole else {"attention_mask": mask})
         arguments = {name: x.to(DEVICE) for name, x in arguments.items()}
-        yield int(mask.sum()), _plain_step(model, lambda arguments=arguments: forward(**arguments).loss)
+        yield int(mask.sum()), _plain_step(model, lambda arguments=arguments: forward(**arguments).loss), {}
 
 
 def hf_compiled(work: Work) -> Steps:
     """The same with torch.compile."""
     return hf(work, compiled=True)
+
+
+def hf_fp32(work: Work) -> Steps:
+    """transformers in fp32 throughout, not bf16: faster where a CPU's fp32 units are."""
+    return hf(work, dtype=torch.float32)
 
 
 def nanogpt(work: Work) -> Steps:
@@ -143,7 +198,7 @@ def nanogpt(work: Work) -> Steps:
     forward = torch.compile(model, dynamic=False)
     for members in work.batches():
         tokens = torch.tensor([ids for i in members for ids in work.groups[i]], device=DEVICE)
-        yield tokens.numel(), _plain_step(model, lambda tokens=tokens: forward(tokens))
+        yield tokens.numel(), _plain_step(model, lambda tokens=tokens: forward(tokens)), {}
 
 
 def _plain_step(model: torch.nn.Module, loss_of: Callable[[], torch.Tensor]) -> float:
@@ -165,7 +220,7 @@ def trl(work: Work) -> Callable[[Callable], None]:
     return lambda pace: _trl_train(work, pace)
 
 
-def _trl_train(work: Work, pace: Callable[[int, float | None], None]) -> None:
+def _trl_train(work: Work, pace: Callable) -> None:
     import transformers
     import trl as library
 
@@ -173,11 +228,11 @@ def _trl_train(work: Work, pace: Callable[[int, float | None], None]) -> None:
         tokens = 0
 
         def on_step_end(self, args, state, control, **_):
-            pace(Pace.tokens, None)
+            pace(Pace.tokens, None, {})
             Pace.tokens = 0
 
-    kind = {"sft": "SFT", "pretrain": "SFT", "dpo": "DPO", "reward": "Reward"}[work.kind]
-    records = len(plan_bins([sum(map(len, g)) for g in work.groups], work.bin_tokens))
+    kind = {"sft": "SFT", "lora": "SFT", "pretrain": "SFT", "dpo": "DPO", "reward": "Reward", "grpo": "GRPO"}[work.kind]
+    records = len(plan_bins([work.tokens(g) for g in work.groups], work.bin_tokens))
     per_step = max(1, round(len(work.groups) / records))
     common = {
         "output_dir": f"{work.folder}/trl",
@@ -193,8 +248,19 @@ def _trl_train(work: Work, pace: Callable[[int, float | None], None]) -> None:
         "disable_tqdm": True,
         "max_length": work.bin_tokens,
     }
-    packed = kind == "SFT" and work.kind == "sft"
+    packed = work.kind in ("sft", "lora")
     own = {"packing": True, "max_length": work.bin_tokens} if packed else {}
+    more: dict[str, Any] = {"peft_config": _peft_lora()} if work.kind == "lora" else {}
+    if kind == "GRPO":  # a step is per_step prompts
+        per_step *= GROUP
+        del common["max_length"]
+        own = {"num_generations": GROUP, "max_completion_length": NEW, "beta": 0.0, "temperature": 1.0}
+
+        def reward(completion_ids: list[list[int]], **_) -> list[float]:
+            Pace.tokens += sum(map(len, completion_ids)) + len(completion_ids) * len(work.groups[0][0])
+            return [len(set(ids)) / max(1, len(ids)) for ids in completion_ids]
+
+        more = {"reward_funcs": reward}
     arguments = getattr(library, f"{kind}Config")(**common | own, per_device_train_batch_size=1 if packed else per_step)
     if kind == "Reward":
         auto, options = transformers.AutoModelForSequenceClassification, {"num_labels": 1}
@@ -207,6 +273,7 @@ def _trl_train(work: Work, pace: Callable[[int, float | None], None]) -> None:
         train_dataset=_trl_dataset(work),
         processing_class=_words(work.shape.vocab_size),
         callbacks=[Pace()],
+        **more,
     )
     collate = trainer.data_collator
 
@@ -216,8 +283,17 @@ def _trl_train(work: Work, pace: Callable[[int, float | None], None]) -> None:
         Pace.tokens += int(mask.sum() if mask is not None else batch["input_ids"].numel())
         return batch
 
-    trainer.data_collator = counted
+    if kind != "GRPO":
+        trainer.data_collator = counted
     trainer.train()
+
+
+def _peft_lora() -> Any:
+    """Our FinetuneConfig(kind="lora"), as peft says it."""
+    import peft
+
+    ours = FinetuneConfig(kind="lora")
+    return peft.LoraConfig(r=ours.rank, lora_alpha=ours.alpha, target_modules="all-linear", task_type="CAUSAL_LM")
 
 
 def _trl_dataset(work: Work) -> Any:
@@ -227,7 +303,9 @@ def _trl_dataset(work: Work) -> Any:
     def text(ids: list[int]) -> str:
         return " ".join(f"w{i}" for i in ids)
 
-    if work.kind in ("sft", "pretrain"):
+    if work.kind == "grpo":
+        rows = [{"prompt": text(group[0])} for group in work.groups]
+    elif work.kind in ("sft", "lora", "pretrain"):
         rows = [
             {"input_ids": group[0], "completion_mask": [int(t >= prompt) for t in range(len(group[0]))]}
             for group, prompt in zip(work.groups, work.prompts, strict=True)
@@ -252,8 +330,10 @@ def _words(size: int) -> Any:
 
 CONTENDERS: dict[str, Callable[[Work], Any]] = {
     "tritium": tritium,
+    "tritium_fp32": tritium_fp32,
     "hf": hf,
     "hf_compiled": hf_compiled,
+    "hf_fp32": hf_fp32,
     "nanogpt": nanogpt,
     "trl": trl,
 }
@@ -268,18 +348,19 @@ def main(name: str, work: str, threads: str) -> None:
     os.dup2(2, 1)  # what libraries print is not for the one who listens
     torch.set_num_threads(int(threads))
     torch.manual_seed(0)
-    left, spent, done, first = 0, 0.0, 0, None
+    left, done, first, parts = 0, 0, None, {}
     start = time.perf_counter()
 
-    def pace(tokens: int, loss: float | None) -> None:
-        nonlocal left, spent, done, first, start
+    def pace(tokens: int, loss: float | None, times: dict[str, float]) -> None:
+        nonlocal left, done, first, parts, start
         done, left = done + tokens, left - 1
         first = loss if first is None else first
+        parts = {name: parts.get(name, 0.0) + seconds for name, seconds in times.items()}
         if left <= 0:
             if DEVICE == "cuda":
                 torch.cuda.synchronize()
-            _say(talk, time.perf_counter() - start, done, first)
-            left, done = _turn(), 0
+            _say(talk, time.perf_counter() - start, done, first, parts)
+            left, done, parts = _turn(), 0, {}
             start = time.perf_counter()
 
     left = _turn()
@@ -288,8 +369,8 @@ def main(name: str, work: str, threads: str) -> None:
     if callable(steps):
         steps(pace)
     else:
-        for tokens, loss in steps:
-            pace(tokens, loss)
+        for step in steps:
+            pace(*step)
 
 
 def _turn() -> int:
@@ -299,12 +380,12 @@ def _turn() -> int:
     return int(line)
 
 
-def _say(talk: Any, seconds: float, tokens: int, loss: float | None) -> None:
+def _say(talk: Any, seconds: float, tokens: int, loss: float | None, parts: dict[str, float]) -> None:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     if DEVICE == "cuda":
         peak = torch.cuda.max_memory_allocated()
     finite = loss is not None and math.isfinite(loss)
-    row = {"seconds": seconds, "tokens": tokens, "peak_bytes": peak, "loss": loss if finite else None}
+    row = {"seconds": seconds, "tokens": tokens, "peak_bytes": peak, "loss": loss if finite else None, "parts": parts}
     print(json.dumps(row), file=talk, flush=True)
 
 

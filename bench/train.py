@@ -4,7 +4,10 @@ Everyone trains the same weights on the same records with AdamW in bf16 (ours wi
 own with as many threads, and takes turns: A B C A B C …; the matmul rate is measured between. Tokens are real ones:
 padding does not count. "of matmul" is (FLOPs that the work needs) / seconds / the rate of bare matmuls of the model's
 shapes; FLOPs are 6 per matrix parameter and token, the head on learned tokens only, and causal attention's triangle
-(ModelConfig.flops x 3; one forward more for DPO's reference).
+(ModelConfig.flops x 3; PASSES says how many for the other stages). That is the MFU whose peak is this machine's.
+Where a CPU multiplies fp32 faster than bf16 (kernels/wide.py), the rate is fp32's: the higher of the two.
+
+Beside the rows there are tables (Markdown) and bars (SVG). Rows of other stages and sizes in the file stay.
 """
 
 import json
@@ -19,7 +22,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from tritium.bench.contenders import CONTENDERS, Work
+from tritium.bench.chart import svg_bars
+from tritium.bench.contenders import CONTENDERS, NEW, SAMPLED, Work
 from tritium.bench.kernels import folder_name, run_facts
 from tritium.core.config import UserError, load, opt
 from tritium.core.metrics import matmul_rate
@@ -31,7 +35,12 @@ from tritium.stages.plan import aligned, shape_of
 from tritium.stages.pretrain import ShapeConfig
 
 SMALL = ShapeConfig(hidden_size=384, intermediate_size=1024, heads=6, kv_heads=3)
-STAGES = ("pretrain", "sft", "reward", "dpo")
+# Forward passes' worth of FLOPs of a token: of the whole model, and of the decoder without head. Sampling (grpo, ppo),
+# and the log-probs before an update, are one each; ppo has a reference and a critic (3, and 1 for the old values).
+PASSES = {"pretrain": (3, 0), "sft": (3, 0), "lora": (2, 0), "reward": (3, 0), "dpo": (4, 0), "distill": (4, 0)}
+PASSES |= {"grpo": (5, 0), "ppo": (6, 4)}
+STAGES = tuple(PASSES)
+PEERS = {"nanogpt": ("pretrain",), "trl": ("pretrain", "sft", "lora", "reward", "dpo", "grpo")}
 WARM = 3  # steps before any is timed: compilation, oneDNN's kernels
 SAME = 0.02  # the losses of the first step may differ by that much, bf16 being what it is
 
@@ -39,7 +48,7 @@ SAME = 0.02  # the losses of the first step may differ by that much, bf16 being 
 @dataclass(frozen=True)
 class Config:
     stages: list[str] = opt(["pretrain"], "what is trained", choices=STAGES)
-    against: list[str] = opt([], "who else: hf, hf_compiled, nanogpt (pretrain only), trl", choices=tuple(CONTENDERS))
+    against: list[str] = opt([], "who else, where it has the stage: hf…, nanogpt, trl", choices=tuple(CONTENDERS))
     model: ShapeConfig = opt(
         ShapeConfig(hidden_size=384, intermediate_size=1024, heads=6, kv_heads=3), "the decoder's shape"
     )
@@ -67,9 +76,8 @@ def main(argv: list[str]) -> int:
         facts = run_facts(device) | {"stage": stage, "shape": asdict(_shape(config)), "bin_tokens": config.bin_tokens}
         found = [row | facts for row in measure(config, stage)]
         rows += found
+        write_report(file, found)  # a run that is cut short keeps what it measured
         print("\n".join(["", f"{stage}  {_title(config)}", *_table(found)]), flush=True)
-    with file.open("w", encoding="utf-8") as lines:
-        lines.writelines(json.dumps(row, allow_nan=False) + "\n" for row in rows)
     print(f"\n{file}: {len(rows)} rows")
     return 1 if any(row["status"] != "ok" for row in rows) else 0
 
@@ -93,8 +101,10 @@ def make_work(config: Config, stage: str, folder: Path) -> Work:
     Transformer(shape, Mesh.single(torch.device("cpu")), torch.float32).initialize(0).save(str(folder))
     if stage == "pretrain":
         lengths, prompts, copies = [config.context] * max(1, config.bin_tokens // config.context), [0], 1
+    elif stage in SAMPLED:
+        lengths, prompts, copies = [40] * 256, [40], 1
     else:
-        median, copies = (160, 1) if stage == "sft" else (300, 2)
+        median, copies = (300, 2) if stage in ("reward", "dpo") else (160, 1)
         drawn = np.exp(rng.normal(np.log(median), 0.8, 256)).astype(int).clip(16, config.context)
         lengths, prompts = drawn.tolist(), [int(n * 0.4) for n in drawn]
     prompts = prompts * (len(lengths) // len(prompts))
@@ -107,13 +117,14 @@ def make_work(config: Config, stage: str, folder: Path) -> Work:
 
 def flops_per_token(work: Work) -> float:
     """What the work needs, averaged over its records: see the module's docstring."""
-    passes = 4 if work.kind == "dpo" else 3
-    total = tokens = 0.0
+    (passes, headless), total, tokens = PASSES[work.kind], 0.0, 0.0
     for group, prompt in zip(work.groups, work.prompts, strict=True):
         for ids in group:
-            learned = 0 if work.kind == "reward" else len(ids) - max(prompt, 1)
-            total += passes * work.shape.flops(len(ids), learned, float(len(ids) ** 2))
-            tokens += len(ids)
+            length = len(ids) + NEW * (work.kind in SAMPLED)
+            learned = 0 if work.kind == "reward" else length - max(prompt, 1)
+            total += passes * work.shape.flops(length, learned, float(length**2))
+            total += headless * work.shape.flops(length, 0, float(length**2))
+            tokens += length
     return total / tokens
 
 
@@ -152,10 +163,11 @@ class Contender:
 def measure(config: Config, stage: str) -> list[dict[str, Any]]:
     """A row for each contender, ours first."""
     names = ["tritium", *(name for name in config.against if name != "tritium")]
-    if stage != "pretrain":
-        names = [name for name in names if name != "nanogpt"]
-    if stage in ("reward", "dpo"):
-        names = [name for name in names if not name.startswith("hf")]
+    names = [
+        name
+        for name in names
+        if stage in PEERS.get(name, STAGES if name.startswith("tritium") else ("pretrain", "sft"))
+    ]
     with tempfile.TemporaryDirectory() as folder:
         work = make_work(config, stage, Path(folder))
         path = Path(folder) / "work.json"
@@ -195,6 +207,11 @@ def _row(contender: Contender, ours: Contender, rate: float, cost: float) -> dic
     ratio = statistics.median(a / b for a, b in zip(own, speeds, strict=True)) if same else None
     middle = statistics.median(speeds)
     numbers = (middle, low, high, middle * cost / rate, turns[-1]["peak_bytes"] / 1e6, loss, ratio)
+    parts: dict[str, float] = {}
+    for turn in turns:
+        parts = {name: parts.get(name, 0.0) + seconds for name, seconds in turn["parts"].items()}
+    seconds = sum(turn["seconds"] for turn in turns)
+    row["share"] = {name: spent / seconds for name, spent in parts.items() if name != "step"}
     return row | dict(zip(_NUMBERS, numbers, strict=True))
 
 
@@ -208,3 +225,61 @@ def _table(rows: list[dict[str, Any]]) -> list[str]:
         numbers = ["–" if row[key] is None else text.format(row[key]) for key, text in zip(_NUMBERS, form, strict=True)]
         cells.append((row["contender"], *numbers, row["reason"] or row["setting"].split("\n")[0][:80]))
     return [f"matmul {rows[0]['matmul_tflops']:.3g} TFLOP/s", *aligned(cells, left=(0, 8))]
+
+
+# ---------------------------------------------------------------------------------------------- what is left of it
+
+
+def write_report(file: Path, rows: list[dict[str, Any]]) -> None:
+    """The rows as JSONL, with those of other work that were there; the same as Markdown and SVG beside it."""
+    measured = {_work(row) for row in rows}
+    before = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
+    rows = [row for row in before if _work(row) not in measured] + rows
+    rows.sort(key=lambda row: STAGES.index(row["stage"]))
+    file.write_text("".join(json.dumps(row, allow_nan=False) + "\n" for row in rows), encoding="utf-8")
+    file.with_suffix(".svg").write_text(svg_bars(map(_bar, rows)), encoding="utf-8")
+    file.with_suffix(".md").write_text("\n".join(markdown(rows)) + "\n", encoding="utf-8")
+
+
+def _work(row: dict[str, Any]) -> tuple:
+    return row["stage"], json.dumps(row["shape"], sort_keys=True), row["bin_tokens"]
+
+
+def _bar(row: dict[str, Any]) -> dict[str, Any]:
+    """As a row of the kernels' bench."""
+    shape = {"V": row["shape"]["vocab_size"], "E": row["shape"]["hidden_size"], "L": row["shape"]["num_layers"]}
+    speed = row["tokens_per_second"]
+    label = f"{speed:,.0f} tokens/s · {row['of_matmul']:.0%}" if speed else row["reason"]
+    more = {"op": "training", "pass": row["stage"], "dtype": "bf16", "shape": shape, "provider": row["contender"]}
+    return row | more | {"ms": None, "of_ceiling": row["of_matmul"], "bound": "matmul", "label": label}
+
+
+def markdown(rows: list[dict[str, Any]]) -> list[str]:
+    """A table for each piece of work, with the machine, the versions and what each contender was set to."""
+    lines = ["# Training, beside others, on the same work in the same run", ""]
+    lines += [f"`python -m tritium.bench train`. {' '.join(__doc__.split(chr(10) * 2)[1].split())}", ""]
+    for work in dict.fromkeys(map(_work, rows)):
+        mine = [row for row in rows if _work(row) == work]
+        first, shape = mine[0], mine[0]["shape"]
+        size = ("num_layers", "hidden_size", "num_heads", "num_kv_heads", "intermediate_size", "vocab_size")
+        lines += [f"## {first['stage']}: " + ", ".join(f"{name} {shape[name]}" for name in size), ""]
+        facts = " · ".join(f"{k} {v}" for k, v in first["machine"].items())
+        lines += [f"{first.get('date', '')} · {facts} · matmul {first['matmul_tflops']:.3f} TFLOP/s · "
+                  f"{first['flops_per_token'] / 1e6:.1f} MFLOP a token", ""]  # fmt: skip
+        lines += [
+            "| | tokens/s (p20 to p80) | of matmul | peak MB | ours / it | setting |",
+            "|---|---:|---:|---:|---:|---|",
+        ]
+        for row in mine:
+            if row["tokens_per_second"] is None:
+                lines.append(f"| {row['contender']} | {row['status']}: {row['reason'][:100]} | | | | |")
+                continue
+            ratio = "–" if row["ours_over_it"] is None else f"{row['ours_over_it']:.2f}"
+            speed = f"{row['tokens_per_second']:,.0f} ({row['p20']:,.0f} to {row['p80']:,.0f})"
+            cells = (row["contender"], speed, f"{row['of_matmul']:.0%}", f"{row['peak_mb']:,.0f}", ratio)
+            lines.append(f"| {' | '.join(cells)} | {' '.join(row['setting'].split())} |")
+        if share := first.get("share"):
+            parts = sorted(share.items(), key=lambda item: -item[1])
+            lines += ["", "Our step: " + ", ".join(f"{name} {part:.0%}" for name, part in parts if part >= 0.005)]
+        lines.append("")
+    return lines

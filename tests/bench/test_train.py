@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from tritium.bench import train
+from tritium.bench import contenders, train
 
 TINY = ["--model.layers=1", "--model.hidden_size=32", "--model.intermediate_size=64", "--model.heads=2"]
 TINY += ["--model.kv_heads=1", "--model.head_dim=16", "--vocab_size=128", "--bin_tokens=128", "--context=32"]
@@ -27,8 +27,33 @@ def test_ours_and_transformers_do_the_same_work(tmp_path, capsys):
 
 def test_pairs_train_too(tmp_path):
     code, rows = rows_of(tmp_path, "--stages=dpo,reward")
-    assert code == 0 and [row["stage"] for row in rows] == ["dpo", "reward"]
-    assert rows[0]["loss"] == pytest.approx(0.6931, abs=1e-3), "the reference is the policy: ln 2"
+    assert code == 0 and [row["stage"] for row in rows] == ["reward", "dpo"]
+    assert rows[1]["loss"] == pytest.approx(0.6931, abs=1e-3), "the reference is the policy: ln 2"
+
+
+@pytest.mark.parametrize("stage", train.STAGES)
+def test_a_step_of_every_stage(tmp_path, stage):
+    """Trained tokens, and where the time went; where answers are sampled, that is a part of its own."""
+    shape = train.ShapeConfig(layers=1, hidden_size=32, intermediate_size=64, heads=2, kv_heads=1, head_dim=16)
+    config = train.Config(model=shape, vocab_size=128, bin_tokens=128, context=64)
+    work = train.make_work(config, stage, tmp_path)
+    tokens, _, parts = next(contenders.tritium(work))
+    assert tokens > 0 and parts["forward"] > 0 and parts["backward"] > 0
+    assert ("sample" in parts) == (stage in contenders.SAMPLED)
+    assert train.flops_per_token(work) > 0
+
+
+def test_rows_of_other_work_stay_and_those_of_the_same_are_replaced(tmp_path):
+    """In JSONL, Markdown and SVG."""
+    file = tmp_path / "rows.jsonl"
+    _, (ours,) = rows_of(tmp_path)
+    for stage, speed in (("sft", 11.0), ("sft", 22.0)):
+        train.write_report(file, [ours | {"stage": stage, "tokens_per_second": speed}])
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [(row["stage"], row["tokens_per_second"]) for row in rows[1:]] == [("sft", 22.0)]
+    text = file.with_suffix(".md").read_text()
+    assert text.count("## ") == 2 and "22" in text and "forward" in text
+    assert "22 tokens/s" in file.with_suffix(".svg").read_text()
 
 
 def test_other_work_gets_no_ratio(tmp_path, monkeypatch):
