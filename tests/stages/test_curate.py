@@ -12,6 +12,7 @@ from tritium.core.config import ConfigError, UserError, load
 from tritium.core.formats import Skipped, conversation, preference, ranking, read_records
 from tritium.core.tokenizer import train_tokenizer
 from tritium.stages import curate
+from tritium.stages import run as run_recipe
 from tritium.stages.cli import main
 
 
@@ -235,3 +236,11 @@ def test_the_command_reads_a_toml_file_and_writes_one_back(tmp_path, capsys):
     assert load(curate.Config, arguments[0], "", "") == load(curate.Config, arguments[1], "", "")
     with pytest.raises(ConfigError, match="steps"):
         load(curate.Config, ["--steps=3"], "", "")
+
+
+def test_the_demo_recipe_is_a_valid_one_of_all_seven_groups(tmp_path):
+    recipe = run_recipe.read_recipe("curate-demo")
+    run_recipe.check(recipe, tmp_path)
+    tables = recipe["stages"]["curate"]["config"]["steps"]
+    used = {table.get("do", name) for name, table in tables.items()}
+    assert used >= {"collect", "filter", "near", "semantic", "decontaminate", "select", "distil", "reject", "pack"}
