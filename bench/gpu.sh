@@ -87,13 +87,13 @@ has() { "$python" -c "import importlib.util as u, sys; sys.exit(u.find_spec('$1'
 # The steps -----------------------------------------------------------------------------------------------------------
 
 if [ "$device" = cuda ]; then
-    backend=cuda marks="gpu and not long" long="gpu and long"
+    backend=cuda marks="gpu and not long"
     sizes=() model=(--preset=1b --context=4096 --bin_tokens=4096) large=(--preset=8b --context=2048 --bin_tokens=2048)
     small=(--model.layers=12 --model.hidden_size=768 --model.intermediate_size=2048 --model.heads=12
         --model.kv_heads=12 --vocab_size=49152 --context=1024 --bin_tokens=16384)
     decoder=(--preset=1b --batches=1,8,32,256) prompts=256
 else
-    backend=torch marks="not long and not gpu" long="gpu and long"
+    backend=torch marks="not long and not gpu"
     sizes=(--quick)
     small=(--model.layers=2 --model.hidden_size=64 --model.intermediate_size=128 --model.heads=2 --model.kv_heads=1
         --model.head_dim=32 --vocab_size=256 --context=64 --bin_tokens=128 --steps=2)
@@ -147,7 +147,9 @@ if has transformers; then bench train-against train --against=hf "${small[@]}"; 
 bench generate generate --device="$device" "${decoder[@]}" --prompts=$prompts
 
 # What takes long, and tells least: every shape × dtype × layout of each op.
-for op in $ops; do pytest "test-all-$op" "$long" $tests -k "$(of_op "$op")"; done
+if [ "$device" = cuda ]; then
+    for op in $ops; do pytest "test-all-$op" "gpu and long" $tests -k "$(of_op "$op")"; done
+fi
 
 summarise
 failed=$?

@@ -133,7 +133,11 @@ def _config(target: Target) -> dict:
     return {"BLOCK": 2048, "num_warps": 512 // target.warp_size}
 
 
-@operator("adamw_", ("params", "exp_avgs", "exp_avg_sqs", "masters"))
+def _nothing(*arguments):
+    return None
+
+
+@operator("adamw_", _nothing, ("params", "exp_avgs", "exp_avg_sqs", "masters"))
 def _launch(
     params: list[Tensor], grads: list[Tensor], exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor],
     masters: list[Tensor], lr_tensor: Tensor | None, step: Tensor, grad_scale: Tensor | None,
@@ -164,11 +168,6 @@ def _copy_back(views, dense) -> None:
         for i, (x, copy) in enumerate(zip(tensors, copies, strict=True)):
             if copy is not x and i != 1:
                 x.copy_(copy)
-
-
-@_launch.register_fake
-def _nothing(*arguments):
-    return None
 
 
 # Torch ----------------------------------------------------------------------------------------------------------------
@@ -273,22 +272,11 @@ def _check(params, grads, exp_avgs, exp_avg_sqs, masters, scalars) -> None:
 
 @torch.no_grad()
 def adamw_(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor],
-    *,
-    masters: Sequence[Tensor] | None = None,
-    lr: float | Tensor,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    step: Tensor,
-    grad_scale: Tensor | None = None,
-    found_inf: Tensor | None = None,
+    params: Sequence[Tensor], grads: Sequence[Tensor], exp_avgs: Sequence[Tensor], exp_avg_sqs: Sequence[Tensor], *,
+    masters: Sequence[Tensor] | None = None, lr: float | Tensor, beta1: float, beta2: float, eps: float,
+    weight_decay: float, step: Tensor, grad_scale: Tensor | None = None, found_inf: Tensor | None = None,
     seed: Tensor | None = None,
-) -> None:
+) -> None:  # fmt: skip
     """One AdamW step in place; grads are read, never written.
 
     masters: fp32 tensors that are updated instead of params, which become cast copies of them. step: a scalar tensor,

@@ -397,7 +397,12 @@ def _intervals(
     return keys, queries
 
 
-@operator("attention")
+def _forward_outputs(q, k, v, cu_seqlens, cu_seqlens_k, causal, window, softcap, scale):
+    o = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    return o, torch.empty(q.shape[1], q.shape[0], dtype=torch.float32, device=q.device)
+
+
+@operator("attention", _forward_outputs)
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, cu_seqlens_k: Tensor | None,
     causal: bool, window: int | None, softcap: float | None, scale: float,
@@ -416,13 +421,13 @@ def _forward(
     return o, lse
 
 
-@_forward.register_fake
-def _forward_outputs(q, k, v, cu_seqlens, cu_seqlens_k, causal, window, softcap, scale):
-    o = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    return o, torch.empty(q.shape[1], q.shape[0], dtype=torch.float32, device=q.device)
+def _backward_outputs(do, dlse, q, k, v, *rest):
+    needs_dq, needs_dkv = rest[-2:]
+    shapes = q.shape if needs_dq else (0,), *(k.shape if needs_dkv else (0,),) * 2
+    return tuple(torch.empty(shape, dtype=q.dtype, device=q.device) for shape in shapes)
 
 
-@operator("attention_backward")
+@operator("attention_backward", _backward_outputs)
 def _backward(
     do: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor,
     cu_seqlens: Tensor | None, cu_seqlens_k: Tensor | None,
@@ -430,7 +435,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """dq [T, H, D] and dk, dv [Tk, G, D], [0] where not needed, from do and o [T, H, D] and dlse and lse [H, T]."""
     do, q, k, v, o = (unit_stride(x) for x in (do, q, k, v, o))
-    dq, dk, dv = _gradients(q, k, needs_dq, needs_dkv)
+    dq, dk, dv = _backward_outputs(do, dlse, q, k, v, needs_dq, needs_dkv)
     (T, H, D), (Tk, G, _), group = q.shape, k.shape, q.shape[1] // k.shape[1]
     keys, queries = _intervals(cu_seqlens, cu_seqlens_k, q, k, causal, window, needs_dkv)
     delta = torch.empty(H, T, dtype=torch.float32, device=q.device)
@@ -458,19 +463,6 @@ def _backward(
     return dq, dk, dv
 
 
-def _gradients(q: Tensor, k: Tensor, needs_dq: bool, needs_dkv: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Where dq, dk and dv go."""
-    shapes = q.shape if needs_dq else (0,), *(k.shape if needs_dkv else (0,),) * 2
-    return tuple(torch.empty(shape, dtype=q.dtype, device=q.device) for shape in shapes)
-
-
-@_backward.register_fake
-def _backward_outputs(
-    do, dlse, q, k, v, o, lse, cu_seqlens, cu_seqlens_k, causal, window, softcap, scale, needs_dq, needs_dkv
-):  # fmt: skip
-    return _gradients(q, k, needs_dq, needs_dkv)
-
-
 def _save(ctx, inputs, output):
     q, k, v, cu_seqlens, cu_seqlens_k, *ctx.options = inputs
     ctx.set_materialize_grads(False)
@@ -479,13 +471,13 @@ def _save(ctx, inputs, output):
 
 def _triton_gradients(ctx, do, dlse):
     q, k, v, o, lse, cu_seqlens, cu_seqlens_k = ctx.saved_tensors
-    do = torch.zeros_like(o) if do is None else do
-    needs = ctx.needs_input_grad[0], any(ctx.needs_input_grad[1:3])
-    grads = _backward(do, dlse, q, k, v, o, lse, cu_seqlens, cu_seqlens_k, *ctx.options, *needs)
-    grads = (x if needed else None for x, needed in zip(grads, ctx.needs_input_grad, strict=False))
-    return *grads, None, None, None, None, None, None
+    do, needs = torch.zeros_like(o) if do is None else do, ctx.needs_input_grad[:3]
+    rest = cu_seqlens, cu_seqlens_k, *ctx.options, needs[0], needs[1] or needs[2]
+    gradients = _backward(do, dlse, q, k, v, o, lse, *rest)
+    return *(x if needed else None for x, needed in zip(gradients, needs, strict=True)), *[None] * 6
 
 
+# Not an autograd.Function, which torch.compile traces for distinct tensors only: cu_seqlens comes twice, q may be k.
 _forward.register_autograd(_triton_gradients, setup_context=_save)
 
 
@@ -528,18 +520,10 @@ def _check(
 
 
 def attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    cu_seqlens: Tensor | None = None,
-    cu_seqlens_k: Tensor | None = None,
-    causal: bool = True,
-    window: int | None = None,
-    softcap: float | None = None,
-    scale: float | None = None,
+    q: Tensor, k: Tensor, v: Tensor, *, cu_seqlens: Tensor | None = None, cu_seqlens_k: Tensor | None = None,
+    causal: bool = True, window: int | None = None, softcap: float | None = None, scale: float | None = None,
     return_lse: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     """Attention of q [T, H, D] on k, v [Tk, G, D], within documents; o [T, H, D], and lse [T, H] fp32 if asked for.
 
     D is a multiple of 8, at most 256. cu_seqlens [S+1] int32: where documents start and end (None: one document);
@@ -559,20 +543,10 @@ def attention(
 
 
 def attention_backward(
-    do: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    o: Tensor,
-    lse: Tensor,
-    *,
-    cu_seqlens: Tensor | None = None,
-    cu_seqlens_k: Tensor | None = None,
-    causal: bool = True,
-    window: int | None = None,
-    softcap: float | None = None,
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, *, cu_seqlens: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None, causal: bool = True, window: int | None = None, softcap: float | None = None,
     scale: float | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """dq, dk, dv from do [T, H, D] and what `attention(…, return_lse=True)` took and gave; options as there.
 
     With o and lse of *all* keys it may be called on a part of them, as context parallel does.

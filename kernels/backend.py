@@ -145,10 +145,12 @@ def without_autocast(function: Callable) -> Callable:
     return run
 
 
-def operator(name: str, mutates_args: Sequence[str] = ()) -> Callable:
+def operator(name: str, outputs: Callable, mutates_args: Sequence[str] = ()) -> Callable:
     """Register a function with launches as the operator tritium::name.
 
-    Its body runs without autocast, on the device of its first tensor: Triton launches on the current one.
+    `outputs` takes the same arguments and allocates what the function returns: torch.compile calls it with tensors that
+    have no memory. The body runs without autocast, on the device of its first tensor: Triton launches on the current
+    one. Gradients are the business of who calls it.
     """
 
     def define(function: Callable) -> torch.library.CustomOpDef:
@@ -157,7 +159,9 @@ def operator(name: str, mutates_args: Sequence[str] = ()) -> Callable:
             with torch.cuda.device_of(_first_tensor(arguments)):
                 return function(*arguments)
 
-        return torch.library.custom_op(f"tritium::{name}", without_autocast(run), mutates_args=mutates_args)
+        made = torch.library.custom_op(f"tritium::{name}", without_autocast(run), mutates_args=mutates_args)
+        made.register_fake(outputs)
+        return made
 
     return define
 

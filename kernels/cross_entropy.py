@@ -156,7 +156,11 @@ def _config(V: int) -> dict:
     return {"ROWS": TILE // block, "BLOCK": block, "num_warps": 8}
 
 
-@operator("cross_entropy_statistics")
+def _statistics_outputs(logits, targets, softcap):
+    return tuple(logits.new_empty(logits.shape[0], dtype=torch.float32) for _ in range(5))
+
+
+@operator("cross_entropy_statistics", _statistics_outputs)
 def _statistics(
     logits: Tensor, targets: Tensor, softcap: float | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -180,12 +184,11 @@ def _statistics(
     return top + log_sum, picked, totals.sum(0), top, log_sum
 
 
-@_statistics.register_fake
-def _(logits, targets, softcap):
-    return tuple(logits.new_empty(logits.shape[0], dtype=torch.float32) for _ in range(5))
+def _backward_outputs(logits, *rest):
+    return logits.new_empty(logits.shape)
 
 
-@operator("cross_entropy_backward")
+@operator("cross_entropy_backward", _backward_outputs)
 def _backward(
     logits: Tensor, targets: Tensor, top: Tensor, log_sum: Tensor, g_lse: Tensor, g_picked: Tensor, g_total: Tensor,
     softcap: float | None,
@@ -201,25 +204,6 @@ def _backward(
     return dlogits
 
 
-@_backward.register_fake
-def _(logits, *_):
-    return logits.new_empty(logits.shape)
-
-
-def _save(ctx, inputs, output):
-    logits, targets, ctx.softcap = inputs
-    *_, top, log_sum = output
-    ctx.mark_non_differentiable(top, log_sum)
-    ctx.save_for_backward(logits, targets, top, log_sum)
-
-
-def _triton_gradients(ctx, g_lse, g_picked, g_total, *_):
-    return _backward(*ctx.saved_tensors, g_lse, g_picked, g_total, ctx.softcap), None, None
-
-
-_statistics.register_autograd(_triton_gradients, setup_context=_save)
-
-
 # Torch ----------------------------------------------------------------------------------------------------------------
 def _row_blocks(logits: Tensor) -> list[slice]:
     """Blocks of rows whose fp32 copy stays in the cache."""
@@ -227,58 +211,58 @@ def _row_blocks(logits: Tensor) -> list[slice]:
     return [slice(row, row + rows) for row in range(0, logits.shape[0], rows)]
 
 
-def _capped(logits: Tensor, options: HeadOptions) -> Tensor:
-    copy = options.softcap is not None  # which is made in place
-    return options.from_raw(logits.to(torch.promote_types(logits.dtype, torch.float32), copy=copy))
+def _capped(logits: Tensor, softcap: float | None) -> Tensor:
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    return HeadOptions(softcap=softcap).from_raw(logits.to(wide, copy=softcap is not None))  # in place
 
 
-class _LogitStatistics(torch.autograd.Function):
-    """lse, the target's logit and the sum of the logits, [T] in fp32 at least; the softmax is made again backward.
+def _torch_statistics(logits, targets, softcap):
+    """The same; of targets that are -1 nobody reads the results."""
+    T, dtype = logits.shape[0], torch.promote_types(logits.dtype, torch.float32)
+    lse, picked, total, top, log_sum = (logits.new_empty(T, dtype=dtype) for _ in range(5))
+    for rows in _row_blocks(logits):
+        z = _capped(logits[rows], softcap)  # [rows, V]
+        top[rows] = z.amax(-1)
+        log_sum[rows] = -z.softmax(-1).amax(-1).log()  # 3 × faster than torch.logsumexp
+        picked[rows] = z.gather(1, targets[rows, None].clamp_min(0))[:, 0]
+        total[rows] = z.sum(-1)
+    return torch.add(top, log_sum, out=lse), picked, total, top, log_sum
 
-    Where targets [T] are -1, nobody reads the three, and dlogits is 0.
-    """
+
+def _torch_backward(logits, targets, top, log_sum, g_lse, g_picked, g_total, softcap):
+    dlogits = torch.empty_like(logits, memory_format=torch.contiguous_format)
+    for rows in _row_blocks(logits):
+        z, y = _capped(logits[rows], softcap), targets[rows, None]
+        dz = z.softmax(-1).mul_(g_lse[rows, None]).add_(g_total[rows, None])
+        dz.scatter_add_(1, y.clamp_min(0), g_picked[rows, None])  # p - 1, in fp32
+        dlogits[rows] = HeadOptions(softcap=softcap).to_raw(dz, z).masked_fill_(y < 0, 0.0)  # not 0 · NaN
+    return dlogits
+
+
+# Autograd and the public function -------------------------------------------------------------------------------------
+class _Statistics(torch.autograd.Function):
+    """lse, the target's logit and Σ z of each token; the softmax is made again backward."""
 
     @staticmethod
     @without_autocast
-    def forward(ctx, logits, targets, options):
-        T = logits.shape[0]
-        dtype = torch.promote_types(logits.dtype, torch.float32)
-        lse, z_target, total = (logits.new_empty(T, dtype=dtype) for _ in range(3))
-        for rows in _row_blocks(logits):
-            z = _capped(logits[rows], options)  # [rows, V]
-            lse[rows] = z.amax(-1) - z.softmax(-1).amax(-1).log()  # 3 × faster than torch.logsumexp
-            z_target[rows] = z.gather(1, targets[rows, None].clamp_min(0))[:, 0]
-            total[rows] = z.sum(-1)
-        ctx.save_for_backward(logits, targets)
-        ctx.options = options
-        return lse, z_target, total
+    def forward(ctx, logits, targets, softcap, kernels):
+        *results, top, log_sum = (_statistics if kernels else _torch_statistics)(logits, targets, softcap)
+        ctx.save_for_backward(logits, targets, top, log_sum)
+        ctx.softcap, ctx.kernels = softcap, kernels
+        return tuple(results)
 
     @staticmethod
     @once_differentiable
     @without_autocast
-    def backward(ctx, g_lse, g_target, g_total):
-        logits, targets = ctx.saved_tensors
-        dlogits = torch.empty_like(logits, memory_format=torch.contiguous_format)
-        for rows in _row_blocks(logits):
-            z, y = _capped(logits[rows], ctx.options), targets[rows, None]
-            dz = z.softmax(-1).mul_(g_lse[rows, None]).add_(g_total[rows, None])
-            dz.scatter_add_(1, y.clamp_min(0), g_target[rows, None])  # p - 1, in fp32
-            dlogits[rows] = ctx.options.to_raw(dz, z).masked_fill_(y < 0, 0.0)  # not 0 · NaN
-        return dlogits, None, None
+    def backward(ctx, *gradients):
+        by = _backward if ctx.kernels else _torch_backward
+        return by(*ctx.saved_tensors, *gradients, ctx.softcap), None, None, None
 
 
-# Public ---------------------------------------------------------------------------------------------------------------
 def cross_entropy(
-    logits: Tensor,
-    targets: Tensor,
-    *,
-    weights: Tensor | None = None,
-    label_smoothing: float = 0.0,
-    z_loss: float = 0.0,
-    softcap: float | None = None,
-    ignore_index: int = -100,
-    reduction: str = "sum",
-) -> Tensor:
+    logits: Tensor, targets: Tensor, *, weights: Tensor | None = None, label_smoothing: float = 0.0,
+    z_loss: float = 0.0, softcap: float | None = None, ignore_index: int = -100, reduction: str = "sum",
+) -> Tensor:  # fmt: skip
     """Weighted cross-entropy of logits [T, V] and targets [T]; a scalar ("sum") or [T] ("none"), fp32 (fp64 for fp64).
 
     logits of any float dtype and any strides, V ≥ 1; targets int32 or int64; weights [T], of any dtype, multiply each
@@ -289,17 +273,14 @@ def cross_entropy(
     Raises: ValueError for shapes, dtypes or devices that don't fit, an unknown reduction, label_smoothing outside
     [0, 1], a softcap ≤ 0. Source: label smoothing, arXiv 1512.00567, 7; z-loss, arXiv 2204.02311, 5.
     """
-    options = HeadOptions(softcap=softcap)
+    HeadOptions(softcap=softcap)  # raises
     require_float("cross_entropy", logits=logits)
     if logits.dim() != 2 or not logits.shape[1]:
         raise ValueError(f"cross_entropy: logits must be [T, V] with V ≥ 1, got {list(logits.shape)}")
     require_one_device(logits, targets, weights)
     check_loss_options("cross_entropy", logits.shape[:1], weights, label_smoothing, reduction)
     ids = check_targets("cross_entropy", targets, logits.shape[:1], logits.shape[1], ignore_index)
-    if use_triton(logits):
-        lse, z_target, total, *_ = _statistics(logits, ids, softcap)
-    else:
-        lse, z_target, total = _LogitStatistics.apply(logits, ids, options)
+    lse, z_target, total = _Statistics.apply(logits, ids, softcap, use_triton(logits))
     return token_loss(
         lse, z_target, total, ids >= 0, vocab=logits.shape[1], weights=weights,
         label_smoothing=label_smoothing, z_loss=z_loss, reduction=reduction,

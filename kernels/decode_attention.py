@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from tritium.kernels.attention import attention_reference
 from tritium.kernels.backend import Target, operator, target_of, tl, triton, use_triton, without_autocast
 from tritium.kernels.blocks import require_float, require_integer, tanh, unit_stride
 from tritium.kernels.registry import Launch, Shape, launch_of, register
@@ -32,18 +33,11 @@ def decode_attention_reference(
     q: Tensor, k_pages: Tensor, v_pages: Tensor, page_table: Tensor, lengths: Tensor, *, window: int | None = None,
     softcap: float | None = None, scale: float | None = None,
 ) -> Tensor:  # fmt: skip
-    (_, H, D), (_, page, G, _) = q.shape, k_pages.shape
-    dtype = torch.promote_types(q.dtype, torch.float32)
-    o = torch.zeros_like(q)
+    o, page = torch.zeros_like(q), k_pages.shape[1]
     for b, n in enumerate(lengths.tolist()):
-        first = max(0, n - window) if window else 0
         pages = page_table[b, : -(-n // page)].long()
-        keys, values = (x[pages].flatten(0, 1)[first:n].to(dtype) for x in (k_pages, v_pages))  # [n, G, D]
-        keys, values = (x.repeat_interleave(H // G, 1) for x in (keys, values))
-        s = torch.einsum("hd,jhd->hj", q[b].to(dtype), keys) * (D**-0.5 if scale is None else scale)
-        s = s if softcap is None else softcap * torch.tanh(s / softcap)
-        if n:
-            o[b] = torch.einsum("hj,jhd->hd", s.softmax(-1), values).to(q.dtype)
+        keys, values = (x[pages].flatten(0, 1)[:n] for x in (k_pages, v_pages))  # [n, G, D]
+        o[b] = attention_reference(q[b : b + 1], keys, values, window=window, softcap=softcap, scale=scale)[0]
     return o
 
 
@@ -149,7 +143,11 @@ def _shares(programs: int, keys: int) -> int:
     return max(1, min(-(-PROGRAMS // programs), -(-keys // MIN_SHARE), MAX_SHARES))
 
 
-@operator("decode_attention")
+def _attend_output(q, k_pages, v_pages, page_table, lengths, window, softcap, scale):
+    return torch.empty(q.shape, dtype=q.dtype, device=q.device)
+
+
+@operator("decode_attention", _attend_output)
 def _attend_triton(
     q: Tensor, k_pages: Tensor, v_pages: Tensor, page_table: Tensor, lengths: Tensor, window: int | None,
     softcap: float | None, scale: float,
@@ -176,11 +174,6 @@ def _attend_triton(
         config = _merge_config(S, D)
         _merge[(B * H, triton.cdiv(D, config["BLOCK_D"]))](parts, lse, o, S, **config)
     return o
-
-
-@_attend_triton.register_fake
-def _attend_output(q, k_pages, v_pages, page_table, lengths, window, softcap, scale):
-    return torch.empty(q.shape, dtype=q.dtype, device=q.device)
 
 
 # Torch ----------------------------------------------------------------------------------------------------------------
@@ -281,16 +274,9 @@ def _check(q, k_pages, v_pages, page_table, lengths, window, softcap) -> None:
 
 @torch.no_grad()
 def decode_attention(
-    q: Tensor,
-    k_pages: Tensor,
-    v_pages: Tensor,
-    page_table: Tensor,
-    lengths: Tensor,
-    *,
-    window: int | None = None,
-    softcap: float | None = None,
-    scale: float | None = None,
-) -> Tensor:
+    q: Tensor, k_pages: Tensor, v_pages: Tensor, page_table: Tensor, lengths: Tensor, *, window: int | None = None,
+    softcap: float | None = None, scale: float | None = None,
+) -> Tensor:  # fmt: skip
     """o [B, H, D] of q [B, H, D] on cached pages [P, page, G, D]; see the module's docstring for the layout.
 
     page_table [B, N] int32 (entries past a sequence's pages are not used, but must be valid pages), lengths [B] int32

@@ -70,7 +70,11 @@ def _gae(
         tl.store(p_returns + i, b_a + b_v, mask=i >= start)
 
 
-@operator("gae")
+def _outputs(rewards, values, cu_seqlens, gamma, lam):
+    return tuple(torch.empty(rewards.shape, dtype=torch.float32, device=rewards.device) for _ in range(2))
+
+
+@operator("gae", _outputs)
 def _launch(rewards: Tensor, values: Tensor, cu_seqlens: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
     advantages, returns = _outputs(rewards, values, cu_seqlens, gamma, lam)
     S, strides = len(cu_seqlens) - 1, (rewards.stride(0), values.stride(0))
@@ -78,11 +82,6 @@ def _launch(rewards: Tensor, values: Tensor, cu_seqlens: Tensor, gamma: float, l
         rewards, values, cu_seqlens.contiguous(), advantages, returns, *strides, S, len(rewards), gamma, lam, **CONFIG
     )
     return advantages, returns
-
-
-@_launch.register_fake
-def _outputs(rewards, values, cu_seqlens, gamma, lam):
-    return tuple(torch.empty(rewards.shape, dtype=torch.float32, device=rewards.device) for _ in range(2))
 
 
 # Torch ----------------------------------------------------------------------------------------------------------------

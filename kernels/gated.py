@@ -10,8 +10,6 @@ made again backward. Must move three elements forward (gate, up, y) and five bac
 one launch each. fp32 between a load and a store.
 """
 
-from dataclasses import dataclass
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -96,7 +94,12 @@ def _halves(gate: Tensor, up: Tensor | None) -> tuple[Tensor, Tensor]:
     return as_rows(gate).chunk(2, -1) if up is None else (as_rows(gate), as_rows(up))
 
 
-@operator("gated")
+def _forward_outputs(gate, up, gelu):
+    width = gate.shape[-1] // (2 if up is None else 1)
+    return torch.empty((*gate.shape[:-1], width), dtype=gate.dtype, device=gate.device)
+
+
+@operator("gated", _forward_outputs)
 def _forward(gate: Tensor, up: Tensor | None, gelu: bool) -> Tensor:
     """y [..., F]; without `up`, gate is gate_up [..., 2F]."""
     y = _forward_outputs(gate, up, gelu)
@@ -109,13 +112,12 @@ def _forward(gate: Tensor, up: Tensor | None, gelu: bool) -> Tensor:
     return y
 
 
-@_forward.register_fake
-def _forward_outputs(gate, up, gelu):
-    width = gate.shape[-1] // (2 if up is None else 1)
-    return torch.empty((*gate.shape[:-1], width), dtype=gate.dtype, device=gate.device)
+def _backward_outputs(dy, gate, up, gelu):
+    shapes = gate.shape, (0,) if up is None else up.shape
+    return tuple(torch.empty(shape, dtype=gate.dtype, device=gate.device) for shape in shapes)
 
 
-@operator("gated_backward")
+@operator("gated_backward", _backward_outputs)
 def _backward(dy: Tensor, gate: Tensor, up: Tensor | None, gelu: bool) -> tuple[Tensor, Tensor]:
     """dgate and dup [..., F]; without `up`, dgate_up [..., 2F] and an empty tensor."""
     gradients = _backward_outputs(dy, gate, up, gelu)
@@ -129,79 +131,41 @@ def _backward(dy: Tensor, gate: Tensor, up: Tensor | None, gelu: bool) -> tuple[
     return gradients
 
 
-@_backward.register_fake
-def _backward_outputs(dy, gate, up, gelu):
-    shapes = gate.shape, (0,) if up is None else up.shape
-    return tuple(torch.empty(shape, dtype=gate.dtype, device=gate.device) for shape in shapes)
-
-
-def _save(ctx, inputs, output):
-    gate, up, ctx.gelu = inputs
-    ctx.save_for_backward(gate, up)
-
-
-def _triton_gradients(ctx, dy):
-    gate, up = ctx.saved_tensors
-    dgate, dup = _backward(dy, gate, up, ctx.gelu)
-    return dgate, None if up is None else dup, None
-
-
-_forward.register_autograd(_triton_gradients, setup_context=_save)
-
-
 # Torch ----------------------------------------------------------------------------------------------------------------
-@dataclass(frozen=True)
-class Activation:
-    name: str
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return F.silu(x) if self.name == "silu" else F.gelu(x, approximate="tanh")
-
-    def backward(self, dy: Tensor, x: Tensor) -> Tensor:
-        if self.name == "silu":
-            return torch.ops.aten.silu_backward(dy, x)
-        return torch.ops.aten.gelu_backward(dy, x, approximate="tanh")
+def _activation(x: Tensor, gelu: bool) -> Tensor:
+    return F.gelu(x, approximate="tanh") if gelu else F.silu(x)
 
 
-class _TorchGated(torch.autograd.Function):
+def _torch_forward(gate, up, gelu):
+    gate, up = gate.chunk(2, -1) if up is None else (gate, up)
+    return _activation(gate, gelu).mul_(up)
+
+
+def _torch_backward(dy, gate, up, gelu):
+    fused, (gate, up) = up is None, gate.chunk(2, -1) if up is None else (gate, up)
+    aten, options = torch.ops.aten, {"approximate": "tanh"} if gelu else {}
+    dgate = (aten.gelu_backward if gelu else aten.silu_backward)(dy * up, gate, **options)
+    dup = _activation(gate, gelu).mul_(dy)
+    return (torch.cat([dgate, dup], -1), None) if fused else (dgate, dup)
+
+
+# Autograd and what is public ------------------------------------------------------------------------------------------
+class _Gated(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, gate, up, activation):
+    def forward(ctx, gate, up, gelu, kernels):
         ctx.save_for_backward(gate, up)
-        ctx.activation = activation
-        return activation(gate).mul_(up)
+        ctx.gelu, ctx.kernels = gelu, kernels
+        return (_forward if kernels else _torch_forward)(gate, up, gelu)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
         gate, up = ctx.saved_tensors
-        dgate = ctx.activation.backward(dy * up, gate) if ctx.needs_input_grad[0] else None
-        return dgate, ctx.activation(gate).mul_(dy) if ctx.needs_input_grad[1] else None, None
+        dgate, dup = (_backward if ctx.kernels else _torch_backward)(dy, gate, up, ctx.gelu)
+        return dgate, None if up is None else dup, None, None
 
 
-class _TorchGatedFused(torch.autograd.Function):
-    """The same for gate_up [..., 2F]: its gradient is written in place, half by half."""
-
-    @staticmethod
-    def forward(ctx, gate_up, activation):
-        ctx.save_for_backward(gate_up)
-        ctx.activation = activation
-        gate, up = gate_up.chunk(2, -1)
-        return activation(gate).mul_(up)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dy):
-        (gate_up,) = ctx.saved_tensors
-        gate, up = gate_up.chunk(2, -1)
-        dgate_up = torch.empty_like(gate_up, memory_format=torch.contiguous_format)
-        dgate, dup = dgate_up.chunk(2, -1)
-        dgate.copy_(ctx.activation.backward(dy * up, gate))
-        dup.copy_(ctx.activation(gate).mul_(dy))
-        return dgate_up, None
-
-
-# Public ---------------------------------------------------------------------------------------------------------------
-def gated(gate: Tensor, up: Tensor | None, activation: Activation) -> Tensor:
+def gated(gate: Tensor, up: Tensor | None, gelu: bool) -> Tensor:
     """act(gate) · up [..., F]; without `up`, gate is [gate | up] of width 2F.
 
     Raises ValueError on shapes or dtypes that differ, and on an odd width of the fused form.
@@ -212,12 +176,10 @@ def gated(gate: Tensor, up: Tensor | None, activation: Activation) -> Tensor:
     if up is not None and (gate.shape != up.shape or gate.dtype != up.dtype or gate.dim() == 0):
         shapes = f"{tuple(gate.shape)} {gate.dtype} and {tuple(up.shape)} {up.dtype}"
         raise ValueError(f"gate and up must have one shape [..., F] and dtype, got {shapes}")
-    if use_triton(gate, up):
-        return _forward(gate, up, activation.name == "gelu_tanh")
-    if not torch.is_grad_enabled():
-        gate, up = gate.chunk(2, -1) if up is None else (gate, up)
-        return activation(gate).mul_(up)
-    return _TorchGatedFused.apply(gate, activation) if up is None else _TorchGated.apply(gate, up, activation)
+    kernels = use_triton(gate, up)
+    if not kernels and not torch.is_grad_enabled():
+        return _torch_forward(gate, up, gelu)
+    return _Gated.apply(gate, up, gelu, kernels)
 
 
 # The registry's entries -----------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tritium.kernels.gated import Activation, gated, gated_costs, gated_example, gated_launches
+from tritium.kernels.gated import gated, gated_costs, gated_example, gated_launches
 from tritium.kernels.registry import register
 
 
@@ -24,7 +24,7 @@ def geglu(gate: Tensor, up: Tensor | None = None) -> Tensor:
 
     Raises ValueError on shapes or dtypes that differ, and on an odd width of the fused form.
     """
-    return gated(gate, up, Activation("gelu_tanh"))
+    return gated(gate, up, gelu=True)
 
 
 register(

@@ -57,7 +57,11 @@ def _norm(p_partial, p_norm, P, BLOCK: tl.constexpr):
     tl.store(p_norm, tl.sqrt(tl.sum(b_sum, 0)))
 
 
-@operator("global_norm")
+def _outputs(tensors):
+    return torch.empty((), dtype=torch.float32, device=tensors[0].device)
+
+
+@operator("global_norm", _outputs)
 def _launch(tensors: list[Tensor]) -> Tensor:
     """norm [] fp32 of one tensor or more."""
     launches = groups({"tensors": [in_memory_order([x])[0].contiguous() for x in tensors]}, SPAN)
@@ -69,11 +73,6 @@ def _launch(tensors: list[Tensor]) -> Tensor:
     norm = _outputs(tensors)
     _norm[(1,)](partial, norm, len(partial), BLOCK, num_warps=8)
     return norm
-
-
-@_launch.register_fake
-def _outputs(tensors):
-    return torch.empty((), dtype=torch.float32, device=tensors[0].device)
 
 
 # Torch ----------------------------------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ from torch.autograd.function import once_differentiable
 
 from tritium.kernels.backend import device_assert, use_triton, without_autocast
 from tritium.kernels.blocks import require_float, require_integer
-from tritium.kernels.head_triton import EXCLUDED, head_forward, matmul_fp32, tile_bytes
+from tritium.kernels.head_triton import EXCLUDED, head_backward, head_forward, matmul_fp32, tile_bytes
 from tritium.kernels.wide import widened
 
 TILE_ROWS = 1024
@@ -220,73 +220,90 @@ def raw_gradient(
     return options.to_raw(dz, z)
 
 
+def _torch_forward(hidden, weight, targets, temperature, softcap, with_expected, with_total, exclude):
+    """HeadStatistics by tiles; targets outside [0, V) pick 0. As head_triton's head_forward, in plain torch."""
+    (T, _), V, options = hidden.shape, weight.shape[0], HeadOptions(temperature, softcap, exclude=exclude)
+    dtype = torch.promote_types(hidden.dtype, torch.float32)
+    picked = hidden.new_zeros(targets.shape, dtype=dtype)
+    height, width = _tile_shape(T, V, hidden.device)
+    tops, sums, means, totals = hidden.new_empty(4, -(-V // width), T, dtype=dtype)  # of each chunk
+    wide = widened(hidden)
+    work = Workspace(wide, height * width)
+    for chunk, columns, rows in tiles(T, V, hidden.device):
+        if rows.start == 0:
+            words = widened(weight[columns])
+        z = work.logits(wide[rows], words, options)
+        picked[rows] += pick(z, targets[rows] - columns.start, options)[0]
+        p, tops[chunk, rows], sums[chunk, rows] = work.softmax(z)
+        if with_expected:
+            means[chunk, rows] = p.mul_(z).sum(-1)
+        if with_total:
+            totals[chunk, rows] = z.sum(-1)
+    top = tops.amax(0)
+    masses = (tops - top).exp_().mul_(sums)
+    mass = masses.sum(0)
+    expected = masses.mul_(means).sum(0).div_(mass) if with_expected else None
+    return top + mass.log(), picked, expected, totals.sum(0) if with_total else None, top, mass
+
+
+def _torch_backward(
+    g_lse, g_picked, g_expected, g_total, hidden, weight, targets, expected, top, mass, temperature, softcap, exclude,
+    needs_hidden, needs_weight,
+):  # fmt: skip
+    """dhidden and dweight, None where not needed."""
+    (T, E), V, options = hidden.shape, weight.shape[0], HeadOptions(temperature, softcap, exclude=exclude)
+    height, width = _tile_shape(T, V, hidden.device)
+    wide = widened(hidden)
+    work = Workspace(wide, height * width)
+    dhidden = hidden.new_zeros(T, E, dtype=top.dtype) if needs_hidden else None
+    dweight = weight.new_zeros(V, E) if needs_weight else None
+    summed = weight.new_empty(width, E, dtype=top.dtype)  # dweight of one chunk, over the blocks of tokens
+    g_lse = top.new_zeros(T) if g_lse is None else g_lse
+    if g_expected is not None:
+        g_lse = g_lse + g_expected * (1 - expected)
+    of_p = [None if g is None else g / mass for g in (g_lse, g_expected)]  # p itself lacks that factor below
+    for _, columns, rows in tiles(T, V, hidden.device):
+        if rows.start == 0:
+            words = widened(weight[columns])
+        z = work.logits(wide[rows], words, options)
+        _, here, column = pick(z, targets[rows] - columns.start, options)
+        p = torch.sub(z, top[rows, None], out=_shaped(work.p, z.shape)).exp_()
+        gradients = [None if g is None else g[rows] for g in (*of_p, g_picked, g_total)]
+        dz = work.narrow(raw_gradient(z, p, here, column, *gradients, options))
+        if needs_hidden:
+            add_product(dhidden[rows], dz, words)
+        if needs_weight:
+            sums = summed[: z.shape[1]]
+            add_product(sums.zero_() if rows.start == 0 else sums, dz.t(), wide[rows])
+            if rows.stop == T:
+                dweight[columns] = sums
+    return dhidden.to(hidden.dtype) if needs_hidden else None, dweight
+
+
 class _Head(torch.autograd.Function):
-    """HeadStatistics of a whole vocabulary or of one shard of it; targets outside [0, V) pick 0."""
+    """HeadStatistics of a whole vocabulary or of one shard of it."""
 
     @staticmethod
     @without_autocast
-    def forward(ctx, hidden, weight, targets, options):
-        (T, _), V = hidden.shape, weight.shape[0]
-        dtype = torch.promote_types(hidden.dtype, torch.float32)
-        picked = hidden.new_zeros(targets.shape, dtype=dtype)
-        height, width = _tile_shape(T, V, hidden.device)
-        tops, sums, means, totals = hidden.new_empty(4, -(-V // width), T, dtype=dtype)  # of each chunk
-        wide = widened(hidden)
-        work = Workspace(wide, height * width)
-        for chunk, columns, rows in tiles(T, V, hidden.device):
-            if rows.start == 0:
-                words = widened(weight[columns])
-            z = work.logits(wide[rows], words, options)
-            picked[rows] += pick(z, targets[rows] - columns.start, options)[0]
-            p, tops[chunk, rows], sums[chunk, rows] = work.softmax(z)
-            if options.expected:
-                means[chunk, rows] = p.mul_(z).sum(-1)
-            if options.total:
-                totals[chunk, rows] = z.sum(-1)
-        top = tops.amax(0)
-        masses = (tops - top).exp_().mul_(sums)
-        mass = masses.sum(0)
-        share = masses.div_(mass)  # of each chunk in the whole softmax
-        expected = share.mul(means).sum(0) if options.expected else None
-        ctx.save_for_backward(hidden, weight, targets, share, expected)
-        ctx.options = options
+    def forward(ctx, hidden, weight, targets, options, kernels):
+        flags = options.expected, options.total, options.exclude
+        by = head_forward if kernels else _torch_forward
+        lse, picked, expected, total, top, mass = by(
+            hidden, weight, targets, options.temperature, options.softcap, *flags
+        )
+        ctx.save_for_backward(hidden, weight, targets, expected, top, mass)
+        ctx.options, ctx.kernels = (options.temperature, options.softcap, options.exclude), kernels
         ctx.mark_non_differentiable(top, mass)
         ctx.set_materialize_grads(False)
-        return top + mass.log(), picked, expected, totals.sum(0) if options.total else None, top, mass
+        return lse, picked, expected if options.expected else None, total if options.total else None, top, mass
 
     @staticmethod
     @once_differentiable
     @without_autocast
     def backward(ctx, g_lse, g_picked, g_expected, g_total, *_):
-        hidden, weight, targets, share, expected = ctx.saved_tensors
-        options, (T, E), V, dtype = ctx.options, hidden.shape, weight.shape[0], share.dtype
-        needs_hidden, needs_weight = ctx.needs_input_grad[:2]
-        height, width = _tile_shape(T, V, hidden.device)
-        wide = widened(hidden)
-        work = Workspace(wide, height * width)
-        dhidden = hidden.new_zeros(T, E, dtype=dtype) if needs_hidden else None
-        dweight = weight.new_zeros(V, E) if needs_weight else None
-        summed = weight.new_empty(width, E, dtype=dtype)  # dweight of one chunk, over the blocks of tokens
-        g_lse = share.new_zeros(T) if g_lse is None else g_lse
-        if g_expected is not None:
-            g_lse = g_lse + g_expected * (1 - expected)
-        for chunk, columns, rows in tiles(T, V, hidden.device):
-            if rows.start == 0:
-                words = widened(weight[columns])
-            z = work.logits(wide[rows], words, options)
-            _, here, column = pick(z, targets[rows] - columns.start, options)
-            p, part = torch.softmax(z, -1, out=_shaped(work.p, z.shape)), share[chunk, rows]
-            of_p = [None if g is None else g[rows] * part for g in (g_lse, g_expected)]
-            others = [None if g is None else g[rows] for g in (g_picked, g_total)]
-            dz = work.narrow(raw_gradient(z, p, here, column, *of_p, *others, options))
-            if needs_hidden:
-                add_product(dhidden[rows], dz, words)
-            if needs_weight:
-                sums = summed[: z.shape[1]]
-                add_product(sums.zero_() if rows.start == 0 else sums, dz.t(), wide[rows])
-                if rows.stop == T:
-                    dweight[columns] = sums
-        return dhidden.to(hidden.dtype) if needs_hidden else None, dweight, None, None
+        needs, by = ctx.needs_input_grad[:2], head_backward if ctx.kernels else _torch_backward
+        gradients = by(g_lse, g_picked, g_expected, g_total, *ctx.saved_tensors, *ctx.options, *needs)
+        return *(x if needed else None for x, needed in zip(gradients, needs, strict=True)), None, None, None
 
 
 class _AllReduceSum(torch.autograd.Function):
@@ -329,21 +346,10 @@ def head_statistics(
     hidden [T, E] and weight [V, E] of one dtype, targets [T, K] int64 global ids (anything outside the vocabulary
     picks nothing). With a group, weight holds the rank's V / world_size rows; dhidden then is this shard's part.
     """
-    if group is None:
-        return _own_statistics(hidden, weight, targets, options)
-    own = targets - dist.get_rank(group) * weight.shape[0]
-    return _merge_shards(_own_statistics(hidden, weight, own, options), group)
-
-
-def _own_statistics(hidden: Tensor, weight: Tensor, targets: Tensor, options: HeadOptions) -> HeadStatistics:
-    """Of the rows of the weight that this process has."""
-    if not use_triton(hidden, weight, targets):
-        return HeadStatistics(*_Head.apply(hidden, weight, targets, options))
-    flags = options.expected, options.total, options.exclude
-    lse, picked, expected, total, *rest = head_forward(
-        hidden, weight, targets, options.temperature, options.softcap, *flags
-    )
-    return HeadStatistics(lse, picked, expected if options.expected else None, total if options.total else None, *rest)
+    own = targets if group is None else targets - dist.get_rank(group) * weight.shape[0]
+    kernels = use_triton(hidden, weight, targets)
+    statistics = HeadStatistics(*_Head.apply(hidden, weight, own, options, kernels))
+    return statistics if group is None else _merge_shards(statistics, group)
 
 
 def vocab_size(weight: Tensor, group: dist.ProcessGroup | None) -> int:

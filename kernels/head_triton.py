@@ -236,7 +236,13 @@ def matmul_fp32(a: Tensor, b: Tensor) -> Tensor:
     return (a @ b).float()
 
 
-@operator("head_forward")
+def _forward_outputs(hidden, weight, targets, temperature, softcap, expected, total, exclude):
+    T = hidden.shape[0]
+    shapes = (T,), tuple(targets.shape), (T if expected else 0,), (T if total else 0,), (T,), (T,)
+    return tuple(hidden.new_empty(shape, dtype=torch.float32) for shape in shapes)
+
+
+@operator("head_forward", _forward_outputs)
 def head_forward(
     hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, softcap: float | None, expected: bool,
     total: bool, exclude: bool,
@@ -264,13 +270,6 @@ def head_forward(
     return top + total_sum.log(), picked[:, :K].contiguous(), mean, total_z, top, total_sum
 
 
-@head_forward.register_fake
-def _(hidden, weight, targets, temperature, softcap, expected, total, exclude):
-    T = hidden.shape[0]
-    shapes = (T,), tuple(targets.shape), (T if expected else 0,), (T if total else 0,), (T,), (T,)
-    return tuple(hidden.new_empty(shape, dtype=torch.float32) for shape in shapes)
-
-
 def gradients_by_chunks(
     make_dz: Callable[[slice, Tensor], None], hidden: Tensor, weight: Tensor, block: int, needs_hidden: bool,
     needs_weight: bool,
@@ -295,7 +294,12 @@ def gradients_by_chunks(
     return dhidden.to(hidden.dtype), dweight
 
 
-@operator("head_backward")
+def _backward_outputs(g_lse, g_picked, g_expected, g_total, hidden, weight, *rest):
+    *_, needs_hidden, needs_weight = rest
+    return hidden.new_empty(hidden.shape if needs_hidden else 0), weight.new_empty(weight.shape if needs_weight else 0)
+
+
+@operator("head_backward", _backward_outputs)
 def head_backward(
     g_lse: Tensor | None, g_picked: Tensor | None, g_expected: Tensor | None, g_total: Tensor | None, hidden: Tensor,
     weight: Tensor, targets: Tensor, expected: Tensor, top: Tensor, total_sum: Tensor, temperature: float,
@@ -325,31 +329,6 @@ def head_backward(
         )  # fmt: skip
 
     return gradients_by_chunks(make_dz, hidden, weight, config["BLOCK_V"], needs_hidden, needs_weight)
-
-
-@head_backward.register_fake
-def _(g_lse, g_picked, g_expected, g_total, hidden, weight, *rest):
-    *_, needs_hidden, needs_weight = rest
-    return hidden.new_empty(hidden.shape if needs_hidden else 0), weight.new_empty(weight.shape if needs_weight else 0)
-
-
-def _save(ctx, inputs, output):
-    hidden, weight, targets, ctx.temperature, ctx.softcap, _, _, ctx.exclude = inputs
-    _, _, expected, _, top, total_sum = output
-    ctx.mark_non_differentiable(top, total_sum)
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(hidden, weight, targets, expected, top, total_sum)
-
-
-def _gradients(ctx, g_lse, g_picked, g_expected, g_total, *_):
-    needs_hidden, needs_weight = ctx.needs_input_grad[:2]
-    gradients = g_lse, g_picked, g_expected, g_total
-    options = ctx.temperature, ctx.softcap, ctx.exclude, needs_hidden, needs_weight
-    dhidden, dweight = head_backward(*gradients, *ctx.saved_tensors, *options)
-    return dhidden if needs_hidden else None, dweight if needs_weight else None, *[None] * 6
-
-
-head_forward.register_autograd(_gradients, setup_context=_save)
 
 
 def head_launches(target: Target, dtype: str, *flags: str, K: int = 1) -> tuple[Launch, Launch]:

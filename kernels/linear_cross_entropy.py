@@ -102,18 +102,10 @@ def _in_forward(hidden: Tensor, weight: Tensor, weights: Tensor | None) -> bool:
 
 
 def linear_cross_entropy(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    *,
-    weights: Tensor | None = None,
-    label_smoothing: float = 0.0,
-    z_loss: float = 0.0,
-    softcap: float | None = None,
-    ignore_index: int = -100,
-    reduction: str = "sum",
+    hidden: Tensor, weight: Tensor, targets: Tensor, *, weights: Tensor | None = None, label_smoothing: float = 0.0,
+    z_loss: float = 0.0, softcap: float | None = None, ignore_index: int = -100, reduction: str = "sum",
     group: dist.ProcessGroup | None = None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """Weighted cross-entropy of hidden [T, E] @ weight [V, E].T and targets [T]; fp32 (fp64 for fp64 inputs).
 
     A scalar with reduction="sum", [T] with "none"; weights [T], of any dtype, multiply each token's loss.

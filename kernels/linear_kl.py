@@ -270,7 +270,11 @@ def _operands(*tensors: Tensor) -> tuple[list[Tensor], list[int], dict]:
     return rows, [x.stride(0) for x in rows], config
 
 
-@operator("linear_kl_statistics")
+def _statistics_outputs(a, a_weight, b, b_weight, temperature):
+    return tuple(a.new_empty(n, a.shape[0], dtype=torch.float32) for n in (2, 3))
+
+
+@operator("linear_kl_statistics", _statistics_outputs)
 def _statistics(a: Tensor, a_weight: Tensor, b: Tensor, b_weight: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """Maxima [2, T] of the logits of a and b, and the sums [3, T] relative to them: Σ e^a, Σ e^b and D."""
     T, V = a.shape[0], b_weight.shape[0]
@@ -287,11 +291,6 @@ def _statistics(a: Tensor, a_weight: Tensor, b: Tensor, b_weight: Tensor, temper
     return maxima, _relative_to(maxima[:, None], parts[:2], parts[2:]).sum(1)
 
 
-@_statistics.register_fake
-def _statistics_outputs(a, a_weight, b, b_weight, temperature):
-    return tuple(a.new_empty(n, a.shape[0], dtype=torch.float32) for n in (2, 3))
-
-
 def _relative_to(new: Tensor, maxima: Tensor, sums: Tensor) -> Tensor:
     """The sums Σ e^a, Σ e^b and D [3, …, T], which are relative to their `maxima` [2, …, T], relative to `new` ones."""
     shift = maxima - new
@@ -300,7 +299,11 @@ def _relative_to(new: Tensor, maxima: Tensor, sums: Tensor) -> Tensor:
     return torch.stack([share_a * sum_a, share_b * sum_b, share_a * (d + sum_a * (shift[0] - shift[1]))])
 
 
-@operator("linear_kl_jsd")
+def _jsd_output(student, *_):
+    return student.new_empty(2, student.shape[0], dtype=torch.float32)
+
+
+@operator("linear_kl_jsd", _jsd_output)
 def _jsd(
     student: Tensor, student_weight: Tensor, teacher: Tensor, teacher_weight: Tensor, norm_q: Tensor, norm_p: Tensor,
     temperature: float,
@@ -319,12 +322,12 @@ def _jsd(
     return parts.sum(1)
 
 
-@_jsd.register_fake
-def _jsd_output(student, *_):
-    return student.new_empty(2, student.shape[0], dtype=torch.float32)
+def _backward_outputs(student, student_weight, *rest):
+    needs = zip((student, student_weight), rest[-1], strict=True)
+    return tuple(x.new_empty(x.shape if needed else 0) for x, needed in needs)
 
 
-@operator("linear_kl_backward")
+@operator("linear_kl_backward", _backward_outputs)
 def _backward(
     student: Tensor, student_weight: Tensor, teacher: Tensor, teacher_weight: Tensor, norm_q: Tensor, norm_p: Tensor,
     mean_r: Tensor, grad: Tensor, temperature: float, kind: str, needs: list[bool],
@@ -342,12 +345,6 @@ def _backward(
         )  # fmt: skip
 
     return gradients_by_chunks(make_dz, student, student_weight, config["BLOCK_V"], *needs)
-
-
-@_backward.register_fake
-def _backward_outputs(student, student_weight, *rest):
-    needs = zip((student, student_weight), rest[-1], strict=True)
-    return tuple(x.new_empty(x.shape if needed else 0) for x, needed in needs)
 
 
 def _triton_values(student, student_weight, teacher, teacher_weight, temperature, kind, group):
@@ -484,15 +481,9 @@ def _top_k_kl(student, student_weight, ids, logp, options: HeadOptions, kind: st
 
 
 def linear_kl(
-    student: Tensor,
-    student_weight: Tensor,
-    teacher: Tensor | TopK,
-    teacher_weight: Tensor | None,
-    *,
-    temperature: float = 1.0,
-    kind: str = "forward",
-    group: dist.ProcessGroup | None = None,
-) -> Tensor:
+    student: Tensor, student_weight: Tensor, teacher: Tensor | TopK, teacher_weight: Tensor | None, *,
+    temperature: float = 1.0, kind: str = "forward", group: dist.ProcessGroup | None = None,
+) -> Tensor:  # fmt: skip
     """Per-token divergence [T], fp32 (fp64 for fp64); see the module's docstring. Gradients to the student only.
 
     student [T, E_s] and student_weight [V, E_s] of one float dtype, teacher [T, E_t] and teacher_weight [V, E_t] of

@@ -45,15 +45,9 @@ def linear_logprob_reference(
 
 
 def linear_logprob(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    *,
-    temperature: float = 1.0,
-    softcap: float | None = None,
-    ignore_index: int = -100,
-    group: dist.ProcessGroup | None = None,
-) -> LogProb:
+    hidden: Tensor, weight: Tensor, targets: Tensor, *, temperature: float = 1.0, softcap: float | None = None,
+    ignore_index: int = -100, group: dist.ProcessGroup | None = None,
+) -> LogProb:  # fmt: skip
     """Per-token log-probability, log-sum-exp, entropy and hit of `targets`; see the module's formula.
 
     hidden [T, E] and weight [V, E] of one float dtype, targets [T] int32 or int64, all on one device, any strides.

@@ -203,7 +203,11 @@ def _dropped_config(R: int, dtype: torch.dtype) -> dict:
     }
 
 
-@operator("lora_matmul")
+def _matmul_output(x, weight, inner, b, bias, seed, scale, dropout, transposed):
+    return x.new_empty(x.shape[0], b.shape[0])
+
+
+@operator("lora_matmul", _matmul_output)
 def _matmul(
     x: Tensor, weight: list[Tensor], inner: Tensor, b: Tensor, bias: Tensor | None, seed: Tensor | None, scale: float,
     dropout: float, transposed: bool,
@@ -236,12 +240,12 @@ def _matmul(
     return y
 
 
-@_matmul.register_fake
-def _matmul_output(x, weight, inner, b, bias, seed, scale, dropout, transposed):
-    return x.new_empty(x.shape[0], b.shape[0])
+def _dropped_output(x, f, seed, dropout, transposed):
+    (T, K), R = x.shape, f.shape[1]
+    return x.new_empty((R, K) if transposed else (T, R))
 
 
-@operator("lora_dropped")
+@operator("lora_dropped", _dropped_output)
 def _dropped(x: Tensor, f: Tensor, seed: Tensor, dropout: float, transposed: bool) -> Tensor:
     """dropout(x) f [T, R] of x [T, K], f [K, R]; transposed: fᵀ dropout(x) [R, K], f [T, R]."""
     (T, K), R = x.shape, f.shape[1]
@@ -261,12 +265,6 @@ def _dropped(x: Tensor, f: Tensor, seed: Tensor, dropout: float, transposed: boo
             R=R, TRANSPOSED=transposed, **config,
         )  # fmt: skip
     return out[0] if splits == 1 else out.sum(0).to(x.dtype)
-
-
-@_dropped.register_fake
-def _dropped_output(x, f, seed, dropout, transposed):
-    (T, K), R = x.shape, f.shape[1]
-    return x.new_empty((R, K) if transposed else (T, R))
 
 
 # Autograd, for both paths ---------------------------------------------------------------------------------------------
@@ -353,15 +351,9 @@ def _check(x, weight, a, b, bias, dropout) -> None:
 
 
 def lora_linear(
-    x: Tensor,
-    weight: Tensor | NF4Tensor,
-    a: Tensor,
-    b: Tensor,
-    scale: float,
-    *,
-    bias: Tensor | None = None,
+    x: Tensor, weight: Tensor | NF4Tensor, a: Tensor, b: Tensor, scale: float, *, bias: Tensor | None = None,
     dropout: float = 0.0,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """x [..., in] through weight [out, in] (dense or NF4) plus scale · b a, a [r, in], b [out, r]; y [..., out].
 
     All in one dtype, except that an NF4 weight is dequantised to x's. Differentiable in x, a, b, bias and a dense

@@ -147,7 +147,11 @@ def _dequantize_nf4(
 CONFIG = {"CODES": CODES, "ROWS": 64, "num_warps": 4}  # 4096 weights: 16 bytes of codes a thread
 
 
-@operator("dequantize_nf4")
+def _dequantize_output(parts, shape, dtype):
+    return parts[0].new_empty(shape, dtype=dtype)
+
+
+@operator("dequantize_nf4", _dequantize_output)
 def _dequantize(parts: list[Tensor], shape: list[int], dtype: torch.dtype) -> Tensor:
     """The dense tensor of (codes, absmax, absmax_scale, absmax_mean)."""
     out = parts[0].new_empty(shape, dtype=dtype)
@@ -155,11 +159,6 @@ def _dequantize(parts: list[Tensor], shape: list[int], dtype: torch.dtype) -> Te
         grid = (triton.cdiv(out.numel(), BLOCK * CONFIG["ROWS"]),)
         _dequantize_nf4[grid](*(part.contiguous() for part in parts), out, out.numel(), **CONFIG)
     return out
-
-
-@_dequantize.register_fake
-def _dequantize_output(parts, shape, dtype):
-    return parts[0].new_empty(shape, dtype=dtype)
 
 
 # Torch ----------------------------------------------------------------------------------------------------------------

@@ -170,7 +170,13 @@ def _backward_config(E: int) -> dict:
     return _config(E, BACKWARD_BLOCK if E <= BACKWARD_BLOCK else BACKWARD_WIDE)
 
 
-@operator("rms_norm")
+def _forward_outputs(x, weight, residual, eps, offset):
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    summed = torch.empty(x.shape if residual is not None else (0,), dtype=x.dtype, device=x.device)
+    return y, summed, torch.empty(math.prod(x.shape[:-1]), dtype=torch.float32, device=x.device)
+
+
+@operator("rms_norm", _forward_outputs)
 def _forward(
     x: Tensor, weight: Tensor, residual: Tensor | None, eps: float, offset: float
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -190,14 +196,12 @@ def _forward(
     return y, summed, rstd
 
 
-@_forward.register_fake
-def _forward_outputs(x, weight, residual, eps, offset):
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    summed = torch.empty(x.shape if residual is not None else (0,), dtype=x.dtype, device=x.device)
-    return y, summed, torch.empty(math.prod(x.shape[:-1]), dtype=torch.float32, device=x.device)
+def _backward_outputs(dy, ds, s, weight, rstd, offset, needs_weight):
+    dx = torch.empty(s.shape, dtype=s.dtype, device=s.device)
+    return dx, weight.new_empty(weight.shape if needs_weight else 0)
 
 
-@operator("rms_norm_backward")
+@operator("rms_norm_backward", _backward_outputs)
 def _backward(
     dy: Tensor, ds: Tensor | None, s: Tensor, weight: Tensor, rstd: Tensor, offset: float, needs_weight: bool
 ) -> tuple[Tensor, Tensor]:
@@ -226,70 +230,34 @@ def _backward(
     return dx, partial.sum(0).to(weight.dtype) if needs_weight else dweight
 
 
-@_backward.register_fake
-def _backward_outputs(dy, ds, s, weight, rstd, offset, needs_weight):
-    dx = torch.empty(s.shape, dtype=s.dtype, device=s.device)
-    return dx, weight.new_empty(weight.shape if needs_weight else 0)
-
-
-def _save(ctx, inputs, output):
-    x, weight, residual, _, ctx.offset = inputs
-    _, summed, rstd = output
-    ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(rstd)
-    ctx.has_residual = residual is not None
-    ctx.save_for_backward(summed if ctx.has_residual else x, weight, rstd)
-
-
-def _triton_gradients(ctx, dy, ds, _):
-    s, weight, rstd = ctx.saved_tensors
-    if dy is None:  # only the sum was used
-        return ds, None, ds, None, None
-    needs_weight = ctx.needs_input_grad[1]
-    dx, dweight = _backward(dy, ds if ctx.has_residual else None, s, weight, rstd, ctx.offset, needs_weight)
-    return dx, dweight if needs_weight else None, dx if ctx.has_residual else None, None, None
-
-
-_forward.register_autograd(_triton_gradients, setup_context=_save)
-
-
 # Torch ----------------------------------------------------------------------------------------------------------------
-class _TorchRMSNorm(torch.autograd.Function):
-    """The same in as few passes over memory as torch's ops allow: F.rms_norm takes twice as long, its backward six."""
+#
+# In as few passes over memory as torch's ops allow: F.rms_norm takes twice as long, its backward six times.
 
-    @staticmethod
-    @without_autocast
-    def forward(ctx, x, weight, residual, eps, offset):
-        s = x if residual is None else x + residual
-        compute = _compute_dtype(x)
-        wide = s.to(compute).contiguous()  # a norm over a strided dimension adds up its terms one by one
-        norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)  # one pass; square().mean() takes two
-        rstd = (norm.square() / x.shape[-1] + eps).rsqrt()
-        normed = wide * rstd if s.dtype == compute else wide.mul_(rstd)  # a copy is ours to overwrite
-        y = normed.mul_(weight.to(compute) + offset).to(x.dtype)
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(s, weight, rstd)
-        ctx.offset, ctx.has_residual = offset, residual is not None
-        return y, s if ctx.has_residual else None
 
-    @staticmethod
-    @once_differentiable
-    @without_autocast
-    def backward(ctx, dy, ds):
-        s, weight, rstd = ctx.saved_tensors
-        if dy is None:  # only the sum was used
-            return ds, None, ds, None, None
-        E, compute = s.shape[-1], rstd.dtype
-        wide_weight = weight.to(compute) + ctx.offset
-        wide_dy, wide_s, rstd = dy.to(compute).reshape(-1, E), s.to(compute).reshape(-1, E), rstd.reshape(-1)
-        product = wide_dy * wide_s  # [M, E]; both reductions are matrix-vector products with it
-        dweight = (rstd @ product).to(weight.dtype) if ctx.needs_input_grad[1] else None
-        mean = (product @ wide_weight) * rstd * rstd / E  # [M]: rstd · mean(g · n); rstd³ may overflow
-        dx = (wide_dy * wide_weight).addcmul_(wide_s, mean[:, None], value=-1).mul_(rstd[:, None])
-        if ds is not None:
-            dx.add_(ds.reshape(-1, E))
-        dx = dx.to(s.dtype).view(s.shape)
-        return dx, dweight, dx if ctx.has_residual else None, None, None
+def _torch_forward(x, weight, residual, eps, offset):
+    """y, the sum and rstd [..., 1]."""
+    s = x if residual is None else x + residual
+    compute = _compute_dtype(x)
+    wide = s.to(compute).contiguous()  # a norm over a strided dimension adds up its terms one by one
+    norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)  # one pass; square().mean() takes two
+    rstd = (norm.square() / x.shape[-1] + eps).rsqrt()
+    normed = wide * rstd if s.dtype == compute else wide.mul_(rstd)  # a copy is ours to overwrite
+    return normed.mul_(weight.to(compute) + offset).to(x.dtype), s, rstd
+
+
+def _torch_backward(dy, ds, s, weight, rstd, offset, needs_weight):
+    """dx and dweight."""
+    E, compute = s.shape[-1], rstd.dtype
+    wide_weight = weight.to(compute) + offset
+    wide_dy, wide_s, rstd = dy.to(compute).reshape(-1, E), s.to(compute).reshape(-1, E), rstd.reshape(-1)
+    product = wide_dy * wide_s  # [M, E]; both reductions are matrix-vector products with it
+    dweight = (rstd @ product).to(weight.dtype) if needs_weight else None
+    mean = (product @ wide_weight) * rstd * rstd / E  # [M]: rstd · mean(g · n); rstd³ may overflow
+    dx = (wide_dy * wide_weight).addcmul_(wide_s, mean[:, None], value=-1).mul_(rstd[:, None])
+    if ds is not None:
+        dx.add_(ds.reshape(-1, E))
+    return dx.to(s.dtype).view(s.shape), dweight
 
 
 FEW = 1 << 17  # elements
@@ -304,7 +272,28 @@ def _torch_few(
     return F.rms_norm(s, weight.shape, weight.to(_compute_dtype(x)) + offset if offset else weight.to(x.dtype), eps), s
 
 
-# Public ---------------------------------------------------------------------------------------------------------------
+# Autograd and the public function -------------------------------------------------------------------------------------
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    @without_autocast
+    def forward(ctx, x, weight, residual, eps, offset, kernels):
+        y, summed, rstd = (_forward if kernels else _torch_forward)(x, weight, residual, eps, offset)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x if residual is None else summed, weight, rstd)
+        ctx.offset, ctx.has_residual, ctx.kernels = offset, residual is not None, kernels
+        return y, summed if ctx.has_residual else None
+
+    @staticmethod
+    @once_differentiable
+    @without_autocast
+    def backward(ctx, dy, ds):
+        if dy is None:  # only the sum was used
+            return ds, None, ds, None, None, None
+        needs_weight, by = ctx.needs_input_grad[1], _backward if ctx.kernels else _torch_backward
+        dx, dweight = by(dy, ds, *ctx.saved_tensors, ctx.offset, needs_weight)
+        return dx, dweight if needs_weight else None, dx if ctx.has_residual else None, None, None, None
+
+
 def rms_norm(
     x: Tensor, weight: Tensor, eps: float = 1e-6, *, residual: Tensor | None = None, offset: float = 0.0
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -321,12 +310,11 @@ def rms_norm(
     if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
         seen, wanted = (tuple(residual.shape), residual.dtype), (tuple(x.shape), x.dtype)
         raise ValueError(f"rms_norm: residual is {seen}, wanted x's {wanted}")
-    if use_triton(x, weight, residual):
-        y, summed, _ = _forward(x, weight, residual, eps, offset)
-    elif not torch.is_grad_enabled() and x.numel() <= FEW:
+    kernels = use_triton(x, weight, residual)
+    if not kernels and not torch.is_grad_enabled() and x.numel() <= FEW:
         y, summed = _torch_few(x, weight, residual, eps, offset)
     else:
-        y, summed = _TorchRMSNorm.apply(x, weight, residual, eps, offset)
+        y, summed = _RMSNorm.apply(x, weight, residual, eps, offset, kernels)
     return y if residual is None else (y, summed)
 
 

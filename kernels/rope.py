@@ -82,7 +82,11 @@ def _config(H: int, G: int, D: int) -> dict:
     return {"H": H, "G": G, "HALF": D // 2, "num_warps": 4} | blocks
 
 
-@operator("rope")
+def _rotate_outputs(q, k, cos, sin, inverse):
+    return tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k))
+
+
+@operator("rope", _rotate_outputs)
 def _rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
     """q and k rotated by the angles of cos and sin [T, D/2], or by their negatives."""
     q_out, k_out = _rotate_outputs(q, k, cos, sin, inverse)
@@ -95,52 +99,39 @@ def _rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> tu
     return q_out, k_out
 
 
-@_rotate.register_fake
-def _rotate_outputs(q, k, cos, sin, inverse):
-    return tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k))
-
-
-def _save(ctx, inputs, output):
-    _, _, cos, sin, ctx.inverse = inputs
-    ctx.save_for_backward(cos, sin)
-
-
-def _triton_gradients(ctx, dq, dk):
-    needs = ctx.needs_input_grad
-    given = (d if need else d[:, :0] for d, need in zip((dq, dk), needs, strict=False))  # no heads: nothing to do
-    gradients = _rotate(*given, *ctx.saved_tensors, not ctx.inverse)
-    return *(d if need else None for d, need in zip(gradients, needs, strict=False)), None, None, None
-
-
-_rotate.register_autograd(_triton_gradients, setup_context=_save)
-
-
 # Torch ----------------------------------------------------------------------------------------------------------------
-def _torch_rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x [T, H, D] rotated; computed in the dtype of cos and sin [T, 1, D/2], rounded once."""
-    a, b = x.to(cos.dtype).chunk(2, -1)
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    first, second = y.chunk(2, -1)
-    first.copy_((a * cos).addcmul_(b, sin, value=-1))
-    second.copy_((b * cos).addcmul_(a, sin))
-    return y
+def _torch_rotate(q, k, cos, sin, inverse):
+    """The same, computed in the dtype of cos and sin, rounded once."""
+    cos, sin = cos[:, None], -sin[:, None] if inverse else sin[:, None]  # [T, 1, D/2]
+
+    def rotated(x: Tensor) -> Tensor:
+        a, b = x.to(cos.dtype).chunk(2, -1)
+        y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        first, second = y.chunk(2, -1)
+        first.copy_((a * cos).addcmul_(b, sin, value=-1))
+        second.copy_((b * cos).addcmul_(a, sin))
+        return y
+
+    return rotated(q), rotated(k)
 
 
-class _TorchRope(torch.autograd.Function):
+# Autograd and the public function -------------------------------------------------------------------------------------
+class _Rope(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, cos, sin):
+    def forward(ctx, q, k, cos, sin, kernels):
         ctx.save_for_backward(cos, sin)
-        return _torch_rotate(q, cos, sin), _torch_rotate(k, cos, sin)
+        ctx.rotate = _rotate if kernels else _torch_rotate
+        return ctx.rotate(q, k, cos, sin, False)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dq, dk):
-        (cos, sin), needs = ctx.saved_tensors, ctx.needs_input_grad
-        gradients = (_torch_rotate(d, cos, -sin) if need else None for d, need in zip((dq, dk), needs, strict=False))
-        return *gradients, None, None
+        needs = ctx.needs_input_grad[:2]
+        given = (d if need else d[:, :0] for d, need in zip((dq, dk), needs, strict=True))  # no heads: nothing to do
+        gradients = ctx.rotate(*given, *ctx.saved_tensors, True)
+        return *(d if need else None for d, need in zip(gradients, needs, strict=True)), None, None, None
 
 
-# Public ---------------------------------------------------------------------------------------------------------------
 def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     """Rotated q [T, H, D] and k [T, G, D] by the angles whose cos and sin [T, D/2] are given (fp32, not learned).
 
@@ -159,12 +150,10 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor
         raise ValueError("rope: cos or sin requires a gradient, and gets none: detach them")
     dtype = torch.promote_types(q.dtype, torch.float32)
     cos, sin = cos.to(dtype), sin.to(dtype)
-    if use_triton(q, k, cos, sin):
-        return _rotate(q, k, cos, sin, False)
-    cos, sin = cos[:, None], sin[:, None]
-    if not torch.is_grad_enabled():
-        return _torch_rotate(q, cos, sin), _torch_rotate(k, cos, sin)
-    return _TorchRope.apply(q, k, cos, sin)
+    kernels = use_triton(q, k, cos, sin)
+    if not kernels and not torch.is_grad_enabled():
+        return _torch_rotate(q, k, cos, sin, False)
+    return _Rope.apply(q, k, cos, sin, kernels)
 
 
 def _example(shape: Shape, dtype: torch.dtype, device: str) -> tuple[tuple, dict]:

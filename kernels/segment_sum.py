@@ -64,7 +64,11 @@ def _segment_fill(p_dsum, p_cu, p_dvalues, stride_dsum, S, T, BLOCK: tl.constexp
         tl.store(p_dvalues + i, b_fill.to(p_dvalues.dtype.element_ty), mask=i < end)
 
 
-@operator("segment_sum")
+def _forward_outputs(values, cu_seqlens):
+    return values.new_empty(cu_seqlens.shape[0] - 1, dtype=torch.float32)
+
+
+@operator("segment_sum", _forward_outputs)
 def _forward(values: Tensor, cu_seqlens: Tensor) -> Tensor:
     sums = _forward_outputs(values, cu_seqlens)
     S = len(sums)
@@ -73,36 +77,17 @@ def _forward(values: Tensor, cu_seqlens: Tensor) -> Tensor:
     return sums
 
 
-@_forward.register_fake
-def _forward_outputs(values, cu_seqlens):
-    return values.new_empty(cu_seqlens.shape[0] - 1, dtype=torch.float32)
+def _backward_outputs(dsums, cu_seqlens, T, dtype):
+    return dsums.new_empty(T, dtype=dtype)
 
 
-@operator("segment_sum_backward")
+@operator("segment_sum_backward", _backward_outputs)
 def _backward(dsums: Tensor, cu_seqlens: Tensor, T: int, dtype: torch.dtype) -> Tensor:
     """dvalues [T]."""
     dvalues = _backward_outputs(dsums, cu_seqlens, T, dtype)
     S = len(dsums)
     _segment_fill[(S + 2,)](dsums, cu_seqlens.contiguous(), dvalues, dsums.stride(0), S, T, **CONFIG)
     return dvalues
-
-
-@_backward.register_fake
-def _backward_outputs(dsums, cu_seqlens, T, dtype):
-    return dsums.new_empty(T, dtype=dtype)
-
-
-def _save(ctx, inputs, output):
-    values, cu_seqlens = inputs
-    ctx.T, ctx.dtype = values.shape[0], values.dtype
-    ctx.save_for_backward(cu_seqlens)
-
-
-def _triton_gradients(ctx, dsums):
-    return _backward(dsums, *ctx.saved_tensors, ctx.T, ctx.dtype), None
-
-
-_forward.register_autograd(_triton_gradients, setup_context=_save)
 
 
 # Torch ----------------------------------------------------------------------------------------------------------------
@@ -114,29 +99,37 @@ def segment_of(cu_seqlens: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
     return segment.clamp(0, max(0, len(cu_seqlens) - 2)), inside
 
 
-def _sum_dtype(values: Tensor) -> torch.dtype:
-    return torch.promote_types(values.dtype, torch.float32)
+def _torch_forward(values, cu_seqlens):
+    dtype = torch.promote_types(values.dtype, torch.float32)
+    if len(cu_seqlens) == 1:  # no segments
+        return values.new_zeros(0, dtype=dtype)
+    # On a CPU the terms are added one after another: in fp32 thousands of them lose two digits.
+    wide = values.to(torch.float64 if values.device.type == "cpu" else dtype).contiguous()
+    return torch.segment_reduce(wide, "sum", offsets=cu_seqlens.long(), axis=0, initial=0, unsafe=True).to(dtype)
 
 
-class _TorchSegmentSum(torch.autograd.Function):
+def _torch_backward(dsums, cu_seqlens, T, dtype):
+    if len(dsums) == 0:
+        return dsums.new_zeros(T, dtype=dtype)
+    segment, inside = segment_of(cu_seqlens, T)
+    return torch.where(inside, dsums[segment], 0.0).to(dtype)
+
+
+# Autograd and the public function -------------------------------------------------------------------------------------
+class _SegmentSum(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, values, cu_seqlens):
+    def forward(ctx, values, cu_seqlens, kernels):
         ctx.save_for_backward(cu_seqlens)
-        ctx.shape, ctx.dtype = values.shape, values.dtype
-        # On a CPU the terms are added one after another: in fp32 thousands of them lose two digits.
-        wide = values.to(torch.float64 if values.device.type == "cpu" else _sum_dtype(values)).contiguous()
-        sums = torch.segment_reduce(wide, "sum", offsets=cu_seqlens.long(), axis=0, initial=0, unsafe=True)
-        return sums.to(_sum_dtype(values))
+        ctx.shape, ctx.dtype, ctx.kernels = values.shape, values.dtype, kernels
+        return (_forward if kernels else _torch_forward)(values, cu_seqlens)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad):
-        (cu_seqlens,) = ctx.saved_tensors
-        segment, inside = segment_of(cu_seqlens, ctx.shape[0])
-        return torch.where(inside, grad[segment], 0.0).to(ctx.dtype), None
+    def backward(ctx, dsums):
+        by = _backward if ctx.kernels else _torch_backward
+        return by(dsums, *ctx.saved_tensors, ctx.shape[0], ctx.dtype), None, None
 
 
-# Public ---------------------------------------------------------------------------------------------------------------
 def check_segments(values: Tensor, cu_seqlens: Tensor) -> None:
     """Raise ValueError unless values is [T], of floats, and cu_seqlens an integer vector within it.
 
@@ -166,11 +159,7 @@ def segment_sum(values: Tensor, cu_seqlens: Tensor) -> Tensor:
     values.
     """
     check_segments(values, cu_seqlens)
-    if use_triton(values, cu_seqlens):
-        return _forward(values, cu_seqlens)
-    if len(cu_seqlens) == 1:  # no segments
-        return values.new_zeros(0, dtype=_sum_dtype(values))
-    return _TorchSegmentSum.apply(values, cu_seqlens)
+    return _SegmentSum.apply(values, cu_seqlens, use_triton(values, cu_seqlens))
 
 
 def example_segments(shape: Shape, device: str) -> Tensor:

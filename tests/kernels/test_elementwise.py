@@ -187,7 +187,7 @@ def test_gated_operators_pass_opcheck_without_up():
     gate_up = torch.randn(3, 10)
     checks = ("test_schema", "test_faketensor", "test_aot_dispatch_static")
     with interpreter.checked():
-        torch.library.opcheck(_forward, (gate_up.clone().requires_grad_(), None, False), test_utils=checks)
+        torch.library.opcheck(_forward, (gate_up, None, False), test_utils=checks)
         torch.library.opcheck(_backward, (torch.ones(3, 5), gate_up, None, False), test_utils=checks)
 
 
