@@ -231,7 +231,7 @@ def _attend_torch(
     longest: int, window: int | None, softcap: float | None, scale: float,
 ) -> Tensor:  # fmt: skip
     (B, H, D), (_, page, G, _) = q.shape, k_pages.shape
-    if not longest:
+    if not longest or not B:
         return torch.zeros_like(q)
     if q.device.type == "cpu" and not torch.compiler.is_compiling():
         tables = page_table.numpy(), lengths.numpy()

@@ -175,9 +175,8 @@ def test_agrees_with_torch(monkeypatch):
 @needs_triton
 def test_registered_ops_pass_opcheck():
     x, weight, residual = (t.detach() for t in make(5, 12))
-    wanting = [t.clone().requires_grad_() for t in (x, weight, residual)]
     with interpreter.checked():
-        for arguments in [(x, weight, None), (*wanting[:2], None), tuple(wanting)]:
+        for arguments in [(x, weight, None), (x, weight, residual)]:
             torch.library.opcheck(_forward, (*arguments, 1e-6, 0.0))
         for ds in (None, x):
             for needs_weight in (True, False):
