@@ -1,12 +1,15 @@
 """A pruned vocabulary: the same text, the same tokens under other numbers, and every other text still survives."""
 
 import json
+import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 import tritium
+from tritium.core.code import fill_in_the_middle, hole_markers
 from tritium.core.config import UserError
 from tritium.core.tokenizer import Tokenizer
 from tritium.core.tokenizer.pruning import prune
@@ -57,3 +60,11 @@ def test_a_model_and_its_tokenizer_are_pruned_together(tmp_path):
     assert [own[i] for i in pruned] == ids
     torch.testing.assert_close(logits, wanted[:, own], rtol=1e-5, atol=1e-5)
     assert json.loads((tmp_path / "out" / "config.json").read_text())["eos_token_id"] == after.eos_id
+
+
+def test_deepseek_coder_marks_the_hole_where_the_suffix_comes():
+    tokenizer = Tokenizer.load(DATA / "tokenizers" / "deepseek")
+    ids = fill_in_the_middle(tokenizer, "def f():\n    pass", hole_markers(tokenizer), np.random.default_rng(0), False)
+    form = r"<｜fim▁begin｜>(.*)<｜fim▁hole｜>(.*)<｜fim▁end｜>(.*)"  # arXiv 2401.14196, section 3.1.2
+    prefix, suffix, middle = re.fullmatch(form, tokenizer.decode(ids, keep_special=True), re.DOTALL).groups()
+    assert prefix + middle + suffix == "def f():\n    pass"
