@@ -189,7 +189,7 @@ kind = "grpo"
 metric = "right"
 [stages.stem.config]
 model = "{model}"
-grpo = {{ prompts = 3, group = 2, beta = 0.02 }}
+grpo = {{ algorithm = "reinforce++", prompts = 3, group = 2, beta = 0.02 }}
 data.sources = ["{problems}"]
 sampling.max_tokens = 4
 run = {{ steps = 1, dtype = "fp32" }}
@@ -200,7 +200,7 @@ metric = "reward"
 model = "{{stem}}"
 reference.model = "{model}"
 reward = "exact - 0.5*repetition"
-grpo = {{ algorithm = "rloo", prompts = 2, group = 2, beta = 0.05 }}
+grpo = {{ algorithm = "reinforce++", prompts = 2, group = 2, beta = 0.05 }}
 data.sources = ["{other}"]
 sampling.max_tokens = 4
 run = {{ steps = 1, dtype = "fp32" }}
