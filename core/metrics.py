@@ -238,7 +238,7 @@ def matmul_rate(
 def machine() -> dict[str, str | int]:
     """The machine and the versions, for reports and benchmark rows."""
     facts = {
-        "cpu": cpu_model(),
+        "cpu": _cpu_model(),
         "cores": os.cpu_count() or 1,
         "platform": platform.platform(terse=True),
         "python": platform.python_version(),
@@ -292,8 +292,7 @@ def _nvml_handle(index: int):
     return pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(index).uuid}")
 
 
-def cpu_model() -> str:
-    """The processor's name, such as "AMD EPYC 9554 64-Core Processor"."""
+def _cpu_model() -> str:
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as file:
             names = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]

@@ -15,8 +15,8 @@ from tritium.core.chat import find_template
 from tritium.core.checkpoint import model_folder
 from tritium.core.config import ConfigError, UserError, opt, to_toml
 from tritium.core.data import parse_sources
-from tritium.core.metrics import cpu_model
 from tritium.core.tokenizer import Tokenizer
+from tritium.kernels.backend import fp32_is_faster
 from tritium.model.adapters import Base, attach
 from tritium.model.heads import ScalarModel
 from tritium.model.hf import ModelFolderError, load
@@ -121,18 +121,13 @@ def start(config: Any, stage: str) -> Mesh:
 
 
 def parameter_dtype(name: str, mesh: Mesh) -> torch.dtype:
-    """The dtype that `name` means; "auto" is bf16 where its matmuls are faster than fp32's, else fp32.
-
-    On a CPU these are: with AMX, and AMD's with avx512_bf16 (about 4 ×). Intel's avx512_bf16 without AMX, as many a
-    virtual machine has it, was measured at 0.6 × fp32. Told by name and not by a clock: all ranks must agree.
-    """
+    """The dtype that `name` means; "auto" is bf16 where its matmuls are faster than fp32's, else fp32."""
     if name != "auto":
         return DTYPES[name]
     if mesh.device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
-    amd = torch.cpu._is_avx512_bf16_supported() and "AMD" in cpu_model()
-    fast = torch.cpu._is_amx_tile_supported() or amd
-    return torch.bfloat16 if fast else torch.float32
+    able = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return torch.bfloat16 if able and not fp32_is_faster(torch.bfloat16) else torch.float32
 
 
 def load_model(

@@ -103,14 +103,11 @@ def test_the_final_decay_has_its_own_data(tiny, tmp_path, monkeypatch):
 
 
 def test_auto_takes_bf16_only_where_its_matmuls_are_the_faster_ones(monkeypatch):
-    def auto(name, avx512_bf16, amx):
-        monkeypatch.setattr(setup, "cpu_model", lambda: name)
-        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512_bf16)
-        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
-        return setup.parameter_dtype("auto", Mesh.single())
-
-    assert auto("AMD EPYC 9554 64-Core Processor", True, False) == torch.bfloat16
-    assert auto("Intel(R) Xeon(R) Processor", True, True) == torch.bfloat16
-    assert auto("Intel(R) Xeon(R) Processor", True, False) == torch.float32  # 80 against 135 GFLOP/s
-    assert auto("AMD EPYC 7763 64-Core Processor", False, False) == torch.float32
-    assert setup.parameter_dtype("bf16", Mesh.single()) == torch.bfloat16
+    for slow in (False, True):
+        monkeypatch.setattr(setup, "fp32_is_faster", lambda dtype, slow=slow: slow)
+        monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)
+        assert setup.parameter_dtype("auto", Mesh.single()) == (torch.float32 if slow else torch.bfloat16)
+        assert setup.parameter_dtype("bf16", Mesh.single()) == torch.bfloat16
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)  # an ARM without it
+    monkeypatch.setattr(setup, "fp32_is_faster", lambda dtype: False)
+    assert setup.parameter_dtype("auto", Mesh.single()) == torch.float32
