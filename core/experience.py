@@ -81,8 +81,9 @@ class PolicyStage:
         sampling = self.sampling
         if not sampling.temperature:
             raise ConfigError("sampling.temperature=0: a group of equal answers teaches nothing; it must be positive")
-        if importance and (sampling.temperature != 1 or sampling.top_k or sampling.top_p < 1):
-            needs = "sampling.temperature=1, no top_k or top_p"
+        cut = sampling.top_k or sampling.top_p < 1 or sampling.min_p
+        if importance and (sampling.temperature != 1 or cut or sampling.options().edits):
+            needs = "sampling.temperature=1, no top_k, top_p, min_p, penalties or no_repeat_ngram"
             raise ConfigError(f"{name}={importance} compares log-probs: it needs {needs}")
 
     def steps_of(self, problems: int, prompts: int, updates: int) -> int:
@@ -125,7 +126,7 @@ class Experience:
             for attempt in range(self.rounds):
                 drawn = self.draw(number * self.rounds + attempt)
                 rollout = Rollout(rollout.groups + drawn.groups, rollout.failures + drawn.failures)
-                if self.rounds == 1 or varied(rollout, mesh) >= self.prompts:
+                if self.rounds == 1 or self.varied(rollout) >= self.prompts:
                     break
             greedy = self.greedy_scores(rollout, number) if self.greedy else None
         seconds = time.perf_counter() - start
@@ -135,6 +136,11 @@ class Experience:
         self.warn(numbers)
         rollout.greedy = greedy
         return rollout, numbers
+
+    def varied(self, rollout: Rollout) -> float:
+        """On all ranks, the groups that teach something."""
+        found = sum(differs(group, *self.shaping) for group in rollout.groups)
+        return all_reduce_counts({"varied": float(found)}, self.trainer.mesh)["varied"]
 
     def warn(self, numbers: dict[str, float]) -> None:
         """Say what the run's history so far is suspicious of, each kind once."""
@@ -174,6 +180,7 @@ class Experience:
             kl = numbers["kl_k3"]
             numbers["kl_blowups"] = notes["kl_blowups"] = notes.get("kl_blowups", 0.0) + float(not kl <= BLOWN_UP)
             if limit and not kl <= limit:
+                self.trainer.finish_save()
                 raise TrainingError(
                     f"after step {self.trainer.index} the KL to the reference is {kl:.3g} per token, above "
                     f"reference.max_kl={limit}: raise beta, or lower optim.lr; checkpoints are in {self.trainer.out}"
@@ -195,7 +202,7 @@ class Experience:
         groups: list[Group] = []
         for i, samples in enumerate(rollout.groups):
             judged = [s for s in samples if s.score is not None]
-            if not judged or (varied_only and len({s.score.value for s in judged}) < 2):
+            if not judged or (varied_only and not differs(judged, *self.shaping)):
                 continue
             extra = {} if rollout.greedy is None else {"greedy": rollout.greedy[i]}
             groups.append([self.document(s, {"number": float(j)} | extra) for j, s in enumerate(judged)])
@@ -231,10 +238,9 @@ def shaped(sample: Sample, shaping: ShapingConfig, max_tokens: int) -> list[floa
     return values.tolist()
 
 
-def varied(rollout: Rollout, mesh: Mesh) -> float:
-    """On all ranks, the groups whose answers differ in score."""
-    found = sum(len({s.score.value for s in group if s.score is not None}) > 1 for group in rollout.groups)
-    return all_reduce_counts({"varied": float(found)}, mesh)["varied"]
+def differs(group: Sequence[Sample], shaping: ShapingConfig, max_tokens: int) -> bool:
+    """Whether the group's rewards, of answers or of their steps, are not all the same."""
+    return len({value for s in group if s.score is not None for value in shaped(s, shaping, max_tokens)}) > 1
 
 
 def problems_of(
@@ -269,18 +275,17 @@ def summary(rollout: Rollout, shaping: ShapingConfig, max_tokens: int, mesh: Mes
     means of the judge's components before their weights."""
     samples = rollout.samples
     judged = [s for s in samples if s.score is not None]
-    groups = [{s.score.value for s in group if s.score is not None} for group in rollout.groups]
     sums = {  # name → (sum, what it is a mean over)
         "reward": (sum(s.score.value for s in judged), "judged"),
         "shaped_reward": (sum(sum(shaped(s, shaping, max_tokens)) for s in judged), "judged"),
         "right": (sum(s.right for s in judged), "judged"),
         "length": (sum(len(s.completion.tokens) for s in samples), "samples"),
         "ended": (sum(s.completion.finish_reason == "stop" for s in samples), "samples"),
-        "varied_groups": (sum(len(values) > 1 for values in groups), "groups"),
+        "varied_groups": (sum(differs(group, shaping, max_tokens) for group in rollout.groups), "groups"),
     }
     for name in dict.fromkeys(name for s in judged for name in s.score.parts):
         sums[f"reward/{name}"] = (sum(s.score.parts.get(name, 0.0) for s in judged), "judged")
-    counts = {"judged": len(judged), "samples": len(samples), "groups": len(groups)}
+    counts = {"judged": len(judged), "samples": len(samples), "groups": len(rollout.groups)}
     failures = {"verifier_failures": sum(rollout.failures.values())}
     total = all_reduce_counts(counts | failures | {name: float(value) for name, (value, _) in sums.items()}, mesh)
     over = {name: counted for name, (_, counted) in sums.items()}  # a component that only other ranks saw: "judged"

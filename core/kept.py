@@ -57,10 +57,10 @@ class Kept:
                 self.put(own, [np.asarray(value.cpu(), dtype) for value in ask(batch)])
 
 
-def kept_file(out: str, folder: str, mesh: Mesh) -> str:
-    """Where a run's rank keeps what the model in `folder` said: another place for other weights."""
+def kept_file(out: str, folder: str, mesh: Mesh, *asked: object) -> str:
+    """Where a run's rank keeps what the model in `folder` said, `asked` so: another place for other weights."""
     stats = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in sorted(Path(folder).glob("*.safetensors"))]
-    digest = hashlib.sha256(repr((os.path.abspath(folder), stats)).encode()).hexdigest()[:12]
+    digest = hashlib.sha256(repr((os.path.abspath(folder), stats, asked)).encode()).hexdigest()[:12]
     return f"{out}/cache/{digest}-{mesh.rank}.sqlite"
 
 

@@ -133,13 +133,14 @@ class Metrics:
 
 
 def read_lines(path: Path) -> Iterator[tuple[str, dict]]:
-    """Each whole line of a metrics file and its values; a line that a killed run left unfinished is passed over."""
+    """Each whole line of a metrics file and its numbers; a line that a killed run left unfinished is passed over."""
     with open(path, encoding="utf-8") as file:
         for line in file:
             try:
-                yield line, json.loads(line)
+                values = json.loads(line)
             except json.JSONDecodeError:
                 continue
+            yield line, {k: float(v) if isinstance(v, str) else v for k, v in values.items()}  # see `_json_number`
 
 
 class Clock:

@@ -8,9 +8,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from torch import nn
+
 from tritium.core.batch import Group, PackedBatch, pack, plan_bins
 from tritium.core.config import ConfigError, opt
 from tritium.core.experience import problems_of
+from tritium.core.reference import check_follows
 from tritium.core.rewards.model import open_reward
 from tritium.core.rollout import Problem, Rollout, Sample, SamplingConfig, roll_out, sample_document, share
 from tritium.core.tokenizer import Tokenizer
@@ -41,6 +44,18 @@ class DrawConfig:
     def steps(self, run: LoopConfig, problems: int) -> int:
         """Optimizer steps of a run."""
         return run.steps or math.ceil(run.epochs * problems / self.prompts) * self.updates
+
+
+def round_settings(settings: Any, networks: dict[str, nn.Module], problems: int) -> dict[str, Any]:
+    """What a trainer is told of a run of rounds. Raises: ConfigError for options that rounds have no use for."""
+    draw, reference = settings.draw, networks.get("reference")
+    if settings.schedule.batch_start < 1:
+        raise ConfigError("schedule.batch_start: a step's batch is what a round draws, draw.prompts / draw.updates")
+    if draw.refresh:
+        if reference is None:
+            raise ConfigError(f"draw.refresh={draw.refresh}: there is no reference here; set draw.refresh=0")
+        check_follows(networks["policy"], reference, "draw.refresh")
+    return {"total_steps": draw.steps(settings.run, problems), "followers": ["reference"] if draw.refresh else []}
 
 
 @dataclass

@@ -44,15 +44,21 @@ def open_policy(
     policy = load_model(folder, dtype, mesh, finetune=finetune, seed=seed)
     if reference is None:
         return {"policy": policy}
-    if reference.every and policy.adapters:
-        raise ConfigError("reference.every: the base of an adapter does not move, nor another model to it; set every=0")
-    if not reference.model:
-        return {"policy": policy, "reference": load_reference(folder, dtype, mesh, policy)}
-    other = load_model(reference.model, dtype, mesh, frozen=True)
-    shapes = [[p.shape for p in network.parameters()] for network in (policy, other)]
-    if reference.every and shapes[0] != shapes[1]:
-        raise ConfigError(f"reference.every: {reference.model} has other shapes than {folder}; set every=0")
+    if reference.model:
+        other = load_model(reference.model, dtype, mesh, frozen=True)
+    else:
+        other = load_reference(folder, dtype, mesh, policy)
+    if reference.every:
+        check_follows(policy, other, "reference.every")
     return {"policy": policy, "reference": other}
+
+
+def check_follows(policy: Transformer, reference: nn.Module, option: str) -> None:
+    """Raises: ConfigError where the reference can't become what the policy is, as `option` wants."""
+    if policy.adapters:
+        raise ConfigError(f"{option}: the base of an adapter does not move, nor another model to it; set {option}=0")
+    if [p.shape for p in policy.parameters()] != [p.shape for p in reference.parameters()]:
+        raise ConfigError(f"{option}: the reference has other shapes than the policy; set {option}=0")
 
 
 class Follower:

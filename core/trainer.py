@@ -227,6 +227,8 @@ class Trainer:
         with self.phase("optimizer"):
             if counts.get("tokens"):  # with nothing supervised, not even momentum moves a parameter
                 values |= self.update(rate)
+            for flat in self.flat.values():  # also where there was only text beside answers, and no answer
+                flat.zero_grad()
         values |= self.speed(counts) | (extra or {})
         self.index += 1
         self.flush_metrics()
@@ -255,7 +257,6 @@ class Trainer:
                 values["grad_norm" + suffix], values["skipped" + suffix] = optimizer.step(
                     rate * self.lr_scale[key], self.loss_scale and self.loss_scale.value
                 )
-            optimizer.network.zero_grad()
         if self.loss_scale:
             values["loss_scale"] = self.loss_scale.value
             self.loss_scale.update(sum(v for k, v in values.items() if k.startswith("skipped")))

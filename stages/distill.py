@@ -24,7 +24,7 @@ from tritium.core.groups import conversation_group
 from tritium.core.kept import Kept, kept_file
 from tritium.core.objectives import Distill, DualLevel, Objective, PairOptions
 from tritium.core.objectives.preference import LOSSES, REFERENCE_FREE
-from tritium.core.online import DrawConfig, Rounds
+from tritium.core.online import DrawConfig, Rounds, round_settings
 from tritium.core.optim import OptimConfig
 from tritium.core.rollout import load_problems
 from tritium.core.schedule import ScheduleConfig
@@ -68,15 +68,14 @@ class Config:
 
 def train(config: Config) -> Result:
     """Train the student; `loss` is the divergence per token, or that of the pairs."""
-    mesh, draw = start(config, "distill"), config.draw
+    mesh = start(config, "distill")
     networks, drawn = open_networks(config, mesh), config.mode != "logit"
     tokenizer = load_tokenizer(config.model, networks["policy"], config.data.template)
     skipped, context = Skipped(config.data.on_error), networks["policy"].config.max_positions
     settings = {"name": "distill", "tokenizer": tokenizer, "skipped": skipped}
     if drawn:
         problems = load_problems(config.data.sources, tokenizer, context, skipped)
-        settings["total_steps"] = draw.steps(config.run, len(problems))
-        settings["followers"] = ["reference"] if draw.refresh and "reference" in networks else []
+        settings |= round_settings(config, networks, len(problems))
     else:
         convert = conversation_group(tokenizer, config.data)
         bins, settings["evaluation"] = open_records(config, convert, context, mesh, skipped)
@@ -113,7 +112,8 @@ def objective_of(config: Config, mesh: Mesh) -> Objective:
     if config.mode == "dual":
         return DualLevel(config.pairs, PairOptions(config.beta), weights=tuple(config.weights), kind=config.kind)
     sft = config.sft if config.mode == "logit" else 0.0
-    kept = Kept(kept_file(config.run.out, model_folder(config.teacher), mesh)) if config.top_k else None
+    asked = (config.run.dtype, config.top_k, config.temperature)
+    kept = Kept(kept_file(config.run.out, model_folder(config.teacher), mesh, *asked)) if config.top_k else None
     return Distill(config.kind, config.temperature, sft, config.top_k, kept)
 
 

@@ -25,7 +25,7 @@ from tritium.core.groups import feedback_group, preference_group
 from tritium.core.kept import Kept, kept_file
 from tritium.core.objectives.base import Objective
 from tritium.core.objectives.preference import KTO, LOSSES, REFERENCE_FREE, PairOptions, Preference
-from tritium.core.online import DrawConfig, Rounds
+from tritium.core.online import DrawConfig, Rounds, round_settings
 from tritium.core.optim import OptimConfig
 from tritium.core.rollout import load_problems
 from tritium.core.schedule import ScheduleConfig
@@ -68,22 +68,21 @@ class Config:
             raise ConfigError(f"sft={self.sft}: kto has no chosen answers; leave it out")
         if self.reference and self.loss in REFERENCE_FREE:
             raise ConfigError(f"reference={self.reference}: {self.loss} has no reference; leave it out")
-        if self.online and (self.loss == "kto" or (self.draw.refresh and self.finetune.kind in ("lora", "qlora"))):
-            raise ConfigError("online: not with loss=kto; and the base of an adapter does not move: draw.refresh=0")
+        if self.online and self.loss == "kto":
+            raise ConfigError("online draws pairs: not with loss=kto")
 
 
 def train(config: Config) -> Result:
     """Train on pairs; `eval_accuracy` is the share of held-out pairs whose chosen answer has the higher reward: where
     the policy moved towards it, or, without a reference, finds it likelier."""
-    mesh, draw = start(config, "dpo"), config.draw
+    mesh = start(config, "dpo")
     networks = open_networks(config, mesh)
     tokenizer = load_tokenizer(config.model, networks["policy"], config.data.template)
     skipped, context = Skipped(config.data.on_error), networks["policy"].config.max_positions
     settings = {"name": "dpo", "tokenizer": tokenizer, "skipped": skipped}
     if config.online:
         problems = load_problems(config.data.sources, tokenizer, context, skipped)
-        settings["total_steps"] = draw.steps(config.run, len(problems))
-        settings["followers"] = ["reference"] if draw.refresh and "reference" in networks else []
+        settings |= round_settings(config, networks, len(problems))
     else:
         convert, name = (feedback_group, "groups") if config.loss == "kto" else (preference_group, "pairs")
         bins, settings["evaluation"] = open_records(config, convert(tokenizer), context, mesh, skipped, name)
@@ -99,10 +98,10 @@ def train(config: Config) -> Result:
 
 
 def objective_of(config: Config, mesh: Mesh) -> Objective:
-    asked_again = config.loss not in REFERENCE_FREE and not config.online
-    kept = (
-        Kept(kept_file(config.run.out, model_folder(config.reference or config.model), mesh)) if asked_again else None
-    )
+    kept = None
+    if config.loss not in REFERENCE_FREE and not config.online:  # it is asked again about the same answers
+        folder = model_folder(config.reference or config.model)
+        kept = Kept(kept_file(config.run.out, folder, mesh, config.run.dtype))
     if config.loss == "kto":
         return KTO(config.beta, config.desirable, config.undesirable, kept)
     options = PairOptions(config.beta, config.label_smoothing, config.margin, config.penalty)

@@ -55,6 +55,8 @@ class GRPOConfig:
         for name in ("prompts", "group", "updates", "rounds"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"grpo.{name}={getattr(self, name)} must be at least 1")
+        if self.rounds > 1 and self.group < 2:
+            raise ConfigError(f"grpo.rounds={self.rounds} looks for groups that differ: grpo.group must be above 1")
         if min(self.beta, self.importance, self.entropy) < 0:
             raise ConfigError("grpo.beta, grpo.importance and grpo.entropy must not be negative")
         own = ALGORITHMS[self.algorithm]

@@ -45,7 +45,7 @@ class PPOConfig:
     minibatches: int = opt(1, "optimizer steps of a pass")
     clip: float = opt(0.2, "how far from 1 the ratio counts")
     beta: float = opt(0.05, "weight of the KL to the reference")
-    kl: str = opt("k1", "its estimator", choices=("k1", "k2", "k3"))
+    kl: str | None = opt(None, "its estimator (default: k1 in the reward, k3 in the loss)", choices=("k1", "k2", "k3"))
     kl_in: str = opt("reward", "where it counts", choices=("reward", "loss"))
     target_kl: float = opt(0.0, "steer beta so that the KL per token comes to this (0: beta stays)")
     stop_kl: float = opt(0.0, "end the passes over a rollout once the policy is this far from the one that drew it")
@@ -139,12 +139,13 @@ def train(config: Config) -> Result:
 
 def objective_of(config: Config) -> PPO:
     options = config.ppo
-    same = ("beta", "kl", "kl_in", "gamma", "lam", "value_clip", "value_coefficient", "ptx", "importance", "entropy")
+    same = ("beta", "kl_in", "gamma", "lam", "value_clip", "value_coefficient", "ptx", "importance", "entropy")
     return PPO(
         scale="batch" if options.whiten else "none",
         clip_low=options.clip,
         clip_high=options.clip,
         temperature=config.sampling.temperature,
+        kl=options.kl or {"reward": "k1", "loss": "k3"}[options.kl_in],
         **{name: getattr(options, name) for name in same},
     )
 
@@ -169,8 +170,8 @@ def open_text(config: Config, tokenizer: Tokenizer, context: int, mesh: Mesh, sk
     if config.text.kind == "text":
         train, _, weights = text_sources(config.text, tokenizer, context, f"{config.run.out}/cache", skipped)
     else:
-        convert = conversation_group(tokenizer)
-        train, _, weights = record_sources(config.text, convert, context, config.run.seed, skipped)
+        convert = conversation_group(tokenizer, config.text)
+        train, _, weights = record_sources(config.text, convert, context, config.run.seed, skipped, atomic=False)
     return Bins(train, weights, config.text, mesh, config.run.seed)
 
 

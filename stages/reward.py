@@ -122,7 +122,7 @@ def calibration(trainer: Trainer, batches: Sequence[PackedBatch]) -> str:
     """A table of the held-out pairs by how sure the model is: σ|margin| says how often it should be right."""
     sums: dict[str, float] = {}
     objective = Pairwise()
-    with trainer.whole():
+    with trainer.averaged(), trainer.whole():
         for batch in trainer.in_step(batches):
             if not batch.sequences and trainer.mesh.zero < 3:
                 continue

@@ -55,6 +55,8 @@ class Config:
     def __post_init__(self):
         if not 0 <= self.port < 1 << 16:
             raise ConfigError(f"port={self.port} must be from 0 to 65535")
+        if self.sampling.tool:
+            raise ConfigError(f"sampling.tool={self.sampling.tool}: the server runs no tools; `tritium generate` does")
 
 
 def train(config: Config) -> Result:

@@ -349,5 +349,7 @@ def whiten(batches: Sequence[PackedBatch], name: str, mesh: Mesh) -> None:
 
 
 def algorithm(name: str, **options: Any) -> PolicyGradient:
-    """The named algorithm with the options that are not None in place of its own."""
-    return replace(ALGORITHMS[name], **{k: v for k, v in options.items() if v is not None})
+    """The named algorithm with the options that are not None in place of its own; a KL that they put into the loss is
+    k3, if they do not say otherwise: k1's gradient is zero in the mean there."""
+    given = {k: v for k, v in options.items() if v is not None}
+    return replace(ALGORITHMS[name], **({"kl": "k3"} if given.get("kl_in") == "loss" else {}) | given)

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tritium.core.metrics import Clock, Metrics, gpu_stats, machine, matmul_rate, peak_memory
+from tritium.core.health import diagnose
+from tritium.core.metrics import Clock, Metrics, gpu_stats, machine, matmul_rate, peak_memory, read_lines
 
 
 class Terminal(io.StringIO):
@@ -42,6 +43,16 @@ def test_values_that_json_does_not_know_stay_readable(tmp_path):
     (line,) = lines(tmp_path)
     assert math.isnan(float(line["a"])) and float(line["b"]) == math.inf and float(line["c"]) == -math.inf
     assert line["d"] == 0.5
+    ((_, read),) = read_lines(tmp_path / "metrics.jsonl")  # numbers again, for what reads them: reports, health
+    assert math.isnan(read["a"]) and read["b"] == math.inf and read["c"] == -math.inf
+
+
+def test_the_health_of_a_run_whose_kl_was_infinite_can_be_told(tmp_path):
+    log = metrics(tmp_path)
+    for step in range(1, 17):
+        log.log(step, {"reward": 0.0, "kl_k3": 0.1 * step if step % 2 else math.inf})
+    log.close()
+    assert list(diagnose([row for _, row in read_lines(tmp_path / "metrics.jsonl")])) == ["KL"]
 
 
 def test_a_resumed_run_leaves_no_duplicates(tmp_path):

@@ -41,6 +41,16 @@ def test_the_student_comes_closer_to_the_teacher_on_given_answers(tiny, tmp_path
     assert 0 < after < before
 
 
+def test_what_a_teacher_said_at_another_temperature_is_not_taken_for_this_ones(tiny, tmp_path, teacher):
+    """A folder whose checkpoints are gone still has the cache."""
+    settings = ["--top_k=8", f"--data.sources={tiny.data('chats.jsonl')}", "--run.steps=1"]
+    fresh = run(tiny, tmp_path / "fresh", teacher, *settings, "--temperature=2", "--top_k=4")
+    run(tiny, tmp_path / "used", teacher, *settings)
+    shutil.rmtree(tmp_path / "used" / "step-00000001")
+    again = run(tiny, tmp_path / "used", teacher, *settings, "--temperature=2", "--top_k=4")
+    assert [row["loss"] for row in again if "loss" in row] == [row["loss"] for row in fresh if "loss" in row]
+
+
 def test_the_student_comes_closer_to_the_teacher_on_its_own_answers(tiny, tmp_path, teacher):
     source = f"--data.sources={tiny.data('problems.jsonl')}"
     rows = run(tiny, tmp_path, teacher, source, "--mode=on_policy", "--draw.prompts=6", "--run.steps=8")

@@ -40,6 +40,17 @@ def test_a_rollouts_numbers_are_those_of_all_ranks(pool2):
     assert set(summary(Rollout([]), ShapingConfig(), 8, Mesh.single()).values()) == {0.0}
 
 
+def test_answers_that_score_the_same_still_teach_where_their_rewards_differ(tmp_path):
+    """Too long an answer costs: all wrong, but one of them worse."""
+    rollout = Rollout([[*group(0, 0), *group(0, length=8)], group(0, 0)])
+    config = grpo.Config(model="", shaping=ShapingConfig(overlong=4))
+    config.sampling.max_tokens = 8
+    trainer = SimpleNamespace(mesh=Mesh.single(), out=tmp_path)
+    (batch,) = Experience(trainer, None, [], None, config, 2).batches(rollout, updates=1, varied_only=True)
+    assert batch.fields["rewards"][batch.supervised].tolist() == [0.0] * 11 + [-1.0]
+    assert summary(rollout, config.shaping, 8, Mesh.single())["varied_groups"] == 0.5
+
+
 @pytest.fixture
 def trained(tiny, tmp_path, monkeypatch):
     """Train under a verifier that likes odd token sums; the metrics of each step."""

@@ -8,8 +8,10 @@ import torch
 
 import tritium
 from tritium.core.config import ConfigError, from_dict
+from tritium.core.formats import Skipped
 from tritium.core.rewards import Answer, Score, judge
 from tritium.core.rewards.model import open_reward
+from tritium.core.tokenizer import Tokenizer
 from tritium.core.trainer import Trainer, TrainingError
 from tritium.parallel.mesh import Mesh
 from tritium.stages import grpo, ppo, reward
@@ -165,6 +167,8 @@ def test_a_reward_that_also_pays_for_length_is_named(tiny, tmp_path, monkeypatch
         (["--ppo.epochs=0"], "ppo.epochs=0 must be at least 1"),
         (["--ppo.target_kl=1", "--ppo.beta=0"], "which is 0: give a beta"),
         (["--ppo.importance=2", "--sampling.top_k=5"], "needs sampling.temperature=1"),
+        (["--ppo.importance=2", "--sampling.min_p=0.1"], "needs sampling.temperature=1"),
+        (["--ppo.importance=2", "--sampling.repetition_penalty=1.1"], "needs sampling.temperature=1"),
         (["--data.band=0.5"], "must be two shares"),
         (["--shaping.clip=-1"], "must not be negative"),
     ],
@@ -179,6 +183,47 @@ def test_a_group_of_one_has_nothing_to_compare_with():
     with pytest.raises(ConfigError, match="rloo needs at least 2 answers"):
         grpo.GRPOConfig("rloo", group=1)
     assert grpo.GRPOConfig("remax", group=1).group == 1
+    with pytest.raises(ConfigError, match="rounds=2 looks for groups that differ"):
+        grpo.GRPOConfig("remax", group=1, rounds=2)
+
+
+def test_a_kl_in_the_loss_has_a_gradient_unless_k1_is_asked_for():
+    """k1's is zero in the mean there, and it is the default in the reward."""
+    for where, kind in (("reward", "k1"), ("loss", "k3")):
+        assert ppo.objective_of(ppo.Config(model="", ppo=ppo.PPOConfig(kl_in=where))).kl == kind
+        assert grpo.objective_of(grpo.GRPOConfig("rloo", kl_in=where), grpo.SamplingConfig()).kl == kind
+    assert ppo.objective_of(ppo.Config(model="", ppo=ppo.PPOConfig(kl_in="loss", kl="k1"))).kl == "k1"
+
+
+def test_text_beside_answers_is_of_the_turns_that_were_asked_for(tiny, tmp_path):
+    chat = [
+        {"role": r, "content": c} for r, c in (("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d"))
+    ]
+    (tmp_path / "chats.jsonl").write_text(json.dumps({"messages": chat}) + "\n")
+    tokenizer, counts = Tokenizer.load(tiny.model), []
+    for turns in ("all", "last"):
+        text = {"sources": [str(tmp_path / "chats.jsonl")], "turns": turns}
+        made = config(tiny, tmp_path, 1, text=text)
+        (batch,) = ppo.open_text(made, tokenizer, 256, Mesh.single(), Skipped()).step(0)
+        counts.append(batch.counts["tokens"])
+    assert counts[0] == 2 * counts[1] > 0
+
+
+def test_text_leaves_no_gradient_behind_where_no_answer_was_judged(tiny, tmp_path, monkeypatch):
+    """Nothing moves then: the text's gradient must not wait for the next step."""
+    monkeypatch.setattr("tritium.stages.ppo.open_reward", lambda *_: lambda ids, text, **_: Score(0.0))
+    monkeypatch.setattr("tritium.core.experience.Experience.batches", lambda *_, **__: [])
+    seen = []
+    step = Trainer.step
+
+    def watched(trainer, *rest):
+        step(trainer, *rest)
+        seen.extend(float(f.gradient.abs().sum()) for f in trainer.flat["policy"].trained)
+
+    monkeypatch.setattr(Trainer, "step", watched)
+    text = {"sources": [tiny.data("chats.jsonl")], "bin_tokens": 256}
+    ppo.train(config(tiny, tmp_path, 2, ppo={"prompts": 2, "epochs": 1}, text=text))
+    assert seen and not any(seen)
 
 
 @pytest.mark.parametrize("algorithm", ["rloo", "remax", "reinforce++", "gspo", "dr_grpo"])

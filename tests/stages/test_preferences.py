@@ -6,7 +6,9 @@ import shutil
 
 import pytest
 
+import tritium
 from tritium.core.rewards import Score
+from tritium.model.surgery import with_wider_mlps
 from tritium.stages import cli, tokenizer
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -93,6 +95,25 @@ def test_a_reference_with_another_vocabulary_is_refused(tiny, tmp_path, capsys):
 )
 def test_settings_without_a_meaning_are_refused(capsys, setting, words):
     assert cli.main(["dpo", "--model=m", "--data.sources=p", *setting]) == 2
+    assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        (["--finetune.kind=prefix", "--draw.refresh=1"], "the base of an adapter does not move"),
+        (["--finetune.kind=lora", "--draw.refresh=1"], "the base of an adapter does not move"),
+        (["--reference={wider}", "--draw.refresh=1"], "the reference has other shapes than the policy"),
+        (["--loss=simpo", "--draw.refresh=1"], "draw.refresh=1: there is no reference here"),
+        (["--schedule.batch_start=0.5", "--schedule.batch_ramp=2"], "a step's batch is what a round draws"),
+    ],
+)
+def test_what_rounds_have_no_use_for_is_refused(tiny, tmp_path, capsys, setting, words):
+    wider = tmp_path / "wider"
+    shutil.copytree(tiny.model, wider)
+    with_wider_mlps(tritium.load(tiny.model), 2).save(str(wider))
+    fixed = [f"--model={tiny.model}", f"--data.sources={tiny.data('problems.jsonl')}", f"--run.out={tmp_path / 'run'}"]
+    assert cli.main(["dpo", "--online", *fixed, *(text.format(wider=wider) for text in setting)]) == 2
     assert words in capsys.readouterr().err
 
 

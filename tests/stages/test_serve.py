@@ -11,6 +11,7 @@ import time
 import pytest
 
 from tritium.core.config import ConfigError, UserError
+from tritium.core.rollout import SamplingConfig
 from tritium.core.setup import load_model, load_tokenizer
 from tritium.parallel.mesh import Mesh
 from tritium.stages import chat, generate, serve
@@ -243,6 +244,11 @@ def test_a_port_in_use_is_a_sentence(server, tiny):
 
 
 # Chat -----------------------------------------------------------------------------------------------------------------
+
+
+def test_a_tool_that_would_never_run_is_refused():
+    with pytest.raises(ConfigError, match="sampling.tool=python: the server runs no tools"):
+        serve.Config(model="m", sampling=SamplingConfig(tool="python"))
 
 
 def test_what_is_no_text_does_not_end_a_chat(tiny, tmp_path, monkeypatch, capsys):

@@ -13,7 +13,7 @@ import torch
 import tritium
 from tritium.core.config import ConfigError
 from tritium.core.data import DataConfig
-from tritium.core.experience import Experience, problems_of
+from tritium.core.experience import Experience, ProblemsConfig, problems_of
 from tritium.core.optim import OptimConfig
 from tritium.core.rewards import Score
 from tritium.core.rollout import Problem, Rollout, Sample
@@ -110,7 +110,7 @@ def test_dpo_moves_from_ln_2_towards_the_chosen_answers(tiny, tmp_path):
 
 def grpo_config(tiny, out: Path, steps: int) -> grpo.Config:
     run = LoopConfig(out=str(out), steps=steps, dtype="fp32")
-    return grpo.Config(model=tiny.model, data=grpo.ProblemsConfig([tiny.data("problems.jsonl")], 512), run=run)
+    return grpo.Config(model=tiny.model, data=ProblemsConfig([tiny.data("problems.jsonl")], 512), run=run)
 
 
 def test_grpo_reinforces_what_the_verifier_likes(tiny, tmp_path, odd_is_right):
@@ -148,7 +148,7 @@ def test_grpo_trains_on_groups_that_differ_and_on_answers_that_were_judged():
     rollout = Rollout(
         [group(0, 1, 1), group(1, 1, 0), group(2, None, 1), group(3, 0, None, 1, 1), group(4, None, None)]
     )
-    config = grpo.Config(data=grpo.ProblemsConfig(bin_tokens=64), model="")
+    config = grpo.Config(data=ProblemsConfig(bin_tokens=64), model="")
     trainer = SimpleNamespace(mesh=Mesh.single(), out=Path("none"))
     batches = Experience(trainer, None, [], None, config, 5).batches(rollout, updates=2, varied_only=True)
     assert [batch.sequences for batch in batches] == [2, 3]  # two updates get a batch each; groups are whole
