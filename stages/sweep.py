@@ -12,6 +12,7 @@ of Google Vizier, Golovin et al. 2017, section 3.2.1).
 import argparse
 import json
 import math
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from importlib import import_module
+from itertools import count
 from operator import attrgetter
 from pathlib import Path
 from statistics import median
@@ -43,6 +45,7 @@ class Trial:
     seconds: float = 0.0
     curve: list[tuple[float, float]] = field(default_factory=list)
     value: float = math.nan
+    number: int = 0  # of its folder
 
     def best(self, sign: float, step: float = math.inf) -> float:
         """The smallest `sign` · metric of a trained model up to a step; infinite where there is none."""
@@ -88,7 +91,7 @@ class Sweep:
     def __init__(self, options: argparse.Namespace, rest: list[str], space: list[Setting], out: Path):
         self.options, self.rest, self.space, self.out = options, rest, space, out
         self.sign, self.record, self.trials = -1.0 if options.maximize else 1.0, out / "trials.jsonl", []
-        self.running: dict[int, tuple[subprocess.Popen, float]] = {}  # trial → process, when it began
+        self.running: dict[int, tuple[subprocess.Popen, float]] = {}  # place in trials → process, when it began
         for line in self.record.read_text().splitlines() if self.record.exists() else ():
             self.trials.append(Trial(**json.loads(line)))
         names = {setting.name for setting in space}
@@ -104,8 +107,8 @@ class Sweep:
                 while len(self.running) < self.options.jobs and len(self.trials) < self.options.trials:
                     self.begin()
                 time.sleep(0.05)
-                for number in list(self.running):
-                    self.look(number)
+                for place in list(self.running):
+                    self.look(place)
         finally:
             for process, _ in self.running.values():
                 process.terminate()
@@ -113,24 +116,27 @@ class Sweep:
         return self.trials
 
     def begin(self) -> None:
-        number, known = len(self.trials), [t for t in self.trials if t.curve]
+        number = next(i for i in count() if i not in {t.number for t in self.trials})
+        known = [t for t in self.trials if t.curve]
         rng = np.random.default_rng([self.options.seed, number])
         values = [t.best(self.sign) for t in known]
         worst = max((v for v in values if math.isfinite(v)), default=0.0)
         values = [v if math.isfinite(v) else worst for v in values]  # diverged: as bad as the worst that did not
         settings = suggest(self.space, [t.settings for t in known], values if self.options.search == "gp" else [], rng)
-        folder = make_folder(str(self.out / f"trial-{number:03d}"), "out")
+        folder = self.out / f"trial-{number:03d}"
+        shutil.rmtree(folder, ignore_errors=True)  # of a trial that was killed: its curve is not this one's
+        make_folder(folder, "out")
         given = [f"--{name}={value}" for name, value in settings.items()]
         command = [sys.executable, "-m", "tritium.stages", self.options.stage, *self.rest, *given]
         with open(folder / "log.txt", "w") as log:
             process = subprocess.Popen([*command, f"--run.out={folder}"], stdout=log, stderr=log)
-        self.trials.append(Trial(settings))
-        self.running[number] = process, time.perf_counter()
+        self.running[len(self.trials)] = process, time.perf_counter()
+        self.trials.append(Trial(settings, number=number))
 
-    def look(self, number: int) -> None:
+    def look(self, place: int) -> None:
         """Read a trial's metrics, stop it where it is hopeless, and note what it gave when it has ended."""
-        trial, (process, began), name = self.trials[number], self.running[number], self.options.metric
-        ended, metrics = process.poll() is not None, self.out / f"trial-{number:03d}" / "metrics.jsonl"
+        trial, (process, began), name = self.trials[place], self.running[place], self.options.metric
+        ended, metrics = process.poll() is not None, self.out / f"trial-{trial.number:03d}" / "metrics.jsonl"
         if metrics.exists():
             trial.curve = read_curves(metrics, [name])[name]
         if not ended and trial.state == "running" and not self.options.no_stopping and self.hopeless(trial):
@@ -138,7 +144,7 @@ class Sweep:
             process.send_signal(signal.SIGTERM)
         if not ended:
             return
-        del self.running[number]
+        del self.running[place]
         if trial.state == "running":
             trial.state = "done" if process.returncode == 0 else "failed"
         trial.seconds = round(time.perf_counter() - began, 1)
@@ -146,7 +152,7 @@ class Sweep:
         with open(self.record, "a") as lines:
             lines.write(json.dumps(asdict(trial)) + "\n")
         shown = "  ".join(f"{key}={value}" for key, value in trial.settings.items())
-        print(f"trial {number}: {shown}  {name}={trial.value:.4g}  {trial.state}", file=sys.stderr, flush=True)
+        print(f"trial {trial.number}: {shown}  {name}={trial.value:.4g}  {trial.state}", file=sys.stderr, flush=True)
 
     def hopeless(self, trial: Trial) -> bool:
         if not trial.curve:
@@ -158,16 +164,23 @@ class Sweep:
 
 def table(trials: list[Trial], space: list[Setting], options: argparse.Namespace) -> str:
     """Markdown, the best first; the picture of the curves is written beside it."""
-    sign, places = -1.0 if options.maximize else 1.0, dict(enumerate(trials))
-    order = sorted(places, key=lambda i: places[i].best(sign))
-    curves = {f"trial {i}": places[i].curve for i in order[:6]}
+    sign = -1.0 if options.maximize else 1.0
+    order = sorted(trials, key=lambda trial: trial.best(sign))
+    curves = {f"trial {trial.number}": trial.curve for trial in order[:6]}
     title = f"{options.metric} of the best {len(curves)} of {len(trials)} trials"
     (Path(options.out) / "sweep.svg").write_text(svg_chart(curves, title, "step", options.metric))
     head = ["trial", *(setting.name for setting in space), options.metric, "steps", "seconds", "state"]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    for i in order:
-        trial, step = places[i], places[i].curve[-1][0] if places[i].curve else 0
-        cells = [i, *trial.settings.values(), f"{trial.value:.4g}", f"{step:g}", f"{trial.seconds:.0f}", trial.state]
+    for trial in order:
+        step = trial.curve[-1][0] if trial.curve else 0
+        cells = [
+            trial.number,
+            *trial.settings.values(),
+            f"{trial.value:.4g}",
+            f"{step:g}",
+            f"{trial.seconds:.0f}",
+            trial.state,
+        ]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines) + "\n"
 

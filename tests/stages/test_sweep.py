@@ -29,6 +29,12 @@ def test_trials_run_are_shown_and_resumed(tiny, tmp_path, capsys):
     assert sweep.main(options(tiny, tmp_path, "--trials=3", "--jobs=2")) == 0  # of the same seed: as if never stopped
     again = [json.loads(line) for line in (tmp_path / "trials.jsonl").read_text().splitlines()]
     assert again[:2] == rows and len(again) == 3
+    (tmp_path / "trials.jsonl").write_text(json.dumps(again[1]) + "\n")  # killed when the second of two had ended
+    stale = [{"step": step, "eval_loss": -9.0} for step in (2, 4)]
+    (tmp_path / "trial-000/metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in stale))
+    assert sweep.main(options(tiny, tmp_path, "--trials=2")) == 0
+    redone = [json.loads(line) for line in (tmp_path / "trials.jsonl").read_text().splitlines()]
+    assert [(row["number"], row["value"]) for row in redone] == [(i, again[i]["value"]) for i in (1, 0)]
     with pytest.raises(UserError, match="holds trials of optim.lr: name another --out"):
         sweep.main([*options(tiny, tmp_path, "--trials=3"), "--vary=optim.beta1=0.8:0.9"])
 
