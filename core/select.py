@@ -37,20 +37,6 @@ def agreed_pairs(margins: np.ndarray, margin: float, agreement: float) -> np.nda
     return np.flatnonzero((margins.mean(0) > margin) & ((margins > 0).mean(0) >= agreement))
 
 
-def instruction_following_difficulty(conditioned: np.ndarray, alone: np.ndarray, count: int) -> np.ndarray:
-    """The `count` records of the highest IFD = loss of the answer given the question / loss of the answer alone,
-    leaving out those ≥ 1, where the question does not help (Li et al., arXiv 2308.12032, section 2.3). Indices, the
-    highest first."""
-    ratio = conditioned / np.maximum(alone, 1e-9)
-    order = np.argsort(-ratio, kind="stable")
-    return order[ratio[order] < 1][:count]
-
-
-def pass_band(rates: Sequence[float], low: float, high: float) -> list[int]:
-    """The problems whose share of right answers is in [low, high]: neither hopeless nor mastered."""
-    return [i for i, rate in enumerate(rates) if low <= rate <= high]
-
-
 def spread_out(vectors: np.ndarray, count: int) -> list[int]:
     """`count` rows of [n, E], far apart: each next one is the farthest from those before (k-center greedy, Sener &
     Savarese, arXiv 1708.00489, algorithm 1), from the row nearest to the mean on."""
@@ -59,7 +45,8 @@ def spread_out(vectors: np.ndarray, count: int) -> list[int]:
     chosen = [int(np.linalg.norm(vectors - vectors.mean(0), axis=1).argmin())]
     nearest = np.linalg.norm(vectors - vectors[chosen[0]], axis=1)
     while len(chosen) < min(count, len(vectors)):
-        chosen.append(int(np.argmax(np.where(np.isin(np.arange(len(vectors)), chosen), -1.0, nearest))))
+        nearest[chosen[-1]] = -1.0  # once
+        chosen.append(int(nearest.argmax()))
         nearest = np.minimum(nearest, np.linalg.norm(vectors - vectors[chosen[-1]], axis=1))
     return chosen
 

@@ -10,8 +10,6 @@ from tritium.core.select import (
     agreed_pairs,
     balanced,
     distinct_paths,
-    instruction_following_difficulty,
-    pass_band,
     rejection_sample,
     spread_out,
 )
@@ -41,13 +39,7 @@ def test_pairs_that_reward_models_agree_on():
     assert agreed_pairs(margins, 0.4, 0.6).tolist() == [0, 1, 2]
 
 
-def test_instruction_following_difficulty():
-    conditioned, alone = np.array([1.0, 1.9, 2.1, 0.5]), np.array([2.0, 2.0, 2.0, 2.0])
-    assert instruction_following_difficulty(conditioned, alone, 2).tolist() == [1, 0]  # 1.05 is left out
-
-
-def test_bands_spread_and_balance():
-    assert pass_band([0.0, 0.3, 1.0, 0.7], 0.2, 0.8) == [1, 3]
+def test_samples_are_spread_out_or_balanced():
     points = np.array([[0.0, 0], [0.1, 0], [10, 0], [0, 10], [10.1, 0]])
     chosen = spread_out(points, 3)
     assert {min(i, 1) if i < 2 else (2 if i in (2, 4) else 3) for i in chosen} >= {2, 3} and len(set(chosen)) == 3
