@@ -54,7 +54,7 @@ class Features:
     scratch: Path
 
     def __call__(self, piece: Piece) -> Path:
-        path = self.scratch / f"{piece.name}-{digest(repr(self.step), piece.key)[:16]}.npy"
+        path = self.scratch / f"{piece.name}-{digest(self.step.key(()), piece.key)[:16]}.npy"
         if not path.exists():
             texts = (text_of(d).encode() if self.step.takes(d) else b"" for d in read_shard(piece.path))
             rows, first = [], 0
@@ -248,9 +248,10 @@ class Passages(Compared):
 
     def run(self, documents: Iterable[Document], job: Job) -> Iterator[tuple[Document, Outcome]]:
         plan = np.load(job.plan)  # [m, 3]: document, first byte, byte after the last
+        owners, begins = np.unique(plan[:, 0], return_index=True)
+        spans = dict(zip(owners.tolist(), np.split(plan[:, 1:], begins[1:]), strict=False))
         for number, document in enumerate(documents):
-            spans = plan[np.searchsorted(plan[:, 0], number) : np.searchsorted(plan[:, 0], number, side="right"), 1:]
-            yield document, self.cut(document, spans) if len(spans) else document
+            yield document, self.cut(document, spans[number]) if number in spans else document
 
     def cut(self, document: Document, spans: np.ndarray) -> Outcome:
         data, parts, at = document["text"].encode(), [], 0

@@ -164,7 +164,8 @@ class Measures:
         return found
 
     mean_word = property(lambda self: self.lengths.mean() if self.spaced and self.words else None)
-    symbol_words = property(lambda self: sum(map(self.text.count, ("#", "...", "…"))) / max(self.words, 1))
+    symbol_words = property(lambda self: max(self.text.count("#"), self.ellipses) / max(self.words, 1))
+    ellipses = property(lambda self: self.text.count("...") + self.text.count("…"))
     bullet_lines = property(lambda self: share([line[0] in "•-*‣●" for line in self.lines]))
     ellipsis_lines = property(lambda self: share([line.endswith(("...", "…")) for line in self.lines]))
     incomplete_lines = property(lambda self: share([not line.endswith(ENDS) for line in self.lines]))
@@ -189,15 +190,15 @@ class Measures:
         return {STOP_WORDS[word] for word in STOP_WORDS.keys() & self.all_words}
 
     def top(self, n: int) -> float:
-        """The share of the words' characters that the most frequent n-gram makes up."""
+        """The share of the words' characters that the most frequent n-gram makes up; of several, the text's first."""
         if n not in self.grams:
             return 0.0
         hashes, ordered = self.grams[n]
         edges = np.flatnonzero(np.concatenate([[True], ordered[1:] != ordered[:-1], [True]]))
         counts = edges[1:] - edges[:-1]
-        best = counts.argmax()
-        at = (hashes == ordered[edges[best]]).argmax()
-        return float(counts[best] * self.lengths[at : at + n].sum() / self.lengths.sum())
+        best = counts.max()
+        at = np.isin(hashes, ordered[edges[:-1][counts == best]]).argmax()  # not by the hashes: a process has its own
+        return float(best * self.lengths[at : at + n].sum() / self.lengths.sum())
 
     def repeated(self, n: int) -> float:
         """The share of the words' characters that are in an n-gram which comes more than once, each counted once."""

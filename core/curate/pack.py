@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from tritium.core.config import REQUIRED, opt
-from tritium.core.curate.runner import write_atomically
+from tritium.core.curate.runner import outputs, write_atomically
 from tritium.core.curate.step import Context, Document, Job, Outcome, Piece, Step, note, read_shard
 from tritium.core.data import DataConfig, encode_documents
 from tritium.core.output import whole_file, write_array
@@ -55,41 +55,47 @@ class Pack(Step):
     def run(self, documents: Iterable[Document], job: Job) -> Iterator[tuple[Document, Outcome]]:
         self.parts: list[np.ndarray] = [np.zeros(0, np.uint16)]  # its dtype gives way
         yield from super().run(documents, job)
-        write_array(tokens_of(job.context, job.piece), np.concatenate(self.parts))
+        write_array(tokens_of(job.out), np.concatenate(self.parts))
 
     def finish(self, context: Context, shards: list[Piece]) -> dict[str, Any]:
         """Join the shards' tokens by source. Facts: tokens by source, bytes per token by language."""
-        lengths: dict[str, list[int]] = {}
-        tokens, size = Counter(), Counter()
-        for document in (d for shard in shards for d in read_shard(shard.path) if self.takes(d)):
-            count = document["provenance"][-1]["tokens"]
-            lengths.setdefault(document["source"], []).append(count)
-            tokens[document["language"] or "?"] += count
-            size[document["language"] or "?"] += len(whole_text(document).encode())
-        folder = context.out / "pack"
-        folder.mkdir(exist_ok=True)
-        for source, counts in lengths.items():
-            self.join(folder / re.sub(r"[^\w-]+", "-", source), source, np.array(counts), context, shards)
-        facts = {f"tokens of {source}": sum(counts) for source, counts in lengths.items()}
+        tokens, size, by_source, numbers, packed = Counter(), Counter(), Counter(), {}, []
+        for shard in shards:
+            rows = []
+            for document in filter(self.takes, read_shard(shard.path)):
+                source, count = slug(document["source"]), document["provenance"][-1]["tokens"]
+                rows.append((numbers.setdefault(source, len(numbers)), count))
+                by_source[source] += count
+                tokens[document["language"] or "?"] += count
+                size[document["language"] or "?"] += len(whole_text(document).encode())
+            packed.append(np.array(rows, np.int64).reshape(-1, 2))  # [documents, (source, tokens)]
+        for source, number in numbers.items():
+            self.join(context.out / "pack" / source, [(p[:, 0] == number, p[:, 1]) for p in packed], shards)
+        facts = {f"tokens of {source}": n for source, n in by_source.items()}
         return facts | {f"bytes per token, {language}": size[language] / n for language, n in tokens.items()}
 
-    def join(self, base: Path, source: str, lengths: np.ndarray, context: Context, shards: list[Piece]) -> None:
-        parts = [np.load(tokens_of(context, shard), mmap_mode="r") for shard in shards]
-        header = {"descr": parts[0].dtype.str, "fortran_order": False, "shape": (int(lengths.sum()),)}
+    def join(self, base: Path, packed: list[tuple[np.ndarray, np.ndarray]], shards: list[Piece]) -> None:
+        """Write one source's files. `packed`: for each shard, which documents are the source's, and all lengths."""
+        parts = [np.load(tokens_of(shard.path), mmap_mode="r") for shard in shards]
+        dtype = np.result_type(*parts)  # a shard that no document is of has the small one
+        lengths = np.concatenate([counts[mine] for mine, counts in packed])
+        header = {"descr": dtype.str, "fortran_order": False, "shape": (int(lengths.sum()),)}
         with whole_file(base.with_name(base.name + ".tokens.npy")) as file:
             np.lib.format.write_array_header_1_0(file, header)
-            for shard, part in zip(shards, parts, strict=True):
-                rows = [(d["provenance"][-1]["tokens"], d["source"] == source)
-                        for d in read_shard(shard.path) if self.takes(d)]  # fmt: skip
-                counts, mine = np.array(rows, np.int64).reshape(-1, 2).T
-                file.write(part[np.repeat(mine == 1, counts)].tobytes())
+            for part, (mine, counts) in zip(parts, packed, strict=True):
+                file.write(part[np.repeat(mine, counts)].astype(dtype).tobytes())
         write_array(base.with_name(base.name + ".starts.npy"), np.cumsum(np.append(0, lengths))[:-1])
         facts = {"tokenizer": self.loaded.fingerprint, "tokens": int(lengths.sum()), "documents": len(lengths)}
         write_atomically(base.with_name(base.name + ".json"), json.dumps(facts, indent=2) + "\n")
 
 
-def tokens_of(context: Context, piece: Piece) -> Path:
-    return context.scratch / f"{piece.name}.tokens.npy"
+def slug(source: str) -> str:
+    """A source's name, as a file may have it."""
+    return re.sub(r"[^\w-]+", "-", source)
+
+
+def tokens_of(shard: str | Path) -> Path:
+    return outputs(Path(shard))[3]
 
 
 def whole_text(document: Document) -> str:

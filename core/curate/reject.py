@@ -11,10 +11,12 @@
 `pass_rate` is the share of right ones among answers that models gave: a difficulty to select by.
 """
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, ClassVar
 
 from tritium.core.chat import parse_reasoning
@@ -47,6 +49,11 @@ class Reject(Step):
             self.judge(self.verify)
         if self.verify == "math_verify" and not find_spec("math_verify"):
             raise ConfigError('verify="math_verify" needs the extra: pip install "tritium[data]"')
+
+    def files(self) -> list[str]:
+        """What the judges are read from, as far as it is on this disk."""
+        named = re.findall(r"'([^']*)'|\"([^\"]*)\"", " ".join([*self.accept, self.verify, self.score]))
+        return [file for file in map("".join, named) if file and Path(file).exists()]
 
     def measures(self) -> Sequence[str]:
         return ("pass_rate", "best_score")

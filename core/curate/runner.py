@@ -15,15 +15,18 @@ import heapq
 import json
 import multiprocessing
 import os
+import resource
 import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from tritium.core.config import UserError
 from tritium.core.curate.step import Context, Document, Drop, Job, Piece, Step, digest, text_of
 from tritium.core.output import whole_file
 
@@ -39,12 +42,17 @@ class Pool:
         self.workers, self.executor = workers, None
 
     def map(self, function: Callable, items: Sequence) -> list:
+        """Raises: UserError where the system ended a process."""
         if self.workers < 2 or len(items) < 2:
             return [function(item) for item in items]
         if self.executor is None:  # spawned: a fork would inherit torch's threads in an unknown state
             spawn = multiprocessing.get_context("spawn")
             self.executor = ProcessPoolExecutor(self.workers, spawn, initializer=end_with_parent)
-        return list(self.executor.map(function, items))
+        try:
+            return list(self.executor.map(function, items))
+        except BrokenProcessPool:
+            raise UserError("a process was ended from outside, which is how the system saves memory: take fewer "
+                            "--workers or smaller --shard_mb, and start this again: it goes on") from None  # fmt: skip
 
     def close(self) -> None:
         if self.executor is not None:
@@ -62,6 +70,8 @@ def run_steps(
 ) -> Iterator[dict[str, Any]]:
     """Take the steps in their order over `shards`; yields a summary of each: counts, samples, values, facts."""
     pool, shards = Pool(workers), list(shards)
+    files = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))  # a shard's features, each, are one
     try:
         for number, (name, step) in enumerate(steps.items()):
             folder = context.out / "steps" / f"{number:02d}-{name}"
@@ -84,7 +94,9 @@ def run_step(
     key = step.key(shards)
     pieces = step.pieces(context, shards)
     light = replace(context, map=None)
-    jobs = [Job(step, name, p, folder / f"{p.name}.jsonl", digest(name, key, p.key), light) for p in pieces]
+    jobs = [
+        Job(step, name, p, folder / f"{p.name}.jsonl", digest(name, key, context.seed, p.key), light) for p in pieces
+    ]
     expected = {file for job in jobs for file in outputs(job.out)}
     for stale in set(folder.iterdir()) - expected:
         stale.unlink()
@@ -101,8 +113,9 @@ def run_step(
     return metas, untouched + made
 
 
-def outputs(shard: Path) -> tuple[Path, Path, Path]:
-    return shard, shard.with_suffix(".dropped"), shard.with_suffix(".meta.json")
+def outputs(shard: Path) -> tuple[Path, ...]:
+    """Shard, what it lost, manifest; tokens, where the step packs."""
+    return tuple(shard.with_suffix(end) for end in (".jsonl", ".dropped", ".meta.json", ".tokens.npy"))
 
 
 def manifest(job: Job) -> dict | None:
@@ -115,8 +128,9 @@ def manifest(job: Job) -> dict | None:
 
 
 def work(job: Job) -> None:
-    """Do a job and leave its three files. Runs in any process."""
-    shard, dropped, meta = outputs(job.out)
+    """Do a job and leave its files. Runs in any process."""
+    shard, dropped, meta, _ = outputs(job.out)
+    meta.unlink(missing_ok=True)  # of another key: it must not vouch for what is written now
     ledger, hashed, size = Ledger(job), hashlib.sha256(), 0
     with whole_file(shard) as out, whole_file(dropped) as reasons:
         for document, outcome in job.step.run(entering(job, ledger), job):
@@ -137,11 +151,10 @@ def work(job: Job) -> None:
 def entering(job: Job, ledger: "Ledger") -> Iterator[Document]:
     """The documents of a job's piece, each with a line in its provenance for this step."""
     for document in job.step.read(job.piece, job):
+        ledger.read += 1
         if isinstance(document, tuple):  # (place, why it could not be read)
-            ledger.read += 1
             ledger.drop({"id": document[0], "kind": "text", "text": document[1].detail}, document[1])
             continue
-        ledger.read += 1
         document["provenance"].append({"step": job.name})
         yield document
 

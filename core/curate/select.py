@@ -43,8 +43,9 @@ class Select(Step):
     GLOBAL: ClassVar[bool] = True
 
     def check(self) -> None:
-        if self.count < 0 or any(share < 0 for share in self.mixture.values()):
-            raise ConfigError(f"count={self.count} and the shares of mixture must not be negative")
+        shares = self.mixture.values()
+        if self.count < 0 or any(share < 0 for share in shares) or (shares and not any(shares)):
+            raise ConfigError(f"count={self.count} and the shares of mixture must not be negative, nor all shares 0")
         if (self.by in ("cluster", "diverse")) != bool(self.model):
             raise ConfigError(f"by={self.by}, model={self.model!r}: cluster and diverse need a model, others have none")
         super().check()
@@ -87,6 +88,9 @@ class Select(Step):
             times[left], times[chosen] = 0, 1
             left = chosen
         mixture = best_mixture(read_runs(self.mixture_from)) if self.mixture_from else self.mixture
+        if unknown := self.mixture.keys() - set(sources):
+            raise ConfigError(f"mixture: no document is of {', '.join(sorted(unknown))}; "
+                              f"the sources are {', '.join(sorted(set(sources)))}")  # fmt: skip
         if mixture:
             times[left] = mixed(mixture, [sources[i] for i in left], sizes[left])
         for i, shard in enumerate(shards):
@@ -127,7 +131,7 @@ def mixed(mixture: dict[str, float], sources: list[str], sizes: np.ndarray) -> n
     have = Counter()
     for source, size in zip(sources, sizes.tolist(), strict=True):
         have[source] += size
-    whole = sum(share for source, share in mixture.items() if have[source])
+    whole = sum(share for source, share in mixture.items() if have[source]) or 1.0
     budget = sum(have[source] for source in mixture)
     wanted = {s: budget * share / whole for s, share in mixture.items() if have[s]}
     rounds = {s: wanted[s] / have[s] for s in wanted}

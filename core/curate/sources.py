@@ -9,17 +9,20 @@ import codecs
 import glob
 import gzip
 import json
+import os
 import re
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
+from typing import BinaryIO
 
 from tritium.core.config import ConfigError, opt
 from tritium.core.curate.layouts import html_text, parse
 from tritium.core.curate.runner import write_atomically
 from tritium.core.curate.step import Context, Document, Drop, Job, Piece, Step, digest, state
-from tritium.core.formats import LONE_SURROGATE, DataError, RecordError, is_json_list, json_list
+from tritium.core.formats import LONE_SURROGATE, DataError, RecordError, is_json_list, json_list, text_lines
 from tritium.core.output import whole_file
 
 
@@ -45,10 +48,12 @@ class Collect(Step):
         self.paths()
 
     def paths(self) -> list[str]:
-        found = {pattern: sorted(glob.glob(pattern, recursive=True)) for pattern in self.sources}
+        found = {
+            pattern: sorted(filter(os.path.isfile, glob.glob(pattern, recursive=True))) for pattern in self.sources
+        }
         for pattern, files in found.items():
             if not files:
-                raise DataError(f"sources: {pattern} does not exist")
+                raise DataError(f"sources: {pattern} does not exist, or is no file (for a folder's files: FOLDER/*)")
         return list(dict.fromkeys(file for files in found.values() for file in files))
 
     def pieces(self, context: Context, shards: list[Piece]) -> list[Piece]:
@@ -58,8 +63,10 @@ class Collect(Step):
         taken, pieces = {shard.name.rpartition("-")[0] for shard in shards}, []
         for path, (plain, damage) in zip(paths, made, strict=True):
             base = name = re.sub(r"[^\w-]+", "-", stem(path))
-            while name in taken:
-                name = f"{base}-{len(taken)}"
+            for number in count(2):
+                if name not in taken:
+                    break
+                name = f"{base}-{number}"
             taken.add(name)
             size, lines = Path(plain).stat().st_size, kind_of(path) == "lines" and not self.limit
             edges = [*range(0, size, context.shard_bytes if lines else max(size, 1)), size] if size else [0, 0]
@@ -70,17 +77,17 @@ class Collect(Step):
         return pieces
 
     def read(self, piece: Piece, job: Job) -> Iterator[Document | tuple[str, Drop]]:
-        name, count = piece.name.rpartition("-")[0], 0
+        name, taken = piece.name.rpartition("-")[0], 0
         with open(piece.path, "rb") as file:
             lines = kind_of(piece.path) == "lines"
-            for at, line in stretch(file, piece, int(self.max_line_mb * 1e6)) if lines else texts(self, file):
+            for at, line in stretch(file, piece, int(self.max_line_mb * 1e6)) if lines else self.texts(file, job):
                 place = f"{name}:{at}"
-                if self.limit and count >= self.limit:
+                if self.limit and taken >= self.limit:
                     return
                 found = self.one_line(line, job)
                 if found is None:
                     continue
-                count += 1
+                taken += 1
                 yield (place, found) if isinstance(found, Drop) else self.labelled(found, place, name, job)
         if piece.damage:
             yield f"{name}: the rest", Drop("a damaged file: what follows is lost", piece.damage)
@@ -110,6 +117,21 @@ class Collect(Step):
         except UnicodeDecodeError:
             job.notes[f"lines that are not UTF-8, read as {self.encoding}"] += 1
             return line.decode(self.encoding, "replace")
+
+    def texts(self, file: BinaryIO, job: Job) -> Iterator[tuple[int, str]]:
+        """(place, text): an HTML page's text, or a plain text, in pieces that end between paragraphs."""
+        if kind_of(file.name) == "html":
+            yield 0, html_text("".join(self.decoded(line, job) for line in file))
+            return
+        at, parts, size = 0, [], 0
+        for number, line in enumerate(file):
+            text = self.decoded(line, job)
+            if parts and size + len(text) > self.characters and (not text.strip() or size > 2 * self.characters):
+                yield at, "".join(parts).strip("\n")
+                at, parts, size = number, [], 0
+            parts.append(text)
+            size += len(text)
+        yield at, "".join(parts).strip("\n")
 
     def labelled(self, document: Document, place: str, name: str, job: Job) -> Document:
         """With its id, which is its place: unique, whatever ids the source gives; those that come twice are noted."""
@@ -162,7 +184,7 @@ class Unpack:
 
 def starts_a_list(path: str) -> bool:
     try:
-        return is_json_list(path)
+        return is_json_list(path) and next(line for _, line in text_lines(path) if line.strip()).lstrip()[0] == "["
     except DataError:  # not UTF-8, or damaged: read as lines, which can take it
         return False
 
@@ -192,19 +214,3 @@ def stretch(file, piece: Piece, longest: int) -> Iterator[tuple[int, bytes | Non
         while (part := file.readline(1 << 20)) and not part.endswith(b"\n"):
             pass
         yield at, None
-
-
-def texts(step: Collect, file) -> Iterator[tuple[int, str]]:
-    """(place, text): an HTML page's text, or a plain text, in pieces that end between paragraphs."""
-    if kind_of(file.name) == "html":
-        yield 0, html_text(file.read().decode("utf-8-sig", "replace"))
-        return
-    at, parts, size = 0, [], 0
-    for number, line in enumerate(file):
-        text = line.decode("utf-8-sig", "replace")
-        if parts and size + len(text) > step.characters and (not text.strip() or size > 2 * step.characters):
-            yield at, "".join(parts).strip("\n")
-            at, parts, size = number, [], 0
-        parts.append(text)
-        size += len(text)
-    yield at, "".join(parts).strip("\n")

@@ -94,6 +94,12 @@ def test_personal_data_is_replaced_and_sums_are_not():
         assert anonymised(innocent, Counter()) == innocent
 
 
+def test_the_most_frequent_of_equals_is_the_texts_first_in_every_process():
+    text = "aa bb xxxxxxxx yyyyyyyyyy aa bb xxxxxxxx yyyyyyyyyy"  # 'aa bb', 'bb x…', 'x… y…': twice each
+    assert Measures(text).top(2) == pytest.approx(2 * 4 / 44)
+    assert Measures("# a b c d e f g h i " * 2 + "... " * 2).symbol_words == pytest.approx(2 / 22)  # either, not both
+
+
 SENTENCES = {
     "en": "The cat sat on the mat and it was happy with this.",
     "de": "Die Katze saß auf der Matte und sie war nicht zufrieden mit dem Essen.",

@@ -3,8 +3,10 @@
 import gzip
 import json
 import os
+import shutil
 import signal
 
+import numpy as np
 import pytest
 
 from tritium.core.arithmetic import chat_answer, problems
@@ -202,6 +204,59 @@ def test_bad_input_is_counted_and_takes_nothing_with_it(tmp_path):
     assert "{broken" in page and "torn.jsonl.gz" in page
 
 
+def test_files_of_one_name_get_names_of_their_own_and_folders_are_passed_over(tmp_path):
+    for place in ("en/train", "en/train-2", "fr/train"):
+        (tmp_path / place).parent.mkdir(exist_ok=True)
+        write(tmp_path / f"{place}.jsonl", [{"text": f"said in {place}"}])
+    (tmp_path / "en/folder.jsonl").mkdir()
+    result = run({"collect": {"sources": [str(tmp_path / "*/*.jsonl")]}}, tmp_path / "out")
+    names = [f.name for f in (tmp_path / "out/steps/00-collect").glob("*.jsonl")]
+    assert sorted(names) == ["train-0000.jsonl", "train-2-0000.jsonl", "train-3-0000.jsonl"]
+    assert result.metrics["kept"] == 3
+
+
+def test_plain_texts_that_are_not_utf8_are_read_and_counted(tmp_path):
+    (tmp_path / "a.txt").write_bytes("un café\n".encode("cp1252"))
+    (tmp_path / "b.html").write_bytes("<p>un thé</p>".encode("cp1252"))
+    lines = "".join(json.dumps({"text": f"row {i}"}) + "\n" for i in range(2))
+    (tmp_path / "c.json").write_text(lines)  # lines under the name of a list
+    run({"collect": {"sources": [str(tmp_path / "*.*")]}}, tmp_path / "out")
+    (step,) = json.loads((tmp_path / "out/curate.json").read_text())["steps"]
+    texts = {json.loads(x)["text"] for f in (tmp_path / "out/steps/00-collect").glob("*.jsonl") for x in f.open()}
+    assert texts == {"un café", "un thé", "row 0", "row 1"} and not step["dropped"]
+    assert step["notes"] == {"lines that are not UTF-8, read as cp1252": 2}
+
+
+def test_another_seed_and_another_list_of_words_make_a_step_anew(tmp_path):
+    rows = [{"instruction": f"Ask {i}", "output": f"word{i} said"} for i in range(40)]
+    (tmp_path / "bad.txt").write_text("word3\n")
+    words = {"accept": {f"words('{tmp_path}/bad.txt')": 1.0}}
+    steps = {"collect": {"sources": [write(tmp_path / "a.jsonl", rows)]}, "reject": words, "select": {"count": 9}}
+    kept = []
+    for seed in (0, 1):
+        run(steps, tmp_path / "out", seed=seed)
+        kept.append((tmp_path / "out/steps/02-select/a-0000.jsonl").read_text())
+    assert kept[0] != kept[1]
+    (tmp_path / "bad.txt").write_text("word1\nword2\n")
+    run(steps, tmp_path / "out")
+    assert '"word3 said"' in (said := (tmp_path / "out/sft.jsonl").read_text()) and '"word1 said"' not in said
+
+
+def test_a_shard_without_documents_and_sources_of_one_name_pack(tmp_path, monkeypatch):
+    monkeypatch.setattr("tritium.core.curate.pack.encode_documents",
+                        lambda texts, *_: [np.array([70_000] * len(text), np.uint32) for text in texts])  # fmt: skip
+    train_tokenizer(["other words here"] * 9, 265, tmp_path / "tokenizer")
+    steps = {"none": {"do": "collect", "sources": [write(tmp_path / "a.jsonl", [])]}}
+    for i, source in enumerate(("the web", "the/web")):
+        file = write(tmp_path / f"b{i}.jsonl", [{"text": "x" * (3 + i)}])
+        steps[f"read{i}"] = {"do": "collect", "sources": [file], "source": source}
+    run(steps | {"pack": {"tokenizer": str(tmp_path / "tokenizer")}}, tmp_path / "out")
+    packed, starts = (np.load(tmp_path / f"out/pack/the-web.{name}.npy") for name in ("tokens", "starts"))
+    assert packed.tolist() == [70_000] * 7 and starts.tolist() == [0, 3]
+    shutil.rmtree(tmp_path / "out/scratch")  # who needs room may delete it
+    run(steps | {"pack": {"tokenizer": str(tmp_path / "tokenizer")}}, tmp_path / "out")
+
+
 @pytest.mark.parametrize(
     ("steps", "message"),
     [
@@ -214,6 +269,7 @@ def test_bad_input_is_counted_and_takes_nothing_with_it(tmp_path):
         ({"collect": {}, "near": {"threshold": 0}}, r"\[steps.near\]: threshold"),
         ({"collect": {}, "reject": {"score": "maths"}}, "did you mean math"),
         ({"collect": {}, "pack": {}}, "tokenizer must be given"),
+        ({"collect": {}, "select": {"mixture": {"a": 0}}}, "nor all shares 0"),
     ],
 )
 def test_a_wrong_pipeline_is_told_before_anything_runs(tmp_path, steps, message):
