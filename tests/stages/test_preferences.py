@@ -53,7 +53,6 @@ def test_online_pairs_are_drawn_and_judged_round_by_round(tiny, tmp_path, monkey
     assert len(rows) == 11 and ["right" in row for row in rows] == [True, False] * 5 + [True]
     assert all(row["margin"] == pytest.approx(0.0, abs=1e-5) for row in rows[::2])
     assert all(row["margin"] != 0.0 for row in rows[1::2])
-    assert sum(row["margin"] for row in rows[1::2]) > 0.0
 
 
 def test_kto_learns_from_answers_without_a_pair(tiny, tmp_path, capsys):
