@@ -269,7 +269,10 @@ def _torch_few(
 ) -> tuple[Tensor, Tensor | None]:
     """y and the sum without a gradient, in the fewest calls: of a few rows these take most of the time."""
     s = x if residual is None else x + residual
-    return F.rms_norm(s, weight.shape, weight.to(_compute_dtype(x)) + offset if offset else weight.to(x.dtype), eps), s
+    if not offset and weight.dtype == x.dtype:
+        return F.rms_norm(s, weight.shape, weight, eps), s
+    compute = _compute_dtype(x)  # a weight + offset, or one in fp32, is not rounded to bf16
+    return F.rms_norm(s.to(compute), weight.shape, weight.to(compute) + offset, eps).to(x.dtype), s
 
 
 # Autograd and the public function -------------------------------------------------------------------------------------

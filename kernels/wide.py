@@ -21,8 +21,11 @@ FEW = 64  # rows or columns under which widening the other operand costs more th
 
 
 def is_wide(x: Tensor) -> bool:
-    """Whether what x is multiplied with should be multiplied in fp32, though x is in bf16."""
-    return x.dtype == torch.bfloat16 and x.device.type == "cpu" and fp32_is_faster(x.dtype)
+    """Whether what x is multiplied with should be multiplied in fp32, though x is in bf16.
+
+    Not under torch.compile, which can't trace what asks the CPU."""
+    able = x.dtype == torch.bfloat16 and x.device.type == "cpu" and not torch.compiler.is_compiling()
+    return able and fp32_is_faster(x.dtype)
 
 
 def widened(x: Tensor) -> Tensor:

@@ -28,7 +28,9 @@ from tritium.parallel.mesh import Mesh
 
 def attach(model: Model, config: LoraConfig | PromptConfig, name: str = "default", seed: int = 0) -> None:
     """Give the model an adapter to train, and let it act; nothing else (but a reward model's score) is trained from
-    then on. A LoRA does nothing yet. Raises: ValueError for what this model can't have."""
+    then on. A LoRA does nothing yet. Raises: ValueError for what this model can't have, and for a name that it has."""
+    if name in decoder_of(model).adapters:
+        raise ValueError(f"there is an adapter {name!r} already: give this one another name")
     give = attach_lora if isinstance(config, LoraConfig) else attach_prompt
     decoder_of(model).requires_grad_(False)
     give(model, config, key_of(name), seed)

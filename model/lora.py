@@ -240,6 +240,7 @@ def merge(model: Model) -> float:
         setattr(block, key, p)
         del block.adapted[key]
     decoder.adapters.clear()
+    decoder.prompts.clear()
     decoder.active = None
     model.requires_grad_(True)
     return worst

@@ -26,7 +26,7 @@ class PackedWeights:
     """`linear(x, weight, bias)` is F.linear's, for [rows, in] and the weights of a model; others are F.linear's."""
 
     def __init__(self, model: Transformer):
-        self.own = {id(p): p for p in model.parameters() if p.dim() == 2}
+        self.own = own_of(model)
         few = 4 * sum(p.numel() for p in self.own.values()) <= WIDE_BYTES
         self.wide = torch.float32 if few and fp32_is_faster(model.dtype) else model.dtype
         self.packs: dict[tuple[int, torch.dtype], tuple[int, Tensor]] = {}
@@ -34,17 +34,19 @@ class PackedWeights:
 
     @staticmethod
     def of(model: Transformer) -> "PackedWeights | None":
-        """Those of this model as its weights are now; None but on a CPU, in a dtype that oneDNN has on it.
+        """Those of this model as its weights are now; None but on a CPU with oneDNN, in a dtype that it has there.
 
         An optimizer may write where a weight lies without telling its version: the bits are added up, which takes a
         twentieth of the time that packing takes.
         """
-        bf16 = model.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-        if model.mesh.device.type != "cpu" or not (bf16 or model.dtype == torch.float32):
+        if model.mesh.device.type != "cpu" or not torch.backends.mkldnn.is_available():
             return None
-        if model not in _PACKED:
-            _PACKED[model] = PackedWeights(model)
-        packed = _PACKED[model]
+        bf16 = model.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        if not (bf16 or model.dtype == torch.float32):
+            return None
+        packed = _PACKED.get(model)
+        if packed is None or packed.own.keys() != own_of(model).keys():  # merged, quantised, or with another adapter
+            packed = _PACKED[model] = PackedWeights(model)
         changed = {i for i, total in packed.sums.items() if total != bits(packed.own[i])}
         packed.packs = {key: pack for key, pack in packed.packs.items() if key[0] not in changed}
         return packed
@@ -68,6 +70,11 @@ class PackedWeights:
 
 
 _PACKED: WeakKeyDictionary[Transformer, PackedWeights] = WeakKeyDictionary()
+
+
+def own_of(model: Transformer) -> dict[int, Tensor]:
+    """Its matrices, by id."""
+    return {id(p): p for p in model.parameters() if p.dim() == 2}
 
 
 def bits(weight: Tensor) -> int:

@@ -115,6 +115,17 @@ def test_one_of_two_outputs_may_go_unused(backend, used):
     assert max(errors(*zip(*pairs, strict=True))) < 1e-6
 
 
+@pytest.mark.filterwarnings("error")  # torch warns of a norm in two dtypes
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_without_a_gradient_few_rows_are_the_same(dtype, offset):
+    """A model's log-probs in generation and in training: an fp32 weight is not rounded in one of them."""
+    x, weight = (t.detach() for t in make(5, 64, residual=False))
+    x, expected = x.to(dtype), rms_norm(x.to(dtype).requires_grad_(), weight, offset=offset)
+    with torch.no_grad():
+        torch.testing.assert_close(rms_norm(x, weight, offset=offset), expected.detach(), rtol=1e-6, atol=1e-6)
+
+
 def test_a_frozen_weight_gets_no_gradient_and_costs_none(backend):
     x, weight, residual = make(5, 8)
     gradients = outputs_and_gradients(rms_norm, [x, weight, residual])[2:]

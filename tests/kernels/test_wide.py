@@ -66,6 +66,16 @@ def test_ops_agree_on_either_kind_of_cpu(monkeypatch, name):
         assert (x - y).float().norm() <= 0.05 * y.float().norm()  # logits of size 8 in bf16 are 2 % off in exp
 
 
+@pytest.mark.parametrize("op", [wide.linear, lambda x, w: linear_logprob(x, w, torch.arange(150)).logp])
+def test_torch_compile_sees_one_graph(op):
+    """It can't trace what asks the CPU for its instructions."""
+    x, weight = operands((150, 64), (300, 64))
+    torch._dynamo.reset()
+    compiled = torch.compile(op, backend="aot_eager", fullgraph=True)(x, weight)
+    torch.testing.assert_close(compiled.float(), op(x, weight).float(), rtol=0.05, atol=0.3)
+    assert torch.autograd.grad(compiled.float().sum(), x)[0].dtype == torch.bfloat16
+
+
 def test_the_choice_does_not_change_within_a_process():
     """A resumed run must multiply as it did before: the choice is by the CPU's instructions, not by a race."""
     assert backend.fp32_is_faster(torch.float32) and not backend.fp32_is_faster(torch.float16)

@@ -10,10 +10,13 @@ import torch
 from torch import Tensor
 
 from tritium.core.rollout import SamplingConfig
+from tritium.model.adapters import attach
 from tritium.model.beam import beam_search
 from tritium.model.cache import PagedCache
 from tritium.model.config import ModelConfig
 from tritium.model.generate import Engine, Text, generate, run
+from tritium.model.lora import LoraConfig, merge
+from tritium.model.packed import PackedWeights
 from tritium.model.sampling import History, Options, Sampler
 from tritium.model.transformer import Transformer
 
@@ -88,6 +91,21 @@ def test_weights_that_a_step_of_training_has_changed_are_those_that_generate(dty
         made = [engine.submit(p, Options(max_tokens=8, stop_ids=[]), [(0, i)])[0] for i, p in enumerate(prompts(18))]
         list(run(engine))
         check_logps(model, prompts(18), [s.completion for s in made])
+
+
+def test_packed_weights_go_with_the_parameters_that_they_are_of(monkeypatch):
+    """Of a merged model the old ones are dropped; without oneDNN (a Mac) there are none."""
+    model = Transformer(SHAPE).initialize(0)
+    before = PackedWeights.of(model)
+    assert before is not None and PackedWeights.of(model) is before
+    attach(model, LoraConfig(2))
+    merge(model)
+    after = PackedWeights.of(model)
+    assert after.own.keys() == {id(p) for p in model.parameters() if p.dim() == 2}
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    monkeypatch.setattr(torch.ops, "mkldnn", None)
+    assert PackedWeights.of(model) is None
+    check_logps(model, prompts(3), generate(model, prompts(3), max_tokens=5, stop_ids=[]))
 
 
 def test_a_seed_for_all_gives_each_sample_its_own(model):

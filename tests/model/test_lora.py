@@ -91,6 +91,8 @@ def test_adapters_by_name_on_one_base(tmp_path):
     assert outputs["one"] != outputs["two"]
     with pytest.raises(ValueError, match="no adapter 'three'; there are: one, two"):
         adapters.use(model, "three")
+    with pytest.raises(ValueError, match="there is an adapter 'one' already"):  # where both have a pair, both would act
+        adapters.attach(model, lora.LoraConfig(2, targets=("o_proj",)), "one")
 
 
 @pytest.mark.parametrize("quantized", [False, True])

@@ -17,7 +17,7 @@ from tritium.model import adapters
 from tritium.model.beam import beam_search
 from tritium.model.config import ModelConfig
 from tritium.model.hf import ModelFolderError
-from tritium.model.lora import LoraConfig
+from tritium.model.lora import LoraConfig, merge
 from tritium.model.prompts import PromptConfig
 from tritium.model.transformer import Transformer
 from tritium.parallel.mesh import Mesh
@@ -118,6 +118,10 @@ def test_prompts_and_loras_side_by_side_on_one_base(tmp_path):
     assert all((a - b).abs().max() > 0.01 for i, a in enumerate(values) for b in values[:i])
     adapters.use(model, "default")
     assert torch.equal(model.logits(TOKENS), outputs["default"])
+    adapters.use(model, "../runs/lo.ra")
+    merge(model)
+    assert not model.prompts and not model.adapters
+    torch.testing.assert_close(model.logits(TOKENS), outputs["../runs/lo.ra"], rtol=1e-4, atol=1e-4)
 
 
 def test_what_does_not_fit_is_said(tmp_path):
