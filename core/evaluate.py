@@ -118,7 +118,8 @@ def interval(values: Sequence[float], draws: int = 1, z: float = 1.96) -> tuple[
     if variance > 0:
         n *= min(mean * (1 - mean) / variance, draws)
     middle, spread = mean + z * z / (2 * n), z * math.sqrt(mean * (1 - mean) / n + z * z / (4 * n * n))
-    return max((middle - spread) / (1 + z * z / n), 0.0), min((middle + spread) / (1 + z * z / n), 1.0)
+    low, high = ((middle + sign * spread) / (1 + z * z / n) for sign in (-1, 1))
+    return low if mean > 0 else 0.0, high if mean < 1 else 1.0  # there exactly, not to rounding
 
 
 def pass_at_k(n: int, right: int, k: int) -> float:

@@ -105,7 +105,7 @@ def read_records(path: str, skipped: Skipped) -> Iterator[tuple[str, dict]]:
         else:
             skipped.add("a record that is not a JSON object", place)
     if not found:
-        raise DataError(f"{path} holds no record")
+        raise DataError("\n".join(filter(None, (f"{path} holds no record", skipped.summary()))))
 
 
 def is_json_list(path: str) -> bool:
@@ -421,6 +421,8 @@ def scored(
     """(prompt, answer, the scores of these names in [0, highest], as shares of that). Raises: RecordError."""
     scores = {name: record.get(name) for name in names}
     for name, score in scores.items():
+        if score is None:
+            raise RecordError(f"a record without {name}")
         if isinstance(score, bool) or not isinstance(score, int | float) or not 0 <= score <= highest:
             raise RecordError(f"a {name} that is not a number in [0, {highest:g}]: {score!r}")
     answer = answer_text(record.get("completion", record.get("response")), "completion")

@@ -1,6 +1,7 @@
 """`tritium doctor`: what the compiler makes of each kernel, what this machine has, and which backend each op uses."""
 
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +25,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if unknown := set(config.ops) - set(doctor.all_ops()):
         raise UserError(f"--ops: no op is called {', '.join(sorted(unknown))}; there are {', '.join(doctor.all_ops())}")
     targets = config.targets or list(doctor.TARGETS)
+    if doctor.HAS_TRITON:
+        print(f"compiling for {', '.join(targets)} (--targets=sm_90 or --ops=rms_norm takes less)", file=sys.stderr)
     rows = doctor.compile_kernels(targets, config.ops) if doctor.HAS_TRITON else []
     machine = doctor.machine()
     print(_json(rows, machine) if config.json else _table(rows, machine))

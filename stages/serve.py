@@ -279,6 +279,7 @@ class Server(ThreadingHTTPServer):
     def close(self) -> None:
         self.server_close()
         self.worker.asked.put(None)
+        self.worker.join(timeout=10)  # a thread within torch when the interpreter ends aborts the process
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A client that has gone is no news; anything else is, in a line."""

@@ -107,6 +107,6 @@ def _training_error(message: str, vocab_size: int) -> UserError:
     if limit := re.search(r"Vocabulary size too high.*<= (\d+)", message):
         return UserError(
             f"the text is too small for a vocabulary of {vocab_size}: the largest possible is {limit[1]}; "
-            "give more text or a smaller vocabulary"
+            f"give more text, or a smaller vocabulary: --vocab_size={limit[1]}"
         )
     return UserError(f"SentencePiece cannot train a vocabulary of {vocab_size} on this text: {message}")

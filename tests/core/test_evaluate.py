@@ -29,6 +29,7 @@ def test_pass_at_k_is_the_share_of_subsets_with_a_right_answer():
 def test_intervals_are_wilsons_and_no_points_where_nothing_or_all_is_solved():
     assert interval([0.0, 1.0] * 50) == pytest.approx((0.4038, 0.5962), abs=1e-4)
     assert interval([0.0] * 10, 8) == (0.0, pytest.approx(0.2775, abs=1e-4)) and interval([1.0] * 10)[1] == 1.0
+    assert all(interval([0.0] * n)[0] == 0.0 and interval([1.0] * n)[1] == 1.0 for n in range(1, 300))
     assert interval([0.5] * 10, 8)[0] < 0.5 < interval([0.5] * 10, 8)[1]
 
 

@@ -16,6 +16,7 @@ from tritium.core.formats import (
     read_documents,
     read_records,
     read_text,
+    scored,
 )
 
 USER, ANSWER = {"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}
@@ -186,3 +187,15 @@ def test_a_json_list_that_is_called_jsonl_is_read_as_what_it_is(tmp_path):
     path = tmp_path / "chats.jsonl"
     path.write_text(json.dumps([{"question": "a", "answer": "b"}, {"question": "c", "answer": "d"}], indent=1))
     assert [record["question"] for _, record in read_records(str(path), Skipped())] == ["a", "c"]
+
+
+def test_a_file_of_malformed_lines_says_why_it_holds_no_record(tmp_path):
+    file = tmp_path / "bad.jsonl"
+    file.write_text('{"a": \n[1]\n')
+    with pytest.raises(DataError, match=r"(?s)holds no record.*skipped 1 × .*:1"):
+        list(read_records(str(file), Skipped()))
+
+
+def test_a_missing_score_is_named():
+    with pytest.raises(RecordError, match="a record without verbosity"):
+        scored({"prompt": "p", "completion": "c", "helpfulness": 1}, ("helpfulness", "verbosity"), 4)

@@ -169,9 +169,7 @@ def test_so_are_those_of_an_optimizer_on_the_host_with_a_running_mean(dtype):
 )
 def test_so_are_those_of_two_ranks(pool2, config, dtype, tp, cp, zero):
     for found, plan in pool2.run(step_of, config, 1024, 4, 1, dtype, tp, cp, zero):
-        assert_as_planned(
-            found, plan, 0.2
-        )  # gloo's threads let go of what they sent later, how much later depends on the load
+        assert_as_planned(found, plan, 0.2)  # how long gloo's threads hold what they sent depends on the load
 
 
 def test_what_zero_cuts_it_cuts_by_the_number_of_ranks():

@@ -3,7 +3,10 @@
 import http.client
 import io
 import json
+import re
+import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -339,3 +342,17 @@ def test_prompts_that_could_not_be_answered_are_counted_aloud(tiny, tmp_path, ca
     (source := tmp_path / "prompts.jsonl").write_text('{"instruction": "Add.", "output": "2"}\n')
     generate.train(generate.Config(model=tiny.model, sources=[str(source)], out=str(tmp_path / "out.jsonl")))
     assert "1 records could not be answered" in capsys.readouterr().err
+
+
+def test_a_server_that_has_answered_ends_with_0_and_not_by_an_abort(tiny):
+    """The engine's thread within torch when the interpreter ended: "terminate called without an active exception"."""
+    command = [sys.executable, "-m", "tritium.stages", "serve", f"--model={tiny.model}", "--port=0"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        lines = iter(process.stderr.readline, "")
+        port = next(int(found[1]) for line in lines if (found := re.search(r"http://\S+:(\d+)/v1", line)))
+        connection = http.client.HTTPConnection("localhost", port, timeout=60)
+        connection.request("POST", "/v1/completions", json.dumps({"prompt": "1+1=", "max_tokens": 4}))
+        assert connection.getresponse().status == 200
+        process.send_signal(signal.SIGTERM)
+        _, said = process.communicate(timeout=60)
+    assert process.returncode == 0 and "terminate called" not in said
