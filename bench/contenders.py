@@ -27,9 +27,10 @@ from tritium.core.objectives import CrossEntropy, Distill, PairOptions, Pairwise
 from tritium.core.objectives.policy import PPO, PolicyGradient
 from tritium.core.optim import OptimConfig
 from tritium.core.rollout import Problem, Sample, sample_document
+from tritium.core.run import RunConfig
 from tritium.core.schedule import ScheduleConfig
 from tritium.core.setup import FinetuneConfig, load_model
-from tritium.core.trainer import RunConfig, Trainer
+from tritium.core.trainer import Trainer
 from tritium.model.config import ModelConfig
 from tritium.model.generate import generate
 from tritium.model.heads import ScalarModel

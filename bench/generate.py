@@ -24,8 +24,8 @@ from tritium.bench.kernels import folder_name, run_facts
 from tritium.bench.measure import Ceilings, Stopwatch, timing
 from tritium.bench.step import random_model
 from tritium.core.config import UserError, load, opt
+from tritium.core.machines import PRESETS
 from tritium.core.output import make_folder, make_room_for
-from tritium.core.plan import PRESETS
 from tritium.core.setup import DTYPES
 from tritium.model.cache import cache_pages
 from tritium.model.config import ModelConfig

@@ -31,9 +31,10 @@ from tritium.core.metrics import Metrics
 from tritium.core.objectives import CrossEntropy
 from tritium.core.optim import OptimConfig
 from tritium.core.output import make_folder, make_room_for
+from tritium.core.run import RunConfig
 from tritium.core.schedule import ScheduleConfig
 from tritium.core.setup import parameter_dtype
-from tritium.core.trainer import RunConfig, Trainer
+from tritium.core.trainer import Trainer
 from tritium.model.transformer import Transformer
 from tritium.parallel.mesh import init_mesh
 from tritium.stages.plan import aligned, shape_of

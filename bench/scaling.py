@@ -3,7 +3,8 @@
 from dataclasses import dataclass, replace
 
 from tritium.core.config import load
-from tritium.core.plan import GIB, MACHINES, PRESETS, Work, best, plans
+from tritium.core.machines import MACHINES, PRESETS, Work
+from tritium.core.plan import GIB, best, plans
 from tritium.model.config import ModelConfig
 from tritium.stages import plan
 

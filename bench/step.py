@@ -24,13 +24,12 @@ from tritium.bench.kernels import folder_name, run_facts
 from tritium.bench.measure import timing
 from tritium.core.batch import Document, PackedBatch, pack
 from tritium.core.config import UserError, load, opt
+from tritium.core.machines import PRESETS
 from tritium.core.metrics import matmul_rate, peak_memory
 from tritium.core.objectives import CrossEntropy
 from tritium.core.optim import OptimConfig, Optimizer
 from tritium.core.output import make_folder, make_room_for
-from tritium.core.plan import PRESETS
-from tritium.core.setup import DTYPES
-from tritium.core.trainer import trained_share
+from tritium.core.setup import DTYPES, trained_share
 from tritium.model.adapters import attach
 from tritium.model.config import ModelConfig
 from tritium.model.lora import LoraConfig

@@ -12,6 +12,7 @@ of the weights), so that a step's loss can be divided by the global count before
 number of tokens whatever their weight, for the throughput.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -150,3 +151,11 @@ def plan_bins(lengths: Sequence[int], capacity: int, window: int = 256) -> list[
         if room > length:
             open_bins.append((room - length, i))
     return bins
+
+
+def counts_of(batches: Sequence[PackedBatch]) -> dict[str, float]:
+    """The batches' denominators, added up."""
+    total: Counter[str] = Counter()
+    for batch in batches:
+        total.update(batch.counts)
+    return dict(total)

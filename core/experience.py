@@ -21,10 +21,11 @@ from tritium.core.metrics import read_lines
 from tritium.core.reference import ReferenceConfig
 from tritium.core.rewards import Reward
 from tritium.core.rollout import Problem, Rollout, Sample, SamplingConfig, roll_out, sample_document, share
+from tritium.core.run import LoopConfig
 from tritium.core.schedule import ScheduleConfig
 from tritium.core.setup import FinetuneConfig, MeshConfig
 from tritium.core.tokenizer import Tokenizer
-from tritium.core.trainer import LoopConfig, Trainer, TrainingError
+from tritium.core.trainer import Trainer, TrainingError
 from tritium.parallel.data import all_reduce_counts
 from tritium.parallel.mesh import Mesh
 

@@ -16,8 +16,9 @@ from tritium.core.experience import problems_of
 from tritium.core.reference import check_follows
 from tritium.core.rewards.model import open_reward
 from tritium.core.rollout import Problem, Rollout, Sample, SamplingConfig, roll_out, sample_document, share
+from tritium.core.run import LoopConfig
 from tritium.core.tokenizer import Tokenizer
-from tritium.core.trainer import LoopConfig, Trainer
+from tritium.core.trainer import Trainer
 from tritium.parallel.data import all_reduce_counts
 
 

@@ -164,6 +164,12 @@ def prepare_training(model: Transformer, finetune: FinetuneConfig, base: str, se
             p.requires_grad_(any(fnmatch.fnmatchcase(name, pattern) for pattern in finetune.train))
 
 
+def trained_share(network: nn.Module) -> float:
+    """The share of a network's parameters that are trained."""
+    sizes = {kind: sum(p.numel() for p in network.parameters() if p.requires_grad == kind) for kind in (True, False)}
+    return sizes[True] / max(1, sum(sizes.values()))
+
+
 def check_patterns(option: str, patterns: Iterable[str], names: Sequence[str]) -> None:
     """Raises: ConfigError where one of the patterns is no parameter's name."""
     if odd := [pattern for pattern in patterns if not fnmatch.filter(names, pattern)]:

@@ -17,27 +17,25 @@ import json
 import signal
 import threading
 import time
-import tomllib
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tritium.core.batch import FILLER, PackedBatch, pack
+from tritium.core.batch import FILLER, PackedBatch, counts_of, pack
 from tritium.core.checkpoint import CheckpointError, Save, checkpoints, latest, prune, read_state
-from tritium.core.config import ConfigError, UserError, opt, to_toml
+from tritium.core.config import ConfigError, UserError, to_toml
 from tritium.core.formats import Skipped
 from tritium.core.metrics import Clock, Metrics, gpu_stats, matmul_rate, peak_memory
 from tritium.core.objectives import Objective
 from tritium.core.optim import LossScale, OptimConfig, Optimizer
 from tritium.core.reference import Follower
+from tritium.core.run import LoopConfig, Result, RunConfig, changed_lines
 from tritium.core.schedule import BatchRamp, ScheduleConfig, learning_rate
-from tritium.core.setup import check_patterns
+from tritium.core.setup import check_patterns, trained_share
 from tritium.core.tokenizer import Tokenizer
 from tritium.model.hf import decoder_of, export
 from tritium.model.transformer import Transformer
@@ -46,55 +44,6 @@ from tritium.parallel.files import deal, open_tensors
 from tritium.parallel.mesh import Mesh
 from tritium.parallel.watch import Watch
 from tritium.parallel.zero import FlatModule
-
-
-@dataclass
-class LoopConfig:
-    """Where a run writes, how long it is, and on what it runs."""
-
-    out: str = opt("", "folder of the run: checkpoints, config.toml, metrics.jsonl (default: runs/STAGE)")
-    steps: int | None = opt(None, "optimizer steps (default: what `epochs` makes)")
-    epochs: float = opt(1.0, "passes over the data, where `steps` is not given")
-    seed: int = opt(0, "seed of everything random")
-    dtype: str = opt(
-        "auto", "of the parameters (auto: bf16 where it is fast)", choices=("auto", "bf16", "fp16", "fp32", "fp64")
-    )
-    device: str = opt("auto", "where to run", choices=("auto", "cpu", "cuda"))
-    recompute: str = opt(
-        "none",
-        "what a layer computes again in the backward, to save memory: its MLP (selective), or all of it",
-        choices=("none", "selective", "full"),
-    )
-    save_every: int = opt(200, "steps between checkpoints")
-    keep: int = opt(2, "checkpoints to keep")
-    check_every: int = opt(100, "steps between checks that all replicas hold the same parameters")
-    max_bad_steps: int = opt(10, "stop after so many steps in a row whose gradient is not finite")
-
-    def __post_init__(self):
-        if self.seed < 0:
-            raise ConfigError(f"run.seed={self.seed} must not be negative")
-        if not self.epochs > 0:
-            raise ConfigError(f"run.epochs={self.epochs} must be positive")
-        for name in ("steps", "save_every", "keep", "check_every", "max_bad_steps", "eval_every", "eval_bins"):
-            if (value := getattr(self, name, None)) is not None and value < 1:
-                raise ConfigError(f"run.{name}={value} must be at least 1")
-
-
-@dataclass
-class RunConfig(LoopConfig):
-    """The same, for a stage that holds data out to evaluate on."""
-
-    eval_every: int = opt(100, "steps between evaluations on held-out data")
-    eval_bins: int = opt(8, "bins of an evaluation, at most")
-
-
-@dataclass
-class Result:
-    """What a stage gives back. `checkpoint` is a folder that transformers and `tritium.load` read."""
-
-    checkpoint: str
-    metrics: dict[str, float] = field(default_factory=dict)
-    before: dict[str, float] = field(default_factory=dict)  # the evaluation before the first step
 
 
 class TrainingError(RuntimeError):
@@ -563,34 +512,3 @@ def within(contexts: Iterable[AbstractContextManager]) -> Iterator[None]:
         for context in contexts:
             stack.enter_context(context)
         yield
-
-
-def counts_of(batches: Sequence[PackedBatch]) -> dict[str, float]:
-    """The batches' denominators, added up."""
-    total: Counter[str] = Counter()
-    for batch in batches:
-        total.update(batch.counts)
-    return dict(total)
-
-
-def trained_share(network: nn.Module) -> float:
-    """The share of a network's parameters that are trained."""
-    sizes = {kind: sum(p.numel() for p in network.parameters() if p.requires_grad == kind) for kind in (True, False)}
-    return sizes[True] / max(1, sum(sizes.values()))
-
-
-def changed_lines(before: str, after: str) -> str:
-    """The settings that differ between two configs in TOML, those aside that may change when a run is resumed."""
-    free = {f"run.{n}" for n in ("save_every", "keep", "check_every", "device", "out", "steps", "epochs", "recompute")}
-    free |= {"mesh.tp", "mesh.cp", "mesh.zero", "mesh.shard", "mesh.ring", "mesh.timeout"}
-    old, new = (flat(tomllib.loads(text)) for text in (before, after))
-    keys = [k for k in {**old, **new} if old.get(k) != new.get(k) and k not in free]
-    return ", ".join(f"{k}: {old.get(k, 'unset')} → {new.get(k, 'unset')}" for k in keys)
-
-
-def flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested tables as one, by dotted key."""
-    values = {}
-    for key, value in table.items():
-        values |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return values

@@ -18,10 +18,10 @@ from tritium.core.chat import render, stop_ids
 from tritium.core.checkpoint import model_folder
 from tritium.core.config import REQUIRED, UserError, opt
 from tritium.core.rollout import SamplingConfig
+from tritium.core.run import Result
 from tritium.core.setup import load_model, load_tokenizer
 from tritium.core.tokenizer import Tokenizer
 from tritium.core.tools import TOOLS, ToolUse
-from tritium.core.trainer import Result
 from tritium.model.adapters import load_adapter, use
 from tritium.model.cache import cache_pages
 from tritium.model.generate import Engine, run

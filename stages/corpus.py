@@ -24,7 +24,7 @@ from tritium.core.arithmetic import Problem, chat_answer, equation, problems
 from tritium.core.config import opt
 from tritium.core.corpus import WELCOMES, library_questions, library_texts, small_talk, turns, worked_or_terse
 from tritium.core.output import make_folder
-from tritium.core.trainer import Result
+from tritium.core.run import Result
 
 ONE_PROCESS = True  # others would write the same files
 

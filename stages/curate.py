@@ -38,7 +38,7 @@ from tritium.core.curate.semantic import Decontaminate, Semantic
 from tritium.core.curate.sources import Collect
 from tritium.core.curate.step import Context, Step
 from tritium.core.output import make_folder
-from tritium.core.trainer import Result
+from tritium.core.run import Result
 
 ONE_PROCESS = True
 STEPS = {

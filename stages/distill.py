@@ -27,9 +27,10 @@ from tritium.core.objectives.preference import LOSSES, REFERENCE_FREE
 from tritium.core.online import DrawConfig, Rounds, round_settings
 from tritium.core.optim import OptimConfig
 from tritium.core.rollout import load_problems
+from tritium.core.run import Result, RunConfig
 from tritium.core.schedule import ScheduleConfig
 from tritium.core.setup import MeshConfig, load_model, load_tokenizer, start
-from tritium.core.trainer import Result, RunConfig, Trainer
+from tritium.core.trainer import Trainer
 from tritium.kernels.linear_kl import KINDS as DIVERGENCES
 from tritium.parallel.mesh import Mesh
 from tritium.stages.dpo import check_same_vocabulary

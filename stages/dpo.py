@@ -28,16 +28,16 @@ from tritium.core.objectives.preference import KTO, LOSSES, REFERENCE_FREE, Pair
 from tritium.core.online import DrawConfig, Rounds, round_settings
 from tritium.core.optim import OptimConfig
 from tritium.core.rollout import load_problems
-from tritium.core.schedule import ScheduleConfig
-from tritium.core.setup import FinetuneConfig, MeshConfig, load_model, load_reference, load_tokenizer, start
-from tritium.core.trainer import Result, RunConfig, Trainer
+from tritium.core.run import Result, TrainingConfig
+from tritium.core.setup import load_model, load_reference, load_tokenizer, start
+from tritium.core.trainer import Trainer
 from tritium.parallel.mesh import Mesh
 
 SMOOTHED = ("dpo", "dpo_norm", "robust", "simpo", "cpo")  # the losses that know wrong labels
 
 
 @dataclass
-class Config:
+class Config(TrainingConfig):
     model: str = opt(REQUIRED, "folder of the model to start from, with its tokenizer")
     reference: str = opt("", "folder of the reference, of the same vocabulary (default: the model)")
     loss: str = opt("dpo", "the objective", choices=(*LOSSES, "kto"))
@@ -52,10 +52,6 @@ class Config:
     sft: float | None = opt(None, "weight of the chosen answer's −log-prob (default: the paper's; dpo: 0)")
     data: DataConfig = opt(DataConfig, "preference pairs; kto: also answers with a label")
     optim: OptimConfig = opt(OptimConfig(lr=2e-5), "optimizer")
-    schedule: ScheduleConfig = opt(ScheduleConfig, "learning rate over the run")
-    run: RunConfig = opt(RunConfig, "the run itself")
-    mesh: MeshConfig = opt(MeshConfig, "parallelism")
-    finetune: FinetuneConfig = opt(FinetuneConfig, "what of the model is trained")
 
     def __post_init__(self):
         if not self.beta > 0:

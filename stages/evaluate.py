@@ -35,9 +35,9 @@ from tritium.core.rewards.llm import open_judge
 from tritium.core.rewards.make import make_reward
 from tritium.core.rewards.model import open_reward
 from tritium.core.rollout import Problem, Rollout, SamplingConfig, gather, load_problems, roll_out, share
+from tritium.core.run import Result
 from tritium.core.setup import MeshConfig, join, load_model, load_tokenizer
 from tritium.core.tokenizer import Tokenizer
-from tritium.core.trainer import Result
 from tritium.model.transformer import Transformer
 from tritium.parallel.mesh import Mesh
 

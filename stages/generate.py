@@ -23,10 +23,10 @@ from tritium.core.config import REQUIRED, ConfigError, UserError, opt
 from tritium.core.formats import Skipped, read_records
 from tritium.core.output import make_room_for
 from tritium.core.rollout import SamplingConfig, sample_seed
+from tritium.core.run import Result
 from tritium.core.setup import load_model, load_tokenizer
 from tritium.core.tokenizer import Tokenizer
 from tritium.core.tools import TOOLS, ToolUse
-from tritium.core.trainer import Result
 from tritium.model.cache import cache_pages
 from tritium.model.generate import Engine, Running
 from tritium.model.transformer import Transformer

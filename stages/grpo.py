@@ -18,8 +18,9 @@ from tritium.core.optim import OptimConfig
 from tritium.core.reference import open_policy
 from tritium.core.rewards.model import open_reward
 from tritium.core.rollout import SamplingConfig, load_problems
+from tritium.core.run import Result
 from tritium.core.setup import load_tokenizer, start
-from tritium.core.trainer import Result, Trainer
+from tritium.core.trainer import Trainer
 
 ITS_OWN = "(default: the algorithm's)"
 

@@ -18,8 +18,9 @@ from typing import Any
 import torch
 
 from tritium.core.config import ConfigError, UserError, load, opt
+from tritium.core.machines import MACHINES, PRESETS, Machine, Work
 from tritium.core.metrics import matmul_rate
-from tritium.core.plan import GIB, MACHINES, PRESETS, Machine, Plan, Work, best, last_rank, plans
+from tritium.core.plan import GIB, Plan, best, last_rank, plans
 from tritium.core.setup import MeshConfig
 from tritium.model.config import ModelConfig
 from tritium.stages.pretrain import ShapeConfig

@@ -26,9 +26,10 @@ from tritium.core.reference import open_policy
 from tritium.core.rewards.make import make_reward
 from tritium.core.rewards.model import open_reward
 from tritium.core.rollout import load_problems
+from tritium.core.run import Result
 from tritium.core.setup import FinetuneConfig, load_tokenizer, read_model, start
 from tritium.core.tokenizer import Tokenizer
-from tritium.core.trainer import Result, Trainer
+from tritium.core.trainer import Trainer
 from tritium.model.adapters import twin
 from tritium.model.heads import ScalarModel
 from tritium.model.hf import decoder_of

@@ -18,10 +18,11 @@ from tritium.core.data import Bins, DataConfig, Source, open_bins, parse_sources
 from tritium.core.formats import Skipped
 from tritium.core.objectives import CrossEntropy
 from tritium.core.optim import OptimConfig
-from tritium.core.schedule import ScheduleConfig, decay_start
-from tritium.core.setup import FinetuneConfig, MeshConfig, load_model, load_tokenizer, parameter_dtype, start
+from tritium.core.run import Result, TrainingConfig
+from tritium.core.schedule import decay_start
+from tritium.core.setup import load_model, load_tokenizer, parameter_dtype, start
 from tritium.core.tokenizer import Tokenizer
-from tritium.core.trainer import Result, RunConfig, Trainer
+from tritium.core.trainer import Trainer
 from tritium.model.config import ModelConfig
 from tritium.model.transformer import Transformer, full_shape
 from tritium.parallel.mesh import Mesh
@@ -57,7 +58,7 @@ class ShapeConfig:
 
 
 @dataclass
-class Config:
+class Config(TrainingConfig):
     init: str = opt("", "folder of a model to go on from (empty: from scratch)")
     tokenizer: str = opt("", "folder of a tokenizer (empty: that of `init`, or a new one trained on the sources)")
     vocab_size: int = opt(8192, "tokens of a new tokenizer")
@@ -66,11 +67,7 @@ class Config:
     model: ShapeConfig = opt(ShapeConfig, "shape of a new model")
     data: DataConfig = opt(DataConfig, "text")
     optim: OptimConfig = opt(OptimConfig(lr=2e-3), "optimizer")
-    schedule: ScheduleConfig = opt(ScheduleConfig, "learning rate over the run")
-    run: RunConfig = opt(RunConfig, "the run itself")
-    mesh: MeshConfig = opt(MeshConfig, "parallelism")
     anneal: list[str] = opt([], "text files that take over in the final decay (schedule.kind=wsd); FILE@W as in data")
-    finetune: FinetuneConfig = opt(FinetuneConfig, "what of the model is trained")
 
     def __post_init__(self):
         if self.finetune.kind != "full" and not self.init:

@@ -29,7 +29,7 @@ import numpy as np
 from tritium.core.config import REQUIRED, ConfigError, UserError, opt
 from tritium.core.formats import LONE_SURROGATE, DataError, Message, RecordError, Skipped, open_prompt, read_records
 from tritium.core.output import make_room_for
-from tritium.core.trainer import Result
+from tritium.core.run import Result
 
 SHOWS_ITS_RESULT = True
 ONE_PROCESS = True

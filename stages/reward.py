@@ -25,9 +25,9 @@ from tritium.core.formats import Skipped
 from tritium.core.groups import comparison_group, preference_group, ranking_group, score_group, step_group
 from tritium.core.objectives import Comparison, Listwise, Objective, Pairwise, Process, Scoring
 from tritium.core.optim import OptimConfig
-from tritium.core.schedule import ScheduleConfig
-from tritium.core.setup import FinetuneConfig, MeshConfig, load_model, load_tokenizer, start
-from tritium.core.trainer import Result, RunConfig, Trainer
+from tritium.core.run import Result, TrainingConfig
+from tritium.core.setup import load_model, load_tokenizer, start
+from tritium.core.trainer import Trainer
 from tritium.model.heads import ScalarModel
 from tritium.model.prompts import PEFT_TYPES
 from tritium.parallel.data import all_reduce_counts
@@ -43,7 +43,7 @@ KINDS: dict[str, tuple[Callable, str]] = {  # loss → what makes a group of a r
 
 
 @dataclass
-class Config:
+class Config(TrainingConfig):
     model: str = opt(REQUIRED, "folder of the model to start from, with its tokenizer")
     loss: str = opt("pairwise", "what is learned from", choices=tuple(KINDS))
     centering: float = opt(0.01, "pairwise: weight of (chosen + rejected)², which keeps scores around 0")
@@ -53,10 +53,6 @@ class Config:
     pooling: str = opt("last", "an answer's score: of its last token, or all tokens' mean", choices=("last", "mean"))
     data: DataConfig = opt(DataConfig, "records of the form that the loss wants")
     optim: OptimConfig = opt(OptimConfig(lr=1e-4), "optimizer")
-    schedule: ScheduleConfig = opt(ScheduleConfig, "learning rate over the run")
-    run: RunConfig = opt(RunConfig, "the run itself")
-    mesh: MeshConfig = opt(MeshConfig, "parallelism")
-    finetune: FinetuneConfig = opt(FinetuneConfig, "what of the model is trained")
 
     def __post_init__(self):
         if self.finetune.kind in PEFT_TYPES:

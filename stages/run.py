@@ -37,7 +37,7 @@ from tritium.core.health import PANEL, diagnose
 from tritium.core.metrics import machine, peak_memory, read_lines
 from tritium.core.output import make_folder
 from tritium.core.report import read_curves, write_report
-from tritium.core.trainer import Result
+from tritium.core.run import Result
 from tritium.stages import evaluate
 from tritium.stages.cli import STAGES
 

@@ -27,9 +27,9 @@ from tritium.core.formats import DataError, Skipped
 from tritium.core.output import make_folder
 from tritium.core.rewards.make import make_reward
 from tritium.core.rollout import Rollout, Sample, SamplingConfig, gather, load_problems, roll_out, share
+from tritium.core.run import Result
 from tritium.core.select import distinct_paths, rejection_sample
 from tritium.core.setup import MeshConfig, join, load_model, load_tokenizer
-from tritium.core.trainer import Result
 from tritium.stages.dpo import check_same_vocabulary
 
 FILES = ("sft", "pairs", "rankings")

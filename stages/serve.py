@@ -24,9 +24,9 @@ from typing import Any
 from tritium.core.chat import render, stop_ids
 from tritium.core.config import REQUIRED, ConfigError, UserError, nearest, opt
 from tritium.core.rollout import SamplingConfig
+from tritium.core.run import Result
 from tritium.core.setup import load_model, load_tokenizer
 from tritium.core.tokenizer import Tokenizer
-from tritium.core.trainer import Result
 from tritium.model.cache import cache_pages
 from tritium.model.generate import Engine, Event, Running
 from tritium.model.sampling import Options

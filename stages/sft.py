@@ -13,26 +13,20 @@ from tritium.core.data import DataConfig, open_records
 from tritium.core.formats import Skipped
 from tritium.core.groups import conversation_group, feedback_group
 from tritium.core.objectives import CrossEntropy, DynamicFineTuning, Unlikelihood
-from tritium.core.optim import OptimConfig
-from tritium.core.schedule import ScheduleConfig
-from tritium.core.setup import FinetuneConfig, MeshConfig, load_model, load_tokenizer, start
-from tritium.core.trainer import Result, RunConfig, Trainer
+from tritium.core.run import Result, TrainingConfig
+from tritium.core.setup import load_model, load_tokenizer, start
+from tritium.core.trainer import Trainer
 from tritium.model.surgery import with_wider_mlps
 
 LOSSES = {"cross_entropy": CrossEntropy, "dft": DynamicFineTuning, "unlikelihood": Unlikelihood}
 
 
 @dataclass
-class Config:
+class Config(TrainingConfig):
     model: str = opt(REQUIRED, "folder of the model to start from, with its tokenizer")
     loss: str = opt("cross_entropy", "of a token; unlikelihood: of good and bad answers", choices=tuple(LOSSES))
     widen: int = opt(1, "train a model whose MLPs are so many times as wide, and that begins as the same function")
     data: DataConfig = opt(DataConfig, "conversations; unlikelihood: answers with a label, or pairs")
-    optim: OptimConfig = opt(OptimConfig, "optimizer")
-    schedule: ScheduleConfig = opt(ScheduleConfig, "learning rate over the run")
-    run: RunConfig = opt(RunConfig, "the run itself")
-    mesh: MeshConfig = opt(MeshConfig, "parallelism")
-    finetune: FinetuneConfig = opt(FinetuneConfig, "what of the model is trained")
 
     def __post_init__(self):
         if self.widen < 1 or (self.widen > 1 and self.finetune.kind != "full"):

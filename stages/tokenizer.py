@@ -10,8 +10,8 @@ from tritium.core.config import ConfigError, opt
 from tritium.core.data import parse_sources
 from tritium.core.formats import Skipped, read_documents
 from tritium.core.output import make_folder
+from tritium.core.run import Result
 from tritium.core.tokenizer import SPECIAL, train_tokenizer
-from tritium.core.trainer import Result
 
 ONE_PROCESS = True  # others would write the same file
 

@@ -56,7 +56,7 @@ def tiny(tmp_path_factory) -> Tiny:
     """Made once: `pretrain` from raw text, with a tokenizer of its own."""
     from tritium.core.arithmetic import chat_answer, equation, problems
     from tritium.core.optim import OptimConfig
-    from tritium.core.trainer import RunConfig
+    from tritium.core.run import RunConfig
     from tritium.stages import pretrain
 
     folder = tmp_path_factory.mktemp("tiny")

@@ -15,7 +15,8 @@ from tritium.bench.step import WARM, documents, random_model, training_step
 from tritium.core.batch import Document, pack
 from tritium.core.data import DataConfig
 from tritium.core.objectives import supervised_logprob
-from tritium.core.trainer import RunConfig, Trainer
+from tritium.core.run import RunConfig
+from tritium.core.trainer import Trainer
 from tritium.model.config import ModelConfig
 from tritium.model.generate import generate
 from tritium.stages import sft

@@ -8,9 +8,10 @@ from tritium.core import setup
 from tritium.core.config import ConfigError
 from tritium.core.data import DataConfig
 from tritium.core.optim import LossScale, OptimConfig
+from tritium.core.run import RunConfig
 from tritium.core.schedule import ScheduleConfig
 from tritium.core.setup import FinetuneConfig
-from tritium.core.trainer import RunConfig, Trainer
+from tritium.core.trainer import Trainer
 from tritium.model.config import ModelConfig
 from tritium.model.transformer import Transformer
 from tritium.parallel.mesh import Mesh

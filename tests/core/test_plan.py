@@ -17,12 +17,14 @@ import tritium
 from tritium.bench.scaling import scaling_table
 from tritium.core.batch import Document, pack
 from tritium.core.config import ConfigError, opt
+from tritium.core.machines import MACHINES, PRESETS, Machine, Work
 from tritium.core.objectives import CrossEntropy
 from tritium.core.optim import OptimConfig
-from tritium.core.plan import MACHINES, PRESETS, Machine, Plan, Work, best, plans, units_of
+from tritium.core.plan import Plan, best, plans, units_of
+from tritium.core.run import RunConfig
 from tritium.core.schedule import ScheduleConfig
 from tritium.core.setup import DTYPES
-from tritium.core.trainer import RunConfig, Trainer
+from tritium.core.trainer import Trainer
 from tritium.model.config import ModelConfig
 from tritium.model.transformer import Transformer
 from tritium.parallel.context import Split

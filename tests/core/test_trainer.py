@@ -18,8 +18,9 @@ from tritium.core.checkpoint import CheckpointError, checkpoints
 from tritium.core.config import ConfigError, UserError, opt
 from tritium.core.objectives import CrossEntropy, Metric, Term, supervised
 from tritium.core.optim import OptimConfig
+from tritium.core.run import LoopConfig, RunConfig, changed_lines
 from tritium.core.schedule import ScheduleConfig
-from tritium.core.trainer import LoopConfig, RunConfig, Trainer, TrainingError, changed_lines
+from tritium.core.trainer import Trainer, TrainingError
 from tritium.model.config import ModelConfig
 from tritium.model.transformer import Transformer
 from tritium.parallel.files import Share, open_tensors

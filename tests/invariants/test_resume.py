@@ -8,8 +8,9 @@ from safetensors.torch import load_file
 
 from tritium.core.data import DataConfig
 from tritium.core.optim import OptimConfig
+from tritium.core.run import LoopConfig, RunConfig
 from tritium.core.schedule import ScheduleConfig
-from tritium.core.trainer import LoopConfig, RunConfig, Trainer
+from tritium.core.trainer import Trainer
 from tritium.stages import dpo, grpo, sft
 
 pytestmark = pytest.mark.usefixtures("quick")

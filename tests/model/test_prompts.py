@@ -10,9 +10,9 @@ import tritium
 from tritium.core.config import ConfigError, UserError
 from tritium.core.data import DataConfig
 from tritium.core.optim import OptimConfig
+from tritium.core.run import RunConfig
 from tritium.core.schedule import ScheduleConfig
 from tritium.core.setup import FinetuneConfig
-from tritium.core.trainer import RunConfig
 from tritium.model import adapters
 from tritium.model.beam import beam_search
 from tritium.model.config import ModelConfig

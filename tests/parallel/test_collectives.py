@@ -13,12 +13,14 @@ from torch.utils._pytree import tree_leaves
 
 from tritium.core.batch import Document, PackedBatch, pack
 from tritium.core.config import opt
+from tritium.core.machines import MACHINES, Work
 from tritium.core.objectives import CrossEntropy, Preference
 from tritium.core.optim import OptimConfig
-from tritium.core.plan import MACHINES, Plan, Work
+from tritium.core.plan import Plan
+from tritium.core.run import RunConfig
 from tritium.core.schedule import ScheduleConfig
 from tritium.core.setup import DTYPES
-from tritium.core.trainer import RunConfig, Trainer
+from tritium.core.trainer import Trainer
 from tritium.model.config import ModelConfig
 from tritium.model.transformer import Transformer
 from tritium.parallel.context import Split

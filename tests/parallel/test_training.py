@@ -23,9 +23,10 @@ from tritium.core.kept import Kept
 from tritium.core.objectives import CrossEntropy, Distill, Objective, PairOptions, Pairwise, Preference
 from tritium.core.optim import OptimConfig
 from tritium.core.rewards import Score
+from tritium.core.run import RunConfig
 from tritium.core.schedule import ScheduleConfig
 from tritium.core.setup import DTYPES
-from tritium.core.trainer import RunConfig, Trainer
+from tritium.core.trainer import Trainer
 from tritium.model.adapters import attach
 from tritium.model.config import ModelConfig
 from tritium.model.heads import ScalarModel

@@ -12,7 +12,7 @@ import torch
 
 import tritium
 from tritium.core.config import UserError, opt
-from tritium.core.trainer import Result
+from tritium.core.run import Result
 from tritium.stages.cli import STAGES, main, run_stage
 
 

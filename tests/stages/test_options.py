@@ -6,7 +6,7 @@ import pytest
 
 from tritium.core.config import ConfigError, UserError, from_dict
 from tritium.core.data import DataConfig
-from tritium.core.trainer import RunConfig
+from tritium.core.run import RunConfig
 from tritium.stages import grpo, pretrain
 
 pytestmark = pytest.mark.usefixtures("quick")

@@ -17,8 +17,8 @@ from tritium.core.experience import Experience, ProblemsConfig, problems_of
 from tritium.core.optim import OptimConfig
 from tritium.core.rewards import Score
 from tritium.core.rollout import Problem, Rollout, Sample
+from tritium.core.run import LoopConfig, Result, RunConfig
 from tritium.core.setup import read_model
-from tritium.core.trainer import LoopConfig, Result, RunConfig
 from tritium.model.generate import Completion
 from tritium.model.heads import ScalarModel
 from tritium.parallel.mesh import Mesh
@@ -90,7 +90,7 @@ def test_sft_learns(tiny, tmp_path):
 @pytest.mark.parametrize("loss", ["pairwise", "listwise"])
 def test_reward_learns_to_tell_answers_apart(tiny, tmp_path, loss):
     source = tiny.data("pairs.jsonl" if loss == "pairwise" else "rankings.jsonl")
-    config = reward.Config(loss, data=data(source), optim=LR, run=run(tmp_path, 12), model=tiny.model)
+    config = reward.Config(loss=loss, data=data(source), optim=LR, run=run(tmp_path, 12), model=tiny.model)
     result = reward.train(config)
     assert_finished(result, tmp_path, 12)
     assert result.metrics["eval_loss"] < result.before["eval_loss"] - 0.1
@@ -197,7 +197,7 @@ def test_sample_writes_what_the_later_stages_read(tiny, tmp_path, odd_is_right):
     for stage, name in ((sft, "sft"), (dpo, "pairs")):
         again = stage.Config(data=data(f"{tmp_path}/out/{name}.jsonl"), run=run(tmp_path / name, 1), model=tiny.model)
         assert_finished(stage.train(again), tmp_path / name, 1)
-    listwise = reward.Config("listwise", data=data(f"{tmp_path}/out/rankings.jsonl"), model=tiny.model)
+    listwise = reward.Config(loss="listwise", data=data(f"{tmp_path}/out/rankings.jsonl"), model=tiny.model)
     listwise.run = run(tmp_path / "listwise", 1)
     assert_finished(reward.train(listwise), tmp_path / "listwise", 1)
 

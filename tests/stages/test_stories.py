@@ -8,8 +8,8 @@ import torch
 import tritium
 from tritium.core.data import DataConfig
 from tritium.core.optim import OptimConfig
+from tritium.core.run import RunConfig
 from tritium.core.setup import FinetuneConfig
-from tritium.core.trainer import RunConfig
 from tritium.stages import cli, sft
 
 DATA = Path(tritium.__file__).parent.parent / "shared" / "data"
