@@ -11,16 +11,3 @@ from tritium.core.chat.render import (
     template_text,
 )
 from tritium.core.chat.templates import TEMPLATES, find_template
-
-__all__ = [
-    "ROLES",
-    "TEMPLATES",
-    "THINKING",
-    "ChatError",
-    "Rendered",
-    "find_template",
-    "parse_reasoning",
-    "render",
-    "stop_ids",
-    "template_text",
-]

@@ -12,9 +12,7 @@ from tritium.core.report import escaped, facts, page, section
 BINS = 24
 
 
-def write_report(
-    path: Path, steps: Sequence[Mapping[str, Any]], config_toml: str, seconds: float | None = None
-) -> None:
+def write_report(path: Path, steps: Sequence[Mapping[str, Any]], config_toml: str) -> None:
     """Write the page from the steps' summaries (runner.run_steps)."""
     style = (resources.files("tritium.core.curate") / "report.css").read_text("utf-8")
     body = section("Funnel", funnel(steps))

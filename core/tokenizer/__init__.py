@@ -10,15 +10,3 @@ from tritium.core.tokenizer.tokenizer import (
     Tokenizer,
 )
 from tritium.core.tokenizer.training import SPECIAL, train_tokenizer
-
-__all__ = [
-    "CHAT_TEMPLATE",
-    "END_THINK",
-    "IM_END",
-    "IM_START",
-    "SPECIAL",
-    "THINK",
-    "StreamDecoder",
-    "Tokenizer",
-    "train_tokenizer",
-]
