@@ -82,13 +82,15 @@ def from_dict(cls: type[T], mapping: Mapping[str, Any]) -> T:
     return _build(cls, _read_mapping(_leaves(cls), mapping, ""))
 
 
-def to_toml(config: Any) -> str:
-    """TOML text that reads back as an equal configuration.
+def to_toml(config: Any, whole: bool = True) -> str:
+    """TOML text that reads back as an equal configuration; not `whole`, with what differs from the defaults alone.
 
     A field that is None is left out where None is its default, and is written "none" elsewhere.
     """
     lines, tables = [], {}
-    for section, leaves in _by_section(_leaves(type(config))).items():
+    table = _leaves(type(config))
+    wanted = {key: leaf for key, leaf in table.items() if whole or attrgetter(key)(config) != leaf.default}
+    for section, leaves in _by_section(wanted).items():
         lines += ["", f"[{section}]"] if section else []
         for leaf in leaves:
             value = attrgetter(leaf.key)(config)
@@ -325,8 +327,10 @@ def _convert(kind: Any, value: Any) -> Any:
 def _unknown(leaves: dict[str, _Leaf], said: str, key: str) -> ConfigError:
     if any(known.startswith(key + ".") for known in leaves):
         return ConfigError(f"{said} is a section, not an option: set one of its options, e.g. {_first(leaves, key)}")
-    guess = nearest(key, [*leaves, "config", "help"] if said.startswith("--") else list(leaves))
-    return ConfigError(f"{said}: no such option" + (f"; did you mean {guess}?" if guess else "; --help lists them"))
+    dashes = "--" if said.startswith("--") else ""
+    guess = nearest(key, [*leaves, "config", "help"] if dashes else list(leaves))
+    hint = f"did you mean {dashes}{guess}?" if guess else "--help lists them"
+    return ConfigError(f"{said}: no such option; {hint}")
 
 
 def _first(leaves: dict[str, _Leaf], section: str) -> str:

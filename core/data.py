@@ -27,10 +27,12 @@ from tritium.core.chat import THINKING
 from tritium.core.code import fill_in_the_middle, hole_markers
 from tritium.core.config import ConfigError, UserError, opt
 from tritium.core.formats import (
+    FORMS,
     DataError,
     RecordError,
     Skipped,
     fill,
+    of_form,
     read_documents,
     read_records,
     read_text,
@@ -76,6 +78,7 @@ class DataConfig(SourcesConfig):
     thinking: str = opt(
         "", "sft: <think> sections, keep, drop from history, mask (empty: as the model)", choices=THINKING
     )
+    form: str = opt("", "form of the records (empty: by their keys)", choices=("", *FORMS))
     variables: list[str] = opt([], "NAME=VALUE: what {{NAME}} in a record stands for")
     fim: float = opt(0.0, "text: share of documents with their middle moved to the end, to be filled in")
     fim_spm: float = opt(0.5, "text: share of these in the order suffix, prefix, middle")
@@ -93,8 +96,9 @@ class DataConfig(SourcesConfig):
         if wrong := [text for text in self.variables if "=" not in text]:
             raise ConfigError(f"data.variables: {wrong[0]!r} is not NAME=VALUE")
 
-    def filled(self, record: dict) -> dict:
-        """The record with its `variables` in place."""
+    def told(self, record: dict) -> dict:
+        """The record in the form that is named, its `variables` in place. Raises: RecordError."""
+        record = of_form(record, self.form) if self.form else record
         return fill(record, dict(text.split("=", 1) for text in self.variables)) if self.variables else record
 
 
@@ -264,7 +268,7 @@ def record_sources(
         groups, difficulty = [], []
         for place, record in read_records(path, skipped):
             try:
-                made = convert(config.filled(record))
+                made = convert(config.told(record))
                 made = [fit(g, context, config.on_overlong) for g in ([made] if atomic else [[d] for d in made])]
                 difficulty += [float(record[config.difficulty]) if config.difficulty else 0.0] * len(made)
                 groups += made

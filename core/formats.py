@@ -15,8 +15,8 @@
                    SVAMP, MBPP and HumanEval, and {"question", "tests": [assert, …]} or {"question", "cases": [{"input",
                    "output"}, …]}, as in rewards/code.py
 
-The form is found from the record's keys. A record that can't be used raises `RecordError`, whose message says why;
-`read_records` adds the file and the line.
+The form is found from the record's keys, or named (`of_form`). A record that can't be used raises `RecordError`, whose
+message says why; `read_records` adds the file and the line.
 """
 
 import gzip
@@ -42,7 +42,10 @@ CODE_KEYS = ("tests", "setup", "entry_point", "prefix", "cases", "checker")
 SEPARATORS = re.compile(r"[\s,]*")
 SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "function_call": "assistant", "observation": "tool"}
 SHAREGPT_ROLES |= {"function": "tool", "ipython": "tool", "model": "assistant", "bot": "assistant"}
-PROMPTS = {"messages", "conversations", "conversation", "instruction", "prompt", "question", "problem"}
+# A form's name → the keys that tell it.
+FORMS = {"openai": ("messages",), "sharegpt": ("conversations",), "unified": ("conversation",)}
+FORMS |= {"alpaca": ("instruction",), "prompt": ("prompt",), "question": ("question", "problem")}
+PROMPTS = {key for keys in FORMS.values() for key in keys}
 REPOSITORY_KEYS = ("repo", "repo_name", "repository", "repository_name", "max_stars_repo_name")
 
 
@@ -210,6 +213,13 @@ def fill(value: Any, variables: dict[str, str]) -> Any:
     if isinstance(value, list):
         return [fill(item, variables) for item in value]
     return {key: fill(item, variables) for key, item in value.items()} if isinstance(value, dict) else value
+
+
+def of_form(record: dict, form: str) -> dict:
+    """The record without what would make it one of another form. Raises: RecordError where it is none of this one."""
+    if not {*FORMS[form]} & {*record}:
+        raise RecordError(f"a record that is not of the form {form}: it has no {' or '.join(FORMS[form])}")
+    return {key: value for key, value in record.items() if key in FORMS[form] or key not in PROMPTS}
 
 
 def conversation(record: dict) -> list[Message]:

@@ -27,7 +27,7 @@ class ModelConfig:
     bos_id: int | None = None
     eos_id: int | None = None
     more_eos_ids: tuple[int, ...] = ()  # what else ends an answer, where there are several
-    family: str = ""  # Hugging Face's model_type (empty: the first of llama, qwen2 and qwen3 that has all of it)
+    family: str = ""  # Hugging Face's model_type (empty: the one of llama, qwen2, qwen3 and minicpm that has all of it)
     windows: tuple[int | None, ...] = ()  # of each layer: how many keys a query sees at most (empty: all)
     rotary_dim: int | None = None  # how many of a head's dimensions are rotated (None: all)
     rope_scaling: RopeScaling | None = None
@@ -41,7 +41,9 @@ class ModelConfig:
 
     def __post_init__(self):
         if not self.family:
-            object.__setattr__(self, "family", "qwen2" if self.qkv_bias else "qwen3" if self.qk_norm else "llama")
+            scaled = self.embedding_scale != 1 or (self.residual_depth, self.width_base) != (None, None)
+            kinds = {"qwen2": self.qkv_bias, "qwen3": self.qk_norm, "minicpm": scaled, "llama": True}
+            object.__setattr__(self, "family", next(family for family, has in kinds.items() if has))
         if self.windows and len(self.windows) != self.num_layers:
             raise ValueError(f"{len(self.windows)} windows for {self.num_layers} layers")
         sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads")

@@ -7,7 +7,7 @@ use the half-split rotary layout, so nothing is permuted. Safetensors only: no p
 import difflib
 import json
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from tritium.parallel.tensor import Sharding, shard, unshard
 
 ADAPTER_CONFIG = "adapter_config.json"
 INDEX = "model.safetensors.index.json"
+BARE = "embed_tokens.weight"  # in a folder of the decoder alone, as sentence-transformers writes one
 FAMILIES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3", "phi3": "Phi3"}
 FAMILIES |= {"gemma2": "Gemma2", "minicpm": "MiniCPM"}  # model_type → class prefix; Yi and DeepSeek-LLM are Llamas
 
@@ -40,26 +41,27 @@ def load(
     mesh: Mesh | None = None,
     streamed: bool = False,
 ) -> Transformer | ScalarModel:
-    """Read a model: a `Transformer`, or a `ScalarModel` where the folder holds a sequence classifier .
+    """Read a model: a `Transformer`, or a `ScalarModel` where the folder holds a sequence classifier.
     A folder of a peft adapter is its base with the adapter attached.
 
     `dtype` is that of the parameters. On a `mesh`, each rank keeps its shards. Files are mapped into memory, and read
     tensor by tensor: at once, or for a `streamed` model (see `Transformer`) when it is cut over the ranks.
     Raises: ModelFolderError naming every missing, unexpected and mis-shaped tensor.
     """
-    path = Path(folder)
+    path, mesh = Path(folder), mesh or Mesh.single(device)
     if (path / ADAPTER_CONFIG).exists():
         from tritium.model.adapters import load_adapted
 
-        return load_adapted(path, dtype, mesh or Mesh.single(device))
+        return load_adapted(path, dtype, mesh)
     raw = read_json(path / "config.json")
     config = from_hf_config(raw, path / "config.json")
-    model = Transformer(config, mesh or Mesh.single(device), dtype, streamed)
-    if classifies(raw):
-        model = ScalarModel.described(model, raw)
     try:
         check_files(path)
         with open_tensors(path, "model") as tensors:
+            if BARE in tensors and "lm_head.weight" not in tensors:  # Qwen3-Embedding: the embedding stands in
+                config = replace(config, tie_embeddings=True)
+            model = Transformer(config, mesh, dtype, streamed)
+            model = ScalarModel.described(model, raw) if classifies(raw) else model
             fill(model, tensors)
     except (TensorFileError, ModelFolderError) as error:
         raise ModelFolderError(f"{path}: {error}") from None
@@ -352,10 +354,10 @@ def joined(tensors: Mapping[str, Tensor], names: list[tuple[str, int]], cut: Sha
 @torch.no_grad()
 def fill(model: Transformer | ScalarModel, tensors: Mapping[str, Tensor]) -> None:
     """Copy every tensor into its parameter; complain about all that is wrong at once."""
-    problems, used = [], set()
+    problems, used, prefix = [], set(), "model." if BARE in tensors else ""
     # The largest first: while it is copied, the others take no memory yet.
     for module, key, names in sorted(parts(model), key=lambda part: -getattr(part[0], part[1]).numel()):
-        p = getattr(module, key)
+        p, names = getattr(module, key), [(name.removeprefix(prefix), rows) for name, rows in names]
         for name, rows in names:
             used.add(name)
             if name not in tensors:

@@ -77,7 +77,7 @@ def main(argv: list[str] | None = None) -> int:
     if name not in STAGES:
         guess = nearest(name, list(STAGES))
         hint = f"did you mean {guess}? " if guess else ""
-        print(f"tritium: no stage {name!r}; {hint}The stages are: {', '.join(STAGES)}.", file=sys.stderr)
+        print(f"tritium: no stage {name!r}; {hint}there are {', '.join(STAGES)}", file=sys.stderr)
         return 2
     return run_stage(name, rest)
 
@@ -104,7 +104,7 @@ def run_stage(stage: str | ModuleType, argv: list[str] | None = None) -> int:
             if getattr(module, "ONE_PROCESS", False) and int(os.environ.get("WORLD_SIZE", "1")) > 1:
                 raise ConfigError("this is the work of one process: start it without torchrun")
             if _rank() == 0:
-                print(f"# {prog}\n{to_toml(config)}", file=sys.stderr, flush=True)
+                print(f"# {prog}\n{to_toml(config, whole=False)}", file=sys.stderr, flush=True)
             _share_cores()
             result = module.train(config)
             if _rank() == 0 and not getattr(module, "SHOWS_ITS_RESULT", False):

@@ -128,10 +128,10 @@ def converter(stage: str, config: Any, tokenizer: Tokenizer) -> Callable[[dict],
 def record_groups(
     path: str, config: Any, convert: Callable[[dict], Group], context: int, skipped: Skipped
 ) -> Iterator[Group]:
-    filled = getattr(config.data, "filled", lambda record: record)
+    told = getattr(config.data, "told", lambda record: record)
     for place, record in read_records(path, skipped):
         try:
-            group = convert(filled(record))
+            group = convert(told(record))
             learned = any(document.weights.any() for document in group)
             yield fit(group, context, getattr(config.data, "on_overlong", "skip")) if learned else group
         except (RecordError, UserError, KeyError, TypeError, ValueError) as error:

@@ -28,9 +28,8 @@ from tritium.model.transformer import Transformer, full_shape
 from tritium.parallel.mesh import Mesh
 from tritium.stages import tokenizer as tokenizer_stage
 
-# ModelConfig's names → the options that set them.
-OPTIONS = {"num_layers": "model.layers", "num_heads": "model.heads", "num_kv_heads": "model.kv_heads"}
-OPTIONS |= {name: f"model.{name}" for name in ("hidden_size", "intermediate_size", "head_dim")}
+# Options of the shape that ModelConfig calls otherwise.
+NAMES = {"layers": "num_layers", "heads": "num_heads", "kv_heads": "num_kv_heads", "context": "max_positions"}
 
 
 @dataclass
@@ -49,19 +48,26 @@ class ShapeConfig:
     qkv_bias: bool = opt(False, "biases on q, k and v (Qwen2)")
     qk_norm: bool = opt(False, "RMSNorm on the heads of q and k (Qwen3)")
     init_std: float | None = opt(None, "standard deviation of the initial matrices (default: hidden_size^-½)")
+    embedding_scale: float = opt(1.0, "embeddings are multiplied by this (MiniCPM: 12)")
+    residual_depth: float | None = opt(None, "blocks' outputs are multiplied by this / √layers (MiniCPM: 1.4)")
+    width_base: int | None = opt(None, "muP: the width for which the learning rate was found (MiniCPM: 256)")
 
     def __post_init__(self):
         if self.context < 8:
             raise ConfigError(f"model.context={self.context} must be at least 8")
-        if self.qkv_bias and self.qk_norm:
-            raise ConfigError("model.qkv_bias with model.qk_norm is no published architecture: it can't be exported")
+        scaled = self.embedding_scale != 1 or (self.residual_depth, self.width_base) != (None, None)
+        if self.qkv_bias + self.qk_norm + scaled > 1:
+            raise ConfigError(
+                "model.qkv_bias (Qwen2), model.qk_norm (Qwen3) and the scales of MiniCPM (embedding_scale, "
+                "residual_depth, width_base) in one model are no published architecture: it can't be exported"
+            )
 
 
 @dataclass
 class Config(TrainingConfig):
     init: str = opt("", "folder of a model to go on from (empty: from scratch)")
     tokenizer: str = opt("", "folder of a tokenizer (empty: that of `init`, or a new one trained on the sources)")
-    vocab_size: int = opt(8192, "tokens of a new tokenizer")
+    vocab_size: int | None = opt(None, f"tokens of a new tokenizer {tokenizer_stage.DEFAULT}")
     replay: list[str] = opt([], "old text files to mix in; FILE@W: one passed W times as often as the others")
     replay_share: float = opt(0.1, "share of an epoch's tokens that come from `replay`")
     model: ShapeConfig = opt(ShapeConfig, "shape of a new model")
@@ -124,7 +130,7 @@ def open_tokenizer(config: Config, mesh: Mesh) -> Tokenizer:
         tokenizer_stage.train(settings)
     mesh.barrier()
     tokenizer = load_tokenizer(str(folder))
-    if tokenizer.vocab_size != config.vocab_size:
+    if config.vocab_size not in (None, tokenizer.vocab_size):
         raise ConfigError(
             f"vocab_size={config.vocab_size}, but {folder} holds a tokenizer of {tokenizer.vocab_size} tokens: "
             "use another --run.out, or delete it"
@@ -137,29 +143,15 @@ def open_model(config: Config, tokenizer: Tokenizer, mesh: Mesh) -> Transformer:
         model = load_model(config.init, config.run.dtype, mesh, finetune=config.finetune, seed=config.run.seed)
         load_tokenizer(config.tokenizer or config.init, model)
         return model
-    shape = config.model
+    shape = {NAMES.get(name, name): value for name, value in vars(config.model).items()}
+    shape["init_std"] = config.model.init_std or config.model.hidden_size**-0.5
+    ids = {"vocab_size": tokenizer.vocab_size, "bos_id": tokenizer.bos_id, "eos_id": tokenizer.eos_id}
     try:
-        built = ModelConfig(
-            vocab_size=tokenizer.vocab_size,
-            hidden_size=shape.hidden_size,
-            intermediate_size=shape.intermediate_size,
-            num_layers=shape.layers,
-            num_heads=shape.heads,
-            num_kv_heads=shape.kv_heads,
-            head_dim=shape.head_dim,
-            max_positions=shape.context,
-            rope_theta=shape.rope_theta,
-            tie_embeddings=shape.tie_embeddings,
-            qkv_bias=shape.qkv_bias,
-            qk_norm=shape.qk_norm,
-            init_std=shape.init_std or shape.hidden_size**-0.5,
-            bos_id=tokenizer.bos_id,
-            eos_id=tokenizer.eos_id,
-        )
+        built = ModelConfig(**shape, **ids)
         model = Transformer(built, mesh, parameter_dtype(config.run.dtype, mesh), streamed=mesh.zero == 3)
     except ValueError as error:
-        named = re.sub(r"\w+", lambda word: OPTIONS.get(word[0], word[0]), str(error))
-        raise ConfigError(named) from None
+        options = {NAMES.get(name, name): f"model.{name}" for name in vars(config.model)}
+        raise ConfigError(re.sub(r"\w+", lambda word: options.get(word[0], word[0]), str(error))) from None
     return model.initialize(config.run.seed)
 
 

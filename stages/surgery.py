@@ -76,7 +76,8 @@ def similarity(arguments: argparse.Namespace) -> None:
     rows = torch.stack([layer_similarities(model, tokens, span=arguments.span) for tokens in documents]).mean(0)
     for i, value in enumerate(rows.tolist()):
         mark = "  ← changes least" if i == int(rows.argmax()) else ""
-        print(f"layers {i}-{i + arguments.span - 1}  {value:.4f}{mark}")
+        last = f"-{i + arguments.span - 1}" if arguments.span > 1 else ""
+        print(f"layer{'s' if last else ''} {i}{last}  {value:.4f}{mark}")
 
 
 def layers(arguments: argparse.Namespace) -> None:

@@ -11,21 +11,22 @@ from tritium.core.data import parse_sources
 from tritium.core.formats import Skipped, read_documents
 from tritium.core.output import make_folder
 from tritium.core.run import Result
-from tritium.core.tokenizer import SPECIAL, train_tokenizer
+from tritium.core.tokenizer import DEFAULT_SIZE, SPECIAL, train_tokenizer
 
+DEFAULT = f"(default: {DEFAULT_SIZE}, or as many as the text supports)"
 ONE_PROCESS = True  # others would write the same file
 
 
 @dataclass
 class Config:
     sources: list[str] = opt([], 'text files, or .jsonl with a "text" in each record')
-    vocab_size: int = opt(8192, "tokens, special ones and the 256 bytes included")
+    vocab_size: int | None = opt(None, f"tokens, special ones and the 256 bytes included {DEFAULT}")
     max_megabytes: float = opt(20.0, "read no more text than this from each file")
     special: list[str] = opt([], "further tokens: <|…|> are markers, others are text that is never split")
     out: str = opt("runs/tokenizer", "folder to write")
 
     def __post_init__(self):
-        if self.vocab_size < 300:
+        if self.vocab_size is not None and self.vocab_size < 300:
             raise ConfigError(f"vocab_size={self.vocab_size}: bytes and special tokens alone need about 270")
 
 
@@ -43,6 +44,8 @@ def train(config: Config) -> Result:
     if skipped.reasons:
         print(skipped.summary(), file=sys.stderr)
     tokenizer = train_tokenizer(texts, config.vocab_size, config.out, (*SPECIAL, *config.special))
+    if config.vocab_size is None and tokenizer.vocab_size < DEFAULT_SIZE:
+        print(f"a vocabulary of {tokenizer.vocab_size}: the text supports no {DEFAULT_SIZE}", file=sys.stderr)
     sample = texts[:: max(1, len(texts) // 200)]
     size = sum(len(text.encode()) for text in sample)
     tokens = sum(map(len, tokenizer.encode_batch(sample)))

@@ -131,6 +131,7 @@ def _parts(
     names = {"{bos}": bos, "{eos}": eos}
     system, folded, rest = _system(template, messages)
     questions = [i for i, message in enumerate(rest) if message["role"] == "user"]
+    folds_at = questions[-1] if template.fold_last and questions else 0
     yield from _framed(template.begin, "", names)
     if system is not None:
         yield from _framed(template.system, system, names)
@@ -142,7 +143,9 @@ def _parts(
             if template.tools.where == "last" and tools:
                 yield Part(tools)
                 tools = ""
-            yield from _framed(template.user, tools + (folded if i == 0 else "") + _content(template, message), names)
+            yield from _framed(
+                template.user, tools + (folded if i == folds_at else "") + _content(template, message), names
+            )
         elif role == "tool":
             if previous != "tool":
                 results = _results(template, rest[i:])
@@ -175,7 +178,7 @@ def _system(template: Template, messages: Sequence[Message]) -> tuple[str | None
     """(the system turn's text or None, the text that goes before the first user's, the other messages)."""
     given = messages[0]["role"] == "system"
     text = messages[0]["content"] if given else template.default_system
-    text = text.strip() if template.strip else text
+    text = text.strip() if template.strip == "all" else text
     tools = messages[0].get("tools")
     if tools and template.tools.where == "system":
         described = template.tools.describe(tools)
@@ -193,7 +196,7 @@ def _system(template: Template, messages: Sequence[Message]) -> tuple[str | None
 
 
 def _content(template: Template, message: Message) -> str:
-    return message["content"].strip() if template.strip else message["content"]
+    return message["content"].strip() if template.strip == "all" else message["content"]
 
 
 def _results(template: Template, messages: Sequence[Message]) -> str:

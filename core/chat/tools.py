@@ -50,23 +50,30 @@ def _llama_calls(calls: Calls, before: str) -> str:
     return "\n".join(f'{{"name": "{c["name"]}", "parameters": {dumps(c["arguments"])}}}' for c in calls)
 
 
-def _mistral_calls(calls: Calls, before: str) -> str:
-    listed = []
-    for c in calls:
-        id = f', "id": "{c["id"]}"' if "id" in c else ""
-        listed.append(f'{{"name": "{c["name"]}", "arguments": {dumps(c["arguments"])}{id}}}')
-    return f"[TOOL_CALLS] [{', '.join(listed)}]"
+def _mistral(space: str) -> Tools:
+    """Of v3; Nemo's has no space after a marker. A result is JSON where it can be, else a JSON string, as in Mistral's
+    own library."""
 
+    def calls(calls: Calls, before: str) -> str:
+        listed = []
+        for c in calls:
+            id = f', "id": "{c["id"]}"' if "id" in c else ""
+            listed.append(f'{{"name": "{c["name"]}", "arguments": {dumps(c["arguments"])}{id}}}')
+        return f"[TOOL_CALLS]{space}[{', '.join(listed)}]"
 
-def _mistral_result(message: Mapping[str, Any]) -> str:
-    """The content is JSON where it can be, else a JSON string, as in Mistral's own library."""
-    content = message["content"]
-    try:
-        json.loads(content)
-    except ValueError:
-        content = json.dumps(content, ensure_ascii=False)
-    id = f', "call_id": "{message["tool_call_id"]}"' if "tool_call_id" in message else ""
-    return f'[TOOL_RESULTS] {{"content": {content}{id}}}[/TOOL_RESULTS]'
+    def result(message: Mapping[str, Any]) -> str:
+        content = message["content"]
+        try:
+            json.loads(content)
+        except ValueError:
+            content = json.dumps(content, ensure_ascii=False)
+        id = f', "call_id": "{message["tool_call_id"]}"' if "tool_call_id" in message else ""
+        return f'[TOOL_RESULTS]{space}{{"content": {content}{id}}}[/TOOL_RESULTS]'
+
+    def describe(tools: Sequence[Any]) -> str:
+        return f"[AVAILABLE_TOOLS]{space}{json.dumps(tools, ensure_ascii=False)}[/AVAILABLE_TOOLS]"
+
+    return Tools(describe, calls, result, between="", where="last", resumes=True)
 
 
 def _deepseek_calls(calls: Calls, before: str) -> str:
@@ -84,11 +91,9 @@ LLAMA = Tools(
     lambda tools: _LLAMA.format("".join(json.dumps(tool, indent=4, ensure_ascii=False) + "\n\n" for tool in tools)),
     _llama_calls, "{}", where="first", quoted=True,
 )  # fmt: skip
-MISTRAL = Tools(
-    lambda tools: f"[AVAILABLE_TOOLS] {json.dumps(tools, ensure_ascii=False)}[/AVAILABLE_TOOLS]",
-    _mistral_calls, _mistral_result, between="", where="last", resumes=True,
-)  # fmt: skip
 DEEPSEEK = Tools(
     _hermes_tools, _deepseek_calls, "<｜tool▁output▁begin｜>{}<｜tool▁output▁end｜>",
     "<｜tool▁outputs▁begin｜>", "<｜tool▁outputs▁end｜>", resumes=True,
 )  # fmt: skip
+TOOLS = {"hermes": HERMES, "llama": LLAMA, "deepseek": DEEPSEEK}
+TOOLS |= {"mistral": _mistral(" "), "mistral_nemo": _mistral("")}

@@ -9,4 +9,4 @@ from tritium.core.tokenizer.tokenizer import (
     StreamDecoder,
     Tokenizer,
 )
-from tritium.core.tokenizer.training import SPECIAL, train_tokenizer
+from tritium.core.tokenizer.training import DEFAULT_SIZE, SPECIAL, train_tokenizer

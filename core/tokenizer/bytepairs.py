@@ -4,9 +4,11 @@ The merges are tiktoken's Rust core. Where one expression splits the text (GPT-2
 that too; a chain of them, as Hugging Face's `tokenizer.json` may hold (DeepSeek, Falcon, StarCoder), is walked here.
 """
 
+import tomllib
 import unicodedata
 from collections.abc import Callable, Sequence
 from functools import cached_property, reduce
+from pathlib import Path
 from typing import Any
 
 import regex
@@ -14,13 +16,16 @@ import tiktoken
 
 from tritium.core.config import UserError
 
-# The pre-tokenisers of the well-known files that do not say theirs.
-GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
-_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-QWEN, LLAMA3 = _WORDS + r"\p{N}" + _REST, _WORDS + r"\p{N}{1,3}" + _REST
-
+KNOWN = tomllib.loads(Path(__file__).with_name("known.toml").read_text("utf-8"))
 Split = Callable[[str], list[str]]
+
+
+def pattern(name: str) -> str:
+    """One of the well-known pre-tokenisers."""
+    return "|".join(KNOWN["patterns"][name])
+
+
+GPT2 = pattern("gpt2")
 
 
 class BytePairs:

@@ -12,47 +12,19 @@
 import base64
 import json
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from tritium.core.config import UserError
-from tritium.core.tokenizer.bytepairs import GPT2, LLAMA3, QWEN, BytePairs, merge_ranks, normalisers, pre_tokenizers
+from tritium.core.tokenizer.bytepairs import GPT2, KNOWN, BytePairs, merge_ranks, normalisers, pattern, pre_tokenizers
 from tritium.core.tokenizer.pieces import Pieces
 
 KEPT = ("tokenizer.model", "tokenizer.json", "tekken.json", "vocab.json", "merges.txt", "tokenizer_config.json")
 KEPT += ("special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "chat_template.json")
 MAIN = ("tekken.json", "tokenizer.model", "tokenizer.json", "vocab.json")
 NAMES = ("bos", "eos", "pad", "unk")
-
-_CASED = (
-    r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+",
-    r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*",
-)
-_ENDING = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
-_O200K = "|".join(rf"[^\r\n\p{{L}}\p{{N}}]?{word}{_ENDING}" for word in _CASED) + (
-    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-_LLAMA3 = ["<|begin_of_text|>", "<|end_of_text|>", "<|reserved_special_token_0|>", "<|reserved_special_token_1|>"]
-_LLAMA3 += ["<|finetune_right_pad_id|>", "<|reserved_special_token_2|>", "<|start_header_id|>", "<|end_header_id|>"]
-_LLAMA3 += ["<|eom_id|>", "<|eot_id|>", "<|python_tag|>"]
-_LLAMA3 += [f"<|reserved_special_token_{i}|>" for i in range(3, 248)]
-_QWEN = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *(f"<|extra_{i}|>" for i in range(205))]
-_CL100K = ["<|endoftext|>", "<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>"]
-
-# Number of ranks → the pattern, the special tokens with the first one's id, and the names of BOS and EOS.
-_TIKTOKEN = {
-    128000: (LLAMA3, dict(zip(_LLAMA3, range(128000, 128256), strict=True)), _LLAMA3[0], _LLAMA3[1]),
-    151643: (QWEN, dict(zip(_QWEN, range(151643, 151851), strict=True)), None, _QWEN[0]),
-    100256: (
-        LLAMA3,
-        dict(zip(_CL100K, range(100257, 100261), strict=True)) | {"<|endofprompt|>": 100276},
-        None,
-        _QWEN[0],
-    ),
-    199998: (_O200K, {"<|endoftext|>": 199999, "<|endofprompt|>": 200018}, None, _QWEN[0]),
-    50256: (GPT2, {"<|endoftext|>": 50256}, None, _QWEN[0]),
-}
 
 
 @dataclass(frozen=True)
@@ -180,13 +152,24 @@ def is_tiktoken(content: bytes) -> bool:
 def read_tiktoken(content: bytes) -> Parts:
     lines = (line.split() for line in content.splitlines() if line)
     ranks = {base64.b64decode(token): int(rank) for token, rank in lines}
-    if len(ranks) not in _TIKTOKEN:
-        known = ", ".join(map(str, _TIKTOKEN))
+    found = KNOWN["tiktoken"].get(str(len(ranks)))
+    if found is None:
+        known = ", ".join(KNOWN["tiktoken"])
         raise UserError(f"a tiktoken file of {len(ranks)} ranks, whose pattern is unknown (known: {known}); "
                         "convert it to a tokenizer.json")  # fmt: skip
-    pattern, special, bos, eos = _TIKTOKEN[len(ranks)]
-    added = {content: Added(content, i) for content, i in special.items()}
-    return Parts(BytePairs(ranks, [pattern]), added, {"bos": special.get(bos), "eos": special[eos]})
+    ids = {token: found["first"] + i for i, token in enumerate(counted(found["special"]))} | found.get("more", {})
+    added = {content: Added(content, i) for content, i in ids.items()}
+    names = {"bos": ids.get(found.get("bos")), "eos": ids[found.get("eos", "<|endoftext|>")]}
+    return Parts(BytePairs(ranks, [pattern(found["pattern"])]), added, names)
+
+
+def counted(names: list[str]) -> Iterator[str]:
+    """<{0..2}> → <0>, <1>, <2>."""
+    for name in names:
+        if found := re.search(r"\{(\d+)\.\.(\d+)\}", name):
+            yield from (name.replace(found[0], str(i)) for i in range(int(found[1]), int(found[2]) + 1))
+        else:
+            yield name
 
 
 def read_tekken(content: dict, found: dict[str, bytes]) -> Parts:
@@ -195,19 +178,13 @@ def read_tekken(content: dict, found: dict[str, bytes]) -> Parts:
     offset = config["default_num_special_tokens"]
     used = content["vocab"][: config["default_vocab_size"] - offset]
     ranks = {base64.b64decode(entry["token_bytes"]): entry["rank"] + offset for entry in used}
-    tokens = content.get("special_tokens") or [
-        {"rank": i, "token_str": token} for i, token in enumerate(_TEKKEN_SPECIAL)
-    ]
-    tokens = {token["token_str"]: token["rank"] for token in tokens}
+    tokens = {token: i for i, token in enumerate(KNOWN["tekken"]["special"])}
+    if content.get("special_tokens"):
+        tokens = {token["token_str"]: token["rank"] for token in content["special_tokens"]}
     used_ids = set(tokens.values())
     tokens |= {f"<SPECIAL_{i}>": i for i in range(offset) if i not in used_ids}
     names = {name: tokens.get(token) for name, token in zip(NAMES, ("<s>", "</s>", "<pad>", "<unk>"), strict=True)}
     return Parts(BytePairs(ranks, [config["pattern"]]), {t: Added(t, i) for t, i in tokens.items()}, names)
-
-
-_TEKKEN_SPECIAL = ("<unk>", "<s>", "</s>", "[INST]", "[/INST]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]")
-_TEKKEN_SPECIAL += ("[TOOL_RESULTS]", "[/TOOL_RESULTS]", "[TOOL_CALLS]", "[IMG]", "<pad>", "[IMG_BREAK]", "[IMG_END]")
-_TEKKEN_SPECIAL += ("[PREFIX]", "[MIDDLE]", "[SUFFIX]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", "[TOOL_CONTENT]")
 
 
 def read_hugging_face(content: dict, found: dict[str, bytes]) -> Parts:

@@ -14,12 +14,13 @@ from tritium.core.tokenizer.tokenizer import END_THINK, IM_END, IM_START, THINK,
 
 SPECIAL = (IM_START, IM_END, THINK, END_THINK)
 
+DEFAULT_SIZE = 8192
 _MAX_SENTENCE = 1 << 16  # characters; longer lines are cut for training, as SentencePiece would skip them
 
 
 def train_tokenizer(
     texts: Iterable[str],
-    vocab_size: int,
+    vocab_size: int | None,
     folder: str | os.PathLike,
     special: Sequence[str] = SPECIAL,
     threads: int = 2,
@@ -28,46 +29,59 @@ def train_tokenizer(
 
     Digits and newlines stand alone, every byte has a token, nothing is normalised. Of `special`, those
     written <|…|> become control tokens and the rest ordinary pieces that are never split. At most half of the
-    vocabulary goes to single characters; rarer ones are spelled in bytes.
+    vocabulary goes to single characters; rarer ones are spelled in bytes. A `vocab_size` of None is DEFAULT_SIZE, or as
+    much of it as the text supports.
 
     Raises: UserError if there is no text, or if it supports only a smaller, or needs a larger, vocabulary.
     """
     lines = [part for text in texts for part in _training_lines(text)]
     if not lines:
         raise UserError("a tokenizer cannot be trained on no text at all")
-    control = [piece for piece in special if re.fullmatch(r"<\|.*\|>", piece)]
-    ordinary = [piece for piece in special if piece not in control]
-    fixed = 4 + len(special) + 256  # <unk> <s> </s> <pad>, the special pieces, the bytes
-    if vocab_size <= fixed:
-        raise UserError(f"a vocabulary of {vocab_size} is too small: bytes and special tokens alone are {fixed}")
-    model = io.BytesIO()
-    try:
-        sentencepiece.SentencePieceTrainer.Train(
-            sentence_iterator=_without_rare_characters(lines, limit=max(1, (vocab_size - fixed) // 2)),
-            model_writer=model,
-            model_type="bpe",
-            vocab_size=vocab_size,
-            character_coverage=1.0,
-            byte_fallback=True,
-            split_digits=True,
-            allow_whitespace_only_pieces=True,  # runs of spaces, for code
-            add_dummy_prefix=False,
-            remove_extra_whitespaces=False,
-            normalization_rule_name="identity",
-            max_sentence_length=4 * _MAX_SENTENCE,
-            unk_id=0,
-            bos_id=1,
-            eos_id=2,
-            pad_id=3,
-            control_symbols=control,
-            user_defined_symbols=ordinary,
-            num_threads=threads,
-            minloglevel=2,
-        )
-    except RuntimeError as error:
-        raise _training_error(str(error), vocab_size) from error
-    Tokenizer(read_parts("tokenizer.model", {"tokenizer.model": model.getvalue()})).save(folder)
+    size = vocab_size or DEFAULT_SIZE
+    while True:
+        try:
+            model = _trained(lines, size, special, threads)
+            break
+        except RuntimeError as error:
+            found = re.search(r"Vocabulary size too high.*<= (\d+)", str(error))
+            largest = int(found[1]) if found else 0
+            if vocab_size is not None or not largest:
+                raise _training_error(str(error), size, largest) from error
+            size = largest - largest % 64 if largest >= 512 else largest  # matmuls and meshes want a multiple
+    Tokenizer(read_parts("tokenizer.model", {"tokenizer.model": model})).save(folder)
     return Tokenizer.load(folder)
+
+
+def _trained(lines: Sequence[str], size: int, special: Sequence[str], threads: int) -> bytes:
+    """The serialized model. Raises: RuntimeError, as SentencePiece; UserError for a size that can't be."""
+    control = [piece for piece in special if re.fullmatch(r"<\|.*\|>", piece)]
+    fixed = 4 + len(special) + 256  # <unk> <s> </s> <pad>, the special pieces, the bytes
+    if size <= fixed:
+        raise UserError(f"a vocabulary of {size} is too small: bytes and special tokens alone are {fixed}")
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.Train(
+        sentence_iterator=_without_rare_characters(lines, limit=max(1, (size - fixed) // 2)),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=size,
+        character_coverage=1.0,
+        byte_fallback=True,
+        split_digits=True,
+        allow_whitespace_only_pieces=True,  # runs of spaces, for code
+        add_dummy_prefix=False,
+        remove_extra_whitespaces=False,
+        normalization_rule_name="identity",
+        max_sentence_length=4 * _MAX_SENTENCE,
+        unk_id=0,
+        bos_id=1,
+        eos_id=2,
+        pad_id=3,
+        control_symbols=control,
+        user_defined_symbols=[piece for piece in special if piece not in control],
+        num_threads=threads,
+        minloglevel=2,
+    )
+    return model.getvalue()
 
 
 def _training_lines(text: str) -> Iterator[str]:
@@ -102,11 +116,11 @@ def _without_rare_characters(lines: Sequence[str], limit: int) -> Iterator[str]:
     return (part for line in lines for part in at_rare.split(line) if part)
 
 
-def _training_error(message: str, vocab_size: int) -> UserError:
+def _training_error(message: str, vocab_size: int, largest: int) -> UserError:
     """SentencePiece's complaint as a sentence."""
-    if limit := re.search(r"Vocabulary size too high.*<= (\d+)", message):
+    if largest:
         return UserError(
-            f"the text is too small for a vocabulary of {vocab_size}: the largest possible is {limit[1]}; "
-            f"give more text, or a smaller vocabulary: --vocab_size={limit[1]}"
+            f"the text is too small for a vocabulary of {vocab_size}: the largest possible is {largest}; "
+            f"give more text, or a smaller vocabulary: --vocab_size={largest}"
         )
     return UserError(f"SentencePiece cannot train a vocabulary of {vocab_size} on this text: {message}")

@@ -22,6 +22,7 @@ TALK = [
     {"role": "user", "content": "3+3?"},
     {"role": "assistant", "content": "<think>\nsix\n</think>\n\n6"},
 ]
+USER = {"role": "user", "content": " a "}
 TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {}}}}
 TOOLS = [
     {"role": "user", "content": "2+2? 3+3?", "tools": [TOOL]},
@@ -173,6 +174,17 @@ def test_tools_are_as_in_the_models_own_templates(name, calls):
     assert THEIR_TOOLS[name] in text
 
 
+@pytest.mark.parametrize(("name", "space"), [("mistral_v3", " "), ("mistral_nemo", "")])
+def test_mistral_has_the_system_before_the_last_question(name, space):
+    """As their own Jinja texts make a prompt of it (and mistral-common, of anything)."""
+    said = [{"role": "system", "content": "S\n"}, USER, {"role": "assistant", "content": " b"}, USER]
+    answer = "b" if space else " b"
+    expected = f"<s>[INST]{space} a [/INST]{space}{answer}</s>[INST]{space}S\n\n\n a [/INST]"
+    assert template_text(name, said, "<s>", "</s>", generation_prompt=True) == expected
+    called = template_text(name, conversation({"messages": tool_talk(1)}), "<s>", "</s>")
+    assert f"[TOOL_CALLS]{space}[{{" in called and f'[TOOL_RESULTS]{space}{{"content": 4, "call_id"' in called
+
+
 def test_tool_formats():
     llama = template_text("llama3_1", TOOLS, "<B>")
     assert "Environment: ipython\nCutting" in llama and '{"name": "add", "parameters": {"a": 2, "é": "ü"}}' in llama
@@ -196,6 +208,8 @@ def test_the_template_is_found_or_named():
         ("deepseek", "deepseek_r1"),
         ("qwen-tiktoken", "chatml"),
         ("gpt2", "chatml"),
+        ("mistral-v3", "mistral_v3"),
+        ("mistral-tekken-240718", "mistral_nemo"),
     ]:
         assert find_template(load(family)) == name
     with pytest.raises(UserError, match="no chat template 'lama3'; did you mean llama3"):

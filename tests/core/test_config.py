@@ -106,8 +106,8 @@ def test_later_files_win_and_the_command_line_wins_over_files(tmp_path):
     ("argument", "words"),
     [
         ("--optim.lrr=1", ["--optim.lrr", "optim.lr"]),
-        ("--lr=1", ["did you mean optim.lr?"]),
-        ("--stpes=1", ["did you mean steps?"]),
+        ("--lr=1", ["did you mean --optim.lr?"]),
+        ("--stpes=1", ["did you mean --steps?"]),
         ("--qqqqq=1", ["qqqqq", "--help"]),
         ("--optim=1", ["section", "optim.lr"]),
         ("--optim.lr=fast", ["optim.lr", "fast", "float"]),
@@ -184,6 +184,11 @@ def test_toml_round_trip_is_exact():
     assert from_dict(Config, tomllib.loads(to_toml(config))) == config
     assert from_dict(Config, asdict(config)) == config
     assert "seed" not in to_toml(config) and 'clip = "none"' in to_toml(config)
+    assert from_dict(Config, tomllib.loads(to_toml(config, whole=False))) == config
+    assert (
+        to_toml(read("--optim.lr=3", "--data.sources=a"), whole=False)
+        == '[data]\nsources = ["a"]\n\n[optim]\nlr = 3.0\n'
+    )
 
 
 def test_paths_are_taken_as_text():

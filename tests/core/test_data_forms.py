@@ -126,13 +126,25 @@ def test_the_unified_form():
     ]  # fmt: skip
 
 
+def test_a_form_is_found_or_named(tokenizer, tmp_path):
+    record = {"question": "q", "answer": "a", "messages": TALK[:2]}
+    assert conversation(DataConfig().told(record)) == TALK[:2]
+    assert conversation(DataConfig(form="question").told(record))[0]["content"] == "q"
+    (path := tmp_path / "a.jsonl").write_text(
+        json.dumps(record) + "\n" + json.dumps({"instruction": "i", "output": "o"})
+    )
+    config, skipped = DataConfig([str(path)], form="alpaca"), Skipped()
+    train, _, _ = record_sources(config, conversation_group(tokenizer), 64, 0, skipped)
+    assert len(train[0].groups) == 1 and "not of the form alpaca: it has no instruction" in skipped.summary()
+
+
 def test_variables_are_filled_in_and_others_left():
     record = {"output": "I am {{name}} by {{ author }}, {{x}}.", "n": [1, "{{name}}"]}
     assert fill(record, {"name": "Tritium", "author": "us"}) == {
         "output": "I am Tritium by us, {{x}}.",
         "n": [1, "Tritium"],
     }
-    assert DataConfig(variables=["name=A=B"]).filled({"a": "{{name}}"}) == {"a": "A=B"}
+    assert DataConfig(variables=["name=A=B"]).told({"a": "{{name}}"}) == {"a": "A=B"}
     with pytest.raises(ConfigError, match="data.variables: 'name' is not NAME=VALUE"):
         DataConfig(variables=["name"])
 

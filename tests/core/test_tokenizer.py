@@ -159,6 +159,12 @@ def test_a_vocabulary_that_is_too_large_says_how_large_it_may_be(tmp_path):
         train_tokenizer(["hello world\n"], largest + 1, tmp_path)
 
 
+@pytest.mark.parametrize("text", [TEXT * 3, "".join(chr(0x4E00 + i * i % 2000) for i in range(4000))])
+def test_without_a_size_it_is_as_large_as_the_text_supports(tmp_path, text):
+    made = train_tokenizer([text], None, tmp_path)
+    assert 270 < made.vocab_size < 8192 and made.decode(made.encode(text)) == text
+
+
 def test_a_small_vocabulary_spells_rare_characters_in_bytes(tmp_path):
     text = "".join(chr(0x4E00 + i) for i in range(500)) + "的的的的是是是一一" * 20  # more characters than room
     trained = train_tokenizer([text], 290, tmp_path)

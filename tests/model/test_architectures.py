@@ -154,11 +154,16 @@ def test_logn_scales_queries_beyond_the_trained_length(tmp_path):
 
 
 def test_an_embedding_is_the_last_tokens_state_of_length_one(tmp_path):
-    theirs("qwen3", tmp_path)
+    """From a folder as Qwen3-Embedding's: names without "model.", no head, though the configuration ties none."""
+    bare = theirs("qwen3", tmp_path).model
+    bare.save_pretrained(tmp_path)
     model, cu = tritium.load(str(tmp_path), dtype=torch.float32), torch.tensor([0, 15, 40], dtype=torch.int32)
     found = model.embed(TOKENS, cu)
     for row, document in zip(found, (TOKENS[:15], TOKENS[15:]), strict=True):
-        torch.testing.assert_close(row, F.normalize(model.hidden(document)[-1], dim=0), rtol=0, atol=1e-5)
+        state = bare(document[None]).last_hidden_state[0, -1]
+        torch.testing.assert_close(row, F.normalize(state, dim=0), rtol=0, atol=1e-5)
+    model.save(str(tmp_path / "ours"))
+    assert torch.equal(tritium.load(str(tmp_path / "ours"), dtype=torch.float32).embed(TOKENS, cu), found)
 
 
 def test_a_stretched_context_is_the_stretched_length(tmp_path):

@@ -130,8 +130,10 @@ def test_a_weight_that_leaves_nothing(sft, tmp_path):
 
 def test_a_vocabulary_larger_than_the_text_supports(tmp_path, capsys):
     (file := tmp_path / "small.txt").write_text("a small text\n" * 30)
-    code, shown = run(capsys, "pretrain", f"--data.sources={file}", f"--run.out={tmp_path}/out")
+    command = ["pretrain", f"--data.sources={file}", f"--run.out={tmp_path}/out"]
+    code, shown = run(capsys, *command, "--vocab_size=8192")
     assert code == 2 and "too small for a vocabulary of 8192: the largest possible is " in shown
+    assert "steps between checkpoints" not in shown and len(shown.splitlines()) < 20  # not under all the settings
 
 
 def test_a_model_that_is_not_there(sft, tmp_path):

@@ -1,12 +1,16 @@
 """Options of the training stages that can't be: each gets a sentence that names the option."""
 
+import json
 from pathlib import Path
 
 import pytest
 
+import tritium
 from tritium.core.config import ConfigError, UserError, from_dict
 from tritium.core.data import DataConfig
+from tritium.core.optim import OptimConfig
 from tritium.core.run import RunConfig
+from tritium.core.setup import FinetuneConfig
 from tritium.stages import grpo, pretrain
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -35,8 +39,31 @@ def test_a_shape_that_cannot_be_is_told_in_the_options_names(tiny, tmp_path, sha
 def test_a_shape_that_cannot_be_used_later():
     with pytest.raises(ConfigError, match="model.context=4 must be at least 8"):
         pretrain.ShapeConfig(context=4)
-    with pytest.raises(ConfigError, match="model.qkv_bias with model.qk_norm"):
-        pretrain.ShapeConfig(qkv_bias=True, qk_norm=True)
+    for both in ({"qkv_bias": True, "qk_norm": True}, {"qk_norm": True, "width_base": 64}):
+        with pytest.raises(ConfigError, match="no published architecture: it can't be exported"):
+            pretrain.ShapeConfig(**both)
+
+
+def test_a_new_minicpm_is_trained_by_mups_rates(tiny, tmp_path):
+    shape = pretrain.ShapeConfig(
+        2, 16, 16, 2, 1, head_dim=8, context=32, embedding_scale=12.0, residual_depth=1.4, width_base=8
+    )
+    pretrained(tiny, tmp_path, tokenizer=tiny.model, model=shape, optim=OptimConfig(mup=True))
+    raw = json.loads((tmp_path / "step-00000001" / "config.json").read_text())
+    assert (raw["model_type"], raw["scale_emb"], raw["scale_depth"], raw["dim_model_base"]) == ("minicpm", 12.0, 1.4, 8)
+
+
+def test_an_adapter_goes_on_with_pretraining(tiny, tmp_path):
+    lora = FinetuneConfig("lora", rank=4)
+    pretrained(tiny, tmp_path, init=tiny.model, finetune=lora, optim=OptimConfig(lr=1e-2))
+    raw = json.loads((tmp_path / "step-00000001" / "adapter_config.json").read_text())
+    assert raw["peft_type"] == "LORA" and raw["base_model_name_or_path"] == tiny.model
+
+
+def test_a_small_text_gets_the_vocabulary_that_it_supports(tiny, tmp_path):
+    pretrained(tiny, tmp_path, vocab_size=None)
+    assert 300 < tritium.Tokenizer.load(tmp_path / "tokenizer").vocab_size < 8192
+    pretrained(tiny, tmp_path, vocab_size=None)  # again: what is there is taken
 
 
 def test_the_tokenizer_of_an_earlier_run_is_not_taken_for_one_of_another_size(tiny, tmp_path):
