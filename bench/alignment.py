@@ -21,11 +21,12 @@ from tritium.core.batch import pack
 from tritium.core.config import REQUIRED, UserError, from_dict, load, opt
 from tritium.core.formats import Skipped
 from tritium.core.metrics import machine, read_lines
-from tritium.core.objectives import supervised_logprob
+from tritium.core.objectives.base import supervised_logprob
 from tritium.core.objectives.policy import kl_estimate
 from tritium.core.output import make_room_for
+from tritium.core.problems import load_problems
 from tritium.core.rewards.exact import ExactMatch
-from tritium.core.rollout import SamplingConfig, load_problems, roll_out, sample_document
+from tritium.core.rollout import SamplingConfig, roll_out, sample_document
 from tritium.core.setup import load_model, load_tokenizer
 from tritium.parallel.mesh import Mesh
 from tritium.stages import distill, dpo, evaluate, grpo, ppo, sample, sft

@@ -23,10 +23,14 @@ from tritium.core.batch import Document, pack, plan_bins
 from tritium.core.config import opt
 from tritium.core.kept import Kept
 from tritium.core.metrics import Metrics
-from tritium.core.objectives import CrossEntropy, Distill, PairOptions, Pairwise, Preference
+from tritium.core.objectives.distill import Distill
+from tritium.core.objectives.likelihood import CrossEntropy
 from tritium.core.objectives.policy import PPO, PolicyGradient
+from tritium.core.objectives.preference import PairOptions, Preference
+from tritium.core.objectives.reward import Pairwise
 from tritium.core.optim import OptimConfig
-from tritium.core.rollout import Problem, Sample, sample_document
+from tritium.core.problems import Problem
+from tritium.core.rollout import Sample, sample_document
 from tritium.core.run import RunConfig
 from tritium.core.schedule import ScheduleConfig
 from tritium.core.setup import FinetuneConfig, load_model

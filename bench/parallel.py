@@ -28,7 +28,7 @@ from tritium.bench.measure import timing
 from tritium.core.batch import Document, PackedBatch, pack
 from tritium.core.config import UserError, load, opt
 from tritium.core.metrics import Metrics
-from tritium.core.objectives import CrossEntropy
+from tritium.core.objectives.likelihood import CrossEntropy
 from tritium.core.optim import OptimConfig
 from tritium.core.output import make_folder, make_room_for
 from tritium.core.run import RunConfig

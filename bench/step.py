@@ -26,7 +26,7 @@ from tritium.core.batch import Document, PackedBatch, pack
 from tritium.core.config import UserError, load, opt
 from tritium.core.machines import PRESETS
 from tritium.core.metrics import matmul_rate, peak_memory
-from tritium.core.objectives import CrossEntropy
+from tritium.core.objectives.likelihood import CrossEntropy
 from tritium.core.optim import OptimConfig, Optimizer
 from tritium.core.output import make_folder, make_room_for
 from tritium.core.setup import DTYPES, trained_share

@@ -23,7 +23,7 @@ import tomllib
 import types
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass
-from operator import attrgetter
+from operator import attrgetter, ge, gt, le, lt
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 T = TypeVar("T")
@@ -45,13 +45,17 @@ class _Required:
 REQUIRED: Any = _Required()
 
 
-def opt(default: Any, help: str, *, choices: Sequence | None = None) -> Any:
+BOUNDS = {"least": ("at least", ge), "above": ("above", gt), "most": ("at most", le), "below": ("below", lt)}
+
+
+def opt(default: Any, help: str, *, choices: Sequence | None = None, **bounds: float) -> Any:
     """A dataclass field that knows its meaning.
 
     `default` is a value, a dataclass type or instance (a nested section), or REQUIRED (must be given; keyword-only
-    in Python). Mutable defaults are copied for each instance. `choices` lists the values that are allowed.
+    in Python). Mutable defaults are copied for each instance. `choices` lists the values that are allowed;
+    `bounds` (least, above, most, below) hold for numbers, once the class's __post_init__ asks `check_ranges`.
     """
-    metadata = {"help": help, "choices": tuple(choices) if choices is not None else None}
+    metadata = {"help": help, "choices": tuple(choices) if choices is not None else None, "bounds": bounds}
     if default is REQUIRED:
         return dataclasses.field(kw_only=True, metadata=metadata)
     if isinstance(default, type) and dataclasses.is_dataclass(default):
@@ -59,6 +63,19 @@ def opt(default: Any, help: str, *, choices: Sequence | None = None) -> Any:
     if isinstance(default, (list, dict)) or dataclasses.is_dataclass(default):
         return dataclasses.field(default_factory=lambda: copy.deepcopy(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
+
+
+def check_ranges(config: Any, section: str = "") -> None:
+    """Hold the fields of a dataclass to their `opt`'s bounds; `section` ("grpo.") stands before their names.
+
+    Raises: ConfigError.
+    """
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        for name, bound in field.metadata.get("bounds", {}).items():
+            words, holds = BOUNDS[name]
+            if value is not None and not holds(value, bound):
+                raise ConfigError(f"{section}{field.name}={value} must be {words} {bound}")
 
 
 def load(cls: type[T], argv: Sequence[str], prog: str, description: str) -> T:

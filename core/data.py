@@ -396,17 +396,3 @@ def open_bins(
     bins = Bins(train, weights, settings.data, mesh, settings.run.seed, group_name)
     evaluation = Bins(held_out, [1.0] * len(held_out), settings.data, mesh, 0, group_name)
     return bins, evaluation.all(settings.run.eval_bins)
-
-
-def open_records(
-    settings: Any,
-    convert: Callable[[dict], Group],
-    context: int,
-    mesh: Mesh,
-    skipped: Skipped,
-    group_name: str = "groups",
-    atomic: bool = True,
-) -> tuple[Bins, list[PackedBatch]]:
-    """`record_sources`, then `open_bins`."""
-    sources = record_sources(settings.data, convert, context, settings.run.seed, skipped, atomic)
-    return open_bins(*sources, settings, mesh, group_name)

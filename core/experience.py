@@ -9,27 +9,30 @@ pack                a group is never split; what was not judged, or teaches noth
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
+from torch import nn
 
-from tritium.core.batch import Group, PackedBatch, pack, plan_bins
-from tritium.core.config import REQUIRED, ConfigError, opt
+from tritium.core.batch import Group, PackedBatch
+from tritium.core.config import REQUIRED, ConfigError, check_ranges, opt
 from tritium.core.data import SourcesConfig
+from tritium.core.formats import Skipped
 from tritium.core.health import BLOWN_UP, diagnose
 from tritium.core.metrics import read_lines
+from tritium.core.objectives.policy import PolicyGradient
+from tritium.core.problems import Problem, load_problems, problems_of, share
 from tritium.core.reference import ReferenceConfig
 from tritium.core.rewards import Reward
-from tritium.core.rollout import Problem, Rollout, Sample, SamplingConfig, roll_out, sample_document, share
+from tritium.core.rewards.make import make_reward
+from tritium.core.rewards.model import open_reward
+from tritium.core.rollout import Rollout, Sample, SamplingConfig, pack_updates, roll_out, sample_document
 from tritium.core.run import LoopConfig
 from tritium.core.schedule import ScheduleConfig
-from tritium.core.setup import FinetuneConfig, MeshConfig
+from tritium.core.setup import FinetuneConfig, MeshConfig, load_tokenizer
 from tritium.core.tokenizer import Tokenizer
 from tritium.core.trainer import Trainer, TrainingError
 from tritium.parallel.data import all_reduce_counts
 from tritium.parallel.mesh import Mesh
-
-RECHECK = 20  # draws (rollouts, where each has one round) after which a problem outside the band is tried again
 
 
 @dataclass
@@ -37,13 +40,14 @@ class ShapingConfig:
     """What a score becomes before it is learned from."""
 
     scale: float = opt(1.0, "scores are multiplied by this")
-    clip: float = opt(0.0, "then cut to ± this (0: not at all)")
-    missing_eos: float = opt(0.0, "taken off an answer that did not end by itself")
-    overlong: int = opt(0, "over so many tokens before sampling.max_tokens a reward falls by 1, linearly (DAPO)")
+    clip: float = opt(0.0, "then cut to ± this (0: not at all)", least=0)
+    missing_eos: float = opt(0.0, "taken off an answer that did not end by itself", least=0)
+    overlong: int = opt(
+        0, "over so many tokens before sampling.max_tokens a reward falls by 1, linearly (DAPO)", least=0
+    )
 
     def __post_init__(self):
-        if min(self.clip, self.missing_eos, self.overlong) < 0:
-            raise ConfigError("shaping.clip, shaping.missing_eos and shaping.overlong must not be negative")
+        check_ranges(self, "shaping.")
 
 
 @dataclass
@@ -69,6 +73,7 @@ class PolicyStage:
     reward: str = opt("", 'judges in text, e.g. "exact - 0.1*repetition"; see core/rewards/make.py')
     reward_model: str = opt("", "folder of a reward model, with its tokenizer; its score is added")
     model_weight: float = opt(1.0, "weight of its score")
+    verifier: str = opt("", "judge that only measures which answers are right, whatever is rewarded")
     sampling: SamplingConfig = opt(SamplingConfig, "how answers are drawn")
     shaping: ShapingConfig = opt(ShapingConfig, "what a score becomes")
     data: ProblemsConfig = opt(ProblemsConfig, "problems")
@@ -87,9 +92,24 @@ class PolicyStage:
             needs = "sampling.temperature=1, no top_k, top_p, min_p, penalties or no_repeat_ngram"
             raise ConfigError(f"{name}={importance} compares log-probs: it needs {needs}")
 
-    def steps_of(self, problems: int, prompts: int, updates: int) -> int:
-        """Optimizer steps of the run: as many as `run.steps` says, or whole rollouts over the problems."""
-        return self.run.steps or max(1, round(self.run.epochs * problems / prompts)) * updates
+
+def open_experience(
+    config: PolicyStage, name: str, networks: dict[str, nn.Module], objective: PolicyGradient, updates: int
+) -> "Experience":
+    """The trainer of stage `name`, and what it learns from, `updates` steps on each rollout. The section of that name
+    has `prompts`, `group`, `beta`, `malformed`, and perhaps `rounds`."""
+    policy, data, options = networks["policy"], config.data, getattr(config, name)
+    tokenizer, skipped = load_tokenizer(config.model, policy, data.template), Skipped(data.on_error)
+    problems = load_problems(data.sources, tokenizer, policy.config.max_positions, skipped)
+    total = config.run.steps or max(1, round(config.run.epochs * len(problems) / options.prompts)) * updates
+    followers = ["reference"] if options.beta and config.reference.every else []
+    settings = {"name": name, "total_steps": total, "followers": followers}
+    trainer = Trainer(networks, objective, config, policy.mesh, **settings, tokenizer=tokenizer, skipped=skipped)
+    judged_by = (config.reward, config.reward_model, options.malformed, config.run.dtype, policy.mesh)
+    reward = open_reward(*judged_by, config.model_weight, policy)
+    verifier = make_reward(config.verifier, options.malformed) if config.verifier else None
+    sizes = (options.prompts, options.group, getattr(options, "rounds", 1))
+    return Experience(trainer, tokenizer, problems, reward, config, *sizes, objective.baseline == "greedy", verifier)
 
 
 @dataclass
@@ -104,7 +124,7 @@ class Experience:
     tokenizer: Tokenizer
     problems: list[Problem]
     reward: Reward
-    settings: Any  # a stage's config: sampling, shaping, data, run
+    settings: PolicyStage
     prompts: int
     group: int = 1
     rounds: int = 1
@@ -188,6 +208,11 @@ class Experience:
                 )
         return numbers
 
+    def follow(self, number: int) -> None:
+        """Let the reference move after rollout `number`, where it does and that is due."""
+        if "reference" in self.trainer.followers and (number + 1) % self.settings.reference.every == 0:
+            self.trainer.followers["reference"].follow(self.settings.reference.decay)
+
     def remember(self, rollout: Rollout, number: int) -> None:
         """Note each problem's share of right answers, and the draw that it was of: checkpoints keep it."""
         if self.settings.data.band != [0.0, 1.0]:
@@ -207,10 +232,7 @@ class Experience:
                 continue
             extra = {} if rollout.greedy is None else {"greedy": rollout.greedy[i]}
             groups.append([self.document(s, {"number": float(j)} | extra) for j, s in enumerate(judged)])
-        lengths, data = [sum(map(len, group)) for group in groups], self.settings.data
-        bins = plan_bins(lengths, min(data.bin_tokens, -(-sum(lengths) // updates)))
-        packed = [pack([groups[i] for i in members], multiple_of=data.quantum) for members in bins]
-        return [batch.to(self.trainer.mesh.device) for batch in packed]
+        return pack_updates(groups, self.settings.data, updates, self.trainer.mesh)
 
     def document(self, sample: Sample, fields: dict[str, float]):
         """With the shaped score at the answer's last token, or the shaped scores of its steps at the end of each; where
@@ -242,33 +264,6 @@ def shaped(sample: Sample, shaping: ShapingConfig, max_tokens: int) -> list[floa
 def differs(group: Sequence[Sample], shaping: ShapingConfig, max_tokens: int) -> bool:
     """Whether the group's rewards, of answers or of their steps, are not all the same."""
     return len({value for s in group if s.score is not None for value in shaped(s, shaping, max_tokens)}) > 1
-
-
-def problems_of(
-    number: int,
-    problems: list[Problem],
-    count: int,
-    seed: int,
-    rates: dict[str, list[float]] | None = None,
-    band: Sequence[float] = (0.0, 1.0),
-) -> list[Problem]:
-    """The problems of rollout `number`: shuffled passes over all of them, a function of (seed, number).
-
-    With `rates` ({index: [share of right answers, draw]}), a draw from those that are within `band`, or were not
-    tried for a while; from all where these are too few.
-    """
-    if rates is not None:
-        known = [rates.get(str(p.index)) for p in problems]
-        open_ = lambda r: r is None or number - r[1] >= RECHECK or band[0] <= r[0] <= band[1]  # noqa: E731
-        within = [p for p, r in zip(problems, known, strict=True) if open_(r)]
-        within = within if len(within) >= count else problems
-        order = np.random.default_rng([seed, number]).permutation(len(within))
-        return [within[i] for i in order[:count]]
-    places = range(number * count, (number + 1) * count)
-    orders = {
-        e: np.random.default_rng([seed, e]).permutation(len(problems)) for e in {p // len(problems) for p in places}
-    }
-    return [problems[orders[p // len(problems)][p % len(problems)]] for p in places]
 
 
 def summary(rollout: Rollout, shaping: ShapingConfig, max_tokens: int, mesh: Mesh) -> dict[str, float]:

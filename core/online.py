@@ -10,13 +10,14 @@ from typing import Any
 
 from torch import nn
 
-from tritium.core.batch import Group, PackedBatch, pack, plan_bins
-from tritium.core.config import ConfigError, opt
-from tritium.core.experience import problems_of
+from tritium.core.batch import Group, PackedBatch
+from tritium.core.config import ConfigError, check_ranges, opt
+from tritium.core.formats import Skipped
+from tritium.core.objectives.base import Objective
+from tritium.core.problems import Problem, load_problems, problems_of, share
 from tritium.core.reference import check_follows
 from tritium.core.rewards.model import open_reward
-from tritium.core.rollout import Problem, Rollout, Sample, SamplingConfig, roll_out, sample_document, share
-from tritium.core.run import LoopConfig
+from tritium.core.rollout import Rollout, Sample, SamplingConfig, pack_updates, roll_out, sample_document
 from tritium.core.tokenizer import Tokenizer
 from tritium.core.trainer import Trainer
 from tritium.parallel.data import all_reduce_counts
@@ -26,10 +27,10 @@ from tritium.parallel.data import all_reduce_counts
 class DrawConfig:
     """How answers come about, and who judges them."""
 
-    prompts: int = opt(16, "problems of a round, over all ranks")
-    k: int = opt(4, "answers to each")
-    updates: int = opt(1, "optimizer steps of a round")
-    refresh: int = opt(0, "rounds after which the reference becomes the policy (0: it stays)")
+    prompts: int = opt(16, "problems of a round, over all ranks", least=1)
+    k: int = opt(4, "answers to each", least=1)
+    updates: int = opt(1, "optimizer steps of a round", least=1)
+    refresh: int = opt(0, "rounds after which the reference becomes the policy (0: it stays)", least=0)
     margin: float = opt(0.0, "by how much the better answer's score must be better, more than this")
     reward: str = opt("exact", "judges in text; see core/rewards/make.py")
     reward_model: str = opt("", "folder of a reward model; its score is added")
@@ -38,25 +39,31 @@ class DrawConfig:
     def __post_init__(self):
         if not self.sampling.temperature:
             raise ConfigError("draw.sampling.temperature=0: equal answers teach nothing; it must be positive")
-        for name, least in (("prompts", 1), ("k", 1), ("updates", 1), ("refresh", 0)):
-            if getattr(self, name) < least:
-                raise ConfigError(f"draw.{name}={getattr(self, name)} must be at least {least}")
-
-    def steps(self, run: LoopConfig, problems: int) -> int:
-        """Optimizer steps of a run."""
-        return run.steps or math.ceil(run.epochs * problems / self.prompts) * self.updates
+        check_ranges(self, "draw.")
 
 
-def round_settings(settings: Any, networks: dict[str, nn.Module], problems: int) -> dict[str, Any]:
-    """What a trainer is told of a run of rounds. Raises: ConfigError for options that rounds have no use for."""
-    draw, reference = settings.draw, networks.get("reference")
-    if settings.schedule.batch_start < 1:
+def open_rounds(
+    config: Any,
+    name: str,
+    networks: dict[str, nn.Module],
+    objective: Objective,
+    tokenizer: Tokenizer,
+    positive_from: str = "student",
+) -> "tuple[Trainer, Rounds]":
+    """The trainer of stage `name` on rounds. Raises: ConfigError for options that rounds have no use for."""
+    draw, policy, reference = config.draw, networks["policy"], networks.get("reference")
+    if config.schedule.batch_start < 1:
         raise ConfigError("schedule.batch_start: a step's batch is what a round draws, draw.prompts / draw.updates")
     if draw.refresh:
         if reference is None:
             raise ConfigError(f"draw.refresh={draw.refresh}: there is no reference here; set draw.refresh=0")
-        check_follows(networks["policy"], reference, "draw.refresh")
-    return {"total_steps": draw.steps(settings.run, problems), "followers": ["reference"] if draw.refresh else []}
+        check_follows(policy, reference, "draw.refresh")
+    skipped = Skipped(config.data.on_error)
+    problems = load_problems(config.data.sources, tokenizer, policy.config.max_positions, skipped)
+    total = config.run.steps or math.ceil(config.run.epochs * len(problems) / draw.prompts) * draw.updates
+    settings = {"name": name, "total_steps": total, "followers": ["reference"] if draw.refresh else []}
+    trainer = Trainer(networks, objective, config, policy.mesh, **settings, tokenizer=tokenizer, skipped=skipped)
+    return trainer, Rounds(trainer, tokenizer, problems, config, positive_from)
 
 
 @dataclass
@@ -117,13 +124,8 @@ class Rounds:
 
     def packed(self, groups: list[Group]) -> list[PackedBatch]:
         """Batches, as many as the round has steps where there are groups for it; pairs with their denominators."""
-        data, lengths = self.settings.data, [sum(map(len, group)) for group in groups]
-        bins = plan_bins(lengths, min(data.bin_tokens, -(-sum(lengths) // self.settings.draw.updates)))
-        batches = []
-        for chosen in ([groups[i] for i in members] for members in bins):
-            counts = pair_counts(chosen) if len(chosen[0]) == 2 else {}
-            batches.append(pack(chosen, counts, data.quantum).to(self.trainer.mesh.device))
-        return batches
+        given = (groups, self.settings.data, self.settings.draw.updates, self.trainer.mesh)
+        return pack_updates(*given, pair_counts) if self.positive_from else pack_updates(*given)
 
 
 def pair_counts(pairs: Sequence[Group]) -> dict[str, float]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from tritium.core.config import ConfigError, opt
+from tritium.core.config import ConfigError, check_ranges, opt
 from tritium.core.setup import FinetuneConfig, load_model, load_reference
 from tritium.model.transformer import Transformer
 from tritium.parallel.mesh import Mesh
@@ -19,19 +19,12 @@ class ReferenceConfig:
     """What the KL holds the policy to."""
 
     model: str = opt("", "folder of the reference (default: the model to start from)")
-    every: int = opt(0, "rollouts after which it moves towards the policy (0: it stays)")
-    decay: float = opt(0.0, "what stays of it then: 0 makes it the policy, 0.99 a slow average")
-    max_kl: float = opt(0.0, "a KL per token (k3) beyond this ends the run (0: it is only counted)")
+    every: int = opt(0, "rollouts after which it moves towards the policy (0: it stays)", least=0)
+    decay: float = opt(0.0, "what stays of it then: 0 makes it the policy, 0.99 a slow average", least=0, below=1)
+    max_kl: float = opt(0.0, "a KL per token (k3) beyond this ends the run (0: it is only counted)", least=0)
 
     def __post_init__(self):
-        if self.every < 0 or not 0 <= self.decay < 1:
-            raise ConfigError(f"reference.every={self.every} must be ≥ 0 and reference.decay={self.decay} in [0, 1)")
-        if self.max_kl < 0:
-            raise ConfigError(f"reference.max_kl={self.max_kl} must not be negative")
-
-    def due(self, number: int) -> bool:
-        """Whether the reference moves after rollout `number`."""
-        return bool(self.every) and (number + 1) % self.every == 0
+        check_ranges(self, "reference.")
 
 
 def open_policy(

@@ -6,19 +6,20 @@ from dataclasses import dataclass, field, fields
 
 import numpy as np
 
-from tritium.core.batch import Document
-from tritium.core.chat import render, stop_ids
-from tritium.core.config import ConfigError, UserError, opt
-from tritium.core.data import parse_sources
-from tritium.core.formats import DataError, Message, RecordError, Skipped, problem, read_records
+from tritium.core.batch import Document, Group, PackedBatch, pack, plan_bins
+from tritium.core.chat import stop_ids
+from tritium.core.config import REQUIRED, ConfigError, check_ranges, opt
+from tritium.core.data import SourcesConfig
+from tritium.core.problems import Problem
 from tritium.core.rewards import Answer, Judged, Reward, Score, judge
+from tritium.core.setup import load_model, load_tokenizer
 from tritium.core.tokenizer import Tokenizer
 from tritium.core.tools import TOOLS, Tool, ToolUse
-from tritium.model.cache import PagedCache
-from tritium.model.generate import Completion, generate
+from tritium.model.cache import PagedCache, cache_pages
+from tritium.model.generate import Completion, Engine, generate
 from tritium.model.sampling import Options
 from tritium.model.transformer import Transformer
-from tritium.parallel.mesh import Mesh
+from tritium.parallel.mesh import Mesh, local_device
 
 
 @dataclass
@@ -35,17 +36,13 @@ class SamplingConfig:
     no_repeat_ngram: int = opt(0, "no so many tokens in a row come twice (0: off)")
     stop: list[str] = opt([], "strings that end an answer, besides its end token")
     tool: str = opt("", "what an answer may call, in <tool_call> tags at a turn's end", choices=("", *TOOLS))
-    max_calls: int = opt(4, "calls of the tool in an answer, at most")
+    max_calls: int = opt(4, "calls of the tool in an answer, at most", least=0)
     max_tokens: int = opt(128, "longest answer")
-    max_batch: int = opt(256, "sequences generated together: bounds the key/value cache")
-    cache_mb: float = opt(
-        0.0, "megabytes (10⁶ bytes) of the key/value cache (0: all that max_batch sequences can need)"
-    )
+    max_batch: int = opt(256, "sequences generated together: bounds the key/value cache", least=1)
+    cache_mb: float = opt(0.0, "10⁶ bytes of the key/value cache (0: what max_batch sequences can need)", least=0)
 
     def __post_init__(self):
-        for name, least in (("max_batch", 1), ("cache_mb", 0), ("max_calls", 0)):
-            if not getattr(self, name) >= least:
-                raise ConfigError(f"sampling.{name}={getattr(self, name)} must be at least {least}")
+        check_ranges(self, "sampling.")
         try:
             self.options()
         except ValueError as error:
@@ -66,13 +63,31 @@ class SamplingConfig:
 
 
 @dataclass
-class Problem:
-    """A prompt with the answer that is right; `index` is its place among all problems."""
+class AskConfig:
+    """The settings of every stage that asks a model."""
 
-    index: int
-    messages: list[Message]
-    ids: list[int]
-    reference: str
+    model: str = opt(REQUIRED, "folder of the model, with its tokenizer")
+    sampling: SamplingConfig = opt(SamplingConfig, "how answers are drawn")
+    seed: int = opt(0, "seed of the answers", least=0)
+    dtype: str = opt(
+        "auto", "of the parameters (auto: bf16 where it is fast)", choices=("auto", "bf16", "fp32", "fp64")
+    )
+    device: str = opt("auto", "where to run", choices=("auto", "cpu", "cuda"))
+
+    def __post_init__(self):
+        check_ranges(self)
+
+    def open(self, mesh: Mesh | None = None) -> tuple[Transformer, Tokenizer]:
+        """The model, frozen, and its tokenizer; by default on one process's device."""
+        model = load_model(self.model, self.dtype, mesh or Mesh.single(local_device(self.device)), frozen=True)
+        return model, load_tokenizer(self.model, model)
+
+    def engine(self, model: Transformer, tokenizer: Tokenizer, tool: Tool | None = None) -> Engine:
+        """What draws the answers; with the `tool` of the settings, or another in its place."""
+        sampling, tool = self.sampling, tool or TOOLS.get(self.sampling.tool)
+        pages = sampling.pages(model) or cache_pages(sampling.max_batch, model.config.max_positions)
+        extend = ToolUse(tokenizer, tool, sampling.max_calls) if tool else None
+        return Engine(model, pages, sampling.max_batch, tokenizer.incremental, extend)
 
 
 @dataclass
@@ -109,37 +124,6 @@ class Rollout:
     @property
     def samples(self) -> list[Sample]:
         return [sample for group in self.groups for sample in group]
-
-
-def load_problems(
-    sources: Sequence[str], tokenizer: Tokenizer, context: int, skipped: Skipped, key: str = "data.sources"
-) -> list[Problem]:
-    """Read {"question", "answer"} records; `key` is the option that names the files.
-
-    Raises: DataError for a file without a usable one; ConfigError for a weight, which problems don't have.
-    """
-    problems = []
-    for path, weight in parse_sources(sources, key):
-        if weight != 1:
-            raise ConfigError(f"{key}: {path}@{weight:g}: problems have no weights; leave out the @{weight:g}")
-        before = len(problems)
-        for place, record in read_records(path, skipped):
-            try:
-                messages, reference = problem(record)
-                ids = render(tokenizer, messages, generation_prompt=True).ids
-            except (RecordError, UserError) as error:
-                skipped.add(str(error), place)
-                continue
-            except (KeyError, TypeError, ValueError) as error:
-                skipped.add(f"a record that can't be used ({type(error).__name__}: {error})", place)
-                continue
-            if len(ids) >= context:
-                skipped.add("a question longer than the context", place)
-                continue
-            problems.append(Problem(len(problems), messages, ids, reference))
-        if len(problems) == before:
-            raise DataError(f"{path} holds no usable problem\n{skipped.summary()}")
-    return problems
 
 
 def roll_out(
@@ -187,11 +171,6 @@ def sample_seed(*parts: int) -> int:
     return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0])
 
 
-def share(problems: Sequence[Problem], mesh: Mesh) -> list[Problem]:
-    """This data-parallel rank's problems."""
-    return list(problems[mesh.dp_rank :: mesh.dp])
-
-
 def gather(rollout: Rollout, mesh: Mesh) -> Rollout:
     """The rollouts of all data-parallel ranks, in the order of their problems, on every rank."""
     parts = mesh.gather_objects(rollout)[:: mesh.cp * mesh.tp]  # the ranks of a replica hold the same
@@ -214,3 +193,18 @@ def sample_document(
     spread = {"sampler_logp": answer.logps} | (per_token or {})
     arrays = {name: np.append(silent, np.array(values, np.float32)) for name, values in spread.items()}
     return Document(np.array(prompt + answer.tokens, np.int32), weights, fields | arrays)
+
+
+def pack_updates(
+    groups: Sequence[Group],
+    data: SourcesConfig,
+    updates: int,
+    mesh: Mesh,
+    count: Callable[[Sequence[Group]], dict[str, float]] = lambda groups: {},
+) -> list[PackedBatch]:
+    """Batches of this rank's groups, as many as there are `updates` to deal them to in turn, where there are groups for
+    it; `count` gives further denominators."""
+    lengths = [sum(map(len, group)) for group in groups]
+    bins = plan_bins(lengths, min(data.bin_tokens, -(-sum(lengths) // updates)))
+    chosen = [[groups[i] for i in members] for members in bins]
+    return [pack(own, count(own), data.quantum).to(mesh.device) for own in chosen]

@@ -30,7 +30,7 @@ from tritium.core.checkpoint import CheckpointError, Save, checkpoints, latest, 
 from tritium.core.config import ConfigError, UserError, to_toml
 from tritium.core.formats import Skipped
 from tritium.core.metrics import Clock, Metrics, gpu_stats, matmul_rate, peak_memory
-from tritium.core.objectives import Objective
+from tritium.core.objectives.base import Objective
 from tritium.core.optim import LossScale, OptimConfig, Optimizer
 from tritium.core.reference import Follower
 from tritium.core.run import LoopConfig, Result, RunConfig, changed_lines
@@ -44,6 +44,12 @@ from tritium.parallel.files import deal, open_tensors
 from tritium.parallel.mesh import Mesh
 from tritium.parallel.watch import Watch
 from tritium.parallel.zero import FlatModule
+
+IDLE = (
+    "{idle:.0f} of {steps:.0f} steps had nothing to learn from: no answers differed in score, or none was judged (see "
+    "varied_groups, pairs_kept, verifier_failures in metrics.jsonl). Take problems that are neither too easy nor too "
+    "hard, a higher sampling.temperature, or more answers to each"
+)
 
 
 class TrainingError(RuntimeError):
@@ -107,7 +113,14 @@ class Trainer:
         self.last: dict[str, float] = {}  # the newest value of everything logged
         self.stop_signal = 0
         self.watch = Watch(mesh)
-        self.totals = {"tokens": 0.0, "seconds": 0.0, "work": 0.0, "trained_seconds": 0.0}  # since this process began
+        self.totals = {
+            "tokens": 0.0,
+            "seconds": 0.0,
+            "work": 0.0,
+            "trained_seconds": 0.0,
+            "idle": 0.0,
+            "steps": 0.0,
+        }  # since this process began
         self.peaks = [self.measure_peak()]
         self.resume()
         self.ramp = self.open_ramp(getattr(settings.data, "bins_per_step", None) if hasattr(settings, "data") else None)
@@ -354,6 +367,7 @@ class Trainer:
         trained = elapsed if queued else sum(spent.get(k, 0.0) for k in ("forward", "backward", "optimizer"))
         tokens = counts.get("stream", 0.0)  # without any batch, nothing is counted
         done = {"tokens": tokens, "seconds": elapsed, "work": counts["work"], "trained_seconds": trained}
+        done |= {"idle": float(not counts.get("tokens")), "steps": 1.0}
         self.totals = {k: v + done[k] for k, v in self.totals.items()}
         values = {
             "tokens": tokens,
@@ -497,6 +511,8 @@ class Trainer:
         if totals["seconds"]:
             self.last["tokens_per_second"] = totals["tokens"] / totals["seconds"]
             self.last["mfu"] = totals["work"] / max(totals["trained_seconds"], 1e-9) / self.peak
+        if totals["idle"]:
+            self.say(IDLE.format(**totals))
         self.mesh.close()
         return Result(str(checkpoints(self.out)[-1]), dict(self.last), dict(self.before))
 

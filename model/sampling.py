@@ -62,7 +62,8 @@ class Options:
         for name, value in values:
             least, most = RANGES.get(name, (-HUGE, HUGE))
             if not least <= value <= most:
-                raise ValueError(f"{name}={value} must be from {least:g} to {most:g}")
+                words = f"at least {least:g}" if most == HUGE > -least else f"from {least:g} to {most:g}"
+                raise ValueError(f"{name}={value} must be {words}")
         if 0 < self.temperature < 1 / HUGE:
             raise ValueError(f"temperature={self.temperature} must be 0 or at least {1 / HUGE}")
         if isinstance(self.stop, str) or not all(isinstance(s, str) and s for s in self.stop):

@@ -16,39 +16,30 @@ from itertools import groupby, zip_longest
 
 from tritium.core.chat import render, stop_ids
 from tritium.core.checkpoint import model_folder
-from tritium.core.config import REQUIRED, UserError, opt
-from tritium.core.rollout import SamplingConfig
+from tritium.core.config import UserError, opt
+from tritium.core.rollout import AskConfig, SamplingConfig
 from tritium.core.run import Result
-from tritium.core.setup import load_model, load_tokenizer
 from tritium.core.tokenizer import Tokenizer
-from tritium.core.tools import TOOLS, ToolUse
+from tritium.core.tools import TOOLS
 from tritium.model.adapters import load_adapter, use
-from tritium.model.cache import cache_pages
-from tritium.model.generate import Engine, run
+from tritium.model.generate import run
 from tritium.model.transformer import Transformer
-from tritium.parallel.mesh import Mesh, local_device
 
 SHOWS_ITS_RESULT = True  # the command line need not
 ONE_PROCESS = True  # there is one terminal
 
 
 @dataclass
-class Config:
-    model: str = opt(REQUIRED, "folder of the model, with its tokenizer")
+class Config(AskConfig):
     system: str = opt("", "system prompt")
-    sampling: SamplingConfig = opt(SamplingConfig(temperature=0.4, max_tokens=256), "how answers are drawn")
-    seed: int = opt(0, "seed of the answers")
-    dtype: str = opt(
-        "auto", "of the parameters (auto: bf16 where it is fast)", choices=("auto", "bf16", "fp32", "fp64")
+    sampling: SamplingConfig = opt(
+        SamplingConfig(temperature=0.4, max_tokens=256, max_batch=1), "how answers are drawn"
     )
-    device: str = opt("auto", "where to run", choices=("auto", "cpu", "cuda"))
 
 
 def train(config: Config) -> Result:
     """Read questions from standard input until it ends, and stream the answers to standard output."""
-    mesh = Mesh.single(local_device(config.device))
-    model = load_model(config.model, config.dtype, mesh, frozen=True)
-    tokenizer = load_tokenizer(config.model, model)
+    model, tokenizer = config.open()
     opening = [{"role": "system", "content": config.system}] if config.system else []
     messages, turn = list(opening), 0
     if hasattr(sys.stdin, "reconfigure"):
@@ -118,9 +109,7 @@ def reply(model: Transformer, tokenizer: Tokenizer, messages: list[dict], config
         print(f"\n[{config.sampling.tool}] {observations[-1]}", flush=True)
         return observations[-1]
 
-    extend = ToolUse(tokenizer, tool, config.sampling.max_calls) if config.sampling.tool else None
-    pages = config.sampling.pages(model) or cache_pages(1, model.config.max_positions)
-    engine, start = Engine(model, pages, 1, tokenizer.incremental, extend), time.perf_counter()
+    engine, start = config.engine(model, tokenizer, tool if config.sampling.tool else None), time.perf_counter()
     (sequence,) = engine.submit(ids, config.sampling.options(stop_ids(tokenizer)), [(seed, 0)])
     for event in run(engine):
         print(event.text, end="", flush=True)

@@ -17,20 +17,19 @@ from dataclasses import dataclass
 from torch import nn
 
 from tritium.core.checkpoint import model_folder
-from tritium.core.config import REQUIRED, ConfigError, UserError, opt
-from tritium.core.data import DataConfig, open_records
-from tritium.core.formats import Skipped
+from tritium.core.config import REQUIRED, ConfigError, UserError, check_ranges, opt
+from tritium.core.data import DataConfig
 from tritium.core.groups import conversation_group
 from tritium.core.kept import Kept, kept_file
-from tritium.core.objectives import Distill, DualLevel, Objective, PairOptions
-from tritium.core.objectives.preference import LOSSES, REFERENCE_FREE
-from tritium.core.online import DrawConfig, Rounds, round_settings
+from tritium.core.objectives.base import Objective
+from tritium.core.objectives.distill import Distill, DualLevel
+from tritium.core.objectives.preference import LOSSES, REFERENCE_FREE, PairOptions
+from tritium.core.online import DrawConfig, open_rounds
 from tritium.core.optim import OptimConfig
-from tritium.core.rollout import load_problems
+from tritium.core.records import open_records
 from tritium.core.run import Result, RunConfig
 from tritium.core.schedule import ScheduleConfig
 from tritium.core.setup import MeshConfig, load_model, load_tokenizer, start
-from tritium.core.trainer import Trainer
 from tritium.kernels.linear_kl import KINDS as DIVERGENCES
 from tritium.parallel.mesh import Mesh
 from tritium.stages.dpo import check_same_vocabulary
@@ -42,12 +41,12 @@ class Config:
     teacher: str = opt(REQUIRED, "folder of the teacher, with the same tokenizer")
     mode: str = opt("logit", "what is learned on", choices=("logit", "on_policy", "dual"))
     kind: str = opt("forward", "the divergence: KL(teacher ‖ student), its reverse, or JSD", choices=DIVERGENCES)
-    temperature: float = opt(1.0, "of both distributions (dual: 1)")
+    temperature: float = opt(1.0, "of both distributions (dual: 1)", above=0)
     sft: float = opt(0.0, "logit: weight of the answers' cross-entropy")
-    top_k: int = opt(0, "logit: keep only so many of the teacher's tokens, over epochs (0: the teacher runs each step)")
+    top_k: int = opt(0, "logit: the teacher's tokens that are kept over epochs (0: it runs each step)", least=0)
     positive_from: str = opt("best", "dual: who gives the better answer", choices=("student", "teacher", "best"))
     pairs: str = opt("dpo", "dual: the loss of pairs", choices=tuple(LOSSES))
-    beta: float = opt(0.1, "dual: how strongly the student is held to the reference")
+    beta: float = opt(0.1, "dual: how strongly the student is held to the reference", above=0)
     weights: list[float] = opt([1.0, 1.0, 1.0], "dual: of the pairs, of KL on the better answers, and on the worse")
     draw: DrawConfig = opt(DrawConfig, "on_policy, dual: how answers come about, and who judges them")
     data: DataConfig = opt(DataConfig, "conversations; on_policy, dual: problems")
@@ -57,36 +56,26 @@ class Config:
     mesh: MeshConfig = opt(MeshConfig, "parallelism")
 
     def __post_init__(self):
-        if not self.temperature > 0 or not self.beta > 0:
-            raise ConfigError(f"temperature={self.temperature} and beta={self.beta} must be positive")
+        check_ranges(self)
         if len(self.weights) != 3 or min(self.weights) < 0 or not any(self.weights):
             raise ConfigError(f"weights={self.weights} must be three numbers ≥ 0, not all 0")
         if self.top_k and (self.mode != "logit" or self.mesh.tp > 1 or self.mesh.cp > 1 or self.mesh.zero == 3):
             raise ConfigError(f"top_k={self.top_k} goes with --mode=logit, mesh.tp=1, mesh.cp=1 and mesh.zero < 3")
-        if self.top_k < 0:
-            raise ConfigError(f"top_k={self.top_k} must not be negative")
 
 
 def train(config: Config) -> Result:
     """Train the student; `loss` is the divergence per token, or that of the pairs."""
     mesh = start(config, "distill")
-    networks, drawn = open_networks(config, mesh), config.mode != "logit"
+    networks = open_networks(config, mesh)
     tokenizer = load_tokenizer(config.model, networks["policy"], config.data.template)
-    skipped, context = Skipped(config.data.on_error), networks["policy"].config.max_positions
-    settings = {"name": "distill", "tokenizer": tokenizer, "skipped": skipped}
-    if drawn:
-        problems = load_problems(config.data.sources, tokenizer, context, skipped)
-        settings |= round_settings(config, networks, len(problems))
+    run = (config, "distill", networks, objective_of(config, mesh), tokenizer)
+    if given := config.mode == "logit":
+        trainer, bins = open_records(*run, conversation_group(tokenizer, config.data))
     else:
-        convert = conversation_group(tokenizer, config.data)
-        bins, settings["evaluation"] = open_records(config, convert, context, mesh, skipped)
-        settings["total_steps"] = config.run.steps or bins.steps_in(config.run.epochs)
-    trainer = Trainer(networks, objective_of(config, mesh), config, mesh, **settings)
-    positive_from = config.positive_from if config.mode == "dual" else ""
-    rounds = Rounds(trainer, tokenizer, problems, config, positive_from) if drawn else None
+        trainer, rounds = open_rounds(*run, config.positive_from if config.mode == "dual" else "")
     for step in trainer.steps():
         # ------------------------------------------------------------------------------------------------------
-        for batches, numbers in rounds.steps(step) if rounds else [(bins.step(step, trainer.ramp), {})]:
+        for batches, numbers in [(bins.step(step, trainer.ramp), {})] if given else rounds.steps(step):
             trainer.step(batches, numbers)  # D(teacher, student) / tokens; dual: pairs + KL⁺ / tokens⁺ + KL⁻ / tokens⁻
         # ------------------------------------------------------------------------------------------------------
     return trainer.result()

@@ -18,19 +18,17 @@ from dataclasses import dataclass
 from torch import nn
 
 from tritium.core.checkpoint import model_folder
-from tritium.core.config import REQUIRED, ConfigError, UserError, opt
-from tritium.core.data import DataConfig, open_records
-from tritium.core.formats import Skipped
+from tritium.core.config import REQUIRED, ConfigError, UserError, check_ranges, opt
+from tritium.core.data import DataConfig
 from tritium.core.groups import feedback_group, preference_group
 from tritium.core.kept import Kept, kept_file
 from tritium.core.objectives.base import Objective
 from tritium.core.objectives.preference import KTO, LOSSES, REFERENCE_FREE, PairOptions, Preference
-from tritium.core.online import DrawConfig, Rounds, round_settings
+from tritium.core.online import DrawConfig, open_rounds
 from tritium.core.optim import OptimConfig
-from tritium.core.rollout import load_problems
+from tritium.core.records import open_records
 from tritium.core.run import Result, TrainingConfig
 from tritium.core.setup import load_model, load_reference, load_tokenizer, start
-from tritium.core.trainer import Trainer
 from tritium.parallel.mesh import Mesh
 
 SMOOTHED = ("dpo", "dpo_norm", "robust", "simpo", "cpo")  # the losses that know wrong labels
@@ -41,10 +39,10 @@ class Config(TrainingConfig):
     model: str = opt(REQUIRED, "folder of the model to start from, with its tokenizer")
     reference: str = opt("", "folder of the reference, of the same vocabulary (default: the model)")
     loss: str = opt("dpo", "the objective", choices=(*LOSSES, "kto"))
-    beta: float = opt(0.1, "how strongly the policy is held to the reference; a scale where there is none")
+    beta: float = opt(0.1, "how strongly the policy is held to the reference; a scale where there is none", above=0)
     online: bool = opt(False, "draw the pairs from the policy: data.sources are problems")
     draw: DrawConfig = opt(DrawConfig, "online: how answers come about, and who judges them")
-    label_smoothing: float = opt(0.0, f"share of labels taken to be wrong ({', '.join(SMOOTHED)})")
+    label_smoothing: float = opt(0.0, f"share of labels taken to be wrong ({', '.join(SMOOTHED)})", least=0, below=0.5)
     margin: float = opt(1.0, "simpo's γ, slic's δ")
     penalty: float = opt(5.0, "dpop's λ, of a chosen answer that loses")
     desirable: float = opt(1.0, "kto: weight of good answers")
@@ -54,10 +52,7 @@ class Config(TrainingConfig):
     optim: OptimConfig = opt(OptimConfig(lr=2e-5), "optimizer")
 
     def __post_init__(self):
-        if not self.beta > 0:
-            raise ConfigError(f"beta={self.beta} must be positive")
-        if not 0 <= self.label_smoothing < 0.5:
-            raise ConfigError(f"label_smoothing={self.label_smoothing} must be in [0, 0.5)")
+        check_ranges(self)
         if self.label_smoothing and self.loss not in SMOOTHED:
             raise ConfigError(f"label_smoothing={self.label_smoothing}: {self.loss} has none; these do: {SMOOTHED}")
         if self.sft is not None and self.loss == "kto":
@@ -74,20 +69,15 @@ def train(config: Config) -> Result:
     mesh = start(config, "dpo")
     networks = open_networks(config, mesh)
     tokenizer = load_tokenizer(config.model, networks["policy"], config.data.template)
-    skipped, context = Skipped(config.data.on_error), networks["policy"].config.max_positions
-    settings = {"name": "dpo", "tokenizer": tokenizer, "skipped": skipped}
+    run = (config, "dpo", networks, objective_of(config, mesh), tokenizer)
     if config.online:
-        problems = load_problems(config.data.sources, tokenizer, context, skipped)
-        settings |= round_settings(config, networks, len(problems))
+        trainer, rounds = open_rounds(*run)
     else:
-        convert, name = (feedback_group, "groups") if config.loss == "kto" else (preference_group, "pairs")
-        bins, settings["evaluation"] = open_records(config, convert(tokenizer), context, mesh, skipped, name)
-        settings["total_steps"] = config.run.steps or bins.steps_in(config.run.epochs)
-    trainer = Trainer(networks, objective_of(config, mesh), config, mesh, **settings)
-    rounds = Rounds(trainer, tokenizer, problems, config) if config.online else None
+        convert, count = (feedback_group, "groups") if config.loss == "kto" else (preference_group, "pairs")
+        trainer, bins = open_records(*run, convert(tokenizer), count)
     for step in trainer.steps():
         # ------------------------------------------------------------------------------------------------------
-        for batches, numbers in rounds.steps(step) if rounds else [(bins.step(step, trainer.ramp), {})]:
+        for batches, numbers in rounds.steps(step) if config.online else [(bins.step(step, trainer.ramp), {})]:
             trainer.step(batches, numbers)  # −log σ(β [(π_c − ref_c) − (π_r − ref_r)]) / pairs, or another loss
         # ------------------------------------------------------------------------------------------------------
     return trainer.result()

@@ -25,18 +25,19 @@ import torch
 
 from tritium.core.batch import Document, pack
 from tritium.core.chat import render
-from tritium.core.config import REQUIRED, ConfigError, opt, to_toml
+from tritium.core.config import ConfigError, opt, to_toml
 from tritium.core.evaluate import Choice, Likelihood, interval, likelihoods, pass_at_k, read_choices
 from tritium.core.formats import DataError, Skipped, read_documents, read_records
-from tritium.core.objectives import supervised_logprob
+from tritium.core.objectives.base import supervised_logprob
 from tritium.core.output import make_room_for
+from tritium.core.problems import Problem, load_problems, share
 from tritium.core.rewards import Answer, judge
 from tritium.core.rewards.llm import open_judge
 from tritium.core.rewards.make import make_reward
 from tritium.core.rewards.model import open_reward
-from tritium.core.rollout import Problem, Rollout, SamplingConfig, gather, load_problems, roll_out, share
+from tritium.core.rollout import AskConfig, Rollout, SamplingConfig, gather, roll_out
 from tritium.core.run import Result
-from tritium.core.setup import MeshConfig, join, load_model, load_tokenizer
+from tritium.core.setup import MeshConfig, join
 from tritium.core.tokenizer import Tokenizer
 from tritium.model.transformer import Transformer
 from tritium.parallel.mesh import Mesh
@@ -45,33 +46,24 @@ SHOWS_ITS_RESULT = True  # the command line need not
 
 
 @dataclass
-class Config:
-    model: str = opt(REQUIRED, "folder of the model, with its tokenizer")
+class Config(AskConfig):
     data: str = opt("", 'problems to solve: {"question", "answer"} records')
     reward: str = opt("exact", "which answers are right, e.g. math or code; see core/rewards/make.py")
     choices: str = opt("", "multiple choice, by the likelihood of each; or the last words of LAMBADA")
     text: str = opt("", "text to predict")
-    shots: int = opt(0, "solve the file's first problems before each of the others")
-    samples: int = opt(1, "answers to each problem: more give pass@k")
+    shots: int = opt(0, "solve the file's first problems before each of the others", least=0)
+    samples: int = opt(1, "answers to each problem: more give pass@k", least=1)
     against: str = opt("", "another's answers to the same problems, as `save` writes them: gives win_rate")
     reward_model: str = opt("", "folder of a reward model that says which answer wins (default: `reward`)")
     judge: str = opt("", "folder or address of a language model that says it instead, shown both in either order")
-    limit: int | None = opt(None, "use only the first problems")
+    limit: int | None = opt(None, "use only the first problems", least=1)
     sampling: SamplingConfig = opt(SamplingConfig(temperature=0.0), "how answers are drawn")
     json: bool = opt(False, "print one JSON object")
     save: str = opt("", "write every answer and its verdict to this .jsonl file")
-    seed: int = opt(0, "seed of sampled answers")
-    dtype: str = opt(
-        "auto", "of the parameters (auto: bf16 where it is fast)", choices=("auto", "bf16", "fp32", "fp64")
-    )
-    device: str = opt("auto", "where to run", choices=("auto", "cpu", "cuda"))
     mesh: MeshConfig = opt(MeshConfig, "parallelism")
 
     def __post_init__(self):
-        if self.limit is not None and self.limit < 1:
-            raise ConfigError(f"limit={self.limit} must be at least 1")
-        if self.shots < 0 or self.samples < 1:
-            raise ConfigError(f"shots={self.shots} must be at least 0, and samples={self.samples} at least 1")
+        super().__post_init__()
         if self.samples > 1 and not self.sampling.temperature:
             raise ConfigError(
                 f"samples={self.samples}: equal answers, at temperature 0; set --sampling.temperature=0.8"
@@ -103,8 +95,7 @@ def measure(config: Config) -> Result:
     if config.save:
         make_room_for(config.save, "save")
     mesh = join(config.mesh, config.device, to_toml(config))
-    model = load_model(config.model, config.dtype, mesh, frozen=True)
-    tokenizer = load_tokenizer(config.model, model)
+    model, tokenizer = config.open(mesh)
     metrics: dict[str, float] = {}
     if config.data:
         rollout = solve(config, model, tokenizer)

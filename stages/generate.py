@@ -19,40 +19,28 @@ from pathlib import Path
 from typing import Any
 
 from tritium.core.chat import render, stop_ids
-from tritium.core.config import REQUIRED, ConfigError, UserError, opt
+from tritium.core.config import ConfigError, UserError, opt
 from tritium.core.formats import Skipped, read_records
 from tritium.core.output import make_room_for
-from tritium.core.rollout import SamplingConfig, sample_seed
+from tritium.core.rollout import AskConfig, sample_seed
 from tritium.core.run import Result
-from tritium.core.setup import load_model, load_tokenizer
 from tritium.core.tokenizer import Tokenizer
-from tritium.core.tools import TOOLS, ToolUse
-from tritium.model.cache import cache_pages
 from tritium.model.generate import Engine, Running
 from tritium.model.transformer import Transformer
 from tritium.parallel.data import fingerprint
-from tritium.parallel.mesh import Mesh, local_device
 
 ONE_PROCESS = True
 
 
 @dataclass
-class Config:
-    model: str = opt(REQUIRED, "folder of the model, with its tokenizer")
+class Config(AskConfig):
     sources: list[str] = opt([], "files of prompts, conversations or questions")
     out: str = opt("answers.jsonl", "file to write, or to go on with")
-    n: int = opt(1, "answers to each")
+    n: int = opt(1, "answers to each", least=1)
     logprobs: bool = opt(False, "write the log-probability of each token, too")
-    sampling: SamplingConfig = opt(SamplingConfig, "how answers are drawn")
-    seed: int = opt(0, "seed of the answers")
-    dtype: str = opt(
-        "auto", "of the parameters (auto: bf16 where it is fast)", choices=("auto", "bf16", "fp32", "fp64")
-    )
-    device: str = opt("auto", "where to run", choices=("auto", "cpu", "cuda"))
 
     def __post_init__(self):
-        if self.n < 1:
-            raise ConfigError(f"n={self.n} must be at least 1")
+        super().__post_init__()
         if not self.sources:
             raise ConfigError("sources is empty: name a file of prompts, --sources=prompts.jsonl")
 
@@ -60,20 +48,16 @@ class Config:
 def train(config: Config) -> Result:
     """Write `config.out`. Metrics: `answers`, `failed` records, and `tokens_per_second` of this call."""
     file = make_room_for(config.out, "out")
-    model = load_model(config.model, config.dtype, Mesh.single(local_device(config.device)), frozen=True)
-    tokenizer, skipped = load_tokenizer(config.model, model), Skipped()
+    (model, tokenizer), skipped = config.open(), Skipped()
     records = (record for path in config.sources for _, record in read_records(path, skipped))
     done = resume(file, config, settings(config, model))
-    sampling, context = config.sampling, model.config.max_positions
-    pages = sampling.pages(model) or cache_pages(sampling.max_batch, context)
-    extend = ToolUse(tokenizer, TOOLS[sampling.tool], sampling.max_calls) if sampling.tool else None
-    engine = Engine(model, pages, sampling.max_batch, tokenizer.incremental, extend)
+    engine = config.engine(model, tokenizer)
     start, tokens, answers, failed = time.perf_counter(), 0, 0, 0
     with file.open("a", encoding="utf-8", errors="backslashreplace") as lines:
         queue: list[tuple[dict[str, Any], list[Running] | str]] = []
         coming = islice(enumerate(records), done, None)
         while True:
-            for number, record in islice(coming, max(0, 2 * sampling.max_batch - len(queue) * config.n)):
+            for number, record in islice(coming, max(0, 2 * engine.max_batch - len(queue) * config.n)):
                 queue.append((record, submit(engine, tokenizer, record, number, config)))
             if not queue:
                 break

@@ -10,17 +10,14 @@ recipe, each with its own prompts, rewards and KL: see stages/recipes/ladder.tom
 
 from dataclasses import dataclass
 
-from tritium.core.config import ConfigError, opt
-from tritium.core.experience import Experience, PolicyStage
-from tritium.core.formats import Skipped
+from tritium.core.config import ConfigError, check_ranges, opt
+from tritium.core.experience import PolicyStage, open_experience
 from tritium.core.objectives.policy import ALGORITHMS, PolicyGradient, algorithm
 from tritium.core.optim import OptimConfig
 from tritium.core.reference import open_policy
-from tritium.core.rewards.model import open_reward
-from tritium.core.rollout import SamplingConfig, load_problems
+from tritium.core.rollout import SamplingConfig
 from tritium.core.run import Result
-from tritium.core.setup import load_tokenizer, start
-from tritium.core.trainer import Trainer
+from tritium.core.setup import start
 
 ITS_OWN = "(default: the algorithm's)"
 
@@ -30,22 +27,22 @@ class GRPOConfig:
     """The objective; see core/objectives/policy.py."""
 
     algorithm: str = opt("grpo", "whose formula", choices=tuple(ALGORITHMS))
-    prompts: int = opt(32, "problems of a rollout, over all ranks")
-    group: int = opt(8, "answers to each")
-    updates: int = opt(1, "optimizer steps on each rollout")
-    rounds: int = opt(1, "how often other problems are tried until `prompts` groups differ (DAPO's dynamic sampling)")
+    prompts: int = opt(32, "problems of a rollout, over all ranks", least=1)
+    group: int = opt(8, "answers to each", least=1)
+    updates: int = opt(1, "optimizer steps on each rollout", least=1)
+    rounds: int = opt(1, "tries with other problems until `prompts` groups differ (DAPO's dynamic sampling)", least=1)
     clip_low: float | None = opt(None, f"how far below 1 the ratio counts {ITS_OWN}")
     clip_high: float | None = opt(None, f"how far above 1 the ratio counts {ITS_OWN}")
     normalization: str | None = opt(
         None, f"what the loss is a mean over {ITS_OWN}", choices=("token", "sequence", "constant")
     )
-    constant: float | None = opt(None, "what a sequence's sum is divided by (default: dr_grpo max_tokens, else 1)")
+    constant: float | None = opt(None, "divides a sequence's sum (default: dr_grpo max_tokens, else 1)", above=0)
     scale: str | None = opt(None, f"what divides advantages {ITS_OWN}", choices=("group", "batch", "none"))
-    beta: float = opt(0.0, "weight of the KL to the reference")
+    beta: float = opt(0.0, "weight of the KL to the reference", least=0)
     kl: str | None = opt(None, f"its estimator {ITS_OWN}", choices=("k1", "k2", "k3"))
     kl_in: str | None = opt(None, f"where it counts {ITS_OWN}", choices=("loss", "reward"))
-    importance: float = opt(0.0, "largest weight for what the sampler did otherwise than the trainer (0: no weights)")
-    entropy: float = opt(0.0, "weight of an entropy bonus")
+    importance: float = opt(0.0, "largest weight for what the sampler did otherwise than the trainer (0: off)", least=0)
+    entropy: float = opt(0.0, "weight of an entropy bonus", least=0)
     malformed: float = opt(-0.5, "reward of an answer that is cut off or has no answer")
 
     def __post_init__(self):
@@ -53,20 +50,14 @@ class GRPOConfig:
             raise ConfigError(
                 f"grpo.group={self.group}: an advantage of {self.algorithm} needs at least 2 answers to compare"
             )
-        for name in ("prompts", "group", "updates", "rounds"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"grpo.{name}={getattr(self, name)} must be at least 1")
+        check_ranges(self, "grpo.")
         if self.rounds > 1 and self.group < 2:
             raise ConfigError(f"grpo.rounds={self.rounds} looks for groups that differ: grpo.group must be above 1")
-        if min(self.beta, self.importance, self.entropy) < 0:
-            raise ConfigError("grpo.beta, grpo.importance and grpo.entropy must not be negative")
         own = ALGORITHMS[self.algorithm]
         if self.scale == "group" and own.baseline != "mean":
             raise ConfigError(f"grpo.scale=group: {self.algorithm} has no group's mean to go with it; batch, or none")
-        if self.constant is not None and not (
-            self.constant > 0 and (self.normalization or own.normalization) == "constant"
-        ):
-            raise ConfigError(f"grpo.constant={self.constant} must be positive, with grpo.normalization=constant")
+        if self.constant is not None and (self.normalization or own.normalization) != "constant":
+            raise ConfigError(f"grpo.constant={self.constant} goes with grpo.normalization=constant")
 
 
 @dataclass
@@ -82,24 +73,13 @@ class Config(PolicyStage):
 def train(config: Config) -> Result:
     """Reinforce right answers; `reward` and `right` (the share of right answers) are of the newest rollout."""
     mesh = start(config, "grpo")
-    options, moving = config.grpo, bool(config.grpo.beta and config.reference.every)
+    options, updates = config.grpo, config.grpo.updates
     reference = config.reference if options.beta else None
     networks = open_policy(config.model, config.run.dtype, mesh, config.finetune, config.run.seed, reference)
-    tokenizer = load_tokenizer(config.model, networks["policy"], config.data.template)
-    skipped = Skipped(config.data.on_error)
-    problems = load_problems(config.data.sources, tokenizer, networks["policy"].config.max_positions, skipped)
-    objective, updates = objective_of(options, config.sampling), options.updates
-    settings = {"name": "grpo", "tokenizer": tokenizer, "skipped": skipped}
-    settings |= {"total_steps": config.steps_of(len(problems), options.prompts, updates)}
-    settings |= {"followers": ["reference"] if moving else []}
-    trainer = Trainer(networks, objective, config, mesh, **settings)
-    judged_by = (config.reward, config.reward_model, options.malformed, config.run.dtype, mesh)
-    reward = open_reward(*judged_by, config.model_weight, networks["policy"])
+    objective = objective_of(options, config.sampling)
     grouped = objective.baseline in ("mean", "others")
-    sizes = {"prompts": options.prompts, "group": options.group, "rounds": options.rounds}
-    experience = Experience(
-        trainer, tokenizer, problems, reward, config, **sizes, greedy=objective.baseline == "greedy"
-    )
+    experience = open_experience(config, "grpo", networks, objective, updates)
+    trainer = experience.trainer
     for step in trainer.steps():
         number, done = divmod(step, updates)
         rollout, numbers = experience.collect(number)
@@ -110,8 +90,7 @@ def train(config: Config) -> Result:
             trainer.step(batches[i::updates], numbers)  # −min(ρA, clip(ρ)A) + β KL
             numbers = {}  # a rollout's: with its first update
         # ------------------------------------------------------------------------------------------------------
-        if moving and config.reference.due(number):
-            trainer.followers["reference"].follow(config.reference.decay)
+        experience.follow(number)
     return trainer.result()
 
 

@@ -29,7 +29,7 @@ from tritium.core.formats import RecordError, Skipped, open_text, problem, read_
 from tritium.core.groups import conversation_group, feedback_group, preference_group
 from tritium.core.setup import load_tokenizer
 from tritium.core.tokenizer import Tokenizer
-from tritium.stages.reward import KINDS
+from tritium.stages import reward
 
 GREEN, YELLOW, GREY, BOLD, OFF = "\x1b[32m", "\x1b[33m", "\x1b[90m", "\x1b[1m", "\x1b[0m"
 STAGES = ("pretrain", "sft", "reward", "dpo", "grpo", "ppo", "distill")
@@ -116,7 +116,7 @@ def converter(stage: str, config: Any, tokenizer: Tokenizer) -> Callable[[dict],
     if stage == "dpo":
         return (feedback_group if config.loss == "kto" else preference_group)(tokenizer)
     if stage == "reward":
-        return KINDS[config.loss][0](tokenizer)
+        return reward.converter_of(config, tokenizer)
 
     def prompt(record: dict) -> Group:
         ids = render(tokenizer, problem(record)[0], generation_prompt=True).ids

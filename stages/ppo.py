@@ -15,19 +15,16 @@ from torch import nn
 
 from tritium.core.batch import PackedBatch, pack
 from tritium.core.checkpoint import model_folder
-from tritium.core.config import ConfigError, opt
+from tritium.core.config import ConfigError, check_ranges, opt
 from tritium.core.data import Bins, DataConfig, record_sources, text_sources
-from tritium.core.experience import Experience, PolicyStage
+from tritium.core.experience import PolicyStage, open_experience
 from tritium.core.formats import Skipped
 from tritium.core.groups import conversation_group
 from tritium.core.objectives.policy import PPO, adapted
 from tritium.core.optim import OptimConfig
 from tritium.core.reference import open_policy
-from tritium.core.rewards.make import make_reward
-from tritium.core.rewards.model import open_reward
-from tritium.core.rollout import load_problems
 from tritium.core.run import Result
-from tritium.core.setup import FinetuneConfig, load_tokenizer, read_model, start
+from tritium.core.setup import FinetuneConfig, read_model, start
 from tritium.core.tokenizer import Tokenizer
 from tritium.core.trainer import Trainer
 from tritium.model.adapters import twin
@@ -40,35 +37,32 @@ from tritium.parallel.mesh import Mesh
 class PPOConfig:
     """The objective; see core/objectives/policy.py."""
 
-    prompts: int = opt(64, "problems of a rollout, over all ranks")
-    group: int = opt(1, "answers to each")
-    epochs: int = opt(4, "passes over each rollout")
-    minibatches: int = opt(1, "optimizer steps of a pass")
+    prompts: int = opt(64, "problems of a rollout, over all ranks", least=1)
+    group: int = opt(1, "answers to each", least=1)
+    epochs: int = opt(4, "passes over each rollout", least=1)
+    minibatches: int = opt(1, "optimizer steps of a pass", least=1)
     clip: float = opt(0.2, "how far from 1 the ratio counts")
-    beta: float = opt(0.05, "weight of the KL to the reference")
+    beta: float = opt(0.05, "weight of the KL to the reference", least=0)
     kl: str | None = opt(None, "its estimator (default: k1 in the reward, k3 in the loss)", choices=("k1", "k2", "k3"))
     kl_in: str = opt("reward", "where it counts", choices=("reward", "loss"))
-    target_kl: float = opt(0.0, "steer beta so that the KL per token comes to this (0: beta stays)")
-    stop_kl: float = opt(0.0, "end the passes over a rollout once the policy is this far from the one that drew it")
+    target_kl: float = opt(0.0, "steer beta so that the KL per token comes to this (0: beta stays)", least=0)
+    stop_kl: float = opt(
+        0.0, "end the passes over a rollout once the policy is this far from the one that drew it", least=0
+    )
     gamma: float = opt(1.0, "discount per token")
     lam: float = opt(0.95, "λ of the generalised advantage estimation")
     whiten: bool = opt(True, "bring advantages to mean 0 and variance 1 over the rollout")
-    value_clip: float = opt(0.2, "how far a value may move from the old one (0: any)")
+    value_clip: float = opt(0.2, "how far a value may move from the old one (0: any)", least=0)
     value_coefficient: float = opt(0.5, "weight of the value loss")
-    value_warmup: int = opt(0, "rollouts in which only the critic learns")
-    critic_lr: float = opt(1.0, "the critic's learning rate, relative to the policy's")
-    ptx: float = opt(1.0, "weight of the cross-entropy of text.sources")
-    importance: float = opt(0.0, "largest weight for what the sampler did otherwise than the trainer (0: no weights)")
-    entropy: float = opt(0.0, "weight of an entropy bonus")
+    value_warmup: int = opt(0, "rollouts in which only the critic learns", least=0)
+    critic_lr: float = opt(1.0, "the critic's learning rate, relative to the policy's", least=0)
+    ptx: float = opt(1.0, "weight of the cross-entropy of text.sources", least=0)
+    importance: float = opt(0.0, "largest weight for what the sampler did otherwise than the trainer (0: off)", least=0)
+    entropy: float = opt(0.0, "weight of an entropy bonus", least=0)
     malformed: float = opt(-0.5, "the verifier's score of an answer that is cut off or has none")
 
     def __post_init__(self):
-        for name in ("prompts", "group", "epochs", "minibatches"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"ppo.{name}={getattr(self, name)} must be at least 1")
-        for name in ("beta", "target_kl", "stop_kl", "value_clip", "value_warmup", "critic_lr", "ptx", "importance"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"ppo.{name}={getattr(self, name)} must not be negative")
+        check_ranges(self, "ppo.")
         if self.target_kl and not self.beta:
             raise ConfigError(f"ppo.target_kl={self.target_kl} steers ppo.beta, which is 0: give a beta to begin with")
 
@@ -98,21 +92,11 @@ def train(config: Config) -> Result:
     """Reinforce what is scored high; `reward` and `right` (the share of right answers) are of the newest rollout."""
     mesh = start(config, "ppo")
     options, networks = config.ppo, open_networks(config, mesh)
-    moving = ["reference"] if options.beta and config.reference.every else []
-    tokenizer = load_tokenizer(config.model, networks["policy"], config.data.template)
-    context = networks["policy"].config.max_positions
-    skipped = Skipped(config.data.on_error)
-    problems = load_problems(config.data.sources, tokenizer, context, skipped)
-    text, objective = open_text(config, tokenizer, context, mesh, skipped), objective_of(config)
     each = options.epochs * options.minibatches  # optimizer steps of a rollout
-    total_steps = config.steps_of(len(problems), options.prompts, each)
-    settings = {"name": "ppo", "total_steps": total_steps, "followers": moving}
-    trainer = Trainer(networks, objective, config, mesh, **settings, tokenizer=tokenizer, skipped=skipped)
-    verifier = make_reward(config.verifier, options.malformed) if config.verifier else None
-    sizes = {"prompts": options.prompts, "group": options.group, "verifier": verifier}
-    judged_by = (config.reward, config.reward_model, options.malformed, config.run.dtype, mesh)
-    reward = open_reward(*judged_by, config.model_weight, networks["policy"])
-    experience = Experience(trainer, tokenizer, problems, reward, config, **sizes)
+    objective = objective_of(config)
+    experience = open_experience(config, "ppo", networks, objective, each)
+    trainer, context = experience.trainer, networks["policy"].config.max_positions
+    text = open_text(config, experience.tokenizer, context, mesh, trainer.skipped)
     for step in trainer.steps():
         number, done = divmod(step, each)
         objective.beta = trainer.notes.get("beta", options.beta)
@@ -122,7 +106,7 @@ def train(config: Config) -> Result:
         # ------------------------------------------------------------------------------------------------------
         numbers |= experience.estimate(batches) | {"beta": objective.beta}  # r_t = score − β KL → GAE → whitened
         shown, empty = numbers, pack([]).to(mesh.device)  # a rank without answers reduces both networks as all do
-        for i in range(done, min(each, total_steps - number * each)):
+        for i in range(done, min(each, trainer.total_steps - number * each)):
             update = minibatch(batches, i, options.minibatches, config.run.seed, number) or [empty]
             extra = [as_ptx(b) for b in trainer.in_step(text.step(number * each + i))] if text else []
             trainer.step([*extra, *update], shown)  # −min(ρA, clip(ρ)A) + c (V − R)² − ptx log p
@@ -130,9 +114,8 @@ def train(config: Config) -> Result:
             if too_far(trainer, options):
                 break
         # ------------------------------------------------------------------------------------------------------
-        trainer.index = min((number + 1) * each, total_steps)  # steps are counted whether they were needed or not
-        if moving and config.reference.due(number):
-            trainer.followers["reference"].follow(config.reference.decay)
+        trainer.index = min((number + 1) * each, trainer.total_steps)  # steps count whether they were needed or not
+        experience.follow(number)
         if options.target_kl:
             trainer.notes["beta"] = adapted(objective.beta, numbers.get("kl_k1", options.target_kl), options.target_kl)
     return trainer.result()

@@ -16,7 +16,7 @@ from tritium.core.batch import PackedBatch
 from tritium.core.config import ConfigError, opt
 from tritium.core.data import Bins, DataConfig, Source, open_bins, parse_sources, text_sources
 from tritium.core.formats import Skipped
-from tritium.core.objectives import CrossEntropy
+from tritium.core.objectives.likelihood import CrossEntropy
 from tritium.core.optim import OptimConfig
 from tritium.core.run import Result, TrainingConfig
 from tritium.core.schedule import decay_start

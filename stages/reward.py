@@ -18,15 +18,17 @@ from dataclasses import dataclass
 
 import torch
 
-from tritium.core.batch import PackedBatch
-from tritium.core.config import REQUIRED, ConfigError, opt
-from tritium.core.data import DataConfig, open_records
-from tritium.core.formats import Skipped
+from tritium.core.batch import Group, PackedBatch
+from tritium.core.config import REQUIRED, ConfigError, check_ranges, opt
+from tritium.core.data import DataConfig
 from tritium.core.groups import comparison_group, preference_group, ranking_group, score_group, step_group
-from tritium.core.objectives import Comparison, Listwise, Objective, Pairwise, Process, Scoring
+from tritium.core.objectives.base import Objective
+from tritium.core.objectives.reward import Comparison, Listwise, Pairwise, Process, Scoring
 from tritium.core.optim import OptimConfig
+from tritium.core.records import open_records
 from tritium.core.run import Result, TrainingConfig
 from tritium.core.setup import load_model, load_tokenizer, start
+from tritium.core.tokenizer import Tokenizer
 from tritium.core.trainer import Trainer
 from tritium.model.heads import ScalarModel
 from tritium.model.prompts import PEFT_TYPES
@@ -47,9 +49,9 @@ class Config(TrainingConfig):
     model: str = opt(REQUIRED, "folder of the model to start from, with its tokenizer")
     loss: str = opt("pairwise", "what is learned from", choices=tuple(KINDS))
     centering: float = opt(0.01, "pairwise: weight of (chosen + rejected)², which keeps scores around 0")
-    label_smoothing: float = opt(0.0, "pairwise: share of labels taken to be wrong")
+    label_smoothing: float = opt(0.0, "pairwise: share of labels taken to be wrong", least=0, below=0.5)
     heads: list[str] = opt(["score"], "score: the keys of the scores, a head each, e.g. helpfulness,verbosity")
-    highest: float = opt(1.0, "score: the best score that a record can have; the worst is 0")
+    highest: float = opt(1.0, "score: the best score that a record can have; the worst is 0", above=0)
     pooling: str = opt("last", "an answer's score: of its last token, or all tokens' mean", choices=("last", "mean"))
     data: DataConfig = opt(DataConfig, "records of the form that the loss wants")
     optim: OptimConfig = opt(OptimConfig(lr=1e-4), "optimizer")
@@ -57,18 +59,15 @@ class Config(TrainingConfig):
     def __post_init__(self):
         if self.finetune.kind in PEFT_TYPES:
             raise ConfigError(f"finetune.kind={self.finetune.kind} is for language models: take lora, freeze or full")
-        if not 0 <= self.label_smoothing < 0.5:
-            raise ConfigError(f"label_smoothing={self.label_smoothing} must be in [0, 0.5)")
+        check_ranges(self)
         if self.label_smoothing and self.loss != "pairwise":
             raise ConfigError(f"label_smoothing={self.label_smoothing}: only --loss=pairwise knows wrong labels")
         if not self.heads or len(set(self.heads)) < len(self.heads) or not all(h.isidentifier() for h in self.heads):
             raise ConfigError(f"heads={','.join(self.heads)}: give one name or more, all different, each a word")
         if (self.heads != ["score"] or self.highest != 1) and self.loss != "score":
             raise ConfigError(f"heads and highest are for --loss=score, not --loss={self.loss}")
-        if self.highest <= 0 or (self.pooling == "mean" and self.loss == "process"):
-            raise ConfigError(
-                f"highest={self.highest} must be above 0; and --loss=process pools nothing: --pooling=last"
-            )
+        if self.pooling == "mean" and self.loss == "process":
+            raise ConfigError("--loss=process pools nothing: --pooling=last")
 
 
 def train(config: Config) -> Result:
@@ -78,29 +77,22 @@ def train(config: Config) -> Result:
     tokenizer = load_tokenizer(config.model, decoder, config.data.template)
     heads = config.heads if config.loss == "score" else ["reward"]
     model = ScalarModel(decoder, heads, config.pooling).initialize(config.run.seed)
-    skipped = Skipped(config.data.on_error)
-    make_convert, name = KINDS[config.loss]
-    convert = make_convert(tokenizer, *((heads, config.highest) if config.loss == "score" else ()))
-    bins, evaluation = open_records(config, convert, model.config.max_positions, mesh, skipped, name)
-    trainer = Trainer(
-        {"reward": model},
-        objective_of(config),
-        config,
-        mesh,
-        name="reward",
-        total_steps=config.run.steps or bins.steps_in(config.run.epochs),
-        tokenizer=tokenizer,
-        skipped=skipped,
-        evaluation=evaluation,
-    )
+    networks, objective, convert = {"reward": model}, objective_of(config), converter_of(config, tokenizer)
+    trainer, bins = open_records(config, "reward", networks, objective, tokenizer, convert, KINDS[config.loss][1])
     for step in trainer.steps():
         batches = bins.step(step, trainer.ramp)
         # ------------------------------------------------------------------------------------------------------
         trainer.step(batches)  # −log σ(r_chosen − r_rejected) / pairs, or Plackett-Luce / rankings
         # ------------------------------------------------------------------------------------------------------
-    if config.loss == "pairwise" and evaluation:
-        trainer.say(calibration(trainer, evaluation))
+    if config.loss == "pairwise" and trainer.evaluation:
+        trainer.say(calibration(trainer, trainer.evaluation))
     return trainer.result()
+
+
+def converter_of(config: Config, tokenizer: Tokenizer) -> Callable[[dict], Group]:
+    """What makes a group of a record."""
+    scored = (config.heads, config.highest) if config.loss == "score" else ()
+    return KINDS[config.loss][0](tokenizer, *scored)
 
 
 def objective_of(config: Config) -> Objective:

@@ -22,49 +22,40 @@ from pathlib import Path
 
 import numpy as np
 
-from tritium.core.config import REQUIRED, ConfigError, opt, to_toml
+from tritium.core.config import ConfigError, opt, to_toml
 from tritium.core.formats import DataError, Skipped
 from tritium.core.output import make_folder
+from tritium.core.problems import load_problems, share
 from tritium.core.rewards.make import make_reward
-from tritium.core.rollout import Rollout, Sample, SamplingConfig, gather, load_problems, roll_out, share
+from tritium.core.rollout import AskConfig, Rollout, Sample, gather, roll_out
 from tritium.core.run import Result
 from tritium.core.select import distinct_paths, rejection_sample
-from tritium.core.setup import MeshConfig, join, load_model, load_tokenizer
+from tritium.core.setup import MeshConfig, join, load_model
 from tritium.stages.dpo import check_same_vocabulary
 
 FILES = ("sft", "pairs", "rankings")
 
 
 @dataclass
-class Config:
-    model: str = opt(REQUIRED, "folder of the model, with its tokenizer")
+class Config(AskConfig):
     others: list[str] = opt([], "folders of further models with the same tokenizer: each answers, too")
     sources: list[str] = opt([], "files of problems")
     reward: str = opt("exact", "which answers are right, and how good; see core/rewards/make.py")
     learn: str = opt("right", "what sft.jsonl holds", choices=("right", "reward", "advantage", "condition"))
-    paths: int = opt(1, "right answers to each problem, at most")
-    beta: float = opt(1.0, "of the weights, and of rso")
-    rso: int = opt(0, "pairs: so many answers left by statistical rejection sampling (0: all)")
-    k: int = opt(8, "answers to each problem")
-    pairs: int = opt(2, "pairs written for a problem, at most")
+    paths: int = opt(1, "right answers to each problem, at most", least=1)
+    beta: float = opt(1.0, "of the weights, and of rso", above=0)
+    rso: int = opt(0, "pairs: so many answers left by statistical rejection sampling (0: all)", least=0)
+    k: int = opt(8, "answers to each problem", least=2)
+    pairs: int = opt(2, "pairs written for a problem, at most", least=1)
     chosen: str = opt("right", "a pair's better answer: a right one, or the best there is", choices=("right", "best"))
-    limit: int | None = opt(None, "use only the first problems")
-    sampling: SamplingConfig = opt(SamplingConfig, "how answers are drawn")
+    limit: int | None = opt(None, "use only the first problems", least=1)
     out: str = opt("runs/sample", "folder to write")
-    seed: int = opt(0, "seed of the answers")
-    dtype: str = opt(
-        "auto", "of the parameters (auto: bf16 where it is fast)", choices=("auto", "bf16", "fp32", "fp64")
-    )
-    device: str = opt("auto", "where to run", choices=("auto", "cpu", "cuda"))
     mesh: MeshConfig = opt(MeshConfig, "parallelism")
 
     def __post_init__(self):
-        if self.k < 2 or self.pairs < 1:
-            raise ConfigError(f"k={self.k} must be at least 2, and pairs={self.pairs} at least 1")
-        if self.paths < 1 or self.rso < 0 or self.rso == 1 or not self.beta > 0:
-            raise ConfigError(f"paths={self.paths} must be ≥ 1, rso={self.rso} 0 or ≥ 2, beta={self.beta} positive")
-        if self.limit is not None and self.limit < 1:
-            raise ConfigError(f"limit={self.limit} must be at least 1")
+        super().__post_init__()
+        if self.rso == 1:
+            raise ConfigError("rso=1: of one answer no pair can be made; 0 (all), or at least 2")
         make_reward(self.reward)
 
 
@@ -76,9 +67,7 @@ def train(config: Config) -> Result:
     """
     make_folder(config.out, "out")
     mesh = join(config.mesh, config.device, to_toml(config))
-    model = load_model(config.model, config.dtype, mesh, frozen=True)
-    tokenizer = load_tokenizer(config.model, model)
-    skipped = Skipped()
+    (model, tokenizer), skipped = config.open(mesh), Skipped()
     context = model.config.max_positions
     problems = load_problems(config.sources, tokenizer, context, skipped, key="sources")[: config.limit]
     mine, reward, start = share(problems, mesh), make_reward(config.reward, malformed=-0.5), time.perf_counter()

@@ -22,16 +22,13 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 from tritium.core.chat import render, stop_ids
-from tritium.core.config import REQUIRED, ConfigError, UserError, nearest, opt
-from tritium.core.rollout import SamplingConfig
+from tritium.core.config import ConfigError, UserError, nearest, opt
+from tritium.core.rollout import AskConfig, SamplingConfig
 from tritium.core.run import Result
-from tritium.core.setup import load_model, load_tokenizer
 from tritium.core.tokenizer import Tokenizer
-from tritium.model.cache import cache_pages
 from tritium.model.generate import Engine, Event, Running
 from tritium.model.sampling import Options
 from tritium.model.transformer import Transformer
-from tritium.parallel.mesh import Mesh, local_device
 
 SHOWS_ITS_RESULT = True
 ONE_PROCESS = True
@@ -40,29 +37,22 @@ PATIENCE = 60.0  # seconds for a client to send its request
 
 
 @dataclass
-class Config:
-    model: str = opt(REQUIRED, "folder of the model, with its tokenizer")
+class Config(AskConfig):
     host: str = opt(
         "127.0.0.1", "address to listen on; 0.0.0.0 lets other machines in, and nobody is asked who they are"
     )
-    port: int = opt(8000, "port to listen on (0: any that is free)")
+    port: int = opt(8000, "port to listen on (0: any that is free)", least=0, below=1 << 16)
     sampling: SamplingConfig = opt(SamplingConfig(max_tokens=256, max_batch=32), "what a request doesn't say itself")
-    dtype: str = opt(
-        "auto", "of the parameters (auto: bf16 where it is fast)", choices=("auto", "bf16", "fp32", "fp64")
-    )
-    device: str = opt("auto", "where to run", choices=("auto", "cpu", "cuda"))
 
     def __post_init__(self):
-        if not 0 <= self.port < 1 << 16:
-            raise ConfigError(f"port={self.port} must be from 0 to 65535")
+        super().__post_init__()
         if self.sampling.tool:
             raise ConfigError(f"sampling.tool={self.sampling.tool}: the server runs no tools; `tritium generate` does")
 
 
 def train(config: Config) -> Result:
     """Serve until Ctrl-C."""
-    model = load_model(config.model, config.dtype, Mesh.single(local_device(config.device)), frozen=True)
-    server = Server(config, model, load_tokenizer(config.model, model))
+    server = Server(config, *config.open())
     print(f"serving {config.model} at http://{config.host}:{server.server_port}/v1 (Ctrl-C ends)", file=sys.stderr)
     try:
         server.serve_forever()
@@ -266,10 +256,8 @@ class Server(ThreadingHTTPServer):
     daemon_threads = True
 
     def __init__(self, config: Config, model: Transformer, tokenizer: Tokenizer):
-        sampling = config.sampling
-        pages = sampling.pages(model) or cache_pages(sampling.max_batch, model.config.max_positions)
-        self.tokenizer, self.sampling, self.name = tokenizer, sampling, config.model
-        self.worker = Worker(Engine(model, pages, sampling.max_batch, tokenizer.incremental))
+        self.tokenizer, self.sampling, self.name = tokenizer, config.sampling, config.model
+        self.worker = Worker(config.engine(model, tokenizer))
         try:
             super().__init__((config.host, config.port), Handler)
         except OSError as error:

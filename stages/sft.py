@@ -9,13 +9,12 @@ documents are packed without padding and do not see each other. See core/formats
 from dataclasses import dataclass
 
 from tritium.core.config import REQUIRED, ConfigError, opt
-from tritium.core.data import DataConfig, open_records
-from tritium.core.formats import Skipped
+from tritium.core.data import DataConfig
 from tritium.core.groups import conversation_group, feedback_group
-from tritium.core.objectives import CrossEntropy, DynamicFineTuning, Unlikelihood
+from tritium.core.objectives.likelihood import CrossEntropy, DynamicFineTuning, Unlikelihood
+from tritium.core.records import open_records
 from tritium.core.run import Result, TrainingConfig
 from tritium.core.setup import load_model, load_tokenizer, start
-from tritium.core.trainer import Trainer
 from tritium.model.surgery import with_wider_mlps
 
 LOSSES = {"cross_entropy": CrossEntropy, "dft": DynamicFineTuning, "unlikelihood": Unlikelihood}
@@ -42,21 +41,10 @@ def train(config: Config) -> Result:
             raise ConfigError(f"widen={config.widen} is for one process: train it there first, then on the mesh")
         model = with_wider_mlps(model, config.widen)
     tokenizer = load_tokenizer(config.model, model, config.data.template)
-    skipped = Skipped(config.data.on_error)
     bad_too = config.loss == "unlikelihood"
     convert = feedback_group(tokenizer) if bad_too else conversation_group(tokenizer, config.data)
-    bins, evaluation = open_records(config, convert, model.config.max_positions, mesh, skipped, atomic=False)
-    trainer = Trainer(
-        {"policy": model},
-        LOSSES[config.loss](),
-        config,
-        mesh,
-        name="sft",
-        total_steps=config.run.steps or bins.steps_in(config.run.epochs),
-        tokenizer=tokenizer,
-        skipped=skipped,
-        evaluation=evaluation,
-    )
+    networks, objective = {"policy": model}, LOSSES[config.loss]()
+    trainer, bins = open_records(config, "sft", networks, objective, tokenizer, convert, atomic=False)
     for step in trainer.steps():
         batches = bins.step(step, trainer.ramp)
         # ------------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ import torch
 from tritium.bench.step import WARM, documents, random_model, training_step
 from tritium.core.batch import Document, pack
 from tritium.core.data import DataConfig
-from tritium.core.objectives import supervised_logprob
+from tritium.core.objectives.base import supervised_logprob
 from tritium.core.run import RunConfig
 from tritium.core.trainer import Trainer
 from tritium.model.config import ModelConfig

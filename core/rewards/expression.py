@@ -27,6 +27,10 @@ def tokens_of(text: str) -> list[str]:
     return tokens
 
 
+def is_function(token: str) -> bool:
+    return token in FUNCTIONS or re.fullmatch(r"log_(\d+|[a-z])", token) is not None
+
+
 class Expression:
     """Recursive descent: sum → product → power → atom. Computes a `Ratio`, and writes the expression out for sympy.
 
@@ -114,7 +118,7 @@ class Expression:
             if len(token) > 300 or "e" in token.lower() and abs(int(token.lower().partition("e")[2])) > 300:
                 raise ValueError("a number too long")
             return Ratio.of(Fraction(token))
-        if token in FUNCTIONS:
+        if is_function(token):
             return self.function(token)
         if token == "infty":
             self.written[-1] = "oo"
@@ -132,7 +136,9 @@ class Expression:
 
     def function(self, name: str) -> Ratio:
         """sin x, sin(x), sin^2 x, log_2 x; without brackets the argument goes on to the next operator or function."""
-        power, start = [], len(self.written)
+        power, start, base = [], len(self.written), name.partition("_")[2]
+        if base:
+            self.written[-1] = "(log"
         if self.peek() == "^":
             self.take()
             self.signed()
@@ -140,14 +146,14 @@ class Expression:
         self.written.append("(")
         bare = self.peek() != "("
         value = self.power()
-        while bare and name != "sqrt" and self.peek()[:1].isalpha() and self.peek() not in FUNCTIONS:
+        while bare and name != "sqrt" and self.peek()[:1].isalpha() and not is_function(self.peek()):
             if self.peek() == "deg":
                 self.take("*pi/180")
                 continue
             self.written.append("*")
             factor = self.power()
             value = self.exact(lambda a=value, b=factor: a.times(b))
-        self.written += [")", *power]
+        self.written += [f")/log({base}))" if base else ")", *power]
         if name == "sqrt" and not power:
             return self.exact(value.root)
         self.inexact = True

@@ -13,6 +13,7 @@ SIGNS = str.maketrans(
 LATEX = [  # in this order
     (r"\\(?:left|right|displaystyle|[bB]igg?[lr]?|,|;|!|:| |quad|qquad)(?![a-zA-Z])|\\(?=\s)|\{,\}(?=\d{3})", ""),
     (r"\\[()\[\]]", ""),  # a formula's beginning and end
+    (r"\\log\s*_\s*(?:\{(\w+)\}|(\w))", r" log_\1\2 "),
     (r"\\([a-zA-Z]+)", lambda m: WORDS["commands"].get(m[1], m[0])),
     (r"^\$([\d.,]+)$|\\\$\s*([\d.,]+)", r"\1\2 dollar "),
     (r"\$|(?<=[\w}])~", " "),

@@ -2,7 +2,7 @@ r"""Whether two mathematical answers are the same: fractions, decimals, percenta
 
     \boxed{\frac{1}{2}} = 0.5 = 1/2 = 50\%        2/\sqrt{3} = \frac{2\sqrt3}{3}        (x+1)^2 = x^2 + 2x + 1
     \{1, 2\} = {2, 1}     (-\infty, 3] \cup [5, 7) = [5,7) ∪ (-∞,3]      1.5 m = 150 cm     1\frac12 = 3/2
-    1 < x \le 2 = (1, 2]  2x + 3y = 6 and 6y = 12 - 4x    x = 1 or x = 2, as {1, 2}
+    1 < x \le 2 = (1, 2]  2x + 3y = 6 and 6y = 12 - 4x    x = 1 or x = 2, as {1, 2}    6:8 = 3:4 = 3/4    \log_2 8 = 3
 
 Exact (see polynomial.py), without dependencies. What it cannot express (logarithms, cube roots, …) goes to sympy where
 that is installed (the extra `data`), in a process of its own with a time limit. Never evaluates an answer as Python.
@@ -36,6 +36,7 @@ UNITS = {  # name → (dimension, size)
 }
 WORD = r"[a-zA-Z]+(?:\^?[23])?"  # no part of a pattern can match what the next one does: no time to lose
 UNIT = re.compile(rf"^(.*(?:[\d)⟩.]|\bpi))(\s*)({WORD}(?:\s*/\s*{WORD}|\s+{WORD})*)\.?$", re.DOTALL)
+RATIO = re.compile(r"[1-9a-z(][^:=<>≤≥≠]*(?::\s*[1-9a-z(][^:=<>≤≥≠]*)+")  # 2:00 is none
 SAID = re.compile(r"(?:####|answer\s*(?:is|:|=)+)\s*(.+?)(?:\.(?=\s|$)|\n|$)", re.IGNORECASE)
 
 
@@ -231,6 +232,10 @@ def parse(text: str) -> Value:
         return parse(text[named.end() :])._replace(name=re.sub(r"\s", "", named[1]))
     if "±" in text:
         return Value("set", tuple(parse(text.replace("±", sign)) for sign in "+-"))
+    if RATIO.fullmatch(text):  # 6:8 is 3/4; of more terms, each to the first
+        first, *others = text.split(":")
+        parts = [number(f"({first})/({other})") for other in others]
+        return parts[0] if len(parts) == 1 else Value(":", tuple(parts))
     if re.search("[=<>≤≥≠]", text):
         return relation(re.split(r"\s*([=<>≤≥≠])\s*", text))
     brackets, inner = text[:1] + text[-1:], text[1:-1]

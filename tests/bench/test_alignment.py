@@ -10,7 +10,7 @@ pytestmark = pytest.mark.usefixtures("quick")
 
 def test_a_table_of_two_methods(tiny, tmp_path, monkeypatch, capsys):
     odd = lambda ids, text, **_: Score(float(ids[-1] % 2))  # noqa: E731
-    monkeypatch.setattr("tritium.stages.grpo.open_reward", lambda *_: odd)
+    monkeypatch.setattr("tritium.core.experience.open_reward", lambda *_: odd)
     monkeypatch.setattr("tritium.stages.sample.make_reward", lambda spec, malformed=0.0: odd)
     monkeypatch.setattr("tritium.bench.alignment.PROBE", 1)
     problems, out = tiny.data("problems.jsonl"), tmp_path / "a.md"

@@ -5,10 +5,12 @@ import pytest
 import torch
 
 from tritium.core.batch import Document, pack
-from tritium.core.objectives import Distill, DualLevel, PairOptions, Preference
+from tritium.core.objectives.distill import Distill, DualLevel
+from tritium.core.objectives.preference import PairOptions, Preference
 from tritium.core.online import pair_of
+from tritium.core.problems import Problem
 from tritium.core.rewards import Score
-from tritium.core.rollout import Problem, Sample
+from tritium.core.rollout import Sample
 from tritium.model.config import ModelConfig
 from tritium.model.generate import Completion
 from tritium.model.transformer import Transformer

@@ -8,15 +8,10 @@ import pytest
 import torch
 
 from tritium.core.batch import Document, PackedBatch, pack
-from tritium.core.objectives import (
-    CrossEntropy,
-    Listwise,
-    Objective,
-    PairOptions,
-    Pairwise,
-    Preference,
-    plackett_luce,
-)
+from tritium.core.objectives.base import Objective
+from tritium.core.objectives.likelihood import CrossEntropy
+from tritium.core.objectives.preference import PairOptions, Preference
+from tritium.core.objectives.reward import Listwise, Pairwise, plackett_luce
 from tritium.model.config import ModelConfig
 from tritium.model.heads import ScalarModel
 from tritium.model.transformer import Transformer

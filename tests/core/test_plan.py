@@ -18,7 +18,7 @@ from tritium.bench.scaling import scaling_table
 from tritium.core.batch import Document, pack
 from tritium.core.config import ConfigError, opt
 from tritium.core.machines import MACHINES, PRESETS, Machine, Work
-from tritium.core.objectives import CrossEntropy
+from tritium.core.objectives.likelihood import CrossEntropy
 from tritium.core.optim import OptimConfig
 from tritium.core.plan import Plan, best, plans, units_of
 from tritium.core.run import RunConfig

@@ -10,8 +10,7 @@ import torch
 
 from tritium.core.batch import Document, pack
 from tritium.core.kept import Kept
-from tritium.core.objectives import KTO, PairOptions, Preference
-from tritium.core.objectives.preference import LOSSES, REFERENCE_FREE, Pairs, mismatched
+from tritium.core.objectives.preference import KTO, LOSSES, REFERENCE_FREE, PairOptions, Pairs, Preference, mismatched
 from tritium.model.config import ModelConfig
 from tritium.model.transformer import Transformer
 from tritium.parallel.data import all_reduce_counts

@@ -11,7 +11,7 @@ import torch
 from tritium.core.batch import Document, pack
 from tritium.core.chat import render
 from tritium.core.groups import comparison_group, preference_group, ranking_group, score_group, step_group
-from tritium.core.objectives import Comparison, Listwise, Pairwise, Process, Scoring, plackett_luce
+from tritium.core.objectives.reward import Comparison, Listwise, Pairwise, Process, Scoring, plackett_luce
 from tritium.core.tokenizer import Tokenizer
 from tritium.model.config import ModelConfig
 from tritium.model.heads import ScalarModel

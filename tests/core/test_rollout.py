@@ -7,8 +7,9 @@ import torch
 
 from tritium.core.config import ConfigError
 from tritium.core.formats import Skipped
+from tritium.core.problems import Problem, load_problems, share
 from tritium.core.rewards import Score
-from tritium.core.rollout import Problem, Sample, SamplingConfig, load_problems, roll_out, sample_document, share
+from tritium.core.rollout import Sample, SamplingConfig, roll_out, sample_document
 from tritium.core.tokenizer import Tokenizer
 from tritium.model.generate import Completion
 from tritium.model.hf import load
@@ -66,9 +67,9 @@ def test_the_samplers_log_probs_go_with_the_answers_tokens():
     ("options", "words"),
     [
         ({"top_k": -1}, "sampling.top_k=-1 must be from 0"),
-        ({"temperature": -0.5}, "sampling.temperature=-0.5 must be from 0"),
+        ({"temperature": -0.5}, "sampling.temperature=-0.5 must be at least 0"),
         ({"top_p": 0.0}, "sampling.top_p=0.0 must be from 1e-30 to 1"),
-        ({"max_tokens": 0}, "sampling.max_tokens=0 must be from 1"),
+        ({"max_tokens": 0}, "sampling.max_tokens=0 must be at least 1"),
     ],
 )
 def test_sampling_that_cannot_be(options, words):

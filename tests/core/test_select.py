@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from tritium.core.batch import Document, pack
-from tritium.core.objectives import DynamicFineTuning, Unlikelihood
+from tritium.core.objectives.likelihood import DynamicFineTuning, Unlikelihood
 from tritium.core.select import (
     agreed_pairs,
     balanced,

@@ -5,8 +5,9 @@ import pytest
 import torch
 
 from tritium.core.chat import render, stop_ids
+from tritium.core.problems import Problem
 from tritium.core.rewards import Score
-from tritium.core.rollout import Problem, SamplingConfig, roll_out, sample_document
+from tritium.core.rollout import SamplingConfig, roll_out, sample_document
 from tritium.core.tokenizer import Tokenizer
 from tritium.core.tools import find_call, observation_ids, python
 from tritium.model.hf import load

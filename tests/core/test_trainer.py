@@ -16,7 +16,8 @@ from torch import nn
 from tritium.core.batch import Document, PackedBatch, pack
 from tritium.core.checkpoint import CheckpointError, checkpoints
 from tritium.core.config import ConfigError, UserError, opt
-from tritium.core.objectives import CrossEntropy, Metric, Term, supervised
+from tritium.core.objectives.base import Metric, Term, supervised
+from tritium.core.objectives.likelihood import CrossEntropy
 from tritium.core.optim import OptimConfig
 from tritium.core.run import LoopConfig, RunConfig, changed_lines
 from tritium.core.schedule import ScheduleConfig

@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from tritium.core.batch import Document, pack
-from tritium.core.objectives import PolicyGradient, supervised_logprob
+from tritium.core.objectives.base import supervised_logprob
+from tritium.core.objectives.policy import PolicyGradient
 from tritium.model.config import ModelConfig
 from tritium.model.generate import generate
 from tritium.model.transformer import Transformer

@@ -9,19 +9,11 @@ import torch
 from torch import nn
 
 from tritium.core.batch import Document, pack
-from tritium.core.objectives import (
-    KTO,
-    PPO,
-    CrossEntropy,
-    Listwise,
-    PairOptions,
-    Pairwise,
-    PolicyGradient,
-    Preference,
-    RewardObjective,
-    Unlikelihood,
-    supervised_logprob,
-)
+from tritium.core.objectives.base import supervised_logprob
+from tritium.core.objectives.likelihood import CrossEntropy, Unlikelihood
+from tritium.core.objectives.policy import PPO, PolicyGradient
+from tritium.core.objectives.preference import KTO, PairOptions, Preference
+from tritium.core.objectives.reward import Listwise, Pairwise, RewardObjective
 from tritium.model.config import ModelConfig
 from tritium.model.heads import ScalarModel
 from tritium.model.transformer import Transformer

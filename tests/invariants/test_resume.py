@@ -56,7 +56,7 @@ def odd_is_right(monkeypatch):
     """A verifier under which an untrained model is sometimes right: it likes odd token sums."""
     from tritium.core.rewards import Score
 
-    monkeypatch.setattr("tritium.stages.grpo.open_reward", lambda *_: lambda ids, text, **_: Score(sum(ids) % 2))
+    monkeypatch.setattr("tritium.core.experience.open_reward", lambda *_: lambda ids, text, **_: Score(sum(ids) % 2))
 
 
 @pytest.mark.parametrize(

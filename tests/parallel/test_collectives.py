@@ -14,7 +14,8 @@ from torch.utils._pytree import tree_leaves
 from tritium.core.batch import Document, PackedBatch, pack
 from tritium.core.config import opt
 from tritium.core.machines import MACHINES, Work
-from tritium.core.objectives import CrossEntropy, Preference
+from tritium.core.objectives.likelihood import CrossEntropy
+from tritium.core.objectives.preference import Preference
 from tritium.core.optim import OptimConfig
 from tritium.core.plan import Plan
 from tritium.core.run import RunConfig

@@ -16,11 +16,15 @@ import torch
 from safetensors.torch import load_file
 
 import tritium
-from tritium.core import checkpoint
+from tritium.core import checkpoint, experience
 from tritium.core.batch import Document, PackedBatch, pack
 from tritium.core.config import from_dict, opt
 from tritium.core.kept import Kept
-from tritium.core.objectives import CrossEntropy, Distill, Objective, PairOptions, Pairwise, Preference
+from tritium.core.objectives.base import Objective
+from tritium.core.objectives.distill import Distill
+from tritium.core.objectives.likelihood import CrossEntropy
+from tritium.core.objectives.preference import PairOptions, Preference
+from tritium.core.objectives.reward import Pairwise
 from tritium.core.optim import OptimConfig
 from tritium.core.rewards import Score
 from tritium.core.run import RunConfig
@@ -279,16 +283,17 @@ def reinforce(stage, model: str, problems: str, out: str, scorer: str, text: str
     follows, and text in three bins, which two ranks can't share evenly."""
     sections = {"model": model, "data": {"sources": [problems]}, "mesh": mesh, "sampling": {"max_tokens": 12}}
     sections |= {"run": {"out": out, "steps": 2, "dtype": "fp64", "device": "cpu"}}
+    quick = mock.patch.object(experience, "Trainer", QuickTrainer)
     if stage == "grpo":
         config = from_dict(grpo.Config, sections | {"grpo": {"prompts": 4, "group": 4}})
         odd = lambda ids, text, **_: Score(sum(ids) % 2)  # noqa: E731
-        with mock.patch.object(grpo, "open_reward", lambda *_: odd), mock.patch.object(grpo, "Trainer", QuickTrainer):
+        with mock.patch.object(experience, "open_reward", lambda *_: odd), quick:
             grpo.train(config)
         return
     settings = {"prompts": 4, "group": 2, "epochs": 1, "beta": 0.1, "ptx": 0.5}
     sections["text"] = {"sources": [text], "bins_per_step": 3, "bin_tokens": 64}  # no multiple of two ranks
     settings = {"ppo": settings, "reward_model": scorer, "reference": {"every": 1, "decay": 0.5}}
-    with mock.patch.object(ppo, "Trainer", QuickTrainer):
+    with quick:
         ppo.train(from_dict(ppo.Config, sections | settings))
 
 

@@ -246,7 +246,7 @@ def test_a_verifier_that_fails_is_told_and_takes_part_in_nothing(tiny, tmp_path,
     def broken(ids, text, **_):
         raise OSError("the grader is down")
 
-    monkeypatch.setattr("tritium.stages.grpo.open_reward", lambda *_: broken)
+    monkeypatch.setattr("tritium.core.experience.open_reward", lambda *_: broken)
     arguments = [f"--model={tiny.model}", f"--data.sources={tiny.data('problems.jsonl')}", f"--run.out={tmp_path}"]
     more = ["--run.steps=1", "--run.dtype=fp32", "--grpo.prompts=2", "--grpo.group=2", "--sampling.max_tokens=4"]
     assert run(capsys, "grpo", *arguments, *more)[0] == 0

@@ -7,9 +7,10 @@ from types import SimpleNamespace
 import pytest
 
 from tritium.core.config import ConfigError, from_dict
-from tritium.core.experience import Experience, ShapingConfig, problems_of, summary
+from tritium.core.experience import Experience, ShapingConfig, summary
+from tritium.core.problems import Problem, problems_of
 from tritium.core.rewards import Score
-from tritium.core.rollout import Problem, Rollout, Sample
+from tritium.core.rollout import Rollout, Sample
 from tritium.core.tokenizer import Tokenizer
 from tritium.model.generate import Completion
 from tritium.parallel.mesh import Mesh, init_mesh
@@ -55,7 +56,7 @@ def test_answers_that_score_the_same_still_teach_where_their_rewards_differ(tmp_
 def trained(tiny, tmp_path, monkeypatch):
     """Train under a verifier that likes odd token sums; the metrics of each step."""
     judge = lambda ids, text, **_: Score(sum(ids) % 2)  # noqa: E731
-    monkeypatch.setattr("tritium.stages.grpo.open_reward", lambda *_: judge)
+    monkeypatch.setattr("tritium.core.experience.open_reward", lambda *_: judge)
 
     def run(source: str, **sections) -> list[dict]:
         fixed = {"model": tiny.model, "grpo": {"prompts": 4, "group": 4}, "data": {"sources": [source]}}

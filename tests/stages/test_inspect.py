@@ -47,6 +47,10 @@ def test_pairs_and_prompts_and_text(model, tmp_path, capsys):
     (ranks := tmp_path / "ranks.jsonl").write_text(json.dumps({"prompt": "ask", "ranked": ["tell", ["it", "ask"]]}))
     out = shown(capsys, "reward", f"--model={model}", f"--data.sources={ranks}", "--loss=listwise")
     assert out.count("rank 1") == 2 and out.count("rank 0") == 1
+    (scores := tmp_path / "scores.jsonl").write_text(json.dumps({"prompt": "ask", "completion": "it", "a": 3, "b": 0}))
+    heads = ["--loss=score", "--heads=a,b", "--highest=4"]
+    out = shown(capsys, "reward", f"--model={model}", f"--data.sources={scores}", *heads)
+    assert "a 0.75" in out and "b 0" in out
     (problems := tmp_path / "problems.jsonl").write_text(json.dumps({"question": "ask", "answer": "it"}))
     out = shown(capsys, "grpo", f"--model={model}", f"--data.sources={problems}")
     assert "⟦" not in out and out.split("assistant\n")[0].endswith("<|im_start|>")

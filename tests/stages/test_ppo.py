@@ -33,7 +33,7 @@ def config(tiny, out: Path, steps: int, **sections) -> ppo.Config:
 @pytest.fixture
 def odd_is_right(monkeypatch):
     judged = lambda ids, text, **_: Score(float(ids[-1] % 2))  # noqa: E731
-    monkeypatch.setattr("tritium.stages.ppo.open_reward", lambda *_: judged)
+    monkeypatch.setattr("tritium.core.experience.open_reward", lambda *_: judged)
 
 
 def test_ppo_reinforces_what_is_rewarded_and_its_critic_learns(tiny, tmp_path, odd_is_right):
@@ -152,7 +152,7 @@ def test_the_base_of_an_adapter_is_the_reference(tiny, tmp_path, odd_is_right):
 def test_a_reward_that_also_pays_for_length_is_named(tiny, tmp_path, monkeypatch, capsys):
     """A planted hack: what is verified does not improve, while answers grow and are paid for it."""
     long = lambda ids, text, **_: Score(len(ids) / 12, parts={"length": len(ids) / 12})  # noqa: E731
-    monkeypatch.setattr("tritium.stages.ppo.open_reward", lambda *_: long)
+    monkeypatch.setattr("tritium.core.experience.open_reward", lambda *_: long)
     settings = {"prompts": 6, "group": 8, "epochs": 1, "beta": 0.0}
     made = config(tiny, tmp_path, 28, ppo=settings, sampling={"max_tokens": 12}, optim={"lr": 5e-3})
     ppo.train(made)
@@ -170,7 +170,7 @@ def test_a_reward_that_also_pays_for_length_is_named(tiny, tmp_path, monkeypatch
         (["--ppo.importance=2", "--sampling.min_p=0.1"], "needs sampling.temperature=1"),
         (["--ppo.importance=2", "--sampling.repetition_penalty=1.1"], "needs sampling.temperature=1"),
         (["--data.band=0.5"], "must be two shares"),
-        (["--shaping.clip=-1"], "must not be negative"),
+        (["--shaping.clip=-1"], "shaping.clip=-1.0 must be at least 0"),
     ],
 )
 def test_what_cannot_be_is_told(tiny, tmp_path, capsys, arguments, words):
@@ -211,7 +211,7 @@ def test_text_beside_answers_is_of_the_turns_that_were_asked_for(tiny, tmp_path)
 
 def test_text_leaves_no_gradient_behind_where_no_answer_was_judged(tiny, tmp_path, monkeypatch):
     """Nothing moves then: the text's gradient must not wait for the next step."""
-    monkeypatch.setattr("tritium.stages.ppo.open_reward", lambda *_: lambda ids, text, **_: Score(0.0))
+    monkeypatch.setattr("tritium.core.experience.open_reward", lambda *_: lambda ids, text, **_: Score(0.0))
     monkeypatch.setattr("tritium.core.experience.Experience.batches", lambda *_, **__: [])
     seen = []
     step = Trainer.step
@@ -229,7 +229,7 @@ def test_text_leaves_no_gradient_behind_where_no_answer_was_judged(tiny, tmp_pat
 @pytest.mark.parametrize("algorithm", ["rloo", "remax", "reinforce++", "gspo", "dr_grpo"])
 def test_every_algorithm_runs_as_a_stage(tiny, tmp_path, monkeypatch, algorithm):
     odd = lambda ids, text, **_: Score(float(ids[-1] % 2))  # noqa: E731
-    monkeypatch.setattr("tritium.stages.grpo.open_reward", lambda *_: odd)
+    monkeypatch.setattr("tritium.core.experience.open_reward", lambda *_: odd)
     settings = {"algorithm": algorithm, "prompts": 3, "group": 4, "beta": 0.02, "rounds": 2, "importance": 2.0}
     sections = {"model": tiny.model, "grpo": settings, "sampling": {"max_tokens": 6}}
     data = {"sources": [tiny.data("problems.jsonl")], "band": [0.1, 0.9]}
@@ -246,7 +246,7 @@ def test_ppo_goes_on_where_the_judge_fails_on_every_answer(tiny, tmp_path, monke
     def broken(ids, text, **_):
         raise OSError("the grader is down")
 
-    monkeypatch.setattr("tritium.stages.ppo.open_reward", lambda *_: broken)
+    monkeypatch.setattr("tritium.core.experience.open_reward", lambda *_: broken)
     settings = {"prompts": 2, "group": 1, "epochs": 2, "target_kl": 0.1, "stop_kl": 0.1}
     ppo.train(config(tiny, tmp_path, 2, ppo=settings))
     assert rows(tmp_path)[0]["beta"] == 0.05 and len(rows(tmp_path)) == 2
@@ -282,7 +282,9 @@ def test_actor_critic_reference_and_reward_share_a_base(tiny, tmp_path, monkeypa
     opened = ppo.open_networks
     monkeypatch.setattr(ppo, "open_networks", lambda *a: (seen.append(opened(*a)), seen[-1])[1])
     judges = []
-    monkeypatch.setattr(ppo, "open_reward", lambda *a: (judges.append(open_reward(*a)), judges[-1])[1])
+    monkeypatch.setattr(
+        "tritium.core.experience.open_reward", lambda *a: (judges.append(open_reward(*a)), judges[-1])[1]
+    )
 
     def run(name: str, steps: int) -> Path:
         made = config(tiny, tmp_path / name, steps, finetune=lora, reward_model=scorer, optim={"lr": 1e-2})

@@ -55,6 +55,15 @@ def test_online_pairs_are_drawn_and_judged_round_by_round(tiny, tmp_path, monkey
     assert all(row["margin"] != 0.0 for row in rows[1::2])
 
 
+def test_a_run_that_keeps_no_pair_says_that_it_learned_nothing(tiny, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("tritium.core.rewards.exact.ExactMatch.__call__", lambda self, ids, text, **_: Score(1.0))
+    arguments = [f"--model={tiny.model}", f"--data.sources={tiny.data('problems.jsonl')}", "--online", *QUICK]
+    arguments += ["--draw.prompts=2", "--draw.k=2", "--draw.sampling.max_tokens=2", "--run.steps=3"]
+    assert cli.main(["dpo", *arguments, f"--run.out={tmp_path}"]) == 0
+    assert "3 of 3 steps had nothing to learn from" in capsys.readouterr().err
+    assert all(row["pairs_kept"] == 0 for row in metrics(tmp_path) if "pairs_kept" in row)
+
+
 def test_kto_learns_from_answers_without_a_pair(tiny, tmp_path, capsys):
     rows = [{"prompt": f"{i}+1=", "completion": str(i + (i % 2)), "label": bool(i % 2)} for i in range(12)]
     rows.append({"prompt": "Q", "completion": "A", "label": "good"})
@@ -83,9 +92,9 @@ def test_a_reference_with_another_vocabulary_is_refused(tiny, tmp_path, capsys):
     ("setting", "words"),
     [
         (["--loss=ipo", "--label_smoothing=0.1"], "ipo has none"),
-        (["--label_smoothing=0.5"], "must be in [0, 0.5)"),
+        (["--label_smoothing=0.5"], "label_smoothing=0.5 must be below 0.5"),
         (["--loss=simpo", "--reference=x"], "simpo has no reference"),
-        (["--beta=0"], "beta=0.0 must be positive"),
+        (["--beta=0"], "beta=0.0 must be above 0"),
         (["--online", "--loss=kto"], "not with loss=kto"),
         (["--online", "--draw.prompts=0"], "draw.prompts=0 must be at least 1"),
         (["--loss=dpos"], "dpo"),

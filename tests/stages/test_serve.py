@@ -130,7 +130,7 @@ def test_models_are_listed(server):
         (CHAT, {"messages": HELLO, "temprature": 1}, 400, "unknown field 'temprature'; did you mean temperature?"),
         (CHAT, {"messages": HELLO, "prompt": "a"}, 400, "unknown field 'prompt'"),
         (CHAT, {"messages": HELLO, "temperature": "hot"}, 400, "temperature must be int or float"),
-        (CHAT, {"messages": HELLO, "temperature": -1}, 400, "temperature=-1 must be from 0"),
+        (CHAT, {"messages": HELLO, "temperature": -1}, 400, "temperature=-1 must be at least 0"),
         (CHAT, {"messages": HELLO, "max_tokens": True}, 400, "max_tokens must be int"),
         (CHAT, {"messages": HELLO, "n": 1000}, 400, "n=1000"),
         (CHAT, {"messages": HELLO, "logit_bias": {"a": 1}}, 400, "logit_bias must give numbers"),

@@ -13,10 +13,11 @@ import torch
 import tritium
 from tritium.core.config import ConfigError
 from tritium.core.data import DataConfig
-from tritium.core.experience import Experience, ProblemsConfig, problems_of
+from tritium.core.experience import Experience, ProblemsConfig
 from tritium.core.optim import OptimConfig
+from tritium.core.problems import Problem, problems_of
 from tritium.core.rewards import Score
-from tritium.core.rollout import Problem, Rollout, Sample
+from tritium.core.rollout import Rollout, Sample
 from tritium.core.run import LoopConfig, Result, RunConfig
 from tritium.core.setup import read_model
 from tritium.model.generate import Completion
@@ -57,7 +58,7 @@ def odd_is_right(monkeypatch):
     """A verifier under which an untrained model is sometimes right: an odd last token is."""
     judge = lambda ids, text, **_: Score(float(ids[-1] % 2))  # noqa: E731
     monkeypatch.setattr("tritium.stages.sample.make_reward", lambda spec, malformed=0.0: judge)
-    monkeypatch.setattr("tritium.stages.grpo.open_reward", lambda *_: judge)
+    monkeypatch.setattr("tritium.core.experience.open_reward", lambda *_: judge)
 
 
 # ---------------------------------------------------------------------------------------------- training
@@ -170,13 +171,14 @@ def test_a_step_that_ends_in_a_tools_words_is_scored_where_the_model_last_spoke(
     assert batch.fields["scored"][batch.supervised].tolist() == [0, 1, 0] * 2
 
 
-def test_grpo_steps_on_nothing_where_no_group_teaches(tiny, tmp_path):
+def test_grpo_steps_on_nothing_where_no_group_teaches_and_says_so(tiny, tmp_path, capsys):
     config = grpo_config(tiny, tmp_path, 2)
     config.grpo, config.sampling.max_tokens = grpo.GRPOConfig(prompts=2, group=2), 2
     result = grpo.train(config)  # two tokens are never an answer: every sample gets the same reward
     assert result.metrics["varied_groups"] == 0.0 and result.metrics["reward"] <= 0.0
     before, after = (tritium.load(folder, dtype=torch.float32) for folder in (tiny.model, result.checkpoint))
     assert all(torch.equal(a, b) for a, b in zip(before.parameters(), after.parameters(), strict=True))
+    assert "2 of 2 steps had nothing to learn from" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------------------------------------- sampling, measuring
@@ -217,7 +219,7 @@ def test_sample_that_finds_nothing_to_learn_says_so_and_one_that_does_says_how_m
 def test_evaluate_prints_one_json_object_whatever_was_skipped(tiny, tmp_path, capsys):
     problems = Path(tiny.data("problems.jsonl")).read_text() + '{"question": "no answer"}\n'
     (tmp_path / "problems.jsonl").write_text(problems)
-    config = evaluate.Config(f"{tmp_path}/problems.jsonl", json=True, save=f"{tmp_path}/a.jsonl", model=tiny.model)
+    config = evaluate.Config(data=f"{tmp_path}/problems.jsonl", json=True, save=f"{tmp_path}/a.jsonl", model=tiny.model)
     config.sampling.max_tokens = 8
     metrics = evaluate.train(config).metrics
     shown = capsys.readouterr()
@@ -278,10 +280,12 @@ def test_a_place_that_cannot_be_written_is_told_before_the_work(tiny, tmp_path, 
     assert f"{option}={tmp_path}/file" in shown and "can't be written: " in shown and "Traceback" not in shown
 
 
-def test_a_limit_leaves_something():
+def test_a_limit_leaves_something_and_a_seed_is_no_negative_number():
     for stage in (sample, evaluate):
         with pytest.raises(ConfigError, match="limit=0 must be at least 1"):
             stage.Config(limit=0, model="m")
+        with pytest.raises(ConfigError, match="seed=-1 must be at least 0"):  # numpy's seeds have no sign
+            stage.Config(seed=-1, model="m")
 
 
 def test_evaluate_needs_something_to_measure(tiny):
