@@ -8,7 +8,7 @@ pack                a group is never split; what was not judged, or teaches noth
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 from torch import nn
@@ -82,15 +82,18 @@ class PolicyStage:
     mesh: MeshConfig = opt(MeshConfig, "parallelism")
     finetune: FinetuneConfig = opt(FinetuneConfig, "what of the policy is trained")
 
-    def check_sampling(self, importance: float, name: str) -> None:
-        """Raises: ConfigError for answers that teach nothing, or whose log-probs are not those of what drew them."""
-        sampling = self.sampling
+    def check_objective(self, beta: float, importance: float, name: str) -> None:
+        """Raises: ConfigError for answers that teach nothing, or whose log-probs are not those of what drew them, and
+        for a reference that nothing would ask. `name` is that of the objective's section."""
+        sampling, given = self.sampling, asdict(self.reference)
+        if not beta and given != asdict(ReferenceConfig()):
+            raise ConfigError(f"reference is for the KL to it, which {name}.beta=0 leaves out: give {name}.beta")
         if not sampling.temperature:
             raise ConfigError("sampling.temperature=0: a group of equal answers teaches nothing; it must be positive")
         cut = sampling.top_k or sampling.top_p < 1 or sampling.min_p
         if importance and (sampling.temperature != 1 or cut or sampling.options().edits):
             needs = "sampling.temperature=1, no top_k, top_p, min_p, penalties or no_repeat_ngram"
-            raise ConfigError(f"{name}={importance} compares log-probs: it needs {needs}")
+            raise ConfigError(f"{name}.importance={importance} compares log-probs: it needs {needs}")
 
 
 def open_experience(

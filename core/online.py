@@ -22,6 +22,8 @@ from tritium.core.tokenizer import Tokenizer
 from tritium.core.trainer import Trainer
 from tritium.parallel.data import all_reduce_counts
 
+PAIRS = ("student", "teacher", "best")  # whose the better answer of a pair may be
+
 
 @dataclass
 class DrawConfig:
@@ -48,7 +50,7 @@ def open_rounds(
     networks: dict[str, nn.Module],
     objective: Objective,
     tokenizer: Tokenizer,
-    positive_from: str = "student",
+    kind: str = "student",
 ) -> "tuple[Trainer, Rounds]":
     """The trainer of stage `name` on rounds. Raises: ConfigError for options that rounds have no use for."""
     draw, policy, reference = config.draw, networks["policy"], networks.get("reference")
@@ -63,19 +65,20 @@ def open_rounds(
     total = config.run.steps or math.ceil(config.run.epochs * len(problems) / draw.prompts) * draw.updates
     settings = {"name": name, "total_steps": total, "followers": ["reference"] if draw.refresh else []}
     trainer = Trainer(networks, objective, config, policy.mesh, **settings, tokenizer=tokenizer, skipped=skipped)
-    return trainer, Rounds(trainer, tokenizer, problems, config, positive_from)
+    return trainer, Rounds(trainer, tokenizer, problems, config, kind)
 
 
 @dataclass
 class Rounds:
-    """What a stage that draws takes its batches from. `settings` is its config: `draw`, `data`, `run`. The better
-    answers are the "student"'s, the "teacher"'s, or the "best" of both; without `positive_from`, no pairs are made."""
+    """What a stage that draws takes its batches from. `settings` is its config: `draw`, `data`, `run`. `kind` says
+    whose the better answers of pairs are, the "student"'s, the "teacher"'s, or the "best" of both; or that there are no
+    pairs, but the student's answers ("on_policy") or the teacher's ("sequence")."""
 
     trainer: Trainer
     tokenizer: Tokenizer
     problems: list[Problem]
     settings: Any
-    positive_from: str = "student"
+    kind: str = "student"
 
     def __post_init__(self):
         draw, run = self.settings.draw, self.settings.run
@@ -86,7 +89,7 @@ class Rounds:
         draw, trainer = self.settings.draw, self.trainer
         number, done = divmod(step, draw.updates)
         with trainer.phase("sample"), trainer.whole(layers=True):
-            groups, numbers = self.pairs(number) if self.positive_from else self.single(number)
+            groups, numbers = self.pairs(number) if self.kind in PAIRS else self.single(number)
         batches = self.packed(groups)
         for i in range(done, min(draw.updates, trainer.total_steps - number * draw.updates)):
             yield batches[i :: draw.updates], numbers
@@ -101,22 +104,28 @@ class Rounds:
         return roll_out(self.trainer.networks[network], self.tokenizer, chosen, self.reward, draw.sampling, **drawn)
 
     def single(self, number: int) -> tuple[list[Group], dict[str, float]]:
-        """This rank's answers of round `number`."""
-        return [[sample_document(s, {})] for s in self.answers("policy", number, 0).samples], {}
+        """This rank's answers of round `number`, and numbers over all ranks."""
+        drawn = self.answers("teacher" if self.kind == "sequence" else "policy", number, 0)
+        return [[sample_document(s, {})] for s in drawn.samples], self.numbers(drawn, {})[0]
+
+    def numbers(self, drawn: Rollout, counts: dict[str, float]) -> tuple[dict[str, float], dict[str, float]]:
+        """How many answers are right, how often the judge failed; and these counts, over all ranks."""
+        counts |= {"samples": len(drawn.samples), "right": sum(s.right for s in drawn.samples)}
+        counts["verifier_failures"] = sum(drawn.failures.values())
+        total = all_reduce_counts({k: float(v) for k, v in counts.items()}, self.trainer.mesh)
+        right = total["right"] / (total["samples"] or 1.0)
+        return {"right": right, "verifier_failures": total["verifier_failures"]}, total
 
     def pairs(self, number: int) -> tuple[list[Group], dict[str, float]]:
         """This rank's pairs of round `number`, and numbers over all ranks."""
-        alone = self.positive_from == "student"
+        alone = self.kind == "student"
         own = self.answers("policy", number, 0)
         theirs = Rollout([[] for _ in own.groups]) if alone else self.answers("teacher", number, 1)
         both = list(zip(own.groups, theirs.groups, strict=True))
-        found = [pair_of(*answers, self.positive_from, self.settings.draw.margin) for answers in both]
+        found = [pair_of(*answers, self.kind, self.settings.draw.margin) for answers in both]
         groups = [[sample_document(s, {}) for s in pair] for pair in found if pair]
-        counts = {"tried": len(found), "kept": len(groups), "samples": len(own.samples)}
-        counts |= {"right": sum(s.right for s in own.samples), "failures": sum(own.failures.values())}
-        counts["taught"] = sum(any(p[0] is s for s in t) for p, (_, t) in zip(found, both, strict=True) if p)
-        total = all_reduce_counts({k: float(v) for k, v in counts.items()}, self.trainer.mesh)
-        numbers = {"right": total["right"] / (total["samples"] or 1.0), "verifier_failures": total["failures"]}
+        taught = sum(any(p[0] is s for s in t) for p, (_, t) in zip(found, both, strict=True) if p)
+        numbers, total = self.numbers(own, {"tried": len(found), "kept": len(groups), "taught": taught})
         numbers["pairs_kept"] = total["kept"] / (total["tried"] or 1.0)
         if not alone:
             numbers["positives_from_teacher"] = total["taught"] / (total["kept"] or 1.0)
@@ -125,7 +134,7 @@ class Rounds:
     def packed(self, groups: list[Group]) -> list[PackedBatch]:
         """Batches, as many as the round has steps where there are groups for it; pairs with their denominators."""
         given = (groups, self.settings.data, self.settings.draw.updates, self.trainer.mesh)
-        return pack_updates(*given, pair_counts) if self.positive_from else pack_updates(*given)
+        return pack_updates(*given, pair_counts) if self.kind in PAIRS else pack_updates(*given)
 
 
 def pair_counts(pairs: Sequence[Group]) -> dict[str, float]:

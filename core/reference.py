@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from tritium.core.config import ConfigError, check_ranges, opt
-from tritium.core.setup import FinetuneConfig, load_model, load_reference
+from tritium.core.setup import FinetuneConfig, check_same_vocabulary, load_model, load_reference
 from tritium.model.transformer import Transformer
 from tritium.parallel.mesh import Mesh
 from tritium.parallel.tensor import shard, unshard
@@ -38,6 +38,7 @@ def open_policy(
     if reference is None:
         return {"policy": policy}
     if reference.model:
+        check_same_vocabulary(folder, reference.model, "reference.model")
         other = load_model(reference.model, dtype, mesh, frozen=True)
     else:
         other = load_reference(folder, dtype, mesh, policy)

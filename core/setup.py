@@ -209,3 +209,13 @@ def load_tokenizer(folder: str, model: Transformer | ScalarModel | None = None, 
         tokenizer = tokenizer.with_template(template)
         find_template(tokenizer)
     return tokenizer
+
+
+def check_same_vocabulary(model: str, other: str, option: str) -> None:
+    """Raises: UserError where the folders' tokenizers differ: token for token, the models must mean the same."""
+    ours, theirs = load_tokenizer(model), load_tokenizer(other)
+    if ours.fingerprint != theirs.fingerprint:
+        raise UserError(
+            f"{option}={other} has another vocabulary ({theirs.vocab_size} tokens) than {model} ({ours.vocab_size}): "
+            "what they say of a token can't be compared; take one with the same tokenizer"
+        )

@@ -6,10 +6,11 @@
 
     logit       the teacher's distribution at each token of given answers
     on_policy   the same on answers that the student draws (GKD, arXiv 2306.13649)
+    sequence    the cross-entropy of answers that the teacher draws (Kim & Rush, arXiv 1606.07947, section 3.2)
     dual        student and teacher answer problems; a judge makes pairs of them; a loss of pairs, and the KL to the
                 teacher on the tokens of the better and of the worse answers (core/objectives/distill.py)
 
-Sequence-level distillation is `tritium sample --model=TEACHER`, then `tritium sft` on its sft.jsonl.
+Of a sequence's answers only the right ones are learned by `tritium sample --model=TEACHER`, then `tritium sft`.
 """
 
 from dataclasses import dataclass
@@ -23,33 +24,35 @@ from tritium.core.groups import conversation_group
 from tritium.core.kept import Kept, kept_file
 from tritium.core.objectives.base import Objective
 from tritium.core.objectives.distill import Distill, DualLevel
+from tritium.core.objectives.likelihood import CrossEntropy
 from tritium.core.objectives.preference import LOSSES, REFERENCE_FREE, PairOptions
-from tritium.core.online import DrawConfig, open_rounds
+from tritium.core.online import PAIRS, DrawConfig, open_rounds
 from tritium.core.optim import OptimConfig
 from tritium.core.records import open_records
 from tritium.core.run import Result, RunConfig
 from tritium.core.schedule import ScheduleConfig
-from tritium.core.setup import MeshConfig, load_model, load_tokenizer, start
+from tritium.core.setup import MeshConfig, check_same_vocabulary, load_model, load_tokenizer, start
 from tritium.kernels.linear_kl import KINDS as DIVERGENCES
 from tritium.parallel.mesh import Mesh
-from tritium.stages.dpo import check_same_vocabulary
+
+MODES = ("logit", "on_policy", "sequence", "dual")
 
 
 @dataclass
 class Config:
     model: str = opt(REQUIRED, "folder of the student, with its tokenizer")
     teacher: str = opt(REQUIRED, "folder of the teacher, with the same tokenizer")
-    mode: str = opt("logit", "what is learned on", choices=("logit", "on_policy", "dual"))
+    mode: str = opt("logit", "what is learned on", choices=MODES)
     kind: str = opt("forward", "the divergence: KL(teacher ‖ student), its reverse, or JSD", choices=DIVERGENCES)
     temperature: float = opt(1.0, "of both distributions (dual: 1)", above=0)
     sft: float = opt(0.0, "logit: weight of the answers' cross-entropy")
     top_k: int = opt(0, "logit: the teacher's tokens that are kept over epochs (0: it runs each step)", least=0)
-    positive_from: str = opt("best", "dual: who gives the better answer", choices=("student", "teacher", "best"))
+    positive_from: str = opt("best", "dual: who gives the better answer", choices=PAIRS)
     pairs: str = opt("dpo", "dual: the loss of pairs", choices=tuple(LOSSES))
     beta: float = opt(0.1, "dual: how strongly the student is held to the reference", above=0)
     weights: list[float] = opt([1.0, 1.0, 1.0], "dual: of the pairs, of KL on the better answers, and on the worse")
-    draw: DrawConfig = opt(DrawConfig, "on_policy, dual: how answers come about, and who judges them")
-    data: DataConfig = opt(DataConfig, "conversations; on_policy, dual: problems")
+    draw: DrawConfig = opt(DrawConfig, "all but logit: how answers come about, and who judges them")
+    data: DataConfig = opt(DataConfig, "logit: conversations; else problems")
     optim: OptimConfig = opt(OptimConfig(lr=5e-5), "optimizer")
     schedule: ScheduleConfig = opt(ScheduleConfig, "learning rate over the run")
     run: RunConfig = opt(RunConfig, "the run itself")
@@ -64,7 +67,7 @@ class Config:
 
 
 def train(config: Config) -> Result:
-    """Train the student; `loss` is the divergence per token, or that of the pairs."""
+    """Train the student; `loss` is the divergence or cross-entropy per token, or that of the pairs."""
     mesh = start(config, "distill")
     networks = open_networks(config, mesh)
     tokenizer = load_tokenizer(config.model, networks["policy"], config.data.template)
@@ -72,7 +75,7 @@ def train(config: Config) -> Result:
     if given := config.mode == "logit":
         trainer, bins = open_records(*run, conversation_group(tokenizer, config.data))
     else:
-        trainer, rounds = open_rounds(*run, config.positive_from if config.mode == "dual" else "")
+        trainer, rounds = open_rounds(*run, config.positive_from if config.mode == "dual" else config.mode)
     for step in trainer.steps():
         # ------------------------------------------------------------------------------------------------------
         for batches, numbers in [(bins.step(step, trainer.ramp), {})] if given else rounds.steps(step):
@@ -101,6 +104,8 @@ def open_networks(config: Config, mesh: Mesh) -> dict[str, nn.Module]:
 def objective_of(config: Config, mesh: Mesh) -> Objective:
     if config.mode == "dual":
         return DualLevel(config.pairs, PairOptions(config.beta), weights=tuple(config.weights), kind=config.kind)
+    if config.mode == "sequence":
+        return CrossEntropy()
     sft = config.sft if config.mode == "logit" else 0.0
     asked = (config.run.dtype, config.top_k, config.temperature)
     kept = Kept(kept_file(config.run.out, model_folder(config.teacher), mesh, *asked)) if config.top_k else None

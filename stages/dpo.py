@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from tritium.core.checkpoint import model_folder
-from tritium.core.config import REQUIRED, ConfigError, UserError, check_ranges, opt
+from tritium.core.config import REQUIRED, ConfigError, check_ranges, opt
 from tritium.core.data import DataConfig
 from tritium.core.groups import feedback_group, preference_group
 from tritium.core.kept import Kept, kept_file
@@ -27,8 +27,9 @@ from tritium.core.objectives.preference import KTO, LOSSES, REFERENCE_FREE, Pair
 from tritium.core.online import DrawConfig, open_rounds
 from tritium.core.optim import OptimConfig
 from tritium.core.records import open_records
+from tritium.core.rewards.model import FilterConfig
 from tritium.core.run import Result, TrainingConfig
-from tritium.core.setup import load_model, load_reference, load_tokenizer, start
+from tritium.core.setup import check_same_vocabulary, load_model, load_reference, load_tokenizer, start
 from tritium.parallel.mesh import Mesh
 
 SMOOTHED = ("dpo", "dpo_norm", "robust", "simpo", "cpo")  # the losses that know wrong labels
@@ -49,6 +50,7 @@ class Config(TrainingConfig):
     undesirable: float = opt(1.0, "kto: weight of bad answers")
     sft: float | None = opt(None, "weight of the chosen answer's −log-prob (default: the paper's; dpo: 0)")
     data: DataConfig = opt(DataConfig, "preference pairs; kto: also answers with a label")
+    filter: FilterConfig = opt(FilterConfig, "pairs: which are left out as noise")
     optim: OptimConfig = opt(OptimConfig(lr=2e-5), "optimizer")
 
     def __post_init__(self):
@@ -61,6 +63,8 @@ class Config(TrainingConfig):
             raise ConfigError(f"reference={self.reference}: {self.loss} has no reference; leave it out")
         if self.online and self.loss == "kto":
             raise ConfigError("online draws pairs: not with loss=kto")
+        if self.filter.models and (self.online or self.loss == "kto"):
+            raise ConfigError("filter.models is for pairs from files: not with online, nor loss=kto (see draw.margin)")
 
 
 def train(config: Config) -> Result:
@@ -74,7 +78,7 @@ def train(config: Config) -> Result:
         trainer, rounds = open_rounds(*run)
     else:
         convert, count = (feedback_group, "groups") if config.loss == "kto" else (preference_group, "pairs")
-        trainer, bins = open_records(*run, convert(tokenizer), count)
+        trainer, bins = open_records(*run, config.filter.around(convert(tokenizer), config.run.dtype, mesh), count)
     for step in trainer.steps():
         # ------------------------------------------------------------------------------------------------------
         for batches, numbers in rounds.steps(step) if config.online else [(bins.step(step, trainer.ramp), {})]:
@@ -104,16 +108,6 @@ def open_networks(config: Config, mesh: Mesh) -> dict[str, nn.Module]:
         return {"policy": policy, "reference": load_reference(config.model, dtype, mesh, policy)}
     check_same_vocabulary(config.model, config.reference, "reference")
     return {"policy": policy, "reference": load_model(config.reference, dtype, mesh, frozen=True)}
-
-
-def check_same_vocabulary(model: str, other: str, key: str) -> None:
-    """Raises: UserError where the folders' tokenizers differ: token for token, the models must mean the same."""
-    ours, theirs = load_tokenizer(model), load_tokenizer(other)
-    if ours.fingerprint != theirs.fingerprint:
-        raise UserError(
-            f"{key}={other} has another vocabulary ({theirs.vocab_size} tokens) than {model} ({ours.vocab_size}): "
-            "their log-probs can't be compared; take one with the same tokenizer"
-        )
 
 
 if __name__ == "__main__":

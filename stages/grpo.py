@@ -67,7 +67,7 @@ class Config(PolicyStage):
     optim: OptimConfig = opt(OptimConfig(lr=5e-5, weight_decay=0.0), "optimizer")
 
     def __post_init__(self):
-        self.check_sampling(self.grpo.importance, "grpo.importance")
+        self.check_objective(self.grpo.beta, self.grpo.importance, "grpo")
 
 
 def train(config: Config) -> Result:

@@ -24,7 +24,7 @@ from tritium.core.objectives.policy import PPO, adapted
 from tritium.core.optim import OptimConfig
 from tritium.core.reference import open_policy
 from tritium.core.run import Result
-from tritium.core.setup import FinetuneConfig, read_model, start
+from tritium.core.setup import FinetuneConfig, check_same_vocabulary, read_model, start
 from tritium.core.tokenizer import Tokenizer
 from tritium.core.trainer import Trainer
 from tritium.model.adapters import twin
@@ -85,7 +85,7 @@ class Config(PolicyStage):
     finetune: FinetuneConfig = opt(FinetuneConfig, "what is trained of the policy, and an adapter of the critic, too")
 
     def __post_init__(self):
-        self.check_sampling(self.ppo.importance, "ppo.importance")
+        self.check_objective(self.ppo.beta, self.ppo.importance, "ppo")
 
 
 def train(config: Config) -> Result:
@@ -136,15 +136,16 @@ def objective_of(config: Config) -> PPO:
 
 def open_networks(config: Config, mesh: Mesh) -> dict[str, nn.Module]:
     """Policy, critic, and the reference where the KL to it counts. The critic's head starts at 0; where adapters are
-    trained and it starts from the same base, or from an adapter of it, that base is here once for all."""
+    trained and it starts from the same base, or from an adapter of it, that base is here once for all.
+
+    Raises: UserError where reference or critic have another vocabulary: they read the policy's tokens."""
     dtype, reference = config.run.dtype, config.reference if config.ppo.beta else None
     networks = open_policy(config.model, dtype, mesh, config.finetune, config.run.seed, reference)
     folder = config.critic or config.reward_model or config.model
+    check_same_vocabulary(config.model, folder, "critic")
     critic = twin(networks["policy"], model_folder(folder), config.run.seed + 1) or read_model(folder, dtype, mesh)
     networks["critic"] = ScalarModel(decoder_of(critic))
     networks["critic"].score.data.zero_()
-    if networks["critic"].config.vocab_size != networks["policy"].config.vocab_size:
-        raise ConfigError("the critic reads the policy's tokens: it must have the same vocabulary; set critic=")
     return networks
 
 

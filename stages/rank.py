@@ -19,21 +19,20 @@ import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import combinations
 from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
 
 import numpy as np
 
-from tritium.core.config import REQUIRED, ConfigError, UserError, opt
+from tritium.core.config import REQUIRED, UserError, check_ranges, opt
 from tritium.core.formats import LONE_SURROGATE, DataError, Message, RecordError, Skipped, open_prompt, read_records
 from tritium.core.output import make_room_for
 from tritium.core.run import Result
+from tritium.core.web import Handler, RequestError, Server
 
 SHOWS_ITS_RESULT = True
 ONE_PROCESS = True
-LONGEST = 1 << 20  # bytes of a request
 
 
 @dataclass
@@ -42,7 +41,10 @@ class Config:
     out: str = opt("rankings.jsonl", "file that rankings are added to; what is in it is not asked again")
     who: str = opt("", "who ranks (default: the user's name)")
     terminal: bool = opt(False, "ask in the terminal, without a web page")
-    port: int = opt(8808, "of the web page")
+    port: int = opt(8808, "of the web page (0: any that is free)", least=0, below=1 << 16)
+
+    def __post_init__(self):
+        check_ranges(self)
 
 
 @dataclass
@@ -198,7 +200,9 @@ def train(config: Config) -> Result:
     if config.terminal:
         ask(session, who)
     else:
-        serve(session, config.port, who)
+        server = make_server(session, config.port, who)
+        print(f"http://127.0.0.1:{server.server_port}  (Ctrl-C ends; rankings go to {config.out})", file=sys.stderr)
+        server.run()
     return Result(config.out, {"ranked": float(len(session.done) - before)})
 
 
@@ -224,73 +228,49 @@ def ask(session: Session, who: str) -> None:
                 return
 
 
-def serve(session: Session, port: int, who: str) -> None:
-    """The page, on this machine only. Raises: ConfigError where the port is taken."""
-    try:
-        server = make_server(session, port, who)
-    except OSError as error:
-        raise ConfigError(f"port={port}: {error.strerror}; take another") from None
-    print(f"http://127.0.0.1:{server.server_port}  (Ctrl-C ends; rankings go to {session.out})", file=sys.stderr)
-    try:
-        server.serve_forever()
-    except KeyboardInterrupt:
-        print(file=sys.stderr)
-    finally:
-        server.server_close()
-
-
-def make_server(session: Session, port: int, who: str) -> ThreadingHTTPServer:
+def make_server(session: Session, port: int, who: str) -> Server:
+    """The page, on this machine only. Raises: UserError where the port is taken."""
     page = Path(__file__).with_name("rank.html").read_text("utf-8")
 
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self):
+    class Page(Handler):
+        longest = 1 << 20
+
+        def do_GET(self) -> None:
             address = urlsplit(self.path)
             if not self.local():
-                self.reply(403, {"error": "this page is for this machine only"})
+                self.send_failure("this page is for this machine only", 403)
             elif address.path == "/":
-                self.reply(200, page, "text/html; charset=utf-8")
+                self.send(200, page)
             elif address.path == "/next":
                 query = {key: values[0] for key, values in parse_qs(address.query).items()}
                 name = query.get("who", "").strip() or who
                 if (skip := query.get("skip", "")).isdecimal() and len(skip) < 10:
                     session.skipped.add((name, int(skip)))
-                self.reply(200, session.next(name))
+                self.send(200, session.next(name))
             else:
-                self.reply(404, {"error": f"there is no {address.path}"})
+                self.send_failure(f"there is no {address.path}", 404)
 
         def local(self) -> bool:
             """Not a page from elsewhere whose name was made to mean this machine."""
             return self.headers.get("Host", "").partition(":")[0] in ("127.0.0.1", "localhost")
 
-        def do_POST(self):
+        def do_POST(self) -> None:
             try:
-                size = int(self.headers.get("Content-Length", 0))
+                body = self.read_json()
                 typed = self.headers.get("Content-Type") == "application/json"  # which another site's form can't send
-                if self.path != "/rank" or not typed or not self.local() or not 0 <= size <= LONGEST:
-                    raise UserError("POST JSON to /rank")
-                body = json.loads(self.rfile.read(size))
+                if self.path != "/rank" or not typed or not self.local():
+                    raise RequestError("POST JSON to /rank")
                 place, name = int(body["id"]), str(body.get("who", "")).strip() or who
                 if not 0 <= place < len(session.items):
-                    raise UserError(f"there is no item {place}")
+                    raise RequestError(f"there is no item {place}")
                 session.record(place, name, str(body["verdict"]))
-                self.reply(200, {"left": len(session.left(name))})
-            except UserError as error:
-                self.reply(400, {"error": str(error)})
-            except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
-                self.reply(400, {"error": f"malformed request ({type(error).__name__}: {error})"})
+                self.send(200, {"left": len(session.left(name))})
+            except (RequestError, UserError) as error:
+                self.send_failure(str(error), 400)
+            except (KeyError, TypeError, ValueError, OverflowError) as error:
+                self.send_failure(f"malformed request ({type(error).__name__}: {error})", 400)
 
-        def reply(self, code: int, body: dict | str, kind: str = "application/json"):
-            data = (body if isinstance(body, str) else json.dumps(body)).encode()
-            self.send_response(code)
-            self.send_header("Content-Type", kind)
-            self.send_header("Content-Length", str(len(data)))
-            self.end_headers()
-            self.wfile.write(data)
-
-        def log_message(self, *arguments):
-            pass
-
-    return ThreadingHTTPServer(("127.0.0.1", port), Handler)
+    return Server("127.0.0.1", port, Page)
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from tritium.core.objectives.base import Objective
 from tritium.core.objectives.reward import Comparison, Listwise, Pairwise, Process, Scoring
 from tritium.core.optim import OptimConfig
 from tritium.core.records import open_records
+from tritium.core.rewards.model import FilterConfig
 from tritium.core.run import Result, TrainingConfig
 from tritium.core.setup import load_model, load_tokenizer, start
 from tritium.core.tokenizer import Tokenizer
@@ -54,6 +55,7 @@ class Config(TrainingConfig):
     highest: float = opt(1.0, "score: the best score that a record can have; the worst is 0", above=0)
     pooling: str = opt("last", "an answer's score: of its last token, or all tokens' mean", choices=("last", "mean"))
     data: DataConfig = opt(DataConfig, "records of the form that the loss wants")
+    filter: FilterConfig = opt(FilterConfig, "pairs: which are left out as noise")
     optim: OptimConfig = opt(OptimConfig(lr=1e-4), "optimizer")
 
     def __post_init__(self):
@@ -66,6 +68,8 @@ class Config(TrainingConfig):
             raise ConfigError(f"heads={','.join(self.heads)}: give one name or more, all different, each a word")
         if (self.heads != ["score"] or self.highest != 1) and self.loss != "score":
             raise ConfigError(f"heads and highest are for --loss=score, not --loss={self.loss}")
+        if self.filter.models and KINDS[self.loss][1] != "pairs":
+            raise ConfigError(f"filter.models is for pairs, not --loss={self.loss}")
         if self.pooling == "mean" and self.loss == "process":
             raise ConfigError("--loss=process pools nothing: --pooling=last")
 
@@ -78,6 +82,7 @@ def train(config: Config) -> Result:
     heads = config.heads if config.loss == "score" else ["reward"]
     model = ScalarModel(decoder, heads, config.pooling).initialize(config.run.seed)
     networks, objective, convert = {"reward": model}, objective_of(config), converter_of(config, tokenizer)
+    convert = config.filter.around(convert, config.run.dtype, mesh)
     trainer, bins = open_records(config, "reward", networks, objective, tokenizer, convert, KINDS[config.loss][1])
     for step in trainer.steps():
         batches = bins.step(step, trainer.ramp)

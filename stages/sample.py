@@ -30,8 +30,7 @@ from tritium.core.rewards.make import make_reward
 from tritium.core.rollout import AskConfig, Rollout, Sample, gather, roll_out
 from tritium.core.run import Result
 from tritium.core.select import distinct_paths, rejection_sample
-from tritium.core.setup import MeshConfig, join, load_model
-from tritium.stages.dpo import check_same_vocabulary
+from tritium.core.setup import MeshConfig, check_same_vocabulary, join, load_model
 
 FILES = ("sft", "pairs", "rankings")
 

@@ -18,7 +18,6 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
 from functools import partial
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 from tritium.core.chat import render, stop_ids
@@ -26,14 +25,13 @@ from tritium.core.config import ConfigError, UserError, nearest, opt
 from tritium.core.rollout import AskConfig, SamplingConfig
 from tritium.core.run import Result
 from tritium.core.tokenizer import Tokenizer
+from tritium.core.web import Handler, RequestError, Server, to_json
 from tritium.model.generate import Engine, Event, Running
 from tritium.model.sampling import Options
 from tritium.model.transformer import Transformer
 
 SHOWS_ITS_RESULT = True
 ONE_PROCESS = True
-LONGEST_BODY = 16 << 20  # bytes
-PATIENCE = 60.0  # seconds for a client to send its request
 
 
 @dataclass
@@ -52,23 +50,10 @@ class Config(AskConfig):
 
 def train(config: Config) -> Result:
     """Serve until Ctrl-C."""
-    server = Server(config, *config.open())
+    server = ModelServer(config, *config.open())
     print(f"serving {config.model} at http://{config.host}:{server.server_port}/v1 (Ctrl-C ends)", file=sys.stderr)
-    try:
-        server.serve_forever()
-    except KeyboardInterrupt:
-        print("\nstopped", file=sys.stderr)
-    finally:
-        server.close()
+    server.run()
     return Result(config.model)
-
-
-class RequestError(Exception):
-    """A request that can't be served: the sentence, and the HTTP status."""
-
-    def __init__(self, message: str, status: int = 400):
-        super().__init__(message)
-        self.status = status
 
 
 class Worker(threading.Thread):
@@ -250,43 +235,27 @@ def read_prompts(body: dict[str, Any], chat: bool, tokenizer: Tokenizer) -> list
 # Answers --------------------------------------------------------------------------------------------------------------
 
 
-class Server(ThreadingHTTPServer):
-    """Listens once made. Raises: UserError where the address can't be had."""
-
-    daemon_threads = True
+class ModelServer(Server):
+    """A server with the thread that runs its engine."""
 
     def __init__(self, config: Config, model: Transformer, tokenizer: Tokenizer):
         self.tokenizer, self.sampling, self.name = tokenizer, config.sampling, config.model
         self.worker = Worker(config.engine(model, tokenizer))
-        try:
-            super().__init__((config.host, config.port), Handler)
-        except OSError as error:
-            raise UserError(f"host={config.host}, port={config.port}: {error.strerror}") from None
+        super().__init__(config.host, config.port, Connection)
         self.worker.start()
 
-    def close(self) -> None:
-        self.server_close()
+    def server_close(self) -> None:
+        super().server_close()
         self.worker.asked.put(None)
-        self.worker.join(timeout=10)  # a thread within torch when the interpreter ends aborts the process
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that has gone is no news; anything else is, in a line."""
-        error = sys.exception()
-        if not isinstance(error, (ConnectionError, TimeoutError)):
-            print(f"{client_address[0]}: {type(error).__name__}: {error}", file=sys.stderr)
+        if self.worker.is_alive():
+            self.worker.join(timeout=10)  # a thread within torch when the interpreter ends aborts the process
 
 
-class Handler(BaseHTTPRequestHandler):
+class Connection(Handler):
     """One connection."""
 
-    server: Server
-    protocol_version = "HTTP/1.1"
-    server_version = "tritium"
-    timeout = PATIENCE
+    server: ModelServer
     started = False  # whether the status line has gone out
-
-    def log_message(self, *args: Any) -> None:
-        """Not a line for each request."""
 
     def do_GET(self) -> None:
         if self.path.partition("?")[0].rstrip("/") == "/v1/models":
@@ -299,7 +268,7 @@ class Handler(BaseHTTPRequestHandler):
         self.started = False
         path = self.path.partition("?")[0].rstrip("/")
         try:
-            body = self.read_body()
+            body = self.read_json()
             if path not in ("/v1/chat/completions", "/v1/completions"):
                 raise RequestError(f"there is no {self.path}: POST /v1/chat/completions or /v1/completions", 404)
             asked = read_request(body, "chat" in path, self.server.tokenizer, self.server.sampling)
@@ -310,17 +279,6 @@ class Handler(BaseHTTPRequestHandler):
             raise
         except Exception as error:
             self.send_failure(f"{type(error).__name__}: {error}", 500)
-
-    def read_body(self) -> Any:
-        """Raises: RequestError for a body that isn't JSON, or is too long."""
-        length = self.headers.get("Content-Length", "")
-        if not length.isdecimal() or int(length) > LONGEST_BODY:
-            self.close_connection = True  # what follows can't be told from a next request
-            raise RequestError(f"Content-Length: {length or 'none'}; up to {LONGEST_BODY} bytes are wanted", 413)
-        try:
-            return json.loads(self.rfile.read(int(length)))
-        except (ValueError, RecursionError) as error:
-            raise RequestError(f"the request's body is not JSON: {error}") from None
 
     def answer(self, asked: Asked) -> None:
         """Raises: ValueError where a prompt is impossible; ConnectionError where the client has gone."""
@@ -395,32 +353,15 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(b"data: " + to_json(value) + b"\n\n")
         self.wfile.flush()
 
-    def send_failure(self, message: str, status: int) -> None:
-        error = {"error": {"message": message, "type": "server_error" if status >= 500 else "invalid_request_error"}}
+    def send(self, status: int, value: dict[str, Any] | str) -> None:
+        """What goes wrong within a stream is an event of it."""
         if self.started:
-            self.send_event(error)
+            self.send_event(value)
         else:
-            self.send(status, error)
-
-    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
-        """What the base class says of malformed HTTP and of methods that are not here."""
-        self.close_connection = True
-        self.send_failure(message or "this is no HTTP request", code)
-
-    def send(self, status: int, value: dict[str, Any]) -> None:
-        body = to_json(value)
-        self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
+            super().send(status, value)
 
 
 REASONS = {"stop": "stop", "length": "length", "context": "length", "cancelled": "stop"}
-
-
-def to_json(value: dict[str, Any]) -> bytes:
-    return json.dumps(value, ensure_ascii=False).encode("utf-8", "backslashreplace")  # a lone surrogate is \udXXX
 
 
 def chunk(index: int, said: dict[str, Any], reason: str | None = None) -> dict[str, Any]:

@@ -1,10 +1,18 @@
-"""The judge that a stage asks for: what its `reward` says, and its reward model."""
+"""The judges that a stage asks for: what its `reward` says, its reward model, and those that filter its pairs."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from tritium.core.batch import Group
 from tritium.core.checkpoint import model_folder
-from tritium.core.config import ConfigError
-from tritium.core.rewards import Reward
+from tritium.core.config import ConfigError, check_ranges, opt
+from tritium.core.formats import RecordError, preference
+from tritium.core.rewards import Answer, Reward, Score, scores
 from tritium.core.rewards.make import WeightedSum, make_reward
 from tritium.core.rewards.scorer import ModelReward
+from tritium.core.select import agreed_pairs
 from tritium.model.adapters import twin
 from tritium.model.transformer import Transformer
 from tritium.parallel.mesh import Mesh
@@ -35,3 +43,32 @@ def open_reward(
     judges: dict[str, Reward] = {"reward_model": scorer}
     judges |= {"reward": judge} if judge else {}
     return WeightedSum(judges, {"reward_model": weight, "reward": 1.0})
+
+
+@dataclass
+class FilterConfig:
+    """Which pairs are left out as noise: those that reward models find too close, or disagree on."""
+
+    models: list[str] = opt([], "folders of the reward models that are asked (empty: all pairs are learned)")
+    margin: float = opt(0.0, "by how much the chosen answer's mean score must be better, more than this")
+    agreement: float = opt(0.5, "least share of the models that prefer the chosen answer", least=0, most=1)
+
+    def __post_init__(self):
+        check_ranges(self, "filter.")
+
+    def around(self, convert: Callable[[dict], Group], dtype: str, mesh: Mesh) -> Callable[[dict], Group]:
+        """`convert`, which raises RecordError for noise."""
+        judges = [ModelReward(folder, dtype, mesh) for folder in self.models]
+
+        def checked(record: dict) -> Group:
+            prompt, *texts = preference(record)
+            answers = [Answer((), text, messages=prompt) for text in texts]
+            given = [scores(judge, answers) for judge in judges]  # [models, 2]
+            if not all(isinstance(score, Score) for row in given for score in row):
+                raise RecordError("a pair that a reward model of filter.models can't read")
+            margins = np.array([[a.value - b.value] for a, b in given])  # [models, 1]
+            if not len(agreed_pairs(margins, self.margin, self.agreement)):
+                raise RecordError("a pair that the reward models of filter.models find too close, or disagree on")
+            return convert(record)
+
+        return checked if judges else convert

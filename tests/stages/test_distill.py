@@ -58,6 +58,13 @@ def test_the_student_comes_closer_to_the_teacher_on_its_own_answers(tiny, tmp_pa
     assert sum(losses[-2:]) < sum(losses[:2])
 
 
+def test_the_student_learns_what_the_teacher_answers(tiny, tmp_path, teacher):
+    source = f"--data.sources={tiny.data('problems.jsonl')}"
+    rows = run(tiny, tmp_path, teacher, source, "--mode=sequence", "--draw.prompts=6", "--draw.k=8", "--run.steps=10")
+    losses = [row["loss"] for row in rows if "loss" in row]  # its answers' cross-entropy
+    assert sum(losses[-3:]) < sum(losses[:3]) and all(0 <= row["right"] <= 1 for row in rows if "right" in row)
+
+
 def test_pairs_and_both_kls_together(tiny, tmp_path, teacher, monkeypatch):
     def odd(self, ids, text, *, prompt="", reference="") -> Score:
         return Score(float(ids[0] % 2))

@@ -1,20 +1,24 @@
 """PPO as a stage: it learns from a verifier and from a reward model, resumes to the bit, and says what went wrong."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
 import tritium
+from tritium.core.chat import render
 from tritium.core.config import ConfigError, from_dict
 from tritium.core.formats import Skipped
 from tritium.core.rewards import Answer, Score, judge
 from tritium.core.rewards.model import open_reward
 from tritium.core.tokenizer import Tokenizer
 from tritium.core.trainer import Trainer, TrainingError
+from tritium.model.heads import ScalarModel
 from tritium.parallel.mesh import Mesh
 from tritium.stages import grpo, ppo, reward
+from tritium.stages import tokenizer as tokenizer_stage
 from tritium.stages.cli import run_stage
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -51,6 +55,17 @@ def test_ppo_reinforces_what_is_rewarded_and_its_critic_learns(tiny, tmp_path, o
     assert "grad_norm.policy" not in steps[0] and "grad_norm.policy" in steps[4]  # one rollout for the critic alone
     assert steps[4]["kl_k1"] == steps[4]["kl_k3"] == 0.0 < steps[-4]["kl_k3"]
     assert tritium.load(result.checkpoint, dtype=torch.float32).config.vocab_size
+
+
+@pytest.fixture(scope="module")
+def other(tiny, tmp_path_factory) -> str:
+    """The tiny model with another tokenizer."""
+    folder, made = (tmp_path_factory.mktemp(name) for name in ("other", "tokenizer"))
+    shutil.copytree(tiny.model, folder, dirs_exist_ok=True)
+    tokenizer_stage.train(tokenizer_stage.Config([tiny.data("text.jsonl")], vocab_size=330, out=str(made)))
+    for file in made.iterdir():
+        shutil.copy(file, folder)
+    return str(folder)
 
 
 @pytest.fixture(scope="module")
@@ -170,13 +185,29 @@ def test_a_reward_that_also_pays_for_length_is_named(tiny, tmp_path, monkeypatch
         (["--ppo.importance=2", "--sampling.min_p=0.1"], "needs sampling.temperature=1"),
         (["--ppo.importance=2", "--sampling.repetition_penalty=1.1"], "needs sampling.temperature=1"),
         (["--data.band=0.5"], "must be two shares"),
+        (["--ppo.beta=0", "--reference.every=2"], "reference is for the KL to it, which ppo.beta=0 leaves out"),
+        (["--reference.model={other}"], "has another vocabulary (330 tokens)"),
+        (["--critic={other}"], "critic={other} has another vocabulary"),
         (["--shaping.clip=-1"], "shaping.clip=-1.0 must be at least 0"),
     ],
 )
-def test_what_cannot_be_is_told(tiny, tmp_path, capsys, arguments, words):
+def test_what_cannot_be_is_told(tiny, other, tmp_path, capsys, arguments, words):
     fixed = [f"--model={tiny.model}", f"--data.sources={tiny.data('problems.jsonl')}", f"--run.out={tmp_path}"]
-    assert run_stage("ppo", [*fixed, "--reward=exact", *(a.format(model=tiny.model) for a in arguments)]) == 2
-    assert words in capsys.readouterr().err
+    filled = [a.format(model=tiny.model, other=other) for a in arguments]
+    assert run_stage("ppo", [*fixed, "--reward=exact", *filled]) == 2
+    assert words.format(other=other) in capsys.readouterr().err
+
+
+def test_a_reward_model_may_have_another_base_and_tokenizer(other, tmp_path):
+    """It reads the text, not the policy's tokens."""
+    ScalarModel(tritium.load(other, dtype=torch.float32)).initialize(0).save(str(tmp_path / "scorer"))
+    for file in Path(other).glob("tokenizer*"):
+        shutil.copy(file, tmp_path / "scorer")
+    judged, tokenizer = open_reward("", str(tmp_path / "scorer"), 0.0, "fp32", Mesh.single()), Tokenizer.load(other)
+    (score,) = judge(judged, [Answer([1], "it is 12", "What is 5 + 7?")]).scores
+    chat = [{"role": "user", "content": "What is 5 + 7?"}, {"role": "assistant", "content": "it is 12"}]
+    ids, model = torch.tensor(render(tokenizer, chat).ids), judged.judges["reward_model"].model
+    assert score.value == pytest.approx(float(model.values(ids)[-1]), abs=1e-5)
 
 
 def test_a_group_of_one_has_nothing_to_compare_with():

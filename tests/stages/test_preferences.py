@@ -124,6 +124,30 @@ def test_what_rounds_have_no_use_for_is_refused(tiny, tmp_path, capsys, setting,
     assert words in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("stage", ["dpo", "reward"])
+def test_noise_is_left_out_and_counted(tiny, tmp_path, capsys, stage):
+    """Three reward models that know the longer answer to be better, and one that was taught the contrary."""
+    rows = [{"prompt": f"{i}?", "chosen": "1" * 8, "rejected": "1"} for i in range(40)]
+    models = []
+    for seed, teaches in enumerate((rows, rows, [r | {"chosen": "1", "rejected": "1" * 8} for r in rows])):
+        source = f"--data.sources={write(tmp_path / f'{seed}.jsonl', *teaches)}"
+        arguments = [f"--model={tiny.model}", source, *QUICK, "--optim.lr=1e-2", "--run.steps=6", f"--run.seed={seed}"]
+        assert cli.main(["reward", *arguments, f"--run.out={tmp_path / str(seed)}"]) == 0
+        models.append(str(tmp_path / str(seed)))
+    mixed = rows[:9] + [r | {"chosen": "1", "rejected": "1" * 8} for r in rows[:3]]
+    arguments = [stage, f"--model={tiny.model}", f"--data.sources={write(tmp_path / 'mixed.jsonl', *mixed)}", *QUICK]
+    arguments += ["--run.steps=1", "--data.holdout=0"]
+    capsys.readouterr()
+    for i, (asked, more, left_out) in enumerate(
+        ((models[:2], [], 3), (models, ["--filter.margin=-100"], 3), (models, ["--filter.agreement=1"], 12))
+    ):
+        code = cli.main([*arguments, f"--filter.models={','.join(asked)}", *more, f"--run.out={tmp_path / f'run{i}'}"])
+        assert code == (2 if left_out == 12 else 0)  # nothing is left
+        assert f"{left_out} × a pair that the reward models of filter.models find" in capsys.readouterr().err
+    assert cli.main([*arguments, f"--filter.models={tiny.model}", f"--run.out={tmp_path / 'no'}"]) == 2
+    assert "is a language model" in capsys.readouterr().err
+
+
 def test_pairs_of_equal_answers_are_counted(tiny, tmp_path, capsys):
     rows = [{"prompt": "Q", "chosen": "A", "rejected": "A"}, *({"prompt": "Q", "chosen": "A", "rejected": "B"},) * 3]
     source = f"--data.sources={write(tmp_path / 'pairs.jsonl', *rows)}"

@@ -3,6 +3,8 @@
 import http.client
 import io
 import json
+import socket
+import struct
 import threading
 
 import pytest
@@ -133,6 +135,7 @@ def ask_page(session):
         connection.close()
         return reply.status, json.loads(data) if data.startswith("{") else data
 
+    ask.port = server.server_port
     yield ask
     server.shutdown()
     thread.join()
@@ -171,6 +174,24 @@ def test_a_malformed_request_is_answered_and_the_page_goes_on(session, ask_page,
     assert code == 400 and reply["error"] and not (session.out.exists() and session.out.read_text())
     assert ask_page("GET", "/next?skip=%C2%B2")[0] == 200
     assert ask_page("GET", "/next")[0] == 200 and ask_page("GET", "/other")[0] == 404
+
+
+@pytest.mark.parametrize("raw", [b"no http at all\r\n\r\n", b"POST /rank HTTP/1.1\r\n\r\n", b"PUT / HTTP/1.1\r\n\r\n"])
+def test_malformed_http_and_a_client_that_goes_are_no_tracebacks(ask_page, capsys, raw):
+    with socket.create_connection(("127.0.0.1", ask_page.port), timeout=10) as client:
+        client.sendall(raw)
+        answer = b"".join(iter(lambda: client.recv(65536), b""))
+    assert b'"error"' in answer and b"<html" not in answer.lower()
+    client = socket.create_connection(("127.0.0.1", ask_page.port), timeout=10)
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # a reset
+    client.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
+    client.close()
+    assert ask_page("GET", "/next")[0] == 200 and "Traceback" not in capsys.readouterr().err
+
+
+def test_a_port_that_can_not_be_is_told(tmp_path, capsys):
+    assert run_stage("rank", ["--data=x.jsonl", "--port=70000"]) == 2
+    assert "port=70000 must be below 65536" in capsys.readouterr().err
 
 
 def test_other_sites_reach_neither_the_page_nor_the_file(session, ask_page):

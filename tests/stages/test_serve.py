@@ -26,11 +26,11 @@ pytestmark = pytest.mark.usefixtures("quick")
 def server(tiny):
     config = serve.Config(model=tiny.model, port=0, dtype="fp32")
     model = load_model(tiny.model, "fp32", Mesh.single(), frozen=True)
-    running = serve.Server(config, model, load_tokenizer(tiny.model, model))
+    running = serve.ModelServer(config, model, load_tokenizer(tiny.model, model))
     threading.Thread(target=running.serve_forever, daemon=True).start()
     yield running
     running.shutdown()
-    running.close()
+    running.server_close()
 
 
 def ask(server, path: str, body, method: str = "POST") -> tuple[int, dict]:
@@ -241,9 +241,16 @@ def test_requests_advance_together(server):
 
 def test_a_port_in_use_is_a_sentence(server, tiny):
     with pytest.raises(UserError, match=f"port={server.server_port}: Address already in use"):
-        serve.Server(
+        serve.ModelServer(
             serve.Config(model=tiny.model, port=server.server_port), server.worker.engine.model, server.tokenizer
         )
+
+
+def test_a_host_that_is_none_is_a_sentence(server, tiny):
+    for host in ("no.such.host.invalid", "a" * 300):
+        config = serve.Config(model=tiny.model, host=host, port=0)
+        with pytest.raises(UserError, match=f"host={host}, port=0: "):
+            serve.ModelServer(config, server.worker.engine.model, server.tokenizer)
 
 
 # Chat -----------------------------------------------------------------------------------------------------------------
