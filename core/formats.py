@@ -146,15 +146,19 @@ def unreadable(path: str, error: Exception) -> DataError:
 
 
 def json_list(path: str) -> Iterator[tuple[str, Any]]:
-    """The items of a file's JSON list, read as they come. Raises: DataError, with the line of a mistake."""
+    """The items of a file's JSON list, or its objects one after another (one, as people read it, say), read as they
+    come. Raises: DataError, with the line of a mistake."""
     decoder, buffer, at, number, count, state = json.JSONDecoder(), "", 0, 0, 0, "before"
     for number, line in text_lines(path):
         buffer, at = buffer[at:] + line, 0
         while (at := SEPARATORS.match(buffer, at).end()) < len(buffer):
-            if state == "before" and buffer[at] != "[":
+            if state == "before" and buffer[at] not in "[{":
                 raise DataError(f"{path} must hold a list of records")
-            if state == "before" or (state == "within" and buffer[at] == "]"):
-                at, state = at + 1, "within" if state == "before" else "after"
+            if state == "before":
+                at, state = (at + 1, "within") if buffer[at] == "[" else (at, "bare")
+                continue
+            if state == "within" and buffer[at] == "]":
+                at, state = at + 1, "after"
                 continue
             try:
                 item, at = decoder.raw_decode(buffer, at)
@@ -169,8 +173,8 @@ def json_list(path: str) -> Iterator[tuple[str, Any]]:
                 raise DataError(f"{path}:{number}: malformed JSON: more than one list")
             yield f"{path}: record {count}", item
             count += 1
-    if state != "after":
-        raise DataError(f"{path}:{number}: malformed JSON: the list does not end")
+    if state == "within" or buffer[at:].strip():
+        raise DataError(f"{path}:{number}: malformed JSON: it does not end")
 
 
 def json_lines(path: str, skipped: Skipped) -> Iterator[tuple[str, Any]]:

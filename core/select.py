@@ -42,12 +42,17 @@ def spread_out(vectors: np.ndarray, count: int) -> list[int]:
     Savarese, arXiv 1708.00489, algorithm 1), from the row nearest to the mean on."""
     if not len(vectors):
         return []
-    chosen = [int(np.linalg.norm(vectors - vectors.mean(0), axis=1).argmin())]
-    nearest = np.linalg.norm(vectors - vectors[chosen[0]], axis=1)
+    squares = np.einsum("ne,ne->n", vectors, vectors)
+
+    def distances(point: np.ndarray) -> np.ndarray:  # squared, [n]: no difference [n, E] is formed
+        return squares - 2 * (vectors @ point) + point @ point
+
+    chosen = [int(distances(vectors.mean(0)).argmin())]
+    nearest = distances(vectors[chosen[0]])
     while len(chosen) < min(count, len(vectors)):
-        nearest[chosen[-1]] = -1.0  # once
+        nearest[chosen[-1]] = -np.inf  # once
         chosen.append(int(nearest.argmax()))
-        nearest = np.minimum(nearest, np.linalg.norm(vectors - vectors[chosen[-1]], axis=1))
+        nearest = np.minimum(nearest, distances(vectors[chosen[-1]]))
     return chosen
 
 

@@ -41,22 +41,8 @@ from tritium.core.output import make_folder
 from tritium.core.run import Result
 
 ONE_PROCESS = True
-STEPS = {
-    "collect": Collect,
-    "clean": Clean,
-    "filter": Filter,
-    "exact": Exact,
-    "near": Near,
-    "passages": Passages,
-    "semantic": Semantic,
-    "decontaminate": Decontaminate,
-    "perplexity": Perplexity,
-    "classify": Classify,
-    "distil": Distil,
-    "select": Select,
-    "reject": Reject,
-    "pack": Pack,
-}
+ALL = (Collect, Clean, Filter, Exact, Near, Passages, Semantic, Decontaminate, Perplexity, Classify, Distil, Select)
+STEPS: dict[str, type[Step]] = {step.__name__.lower(): step for step in (*ALL, Reject, Pack)}
 OPTIONS = "; ".join(f"{name}: {', '.join(f.name for f in fields(step))}" for name, step in STEPS.items())
 
 
@@ -90,7 +76,7 @@ def train(config: Config) -> Result:
     for unfinished in [*out.glob(".*.[0-9]*"), *out.glob("pack/.*"), *out.glob("scratch/*/.*")]:
         unfinished.unlink()
     sizes = int(config.shard_mb * 1e6), int(config.memory_mb * 1e6)
-    context = Context(out, out / "scratch", config.seed, *sizes, map=None, cache=out / "teacher.sqlite")
+    context = Context(out, out / "scratch", config.seed, *sizes, map=None, cache=out / "said.sqlite")
     done: list[dict[str, Any]] = []
     for summary in run_steps(steps, context, config.workers):
         done.append(summary)

@@ -7,19 +7,15 @@ from collections import Counter
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
-from importlib.util import find_spec
 
-from tritium.core.config import ConfigError, opt
-from tritium.core.curate.step import Document, Drop, Outcome, Step, map_texts, note, text_of
-from tritium.core.rewards.text import script
+from tritium.core.config import opt
+from tritium.core.curate.step import Document, Drop, Outcome, Step, map_texts, need, note, text_of
+from tritium.core.rewards.text import SCRIPTS, script
 
 CONTROLS = dict.fromkeys([*range(0x09), 0x0B, 0x0C, *range(0x0E, 0x20), *range(0x7F, 0xA0), 0xFEFF, 0x200B, 0x00AD])
 LETTERS = 2000  # of a text are looked at, to name its language
 WORD = re.compile(r"[^\W\d_]+(?:'[^\W\d_]+)?")
-SCRIPT_LANGUAGES = {
-    "HANGUL": "ko", "GREEK": "el", "ARABIC": "ar", "HEBREW": "he", "DEVANAGARI": "hi", "THAI": "th", "HIRAGANA": "ja",
-    "KATAKANA": "ja", "CJK": "zh",
-}  # fmt: skip
+SCRIPT_LANGUAGES = {SCRIPTS[language]: language for language in ("ko", "el", "ar", "he", "hi", "th")}
 
 EMAIL = re.compile(r"(?<![\w.+-])[\w.+-]{1,64}@(?:[\w-]{1,63}\.){1,5}[a-zA-Z]{2,24}\b")
 PHONE = re.compile(
@@ -47,8 +43,8 @@ class Clean(Step):
     languages: list[str] = opt([], "keep only these (empty: all)")
 
     def check(self) -> None:
-        if self.identify == "py3langid" and not find_spec("py3langid"):
-            raise ConfigError('identify="py3langid" needs the extra: pip install "tritium[data]"')
+        if self.identify == "py3langid":
+            need("py3langid", 'identify="py3langid"')
 
     def one(self, document: Document) -> Outcome:
         found: Counter = Counter()

@@ -19,30 +19,9 @@ from typing import ClassVar
 import numpy as np
 
 from tritium.core.config import ConfigError, opt
-from tritium.core.curate.minhash import (
-    EMPTY,
-    Spill,
-    band_keys,
-    banding,
-    blocks,
-    grams,
-    leaders,
-    signatures,
-    word_hashes,
-)
-from tritium.core.curate.step import (
-    Context,
-    Document,
-    Drop,
-    Job,
-    Outcome,
-    Piece,
-    Step,
-    digest,
-    note,
-    read_shard,
-    text_of,
-)
+from tritium.core.curate import minhash
+from tritium.core.curate.kept import digest
+from tritium.core.curate.step import Context, Document, Drop, Job, Outcome, Piece, Step, note, read_shard, text_of
 from tritium.core.output import write_array
 
 
@@ -58,7 +37,7 @@ class Features:
         if not path.exists():
             texts = (text_of(d).encode() if self.step.takes(d) else b"" for d in read_shard(piece.path))
             rows, first = [], 0
-            for block in blocks(texts):
+            for block in minhash.blocks(texts):
                 rows.append(self.step.features(block, first))
                 first += len(block)
             write_array(path, np.concatenate(rows or [self.step.features([], 0)]))
@@ -101,7 +80,7 @@ class Twins(Compared):
         firsts = np.cumsum([0, *(shard.rows for shard in shards)])
         found = [pairs for pairs in self.pairs(files, firsts, context) if len(pairs)]
         twin = np.full(firsts[-1], -1, np.int64)
-        for member, leader in leaders(np.concatenate(found)).items() if found else ():
+        for member, leader in minhash.leaders(np.concatenate(found)).items() if found else ():
             twin[member] = leader if leader != member else -1
         ids = ids_of(twin[twin >= 0], shards, firsts) | {-1: ""}
         for i, shard in enumerate(shards):
@@ -138,7 +117,7 @@ class Exact(Twins):
         )  # [D, 2]: key, whether it counts
 
     def pairs(self, files: list[Path], firsts: np.ndarray, context: Context) -> Iterator[np.ndarray]:
-        spill = Spill(context.scratch / "spill", int(firsts[-1]), context.memory)
+        spill = minhash.Spill(context.scratch / "spill", int(firsts[-1]), context.memory)
         for first, file in zip(firsts, files, strict=False):
             rows = np.load(file)
             counts = np.flatnonzero(rows[:, 1])
@@ -170,40 +149,38 @@ class Near(Twins):
                               f"permutations={self.permutations} ≥ 16")  # fmt: skip
 
     def features(self, texts: list[bytes], first: int) -> np.ndarray:
-        return signatures(texts, self.words, self.permutations)
+        return minhash.signatures(texts, self.words, self.permutations)
 
     def pairs(self, files: list[Path], firsts: np.ndarray, context: Context) -> Iterator[np.ndarray]:
-        bands, rows = banding(self.threshold, self.permutations)
-        spill = Spill(context.scratch / "spill", int(firsts[-1]) * bands, context.memory)
-        maps = [np.load(file, mmap_mode="r") for file in files]
+        bands, rows = minhash.banding(self.threshold, self.permutations)
+        spill = minhash.Spill(context.scratch / "spill", int(firsts[-1]) * bands, context.memory)
         step = max(1, context.memory // (64 * bands))
-        for first, rows_of in zip(firsts, maps, strict=False):
-            for at in range(0, len(rows_of), step):
-                part = np.asarray(rows_of[at : at + step])
-                full = np.flatnonzero((part != EMPTY).any(1))
-                keys = band_keys(part[full], bands, rows)
-                spill.add(keys.ravel(), np.repeat(first + at + full, bands))
+        for at in range(0, int(firsts[-1]), step):
+            part = rows_at(files, firsts, np.arange(at, min(at + step, firsts[-1])))
+            full = np.flatnonzero((part != minhash.EMPTY).any(1))
+            spill.add(minhash.band_keys(part[full], bands, rows).ravel(), np.repeat(at + full, bands))
         for values, run in spill.repeated():
             found = np.concatenate([neighbours(values, run, first=True), neighbours(values, run)])
-            yield self.verified(np.unique(found, axis=0), maps, firsts)
+            yield self.verified(np.unique(found, axis=0), files, firsts, context.memory // (32 * self.permutations))
 
-    def verified(self, pairs: np.ndarray, maps: list[np.ndarray], firsts: np.ndarray) -> np.ndarray:
-        """Those pairs whose signatures agree in a share of at least the threshold."""
+    def verified(self, pairs: np.ndarray, files: list[Path], firsts: np.ndarray, step: int) -> np.ndarray:
+        """Those pairs whose signatures agree in a share of at least the threshold; `step` at once."""
         kept = [np.zeros((0, 2), np.int64)]
-        for at in range(0, len(pairs), 4096):
-            part = pairs[at : at + 4096]
-            a, b = (rows_at(maps, firsts, column) for column in part.T)
+        for at in range(0, len(pairs), max(step, 1)):
+            part = pairs[at : at + max(step, 1)]
+            a, b = (rows_at(files, firsts, column) for column in part.T)
             kept.append(part[(a == b).mean(1) >= self.threshold])
         return np.concatenate(kept)
 
 
-def rows_at(maps: list[np.ndarray], firsts: np.ndarray, numbers: np.ndarray) -> np.ndarray:
-    """Rows by their number among all files."""
-    result = np.empty((len(numbers), *maps[0].shape[1:]), maps[0].dtype)
+def rows_at(files: list[Path], firsts: np.ndarray, numbers: np.ndarray) -> np.ndarray:
+    """Rows by their number among all files, copied: of a file that stays mapped, the pages would stay in memory."""
     shard = np.searchsorted(firsts, numbers, side="right") - 1
-    for i in np.unique(shard):
-        mine = np.flatnonzero(shard == i)
-        result[mine] = maps[i][numbers[mine] - firsts[i]]
+    parts = {i: np.load(files[i], mmap_mode="r")[numbers[shard == i] - firsts[i]] for i in np.unique(shard)}
+    example = next(iter(parts.values()))
+    result = np.empty((len(numbers), *example.shape[1:]), example.dtype)
+    for i, rows in parts.items():
+        result[shard == i] = rows
     return result
 
 
@@ -227,8 +204,8 @@ class Passages(Compared):
 
     def features(self, texts: list[bytes], first: int) -> np.ndarray:
         """Winnowed fingerprints, [m, 4] uint64: hash, document, first byte, byte after the last."""
-        hashes, owners, starts, ends = word_hashes(texts)
-        found, at = grams(hashes, owners, self.size)
+        hashes, owners, starts, ends = minhash.word_hashes(texts)
+        found, at = minhash.grams(hashes, owners, self.size)
         chosen = winnow(found, owners[at], self.passage - self.size + 1)
         at = at[chosen]
         columns = found[chosen], owners[at] + first, starts[at], ends[at + self.size - 1]
@@ -236,7 +213,7 @@ class Passages(Compared):
 
     def prepare(self, context: Context, shards: list[Piece]) -> None:
         rows = [np.load(file, mmap_mode="r") for file in self.files_of(context, shards)]
-        spill = Spill(context.scratch / "spill", sum(map(len, rows)), context.memory)
+        spill = minhash.Spill(context.scratch / "spill", sum(map(len, rows)), context.memory)
         firsts = np.cumsum([0, *(len(r) for r in rows)])
         for first, part in zip(firsts, rows, strict=False):
             spill.add(part[:, 0], first + np.arange(len(part)))

@@ -1,16 +1,14 @@
 """Distil: a teacher's answers, chains of thought, and new problems. What is asked is in prompts.toml, a table a task.
 
-The teacher is a model's folder, or an OpenAI-compatible endpoint. Its replies are kept in OUT/teacher.sqlite by a hash
-of all that they depend on, so that a run that was killed gets the same ones. A reply that does not come (after tries
+The teacher is a model's folder, or an OpenAI-compatible endpoint. Its replies are kept in OUT/said.sqlite by a hash of
+all that they depend on, so that a run that was killed gets the same ones. A reply that does not come (after tries
 with back-off), or has not what was asked for, is counted and shown; the document goes on without it.
 """
 
 import re
-import sqlite3
 import tomllib
 from collections.abc import Sequence
-from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cache, cached_property
 from importlib import resources
 from pathlib import Path
@@ -18,8 +16,9 @@ from typing import Any, ClassVar
 
 from tritium.core.chat import parse_reasoning
 from tritium.core.config import REQUIRED, ConfigError, UserError, opt
+from tritium.core.curate.kept import digest, remembered, state
 from tritium.core.curate.runner import priority
-from tritium.core.curate.step import Document, Drop, Job, Outcome, Step, digest, note, prompt_text, state
+from tritium.core.curate.step import Document, Drop, Job, Outcome, Step, note, prompt_text
 
 TASKS = ("answer", "chain", "counterfactual", "text", "facts", "self-instruct", "evolve", "revise")
 SLOT = re.compile(r"\{(\w+)\}")
@@ -97,15 +96,14 @@ class Distil(Step):
         return self.batch
 
     def several(self, documents: list[Document], job: Job) -> list[Outcome]:
-        with closing(Replies(self, job)) as replies:
-            states, drops = self.converse(documents, replies)
+        states, drops = self.converse(documents, job)
         mine = [[s for s in states if s.document == i] for i in range(len(documents))]
         return [self.made(d, mine[i], drops.get(i, [])) for i, d in enumerate(documents)]
 
-    def converse(self, documents: list[Document], replies: "Replies") -> tuple[list[State], dict[int, list[Drop]]]:
+    def converse(self, documents: list[Document], job: Job) -> tuple[list[State], dict[int, list[Drop]]]:
         """The calls of the task, each for all documents together: what they gave, and what failed, by document."""
         prompts = [prompt_text(d) for d in documents]
-        states = [State(i, known(d, prompts, i), f"{d['id']}/{replies.name}") for i, d in enumerate(documents)]
+        states = [State(i, known(d, prompts, i), f"{d['id']}/{job.name}") for i, d in enumerate(documents)]
         drops: dict[int, list[Drop]] = {}
         for call in tasks()[self.task]["calls"]:
             asked = [
@@ -113,23 +111,33 @@ class Distil(Step):
                 for s in states
                 for k in range(self.n if call.get("sampled") else 1)
             ]
-            seeds = [priority(s.path, replies.seed) for s in asked]
+            seeds = [priority(s.path, job.context.seed) for s in asked]
             questions = [self.question(call, s, documents, seed) for s, seed in zip(asked, seeds, strict=True)]
             states = []
-            for s, reply in zip(asked, replies.to(questions, seeds), strict=True):
-                found = reply if isinstance(reply, Exception) else extracted(reply, call["fields"])
-                if isinstance(found, Exception):
-                    silent = isinstance(reply, Exception)
-                    reason = "the teacher did not answer" if silent else "the teacher's reply is not what was asked for"
-                    drops.setdefault(s.document, []).append(
-                        Drop(reason, f"{found}{'' if silent else f': {reply[:300]}'}")
-                    )
+            for s, reply in zip(asked, self.ask(questions, seeds, job), strict=True):
+                found = extracted(reply, call["fields"])
+                if isinstance(found, Drop):
+                    drops.setdefault(s.document, []).append(found)
                     continue
                 lines = bulleted(found[call["fields"][0]]) if call.get("lines") else [None]
                 for i, line in enumerate(lines):
                     values = found if line is None else {call["fields"][0]: line}
                     states.append(State(s.document, s.values | values, s.path if line is None else f"{s.path}.{i}"))
         return states, drops
+
+    def ask(self, questions: list[list[dict]], seeds: list[int], job: Job) -> list[str | Exception]:
+        """Raises: UserError where none of many gets a reply: the teacher is not there."""
+        by = digest(self.teacher, self.model, self.temperature, self.max_tokens, [state(f) for f in self.files()])
+
+        def say(new: list[int]) -> list[str | Exception]:
+            said = self.source.replies([questions[i] for i in new], [seeds[i] for i in new])
+            if self.remote and len(said) > 7 and all(isinstance(reply, Exception) for reply in said):
+                raise UserError(f"the teacher gave none of {len(said)} replies ({said[0]}): "
+                                "start it, and this command again")  # fmt: skip
+            return said
+
+        keys = [digest(by, q, s) for q, s in zip(questions, seeds, strict=True)]
+        return remembered(job.context.cache, keys, say)
 
     def question(self, call: dict, s: State, documents: list[Document], seed: int) -> list[dict]:
         prompt = call["prompts"][seed % len(call["prompts"])]
@@ -171,8 +179,10 @@ def filled(template: str, values: dict[str, str]) -> str:
     return SLOT.sub(lambda match: values.get(match[1], match[0]), template).strip()
 
 
-def extracted(reply: str, fields: Sequence[str]) -> dict[str, str] | ValueError:
-    """The fields of a reply: in tags, after labels, or, of one, all of it."""
+def extracted(reply: str | Exception, fields: Sequence[str]) -> dict[str, str] | Drop:
+    """The fields of a reply: in tags, after labels, or, of one, all of it; or why there are none."""
+    if isinstance(reply, Exception):
+        return Drop("the teacher did not answer", str(reply))
     said = parse_reasoning(reply)[1] or reply if fields != ["reply"] else reply
     found = {name: m[1].strip() for name in fields if (m := re.search(rf"<{name}>(.*?)</{name}>", said, re.DOTALL))}
     if len(found) < len(fields):
@@ -182,45 +192,11 @@ def extracted(reply: str, fields: Sequence[str]) -> dict[str, str] | ValueError:
     if len(fields) == 1 and not found:
         found = {fields[0]: said.strip()}
     missing = [name for name in fields if not found.get(name)]
-    return ValueError(f"no {', '.join(missing)}") if missing else found
+    why = f"no {', '.join(missing)}: {reply[:300]}"
+    return Drop("the teacher's reply is not what was asked for", why) if missing else found
 
 
 def bulleted(text: str) -> list[str]:
     """The lines of a list, without their bullets and numbers."""
     lines = (re.sub(r"^\s*(?:[-*•]|\d+[.)])\s*", "", line).strip() for line in text.splitlines())
     return list(dict.fromkeys(line for line in lines if line))
-
-
-class Replies:
-    """A teacher's replies, from the cache where they are known. What was asked together is kept together: after a kill,
-    a local model is asked for the same batch."""
-
-    def __init__(self, step: Distil, job: Job):
-        self.step, self.name, self.seed = step, job.name, job.context.seed
-        sampled = {k: v for k, v in asdict(step).items() if k in ("teacher", "model", "temperature", "max_tokens")}
-        self.identity = digest(sampled, [] if step.remote else state(step.teacher))
-        self.cache = sqlite3.connect(job.context.cache)
-        self.cache.execute("CREATE TABLE IF NOT EXISTS replies (key TEXT PRIMARY KEY, reply TEXT)")
-
-    def to(self, questions: list[list[dict]], seeds: list[int]) -> list[str | Exception]:
-        """Raises: UserError where none of many gets a reply: the teacher is not there."""
-        keys = [digest(self.identity, q, s) for q, s in zip(questions, seeds, strict=True)]
-        found: dict[str, Any] = {}
-        for key in keys:
-            if row := self.cache.execute("SELECT reply FROM replies WHERE key = ?", (key,)).fetchone():
-                found[key] = row[0]
-        asked = [i for i, key in enumerate(keys) if key not in found]
-        if asked:
-            said = self.step.source.replies([questions[i] for i in asked], [seeds[i] for i in asked])
-            new = {keys[i]: reply for i, reply in zip(asked, said, strict=True)}
-            good = [(key, reply) for key, reply in new.items() if isinstance(reply, str)]
-            if self.step.remote and len(new) > 7 and not good:
-                raise UserError(f"the teacher gave none of {len(new)} replies ({next(iter(new.values()))}): "
-                                "start it, and this command again")  # fmt: skip
-            with self.cache:
-                self.cache.executemany("INSERT OR REPLACE INTO replies VALUES (?, ?)", good)
-            found |= new
-        return [found[key] for key in keys]
-
-    def close(self) -> None:
-        self.cache.close()

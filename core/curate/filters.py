@@ -11,15 +11,15 @@ Words are what white space parts; in scripts without spaces, characters, and rul
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 
 from tritium.core.config import ConfigError, nearest, opt
-from tritium.core.curate.step import Document, Drop, Outcome, Step, note, text_of
+from tritium.core.curate.step import Document, Drop, Outcome, Step, scored, text_of
 from tritium.core.rewards.text import UNSPACED, WORD, Words
 
 STOP_WORDS = {form: word for word in ("the", "be", "to", "of", "and", "that", "have", "with")
@@ -35,45 +35,43 @@ MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
 
 
 class Rule(NamedTuple):
-    """`min_…` or `max_…`: what is measured (of `n` words in a row), and the limit that the set's paper gives."""
+    """`min_…` or `max_…`: the set, the limit that its paper gives, what is measured (None: the rule says nothing)."""
 
     set: str
-    measure: str
     limit: float
-    n: int = 0
-
-    def value(self, measured: "Measures") -> float | None:
-        value = getattr(measured, self.measure)
-        return value(self.n) if self.n else value
+    value: Callable[["Measures"], float | None]
 
 
 RULES = {
-    "min_words": Rule("gopher", "words", 50),
-    "max_words": Rule("gopher", "words", 100_000),
-    "min_mean_word": Rule("gopher", "mean_word", 3),
-    "max_mean_word": Rule("gopher", "mean_word", 10),
-    "max_symbol_words": Rule("gopher", "symbol_words", 0.1),
-    "max_bullet_lines": Rule("gopher", "bullet_lines", 0.9),
-    "max_ellipsis_lines": Rule("gopher", "ellipsis_lines", 0.3),
-    "min_alphabetic_words": Rule("gopher", "alphabetic_words", 0.8),
-    "min_stop_words": Rule("gopher", "stop_words", 2),
-    "max_repeated_lines": Rule("gopher", "repeated_lines", 0.3),
-    "max_repeated_line_characters": Rule("gopher", "repeated_line_characters", 0.2),
-    "max_repeated_paragraphs": Rule("gopher", "repeated_paragraphs", 0.3),
-    "max_repeated_paragraph_characters": Rule("gopher", "repeated_paragraph_characters", 0.2),
-    **{f"max_top_{n}gram": Rule("gopher", "top", limit, n) for n, limit in ((2, 0.2), (3, 0.18), (4, 0.16))},
+    "min_words": Rule("gopher", 50, lambda m: m.words),
+    "max_words": Rule("gopher", 100_000, lambda m: m.words),
+    "min_mean_word": Rule("gopher", 3, lambda m: m.mean_word),
+    "max_mean_word": Rule("gopher", 10, lambda m: m.mean_word),
+    "max_symbol_words": Rule("gopher", 0.1, lambda m: max(m.text.count("#"), m.ellipses) / max(m.words, 1)),
+    "max_bullet_lines": Rule("gopher", 0.9, lambda m: share([line[0] in "•-*‣●" for line in m.lines])),
+    "max_ellipsis_lines": Rule("gopher", 0.3, lambda m: share([line.endswith(("...", "…")) for line in m.lines])),
+    "min_alphabetic_words": Rule("gopher", 0.8, lambda m: 1 - letterless(m.all_words) / max(m.words, 1)),
+    "min_stop_words": Rule("gopher", 2, lambda m: len(m.stop_words) if m.spaced else None),
+    "max_repeated_lines": Rule("gopher", 0.3, lambda m: m.line_repeats[0]),
+    "max_repeated_line_characters": Rule("gopher", 0.2, lambda m: m.line_repeats[1]),
+    "max_repeated_paragraphs": Rule("gopher", 0.3, lambda m: m.paragraph_repeats[0]),
+    "max_repeated_paragraph_characters": Rule("gopher", 0.2, lambda m: m.paragraph_repeats[1]),
     **{
-        f"max_repeated_{n}grams": Rule("gopher", "repeated", limit, n)
+        f"max_top_{n}gram": Rule("gopher", limit, lambda m, n=n: m.top(n))
+        for n, limit in ((2, 0.2), (3, 0.18), (4, 0.16))
+    },
+    **{
+        f"max_repeated_{n}grams": Rule("gopher", limit, lambda m, n=n: m.repeated(n))
         for n, limit in ((5, 0.15), (6, 0.14), (7, 0.13), (8, 0.12), (9, 0.11), (10, 0.1))
     },
-    "min_sentences": Rule("c4", "sentences", 3),
-    "max_braces": Rule("c4", "braces", 0),
-    "max_placeholders": Rule("c4", "placeholders", 0),
-    "max_special_characters": Rule("yi", "special_characters", 0.25),
-    "max_incomplete_lines": Rule("yi", "incomplete_lines", 0.5),
-    "max_short_lines": Rule("yi", "short_lines", 0.67),
-    "min_characters": Rule("yi", "characters", 100),
-    "max_characters": Rule("none", "characters", 1e6),
+    "min_sentences": Rule("c4", 3, lambda m: len(SENTENCE_END.findall(m.text))),
+    "max_braces": Rule("c4", 0, lambda m: m.text.count("{")),
+    "max_placeholders": Rule("c4", 0, lambda m: sum(map(m.text.lower().count, PLACEHOLDERS))),
+    "max_special_characters": Rule("yi", 0.25, lambda m: m.special / max(m.characters, 1)),
+    "max_incomplete_lines": Rule("yi", 0.5, lambda m: share([not line.endswith(ENDS) for line in m.lines])),
+    "max_short_lines": Rule("yi", 0.67, lambda m: share([len(line) < 30 for line in m.lines])),
+    "min_characters": Rule("yi", 100, lambda m: m.characters),
+    "max_characters": Rule("none", 1e6, lambda m: m.characters),
 }  # in this order: the cheap ones first
 
 
@@ -85,6 +83,8 @@ class Filter(Step):
     limits: dict[str, float] = opt({}, "limits by rule, over the sets' own")
     words: list[str] = opt([], "files of words and phrases that must not occur, one a line")
 
+    PATHS: ClassVar[tuple[str, ...]] = ("words",)
+
     def check(self) -> None:
         super().check()
         for name in self.limits:
@@ -93,17 +93,11 @@ class Filter(Step):
                 raise ConfigError(f"limits: no rule {name!r}; " + (f"did you mean {guess}? " if guess else "")
                                   + f"they are {', '.join(RULES)}")  # fmt: skip
 
-    def files(self) -> list[str]:
-        return self.words
-
-    def measures(self) -> Sequence[str]:
-        return ("words",)
-
     @cached_property
-    def active(self) -> list[tuple[str, Rule, float, bool]]:
-        """(name, rule, limit, whether it is the least) of the rules that are used."""
-        used = [(name, rule) for name, rule in RULES.items() if rule.set in self.rules or name in self.limits]
-        return [(name, r, self.limits.get(name, r.limit), name.startswith("min")) for name, r in used]
+    def active(self) -> list[tuple[str, float, bool]]:
+        """(name, limit, whether it is the least) of the rules that are used."""
+        used = {name: rule for name, rule in RULES.items() if rule.set in self.rules or name in self.limits}
+        return [(name, self.limits.get(name, rule.limit), name.startswith("min")) for name, rule in used.items()]
 
     @cached_property
     def lists(self) -> list[Words]:
@@ -112,20 +106,19 @@ class Filter(Step):
     def one(self, document: Document) -> Outcome:
         text = text_of(document)
         measured = Measures(text)
-        document["scores"]["words"] = measured.words
-        for name, rule, limit, least in self.active:
-            value = rule.value(measured)
+        scored(document, "words", measured.words)
+        for name, limit, least in self.active:
+            value = RULES[name].value(measured)
             if value is not None and (value < limit if least else value > limit):
                 return Drop(name, f"{value:.4g}, limit {limit:g}")
         for words in self.lists:
             if (score := words((), text)).value < 1:
                 return Drop(f"a word of {words.file.rpartition('/')[2]}", score.reason)
-        note(document, words=measured.words)
         return document
 
 
 class Measures:
-    """What the rules measure of a text, each when it is first asked for. None: the rule says nothing of this text."""
+    """What several rules need of a text, each when it is first asked for."""
 
     def __init__(self, text: str):
         self.text, self.characters = text, len(text)
@@ -163,31 +156,23 @@ class Measures:
             found[n] = hashes, ordered
         return found
 
-    mean_word = property(lambda self: self.lengths.mean() if self.spaced and self.words else None)
-    symbol_words = property(lambda self: max(self.text.count("#"), self.ellipses) / max(self.words, 1))
-    ellipses = property(lambda self: self.text.count("...") + self.text.count("…"))
-    bullet_lines = property(lambda self: share([line[0] in "•-*‣●" for line in self.lines]))
-    ellipsis_lines = property(lambda self: share([line.endswith(("...", "…")) for line in self.lines]))
-    incomplete_lines = property(lambda self: share([not line.endswith(ENDS) for line in self.lines]))
-    short_lines = property(lambda self: share([len(line) < 30 for line in self.lines]))
-    alphabetic_words = property(lambda self: 1 - letterless(self.all_words) / max(self.words, 1))
-    stop_words = property(lambda self: len(self.found_stop_words()) if self.spaced else None)
-    sentences = property(lambda self: len(SENTENCE_END.findall(self.text)))
-    braces = property(lambda self: self.text.count("{"))
-    placeholders = property(lambda self: sum(map(self.text.lower().count, PLACEHOLDERS)))
-    repeated_lines = property(lambda self: self.line_repeats[0])
-    repeated_line_characters = property(lambda self: self.line_repeats[1])
-    repeated_paragraphs = property(lambda self: self.paragraph_repeats[0])
-    repeated_paragraph_characters = property(lambda self: self.paragraph_repeats[1])
+    @property
+    def mean_word(self) -> float | None:
+        return self.lengths.mean() if self.spaced and self.words else None
 
     @property
-    def special_characters(self) -> float:
-        ascii_only = self.text.isascii()
-        special = self.text.encode().translate(None, PLAIN_ASCII) if ascii_only else SPECIAL.findall(self.text)
-        return len(special) / max(self.characters, 1)
+    def ellipses(self) -> int:
+        return self.text.count("...") + self.text.count("…")
 
-    def found_stop_words(self) -> set[str]:
+    @property
+    def stop_words(self) -> set[str]:
         return {STOP_WORDS[word] for word in STOP_WORDS.keys() & self.all_words}
+
+    @property
+    def special(self) -> int:
+        """Characters that are neither letters, digits nor space."""
+        text = self.text
+        return len(text.encode().translate(None, PLAIN_ASCII) if text.isascii() else SPECIAL.findall(text))
 
     def top(self, n: int) -> float:
         """The share of the words' characters that the most frequent n-gram makes up; of several, the text's first."""

@@ -47,12 +47,8 @@ def asked(prompt: Any, gold: Any, reference: Any = "", others: Sequence[dict] = 
 def answered(messages: list[dict], answers: Sequence[dict], reference: Any) -> Document:
     reference = number_text(reference) if isinstance(reference, int | float) else (reference or "").strip()
     answers = [a for a in answers if isinstance(a["text"], str) and a["text"].strip()]
-    return {
-        "kind": "problem" if reference else "chat",
-        "messages": messages,
-        "answers": answers,
-        "reference": reference,
-    }
+    kind = "problem" if reference else "chat"
+    return {"kind": kind, "messages": messages, "answers": answers, "reference": reference}
 
 
 def maths(record: dict) -> Document:
@@ -105,6 +101,10 @@ def codeforces(record: dict) -> Document:
     parts |= {"Example input\n": tests[0]["input"], "Example output\n": tests[0]["output"]} if tests else {}
     prompt = "\n\n".join(name + text for name, text in parts.items() if text)
     return asked(prompt, record.get("editorial"), cases([(t["input"], t["output"]) for t in tests]))
+
+
+def orca(record: dict) -> Document:
+    return asked(record["question"], record["response"], system=record["system_prompt"])
 
 
 def text(value: Any) -> Document:
@@ -186,10 +186,7 @@ LAYOUTS: list[tuple[set[str], Callable[[dict], Document]]] = [
     ({"problem", "generations"}, maths),
     ({"problem", "solution"}, maths),
     ({"question", "reference_answer"}, maths),
-    (
-        {"system_prompt", "question", "response"},
-        lambda r: asked(r["question"], r["response"], system=r["system_prompt"]),
-    ),
+    ({"system_prompt", "question", "response"}, orca),
     ({"html"}, lambda r: text(html_text(r["html"]))),
     ({"text", "test_list"}, other),
     ({"text"}, lambda r: text(r["text"])),

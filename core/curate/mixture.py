@@ -1,9 +1,13 @@
-"""Which mixture of sources, and how much replay: fits of small runs' losses.
+"""Which mixture of sources, and how much replay: fits of small runs' losses, a line each in a file.
+
+    {"mixture": {"web": 0.7, "code": 0.3}, "loss": 2.91}                                                        mixture
+    {"mixture": {"law": 0.3, "web": 0.7}, "tokens": 1e8, "loss": {"law": 2.31, "web": 2.84}}       replay of the second
 
 mixture   log(loss − c) is linear in the shares (Ye et al., Data Mixing Laws, arXiv 2403.16952, eq. 7): fitted to runs
           with different mixtures, then the best of a grid on the simplex
 replay    L(D, r) = E + B · r^η / D^β + C / (r + ε)^γ for the loss of a corpus whose share of the D tokens is r (D-CPT
-          law, Que et al., arXiv 2406.01375, section 3.1, for one size of the model): of the domain's and of the general
+          law, Que et al., arXiv 2406.01375, section 3.1, for one size of the model): the domain's and the general one;
+          then the share at which their sum is least, in a run of as many tokens as will be
 """
 
 import itertools
@@ -64,14 +68,25 @@ def best_mixture(runs: Sequence[tuple[Mapping[str, float], float]]) -> dict[str,
     return dict(zip(fit.sources, tried[fit.loss(tried).argmin()].tolist(), strict=True))
 
 
-def read_runs(path: str) -> list[tuple[dict[str, float], float]]:
-    """{"mixture": {source: share}, "loss"} lines. Raises: ConfigError."""
+def mixture_of(path: str, tokens: float, weight: float) -> dict[str, float]:
+    """The best shares by the small runs in a file; see the module's docstring. `tokens` of the run to come and `weight`
+    of the general loss are for replay. Raises: ConfigError."""
+    runs = [record for _, record in read_records(path, Skipped("raise"))]
     try:
-        return [(dict(r["mixture"]), float(r["loss"])) for _, r in read_records(path, Skipped("raise"))]
-    except (KeyError, TypeError, ValueError) as error:
-        raise ConfigError(
-            f'{path}: each line must be {{"mixture": {{source: share}}, "loss": number}} ({error})'
-        ) from None
+        if not any("tokens" in run for run in runs):
+            return best_mixture([(run["mixture"], float(run["loss"])) for run in runs])
+        domain, general = runs[0]["loss"]
+        trained, losses = [float(run["tokens"]) for run in runs], [run["loss"] for run in runs]
+        shares = np.array([run["mixture"][domain] / sum(run["mixture"].values()) for run in runs])
+        fits = [fit_replay(trained, part, [loss[name] for loss in losses])
+                for name, part in ((domain, shares), (general, 1 - shares))]  # fmt: skip
+        share = best_ratio(*fits, tokens or max(trained), weight)
+        return {domain: share, general: 1 - share}
+    except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(f'{path}: a line must be {{"mixture": {{source: share}}, "loss": number}}, or, for replay, '
+                          f'with "tokens" and two sources, a loss for each ({error})') from None  # fmt: skip
 
 
 @dataclass(frozen=True)

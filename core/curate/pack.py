@@ -10,7 +10,7 @@ tritium pretrain --tokenizer=… --data.sources=OUT/pack/gsm8k.tokens.npy,OUT/pa
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,7 +20,7 @@ import numpy as np
 
 from tritium.core.config import REQUIRED, opt
 from tritium.core.curate.runner import outputs, write_atomically
-from tritium.core.curate.step import Context, Document, Job, Outcome, Piece, Step, note, read_shard
+from tritium.core.curate.step import Context, Document, Job, Outcome, Piece, Step, read_shard, scored
 from tritium.core.data import DataConfig, encode_documents
 from tritium.core.output import whole_file, write_array
 from tritium.core.tokenizer import Tokenizer
@@ -33,12 +33,7 @@ class Pack(Step):
     tokenizer: str = opt(REQUIRED, "folder or file of the tokenizer")
 
     BATCH: ClassVar[int] = 512
-
-    def files(self) -> list[str]:
-        return [self.tokenizer]
-
-    def measures(self) -> Sequence[str]:
-        return ("tokens",)
+    PATHS: ClassVar[tuple[str, ...]] = ("tokenizer",)
 
     @cached_property
     def loaded(self) -> Tokenizer:
@@ -47,8 +42,7 @@ class Pack(Step):
     def several(self, documents: list[Document], job: Job) -> list[Outcome]:
         made = encode_documents([whole_text(d) for d in documents], self.loaded, DataConfig())
         for document, ids in zip(documents, made, strict=True):
-            document["scores"]["tokens"] = len(ids)
-            note(document, tokens=len(ids))
+            scored(document, "tokens", len(ids))
         self.parts += made
         return documents
 

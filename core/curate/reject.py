@@ -3,6 +3,9 @@
     accept   {judge: least value}   every answer must pass, e.g. {"tags('think')" = 1, "words('bad.txt')" = 1}
     verify   by the reference: "auto" is `math` for results and `code` for tests; a wrong answer is no SFT row
     score    a judge that ranks what is left: a reward model's heads, a language model, any sum of core/rewards
+    voters   judges of whom a share of `agreement` must prefer a pair's better answer, by more than `margin` on average
+
+What a judge says is kept in OUT/said.sqlite: a run that was killed goes on with the same scores, and asks nobody twice.
 
     sft.jsonl        at most `keep` of the best right answers, that compute differently, as conversations
     pairs.jsonl      a right (or best) answer and a wrong (or worse) one
@@ -15,16 +18,18 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
+
 from tritium.core.chat import parse_reasoning
 from tritium.core.config import ConfigError, opt
+from tritium.core.curate.kept import digest, remembered, state
 from tritium.core.curate.runner import write_lines
-from tritium.core.curate.step import Context, Document, Drop, Job, Outcome, Piece, Step, note, read_shard
+from tritium.core.curate.step import Context, Document, Drop, Job, Outcome, Piece, Step, need, note, read_shard, scored
 from tritium.core.rewards import Answer, Reward, Score, judge
-from tritium.core.select import distinct_paths
+from tritium.core.select import agreed_pairs, distinct_paths
 
 
 @dataclass
@@ -38,25 +43,31 @@ class Reject(Step):
     keep: int = opt(1, "answers to learn from a document, at most")
     pairs: int = opt(1, "pairs from a document, at most")
     gold: bool = opt(True, "gold answers are learned too, not only those of models")
+    voters: list[str] = opt([], "judges that vote on pairs, e.g. several reward models (empty: every pair is taken)")
+    margin: float = opt(0.0, "of the voters' mean values of a pair's answers, at least, and more than this")
+    agreement: float = opt(1.0, "share of the voters that prefers the better answer")
 
     BATCH: ClassVar[int] = 256
     LOCAL: ClassVar[bool] = True
 
     def check(self) -> None:
-        for spec in [*self.accept, *([self.score] if self.score else [])]:
+        for spec in self.specs:
             self.judge(spec)
-        if self.verify not in ("auto", "none"):
-            self.judge(self.verify)
-        if self.verify == "math_verify" and not find_spec("math_verify"):
-            raise ConfigError('verify="math_verify" needs the extra: pip install "tritium[data]"')
+        if self.verify == "math_verify":
+            need("math_verify", 'verify="math_verify"')
+        if not 0 <= self.agreement <= 1 or self.margin < 0:
+            raise ConfigError(f"agreement={self.agreement} must be in [0, 1], margin={self.margin} not negative")
+
+    @property
+    def specs(self) -> list[str]:
+        """All judges, but for what "auto" stands for."""
+        verify = [] if self.verify in ("auto", "none") else [self.verify]
+        return [*self.accept, *verify, *([self.score] if self.score else []), *self.voters]
 
     def files(self) -> list[str]:
         """What the judges are read from, as far as it is on this disk."""
-        named = re.findall(r"'([^']*)'|\"([^\"]*)\"", " ".join([*self.accept, self.verify, self.score]))
+        named = re.findall(r"'([^']*)'|\"([^\"]*)\"", " ".join(self.specs))
         return [file for file in map("".join, named) if file and Path(file).exists()]
-
-    def measures(self) -> Sequence[str]:
-        return ("pass_rate", "best_score")
 
     def judge(self, spec: str) -> Reward:
         """Made once. Raises: ConfigError."""
@@ -78,38 +89,45 @@ class Reject(Step):
         return [self.verdict(document) for document in documents]
 
     def mark(self, documents: list[Document], job: Job) -> None:
-        """Leave with each answer its scores, whether it is "right", and why it was rejected."""
+        """Leave with each answer its scores and votes, whether it is "right", and why it was rejected."""
         for spec, least in self.accept.items():
-            for answer, score in self.ask(spec, [(d, a) for d in documents for a in d["answers"]], job):
-                if score is not None and score.value < least:
-                    answer["rejected"] = f"{spec} {score.value:.3g} < {least:g}"
-        if self.verify != "none":
-            for spec in ("math", "code") if self.verify == "auto" else (self.verify,):
-                known = [d for d in documents if d["reference"] and (self.verify != "auto" or verifier(d) == spec)]
-                for answer, score in self.ask(spec, [(d, a) for d in known for a in d["answers"]], job):
-                    if score is not None:
-                        answer["right"] = score.solved
-        if self.score:
-            for answer, score in self.ask(self.score, [(d, a) for d in documents for a in d["answers"]], job):
-                if score is not None:
-                    answer["score"] = score.value
+            for answer, value, _ in self.ask(spec, documents, job):
+                if value < least:
+                    answer["rejected"] = f"{spec} {value:.3g} < {least:g}"
+        for spec in ("math", "code") if self.verify == "auto" else (self.verify,) * (self.verify != "none"):
+            known = [d for d in documents if d["reference"] and (self.verify != "auto" or verifier(d) == spec)]
+            for answer, _, solved in self.ask(spec, known, job):
+                answer["right"] = solved
+        for answer, value, _ in self.ask(self.score, documents, job) if self.score else ():
+            answer["score"] = value
+        for spec in self.voters:
+            for answer, value, _ in self.ask(spec, documents, job):
+                answer.setdefault("votes", {})[spec] = value
 
-    def ask(self, spec: str, pairs: list[tuple[Document, dict]], job: Job) -> Iterator[tuple[dict, Score | None]]:
-        """What a judge says of each answer; None, counted, where it fails."""
-        shown = [Answer(words(a["text"]), a["text"], d["messages"][-1]["content"], d["reference"], d["messages"])
-                 for d, a in pairs]  # fmt: skip
-        judged = judge(self.judge(spec), shown)
-        for failure, n in judged.failures.items():
-            job.notes[f"{spec} failed: {failure[:80]}"] += n
-        return zip((a for _, a in pairs), judged.scores, strict=True)
+    def ask(self, spec: str, documents: list[Document], job: Job) -> Iterator[tuple[dict, float, bool]]:
+        """(answer, a judge's value of it, whether that is right) for all answers; where it fails is counted."""
+        pairs = [(d, a) for d in documents for a in d["answers"]]
+        by = digest(spec, [state(file) for file in self.files()])
+
+        def say(new: list[int]) -> list[list | None]:
+            shown = [Answer(words(a["text"]), a["text"], d["messages"][-1]["content"], d["reference"], d["messages"])
+                     for d, a in (pairs[i] for i in new)]  # fmt: skip
+            judged = judge(self.judge(spec), shown)
+            for failure, n in judged.failures.items():
+                job.notes[f"{spec} failed: {failure[:80]}"] += n
+            return [None if score is None else [score.value, score.solved] for score in judged.scores]
+
+        keys = [digest(by, d["messages"], d["reference"], a["text"]) for d, a in pairs]
+        said = remembered(job.context.cache, keys, say)
+        return ((a, *score) for (_, a), score in zip(pairs, said, strict=True) if score is not None)
 
     def verdict(self, document: Document) -> Outcome:
         answers = document["answers"]
         tried = [a["right"] for a in answers if "right" in a and a["by"] != "gold"]
         if tried:
-            document["scores"]["pass_rate"] = sum(tried) / len(tried)
+            scored(document, "pass_rate", sum(tried) / len(tried))
         if any("score" in a for a in answers):
-            document["scores"]["best_score"] = max(a["score"] for a in answers if "score" in a)
+            scored(document, "best_score", max(a["score"] for a in answers if "score" in a))
         if not answers:
             return Drop("no answer")
         if not any(map(self.learnable, answers)):
@@ -145,10 +163,18 @@ class Reject(Step):
 
     def preferred(self, document: Document) -> Iterator[dict]:
         levels = by_worth(document["answers"])
-        better = [a["text"] for a in levels[0] if self.learnable(a)] if levels else []
-        worse = [a["text"] for level in levels[1:] for a in level]
-        for chosen, rejected in list(zip(better, worse, strict=False))[: self.pairs]:
-            yield {"prompt": document["messages"], "chosen": chosen, "rejected": rejected}
+        better = [a for a in levels[0] if self.learnable(a)] if levels else []
+        worse = [a for level in levels[1:] for a in level]
+        for chosen, rejected in self.agreed(list(zip(better, worse, strict=False)))[: self.pairs]:
+            yield {"prompt": document["messages"], "chosen": chosen["text"], "rejected": rejected["text"]}
+
+    def agreed(self, pairs: list[tuple[dict, dict]]) -> list[tuple[dict, dict]]:
+        """The pairs that the voters agree on; one that a voter could not judge is none."""
+        if not self.voters:
+            return pairs
+        whole = [pair for pair in pairs if all(a.get("votes", {}).keys() >= {*self.voters} for a in pair)]
+        margins = [[a["votes"][spec] - b["votes"][spec] for a, b in whole] for spec in self.voters]
+        return [whole[i] for i in agreed_pairs(np.array(margins), self.margin, self.agreement)]
 
     def ranked(self, document: Document) -> Iterator[dict]:
         levels = by_worth(document["answers"])

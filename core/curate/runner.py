@@ -27,7 +27,8 @@ from pathlib import Path
 from typing import Any
 
 from tritium.core.config import UserError
-from tritium.core.curate.step import Context, Document, Drop, Job, Piece, Step, digest, text_of
+from tritium.core.curate.kept import digest
+from tritium.core.curate.step import Context, Document, Drop, Job, Piece, Step, text_of
 from tritium.core.output import whole_file
 
 SAMPLES = 4  # of each reason, and of what is kept
@@ -79,9 +80,9 @@ def run_steps(
             here = replace(context, scratch=scratch, map=pool.map)
             for path in (folder, scratch):
                 path.mkdir(parents=True, exist_ok=True)
-            metas, made = run_step(step, name, here, shards, folder, pool)
+            metas, shards = run_step(step, name, here, shards, folder, pool)
             summary = summarise(name, type(step).__name__.lower(), metas)
-            shards = made
+            summary |= {key: sum(getattr(shard, key) for shard in shards) for key in ("rows", "characters")}
             yield summary | {"facts": step.finish(here, shards), "twins": twin_texts(summary, shards)}
     finally:
         pool.close()
@@ -106,7 +107,7 @@ def run_step(
         (Pool(1) if step.LOCAL else pool).map(work, todo)
     metas = [manifest(job) for job in jobs]
     made = [
-        Piece(str(job.out), meta["sha256"], job.piece.name, 0, meta["bytes"], meta["rows"])
+        Piece(str(job.out), meta["sha256"], job.piece.name, 0, meta["bytes"], meta["rows"], meta["characters"])
         for job, meta in zip(jobs, metas, strict=True)
     ]
     untouched = [] if pieces is shards else shards
@@ -179,13 +180,14 @@ class Ledger:
 
     def sample(self, reason: str, document: Document, drop: Drop) -> None:
         order = priority(document["id"], self.job.context.seed)
-        for name in self.job.step.measures():
-            if name in document.get("scores", ()):
-                insert(self.values.setdefault(name, []), [order, document["scores"][name]], VALUES)
+        last = document.get("provenance", [])[-1:]
+        for name, value in last[0].items() if last else ():
+            if name in document["scores"]:
+                insert(self.values.setdefault(name, []), [order, value], VALUES)
         shown = self.samples.setdefault(reason, [])
         if len(shown) < SAMPLES or order < shown[-1][0]:
             row = {"id": document["id"], "text": text_of(document)[:SHOWN], "detail": drop.detail, "twin": drop.twin}
-            insert(shown, [order, row | {"provenance": document.get("provenance", [])[-1:]}], SAMPLES)
+            insert(shown, [order, row | {"provenance": last}], SAMPLES)
 
     def meta(self) -> dict[str, Any]:
         return {
@@ -207,8 +209,7 @@ def insert(rows: list, row: list, limit: int) -> None:
 
 def summarise(name: str, kind: str, metas: Sequence[dict]) -> dict[str, Any]:
     """The manifests of a step's jobs as one."""
-    total = {key: sum(meta[key] for meta in metas) for key in ("read", "rows", "characters", "bytes")}
-    merged: dict[str, Any] = {"name": name, "do": kind} | total
+    merged: dict[str, Any] = {"name": name, "do": kind, "read": sum(meta["read"] for meta in metas)}
     for key in ("dropped", "notes"):
         merged[key] = dict(sum((Counter(meta[key]) for meta in metas), Counter()).most_common())
     for key, limit in (("samples", SAMPLES), ("values", VALUES)):

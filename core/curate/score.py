@@ -1,6 +1,5 @@
 """Scores from models: perplexity, instruction-following difficulty, and classifiers trained here on given examples."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import exp
@@ -10,7 +9,7 @@ from typing import ClassVar
 import numpy as np
 
 from tritium.core.config import REQUIRED, ConfigError, opt
-from tritium.core.curate.step import Context, Document, Drop, Job, Outcome, Piece, Step, text_of
+from tritium.core.curate.step import Context, Document, Drop, Job, Outcome, Piece, Step, scored, text_of
 from tritium.core.formats import Skipped, read_documents
 from tritium.core.rewards.classifier import features, probability, train_classifier
 
@@ -23,7 +22,7 @@ class Bounded(Step):
     high: float = opt(1e30, "documents above are dropped")
 
     def judged(self, document: Document, name: str, value: float) -> Outcome:
-        document["scores"][name] = round(value, 6)
+        scored(document, name, round(value, 6))
         if self.low <= value <= self.high:
             return document
         return Drop(f"{name} out of bounds", f"{name} {value:.4g} is not in [{self.low:g}, {self.high:g}]")
@@ -40,12 +39,7 @@ class Perplexity(Bounded):
 
     BATCH: ClassVar[int] = 128
     LOCAL: ClassVar[bool] = True
-
-    def files(self) -> list[str]:
-        return [self.model]
-
-    def measures(self) -> Sequence[str]:
-        return ("ifd" if self.ifd else "perplexity",)
+    PATHS: ClassVar[tuple[str, ...]] = ("model",)
 
     def takes(self, document: Document) -> bool:
         return super().takes(document) and (not self.ifd or (document["kind"] != "text" and bool(document["answers"])))
@@ -76,7 +70,7 @@ class Perplexity(Bounded):
             values = [a / max(b, 1e-9) for a, b in zip(given, alone, strict=True)]
         else:
             values = [exp(min(loss, 50.0)) for loss in self.losses([("", text_of(d)) for d in documents])]
-        (name,) = self.measures()
+        name = "ifd" if self.ifd else "perplexity"
         return [self.judged(d, name, value) for d, value in zip(documents, values, strict=True)]
 
 
@@ -90,16 +84,12 @@ class Classify(Bounded):
     bad: list[str] = opt([], "files of bad texts")
     characters: int = opt(2000, "of a text that are looked at")
 
+    PATHS: ClassVar[tuple[str, ...]] = ("good", "bad")
+
     def check(self) -> None:
         super().check()
         if not self.good or not self.bad:
             raise ConfigError("good and bad must each name a file of examples")
-
-    def files(self) -> list[str]:
-        return [*self.good, *self.bad]
-
-    def measures(self) -> Sequence[str]:
-        return (self.name,)
 
     def prepare(self, context: Context, shards: list[Piece]) -> None:
         labelled = ((self.good, False), (self.bad, True))

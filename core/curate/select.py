@@ -1,20 +1,26 @@
-"""Select: by thresholds on scores, then a sample, then a mixture of sources."""
+"""Select: by thresholds on scores, then a sample, then a mixture of sources.
+
+Embeddings, where a sample needs them, are in a file; of each document some 60 bytes are in memory.
+"""
 
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import ClassVar
+from pathlib import Path
+from typing import Any, ClassVar
 
 import numpy as np
 
 from tritium.core.config import ConfigError, opt
-from tritium.core.curate.mixture import best_mixture, read_runs
+from tritium.core.curate.mixture import mixture_of
 from tritium.core.curate.runner import priority
-from tritium.core.curate.semantic import Embedder
+from tritium.core.curate.semantic import BATCH, ROWS, Embedder
 from tritium.core.curate.step import Context, Document, Drop, Job, Outcome, Piece, Step, note, read_shard, text_of
 from tritium.core.output import write_array
 from tritium.core.select import balanced, spread_out
+
+CHARACTERS = 2000  # of a text are embedded
 
 
 @dataclass
@@ -37,21 +43,27 @@ class Select(Step):
     model: str = opt("", "by=cluster, diverse: folder of the model that embeds")
     clusters: int = opt(100, "by=cluster: their number")
     mixture: dict[str, float] = opt({}, "shares of the sources, in characters")
-    mixture_from: str = opt("", 'file of small runs, {"mixture": {source: share}, "loss"} each: the mixture that their '
-                            "regression finds best (core/curate/mixture.py)")  # fmt: skip
+    mixture_from: str = opt("", "file of small runs: the mixture that a fit of their losses finds best, or the replay "
+                                "ratio (core/curate/mixture.py)")  # fmt: skip
+    tokens: float = opt(0.0, "replay: of the run to come (0: as the longest of the small ones)")
+    weight: float = opt(1.0, "replay: of the general loss beside the domain's")
 
     GLOBAL: ClassVar[bool] = True
+    PATHS: ClassVar[tuple[str, ...]] = ("model", "mixture_from")
 
     def check(self) -> None:
         shares = self.mixture.values()
-        if self.count < 0 or any(share < 0 for share in shares) or (shares and not any(shares)):
-            raise ConfigError(f"count={self.count} and the shares of mixture must not be negative, nor all shares 0")
+        if min(self.count, self.tokens, self.weight, *shares) < 0 or (shares and not any(shares)):
+            raise ConfigError(f"count={self.count}, tokens={self.tokens}, weight={self.weight} and the shares of "
+                              "mixture must not be negative, nor all shares 0")  # fmt: skip
         if (self.by in ("cluster", "diverse")) != bool(self.model):
             raise ConfigError(f"by={self.by}, model={self.model!r}: cluster and diverse need a model, others have none")
         super().check()
 
-    def files(self) -> list[str]:
-        return [file for file in (self.model, self.mixture_from) if file]
+    @property
+    def wanted(self) -> dict[str, float]:
+        """The mixture, given or fitted."""
+        return mixture_of(self.mixture_from, self.tokens, self.weight) if self.mixture_from else self.mixture
 
     def fits(self, document: Document) -> Drop | None:
         scores = document["scores"]
@@ -69,25 +81,26 @@ class Select(Step):
     def prepare(self, context: Context, shards: list[Piece]) -> None:
         """The plan: how often each document is taken, −1 where a threshold leaves it out."""
         firsts = np.cumsum([0, *(shard.rows for shard in shards)])
-        times, sizes = np.full(firsts[-1], -1, np.int64), np.zeros(firsts[-1], np.int64)
-        orders, taken = np.zeros(firsts[-1], np.int64), np.zeros(firsts[-1], bool)
-        sources, tags, texts = [], [], {}
-        for i, document in enumerate(d for shard in shards for d in read_shard(shard.path)):
-            said = text_of(document)
-            taken[i], sizes[i] = self.takes(document), len(said)
-            times[i] = 1 if not taken[i] or self.fits(document) is None else -1
-            orders[i] = priority(document["id"], context.seed)
-            sources.append(sys.intern(document["source"]))
-            tags.append(sys.intern(str(document.get(self.tag))))
-            if self.model and taken[i] and times[i] > 0:
-                texts[i] = said[:2000]
-        left = np.flatnonzero((times > 0) & taken)
-        left = left[np.argsort(orders[left], kind="stable")]
-        if self.count:
-            chosen = left[self.chosen([tags[i] for i in left], [texts.get(i, "") for i in left])]
-            times[left], times[chosen] = 0, 1
-            left = chosen
-        mixture = best_mixture(read_runs(self.mixture_from)) if self.mixture_from else self.mixture
+        times, sizes, orders = (np.zeros(firsts[-1], np.int64) for _ in range(3))
+        taken, sources, tags = np.zeros(firsts[-1], bool), [], []
+        with Vectors(self.model, context.scratch / "vectors") as vectors:
+            for i, document in enumerate(d for shard in shards for d in read_shard(shard.path)):
+                said = text_of(document)
+                taken[i], sizes[i] = self.takes(document), len(said)
+                times[i] = 1 if not taken[i] or self.fits(document) is None else -1
+                orders[i] = priority(document["id"], context.seed)
+                sources.append(sys.intern(document["source"]))
+                tags.append(sys.intern(str(document.get(self.tag))))
+                if self.model and taken[i] and times[i] > 0:
+                    vectors.add(said)
+            left = np.flatnonzero((times > 0) & taken)
+            order = np.argsort(orders[left], kind="stable")
+            if self.count:
+                times[left] = 0
+                order = self.chosen(order, [tags[i] for i in left], vectors)
+        left = left[order]
+        times[left] = 1
+        mixture = self.wanted
         if unknown := self.mixture.keys() - set(sources):
             raise ConfigError(f"mixture: no document is of {', '.join(sorted(unknown))}; "
                               f"the sources are {', '.join(sorted(set(sources)))}")  # fmt: skip
@@ -96,16 +109,19 @@ class Select(Step):
         for i, shard in enumerate(shards):
             write_array(context.scratch / f"{shard.name}.plan.npy", times[firsts[i] : firsts[i + 1]])
 
-    def chosen(self, tags: list[str], texts: list[str]) -> list[int]:
-        """Which `count` of the documents, whose order is by chance."""
+    def chosen(self, order: np.ndarray, tags: list[str], vectors: "Vectors") -> np.ndarray:
+        """Which `count` of the documents, of which `order` is one by chance."""
         if self.by == "random":
-            return list(range(min(self.count, len(tags))))
-        if self.by == "tag":
-            return balanced(tags, str, self.count)
-        vectors = Embedder(self.model)(texts)
+            return order[: self.count]
         if self.by == "diverse":
-            return spread_out(vectors, self.count)
-        return balanced(clusters(vectors, self.clusters), int, self.count)
+            return np.array(spread_out(vectors.rows(), self.count), np.int64)
+        piles = tags if self.by == "tag" else clusters(vectors.rows(), self.clusters)
+        return order[balanced([piles[i] for i in order], str, self.count)]
+
+    def finish(self, context: Context, shards: list[Piece]) -> dict[str, Any]:
+        """Facts: the mixture, where it was fitted."""
+        fitted = self.wanted.items() if self.mixture_from else ()
+        return {f"share of {source}, by the small runs": share for source, share in fitted}
 
     def run(self, documents: Iterable[Document], job: Job) -> Iterator[tuple[Document, Outcome]]:
         for document, times in zip(documents, np.load(job.plan).tolist(), strict=True):
@@ -144,12 +160,47 @@ def mixed(mixture: dict[str, float], sources: list[str], sizes: np.ndarray) -> n
     return times
 
 
+class Vectors:
+    """Embeddings of texts, which are added one at a time, in a file that lives as long as the `with`."""
+
+    def __init__(self, model: str, file: Path):
+        self.embed, self.file, self.waiting = Embedder(model) if model else None, file, []
+
+    def __enter__(self) -> "Vectors":
+        self.out = self.file.open("wb")
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.out.close()
+        self.file.unlink()
+
+    def add(self, text: str) -> None:
+        self.waiting.append(text[:CHARACTERS])
+        if len(self.waiting) == BATCH:
+            self.write()
+
+    def write(self) -> None:
+        vectors = self.embed(self.waiting)
+        vectors.tofile(self.out)
+        self.width, self.waiting = vectors.shape[1], []
+
+    def rows(self) -> np.ndarray:
+        """All of them, [n, E], mapped."""
+        if self.waiting:
+            self.write()
+        self.out.flush()
+        if not self.out.tell():
+            return np.zeros((0, 1), np.float32)
+        return np.memmap(self.file, np.float32, "r").reshape(-1, self.width)
+
+
 def clusters(vectors: np.ndarray, count: int, rounds: int = 10) -> list[int]:
     """k-means (Lloyd 1982) of rows [n, E] of length 1, from far apart ones on: the cluster of each row."""
-    centres = vectors[spread_out(vectors, count)]
+    centres, nearest = np.array(vectors[spread_out(vectors, count)]), np.zeros(len(vectors), np.int64)
     for _ in range(rounds):
-        nearest = (vectors @ centres.T).argmax(1)
         sums = np.zeros_like(centres)
-        np.add.at(sums, nearest, vectors)
+        for part in (slice(at, at + ROWS) for at in range(0, len(vectors), ROWS)):
+            nearest[part] = (vectors[part] @ centres.T).argmax(1)
+            np.add.at(sums, nearest[part], vectors[part])
         centres = sums / np.maximum(np.linalg.norm(sums, axis=1, keepdims=True), 1e-9)
     return nearest.tolist()

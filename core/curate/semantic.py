@@ -2,24 +2,24 @@
 
 An embedding is the mean of a model's last hidden states over a text's first tokens, of length 1. Any language model
 that we load will do; BERT's family comes through transformers (the extra `data`). Similarity is exact: blocks of dot
-products and their k largest, in torch, or faiss's flat index.
+products and their k largest, in torch, or faiss's flat index. Those of all documents are in files, of which two blocks
+are in memory at a time.
 """
 
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
-from importlib.util import find_spec
 from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
 
 from tritium.core.config import REQUIRED, ConfigError, UserError, opt
-from tritium.core.curate.dedup import Twins
+from tritium.core.curate.dedup import Twins, rows_at
 from tritium.core.curate.minhash import shingles, word_hashes
 from tritium.core.curate.sources import Collect
-from tritium.core.curate.step import Context, Document, Drop, Job, Outcome, Step, prompt_text, text_of
+from tritium.core.curate.step import Context, Document, Drop, Job, Outcome, Step, need, prompt_text, text_of
 from tritium.core.formats import Skipped, read_records
 
 TOKENS = 256  # of a text are embedded
@@ -37,8 +37,8 @@ class Embedder:
         family = json.loads(config.read_text())["model_type"] if config.is_file() else ""
         self.encoder = "bert" in family or family in ("electra", "mpnet", "ernie", "nomic_bert")
         self.folder = folder
-        if self.encoder and not find_spec("transformers"):
-            raise ConfigError(f'{folder} is of BERT\'s family ({family}): pip install "tritium[data]" for transformers')
+        if self.encoder:
+            need("transformers", f"{folder}, of BERT's family,")
 
     def __call__(self, texts: Sequence[str]) -> np.ndarray:
         import torch
@@ -63,10 +63,10 @@ class Embedder:
             stream = [[Tokens(np.array(ids[i], np.int32), np.ones(len(ids[i]), np.float32))] for i in mine]
             batch = pack(stream, multiple_of=512).to(model.mesh.device)
             hidden = model.hidden(batch.tokens, batch.cu_seqlens, positions=batch.positions).float()  # [T, E]
-            lengths = batch.cu_seqlens.diff().long()
-            owner = torch.repeat_interleave(torch.arange(len(lengths), device=hidden.device), lengths)
-            sums = hidden.new_zeros(len(lengths), hidden.shape[1]).index_add_(0, owner, hidden)
-            result[mine] = sums[: len(mine)].cpu()
+            parts = hidden.tensor_split(batch.cu_seqlens[1 : len(mine) + 1].long().cpu())[
+                : len(mine)
+            ]  # what follows: filler
+            result[mine] = torch.stack([part.sum(0) for part in parts]).cpu()
         return result
 
     def loaded(self):
@@ -121,35 +121,42 @@ def most_similar(queries: np.ndarray, rows: np.ndarray, k: int, engine: str = "t
 
 @dataclass
 class Semantic(Twins):
-    """Drop documents that mean what one before them does; of its `neighbours`, all that are as similar as that."""
+    """Drop documents that mean what one before them does: whose most similar one before them is similar enough."""
 
     model: str = opt(REQUIRED, "folder of the model that embeds")
     threshold: float = opt(0.95, "cosine similarity from which on two are one")
-    neighbours: int = opt(16, "that are looked at for each document")
     engine: str = opt("torch", "of the search", choices=("torch", "faiss"))
 
     REASON: ClassVar[str] = "means what another does"
     LOCAL: ClassVar[bool] = True  # one model, in one process
+    PATHS: ClassVar[tuple[str, ...]] = ("model",)
 
     def check(self) -> None:
         super().check()
         Embedder(self.model)
-        if self.engine == "faiss" and not find_spec("faiss"):
-            raise ConfigError('engine="faiss" needs the extra: pip install "tritium[data]"')
-
-    def files(self) -> list[str]:
-        return [self.model]
+        if self.engine == "faiss":
+            need("faiss", 'engine="faiss"')
+        if not 0 < self.threshold <= 1:
+            raise ConfigError(f"threshold={self.threshold} must be in (0, 1]")
 
     def features(self, texts: list[bytes], first: int) -> np.ndarray:
         parts = [Embedder(self.model)([t.decode() for t in texts[i : i + BATCH]]) for i in range(0, len(texts), BATCH)]
         return np.concatenate(parts) if parts else np.zeros((0, 1), np.float32)
 
     def pairs(self, files: list[Path], firsts: np.ndarray, context: Context) -> Iterator[np.ndarray]:
-        rows = np.concatenate([part for file in files if len(part := np.load(file))] or [np.zeros((0, 1), np.float32)])
-        values, places = most_similar(rows, rows, self.neighbours + 1, self.engine)
-        number = np.arange(len(rows))[:, None].repeat(places.shape[1], 1)
-        near = (values >= self.threshold) & (places < number)
-        yield np.stack([places[near], number[near]], 1)
+        count = int(firsts[-1])
+        for start in range(0, count, ROWS):
+            queries = rows_at(files, firsts, np.arange(start, min(start + ROWS, count)))
+            own = np.tril(queries @ queries.T, -1)  # [m, m]: with those before it
+            best, place = own.max(1), start + own.argmax(1)
+            step = max(ROWS, context.memory // (8 * queries.shape[1]))
+            for first in range(0, start, step):
+                rows = rows_at(files, firsts, np.arange(first, min(first + step, start)))
+                values, places = (found[:, 0] for found in most_similar(queries, rows, 1, self.engine))
+                closer = values > best
+                best[closer], place[closer] = values[closer], first + places[closer]
+            similar = np.flatnonzero(best >= self.threshold)
+            yield np.stack([place[similar], start + similar], 1)
 
 
 @cache

@@ -14,15 +14,16 @@ import re
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import count
+from itertools import chain, count
 from pathlib import Path
 from typing import BinaryIO
 
 from tritium.core.config import ConfigError, opt
+from tritium.core.curate.kept import digest, state
 from tritium.core.curate.layouts import html_text, parse
 from tritium.core.curate.runner import write_atomically
-from tritium.core.curate.step import Context, Document, Drop, Job, Piece, Step, digest, state
-from tritium.core.formats import LONE_SURROGATE, DataError, RecordError, is_json_list, json_list, text_lines
+from tritium.core.curate.step import Context, Document, Drop, Job, Piece, Step
+from tritium.core.formats import LONE_SURROGATE, DataError, RecordError, json_list, text_lines
 from tritium.core.output import whole_file
 
 
@@ -48,13 +49,13 @@ class Collect(Step):
         self.paths()
 
     def paths(self) -> list[str]:
-        found = {
-            pattern: sorted(filter(os.path.isfile, glob.glob(pattern, recursive=True))) for pattern in self.sources
-        }
-        for pattern, files in found.items():
+        found = {}
+        for pattern in self.sources:
+            files = sorted(filter(os.path.isfile, glob.glob(pattern, recursive=True)))
             if not files:
                 raise DataError(f"sources: {pattern} does not exist, or is no file (for a folder's files: FOLDER/*)")
-        return list(dict.fromkeys(file for files in found.values() for file in files))
+            found |= dict.fromkeys(files)
+        return list(found)
 
     def pieces(self, context: Context, shards: list[Piece]) -> list[Piece]:
         """The lines of each file in stretches of `shard_mb`; unpacks what is not lines yet."""
@@ -62,11 +63,8 @@ class Collect(Step):
         made = context.map(Unpack(context.scratch), paths)
         taken, pieces = {shard.name.rpartition("-")[0] for shard in shards}, []
         for path, (plain, damage) in zip(paths, made, strict=True):
-            base = name = re.sub(r"[^\w-]+", "-", stem(path))
-            for number in count(2):
-                if name not in taken:
-                    break
-                name = f"{base}-{number}"
+            base = re.sub(r"[^\w-]+", "-", stem(path))
+            name = next(name for name in chain([base], (f"{base}-{i}" for i in count(2))) if name not in taken)
             taken.add(name)
             size, lines = Path(plain).stat().st_size, kind_of(path) == "lines" and not self.limit
             edges = [*range(0, size, context.shard_bytes if lines else max(size, 1)), size] if size else [0, 0]
@@ -164,7 +162,7 @@ class Unpack:
     def __call__(self, path: str) -> tuple[str, str]:
         with open(path, "rb") as file:
             wide = file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
-        listed = kind_of(path) == "lines" and not wide and starts_a_list(path)
+        listed = kind_of(path) == "lines" and not wide and over_lines(path)
         if not (wide or listed or path.endswith(".gz")):
             return path, ""
         suffix = {"lines": ".jsonl", "text": ".txt", "html": ".html"}[kind_of(path)]
@@ -182,11 +180,14 @@ class Unpack:
         return str(plain), said.read_text("utf-8")
 
 
-def starts_a_list(path: str) -> bool:
+def over_lines(path: str) -> bool:
+    """Whether JSON is not a record a line: a list, or an object over several lines."""
     try:
-        return is_json_list(path) and next(line for _, line in text_lines(path) if line.strip()).lstrip()[0] == "["
-    except DataError:  # not UTF-8, or damaged: read as lines, which can take it
+        first = next(line.strip() for _, line in text_lines(path) if line.strip())
+    except DataError:  # empty, not UTF-8, or damaged: read as lines, which can take it
         return False
+    spread = first[0] in "[{" and first[-1] in "[{,"
+    return spread or (first[0] == "[" and Path(path.removesuffix(".gz")).suffix == ".json")
 
 
 def listed_lines(path: str) -> Iterator[bytes]:

@@ -1,16 +1,17 @@
 """What every step of the data factory is: a dataclass of settings, and a function of documents."""
 
-import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar
 
 import tritium
 from tritium.core.config import ConfigError, opt
+from tritium.core.curate.kept import digest, state
 
 KINDS = ("text", "problem", "chat")
 
@@ -39,6 +40,7 @@ class Piece:
     start: int = 0
     end: int = 0
     rows: int = 0  # documents, where it is a shard
+    characters: int = 0  # of these
     damage: str = ""  # what of the file could not be read
 
 
@@ -52,7 +54,7 @@ class Context:
     shard_bytes: int
     memory: int  # bytes that a step may use for what grows with the data
     map: Callable[[Callable, Sequence], list]
-    cache: Path  # of teachers' answers
+    cache: Path  # of what teachers and judges said
 
 
 @dataclass
@@ -82,6 +84,7 @@ class Step:
     BATCH: ClassVar[int] = 64  # documents that `several` gets
     LOCAL: ClassVar[bool] = False  # runs in the main process: it holds a model
     GLOBAL: ClassVar[bool] = False  # what becomes of a document depends on all shards
+    PATHS: ClassVar[tuple[str, ...]] = ()  # options that name files and folders
 
     def check(self) -> None:
         """Find what can be known to be wrong before anything runs. Raises: ConfigError."""
@@ -91,11 +94,8 @@ class Step:
 
     def files(self) -> list[str]:
         """Files and folders that the step reads besides its documents."""
-        return []
-
-    def measures(self) -> Sequence[str]:
-        """The scores that it gives, for the report's histograms."""
-        return ()
+        given = [getattr(self, name) for name in self.PATHS]
+        return [file for value in given for file in ([value] if isinstance(value, str) else value) if file]
 
     def pieces(self, context: Context, shards: list[Piece]) -> list[Piece]:
         """The work to do, a job each."""
@@ -150,6 +150,12 @@ def note(document: Document, **facts: Any) -> None:
     document["provenance"][-1].update(facts)
 
 
+def scored(document: Document, name: str, value: float) -> None:
+    """Give a document a score, which the report shows a histogram of."""
+    document["scores"][name] = value
+    note(document, **{name: value})
+
+
 def text_of(document: Document) -> str:
     """All that is said in a document."""
     if document["kind"] == "text":
@@ -173,12 +179,7 @@ def map_texts(document: Document, change: Callable[[str], str]) -> None:
         answer["text"] = change(answer["text"])
 
 
-def digest(*parts: Any) -> str:
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
-
-
-def state(path: str) -> list:
-    """Names, sizes and times of a file, or of a folder's files: another content has another state."""
-    root = Path(path)
-    files = sorted(root.iterdir()) if root.is_dir() else [root]
-    return [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files if f.is_file()]
+def need(library: str, option: str) -> None:
+    """Raises: ConfigError where a library of the extra is not there."""
+    if not find_spec(library):
+        raise ConfigError(f'{option} needs {library}: pip install "tritium[data]"')

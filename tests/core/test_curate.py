@@ -97,7 +97,8 @@ def test_personal_data_is_replaced_and_sums_are_not():
 def test_the_most_frequent_of_equals_is_the_texts_first_in_every_process():
     text = "aa bb xxxxxxxx yyyyyyyyyy aa bb xxxxxxxx yyyyyyyyyy"  # 'aa bb', 'bb x…', 'x… y…': twice each
     assert Measures(text).top(2) == pytest.approx(2 * 4 / 44)
-    assert Measures("# a b c d e f g h i " * 2 + "... " * 2).symbol_words == pytest.approx(2 / 22)  # either, not both
+    symbols = RULES["max_symbol_words"].value(Measures("# a b c d e f g h i " * 2 + "... " * 2))
+    assert symbols == pytest.approx(2 / 22)  # either, not both
 
 
 SENTENCES = {
@@ -159,6 +160,23 @@ BREAKERS = {
     "max_symbol_words": PROSE + " #tag" * 8,
     "max_top_2gram": "the and of to have " * 3 + "bigword bigword2 " * 30,
     "max_mean_word": " ".join(["the", "and"] + ["incomprehensibilities" + chr(97 + i % 26) * 3 for i in range(60)]),
+    "max_words": "word " * 100_001,
+    "min_mean_word": "a of to be " * 20,
+    "max_ellipsis_lines": "\n".join(f"read more about {name} and what comes of it …" for name in "abc"),
+    "max_repeated_line_characters": PROSE + ("\nBuy the best now and be happy, as all of your friends are" * 3),
+    "max_repeated_paragraphs": PROSE + "\n\nBuy now" * 3,
+    "max_repeated_paragraph_characters": "\n\n".join([PROSE] * 2),
+    "max_top_3gram": PROSE + " all of you" * 9,
+    "max_top_4gram": PROSE + " all of you said" * 9,
+    **{f"max_repeated_{n}grams": PROSE + " to be read over again by all of you and me" * 4 for n in range(5, 11)},
+    "min_sentences": "One. Two.",
+    "max_braces": PROSE + " {",
+    "max_placeholders": PROSE + " Lorem ipsum.",
+    "max_special_characters": PROSE + " §±∆|" * 60,
+    "max_incomplete_lines": "\n".join(f"line number {i} that does not end in any way" for i in range(9)),
+    "max_short_lines": "Too short.\n" * 9,
+    "min_characters": "Too short.",
+    "max_characters": "x" * 1_000_001,
 }
 
 
@@ -167,26 +185,17 @@ def applied(text, **settings):
     return Filter(**settings).one(document)
 
 
-@pytest.mark.parametrize("rule", BREAKERS)
-def test_each_rule_of_gopher_finds_what_breaks_it(rule):
+@pytest.mark.parametrize("rule", RULES)
+def test_each_rule_finds_what_breaks_it(rule):
     outcome = applied(BREAKERS[rule], rules=[], limits={rule: RULES[rule].limit})
     assert isinstance(outcome, Drop) and outcome.reason == rule
-    assert isinstance(applied(BREAKERS[rule]), Drop)
+    if RULES[rule].set != "none":
+        assert isinstance(applied(BREAKERS[rule], rules=[RULES[rule].set]), Drop)
+    assert applied(PROSE, rules=[], limits={rule: RULES[rule].limit})["text"] == PROSE
 
 
-def test_prose_passes_all_rules_and_the_other_sets_have_their_own(tmp_path):
+def test_prose_passes_all_rules_and_what_a_list_of_words_has_does_not(tmp_path):
     assert applied(PROSE, rules=["gopher", "c4", "yi"])["provenance"] == [{"step": "filter", "words": 53}]
-    for text, rule in (
-        (PROSE + " {", "max_braces"),
-        (PROSE + " Lorem ipsum.", "max_placeholders"),
-        ("One. Two.", "min_sentences"),
-    ):
-        assert applied(text, rules=["c4"]).reason == rule
-    assert applied(PROSE + " §±∆|" * 60, rules=["yi"]).reason == "max_special_characters"
-    assert (
-        applied("\n".join(f"line number {i} that does not end in any way" for i in range(9)), rules=["yi"]).reason
-        == "max_incomplete_lines"
-    )
     (tmp_path / "bad.txt").write_text("revised estimate\n")
     assert applied(PROSE, words=[str(tmp_path / "bad.txt")]).reason == "a word of bad.txt"
 

@@ -3,6 +3,7 @@
 import contextlib
 import importlib.util
 import json
+import shutil
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 
 from tritium.core.config import ConfigError, UserError
-from tritium.core.curate import distil
+from tritium.core.curate import distil, reject, semantic
 from tritium.core.curate.mixture import best_mixture, best_ratio, fit_mixture, fit_replay, simplex
 from tritium.core.curate.select import clusters, mixed
 from tritium.core.curate.semantic import Embedder, most_similar
@@ -91,24 +92,66 @@ def test_a_run_that_ends_in_the_middle_asks_nothing_twice_and_gives_the_same(tmp
     step = FAST | {"do": "distil", "teacher": teacher["url"], "batch": 2}
     whole, _ = run(tmp_path, prompts(12), {"ask": step}, out="whole")
     said, teacher["asked"][:] = list(teacher["asked"]), []
-    real = distil.Replies.to
+    real = distil.Distil.ask
 
     def fails_after(count):
         calls = iter(range(count))
 
-        def to(self, *arguments):
+        def ask(self, *arguments):
             if next(calls, None) is None:
                 raise KeyboardInterrupt
             return real(self, *arguments)
 
-        return to
+        return ask
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(distil.Replies, "to", fails_after(4))
+        patch.setattr(distil.Distil, "ask", fails_after(4))
         with pytest.raises(KeyboardInterrupt):
             run(tmp_path, prompts(12), {"ask": step}, out="cut")
     documents, _ = run(tmp_path, prompts(12), {"ask": step}, out="cut")
     assert documents == whole and sorted(teacher["asked"]) == sorted(said)
+
+
+def test_a_judge_is_asked_nothing_twice_where_a_run_ends_among_its_answers(tmp_path, teacher, monkeypatch):
+    """The judge says something else each time: only what was kept can make the files equal."""
+    given = iter(range(100))
+    teacher["say"] = lambda question, seed: f"Score: {1 + next(given) % 10}"
+    monkeypatch.setattr(reject.Reject, "BATCH", 2)
+    steps = {"reject": {"score": f"judge('{teacher['url']}', tries=1)", "accept": {"length(5, 9)": 0.5}}}
+    rows = [row | {"m": {"solution": "it is 0", "is_correct": False}} for row in [{"question": f"{i} + 1?",
+            "answer": str(i + 1)} for i in range(9)]]  # fmt: skip
+    real, calls = reject.Reject.verdict, iter(range(5))
+
+    def verdict(self, document):
+        if next(calls, None) is None:
+            raise KeyboardInterrupt
+        return real(self, document)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(reject.Reject, "verdict", verdict)
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path, rows, steps, shard_mb=1)
+    asked = len(teacher["asked"])
+    documents, _ = run(tmp_path, rows, steps, shard_mb=1)
+    assert asked == 2 * 6 and len(teacher["asked"]) == 2 * 9
+    scores = [round(9 * a["score"]) for d in documents for a in d["answers"]]
+    assert sorted(scores) == sorted(i % 10 for i in range(18))  # each reply counted once
+    shutil.rmtree(tmp_path / "out/steps/01-reject")
+    assert run(tmp_path, rows, steps, shard_mb=1)[0] == documents and len(teacher["asked"]) == 18
+
+
+def test_pairs_on_which_judges_disagree_teach_nothing(tmp_path):
+    rows = [{"question": "1+1?", "answer": "2", "a": {"solution": solution, "is_correct": False}}
+            for solution in ("it is 3 or so", "9")]  # fmt: skip
+    votes = {"score": "math", "voters": ["math", "length(1, 5)", "-1*length(1, 5)"], "agreement": 0.6}
+    _, summary = run(tmp_path, rows, {"reject": votes})
+    assert summary["facts"]["pairs.jsonl"] == 1  # of the other pair, two of three say: as good as the other
+    (tmp_path / "out/pairs.jsonl").read_text().index("or so")
+    for settings in ({"agreement": 0.9}, {"margin": 0.9}):
+        _, summary = run(tmp_path, rows, {"reject": votes | settings}, out=str(settings))
+        assert summary["facts"]["pairs.jsonl"] == 0 and summary["facts"]["sft.jsonl"] == 2
+    with pytest.raises(ConfigError, match="agreement=1.5"):
+        run(tmp_path, rows, {"reject": votes | {"agreement": 1.5}}, out="wrong")
 
 
 def test_a_teacher_that_fails_costs_its_own_documents_only(tmp_path, teacher):
@@ -279,6 +322,26 @@ def test_texts_of_one_meaning_keep_the_first(tmp_path, tiny, quick, engine):
     assert "resembles in:0" in (tmp_path / "out/curate.html").read_text()
 
 
+@pytest.mark.parametrize("memory", [1e-6, 1.0])
+def test_what_is_similar_is_found_however_little_is_in_memory(tmp_path, memory, monkeypatch):
+    """Each with the one before it that is most similar, over many blocks, which the memory alone decides on."""
+    rng = np.random.default_rng(0)
+    vectors = rng.normal(size=(70, 8))
+    for copy, of in ((20, 3), (41, 40), (69, 20), (60, 59)):
+        vectors[copy] = vectors[of] + 0.01 * rng.normal(size=8)
+    vectors = (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
+    monkeypatch.setattr("tritium.core.curate.semantic.ROWS", 7)
+    monkeypatch.setattr(semantic.Embedder, "__init__", lambda self, model: None)
+    monkeypatch.setattr(semantic.Embedder, "__call__", lambda self, texts: vectors[[int(t) for t in texts]])
+    rows = [{"text": str(i)} for i in range(70)]
+    step = {"model": str(tmp_path), "threshold": 0.99}
+    documents, summary = run(tmp_path, rows, {"semantic": step}, memory_mb=memory, shard_mb=3e-4)
+    assert sorted({*range(70)} - {int(d["text"]) for d in documents}) == [20, 41, 60, 69]
+    assert {row["twin"].split(":")[1] for row in summary["samples"]["means what another does"]} <= {
+        d["id"].split(":")[1] for d in documents
+    }  # the one that stays, not the nearest copy
+
+
 def test_evaluation_items_are_found_by_words_and_by_meaning(tmp_path, tiny, quick):
     words = [f"w{i}" for i in range(40)]
     item, short = " ".join(words[:20]), "What is 12 plus 30?"
@@ -299,7 +362,9 @@ def test_evaluation_items_are_found_by_words_and_by_meaning(tmp_path, tiny, quic
 
 
 @pytest.mark.parametrize("by", ["cluster", "diverse"])
-def test_samples_by_embedding_have_what_they_are_asked_for(tmp_path, tiny, quick, by):
+def test_samples_by_embedding_have_what_they_are_asked_for(tmp_path, tiny, quick, by, monkeypatch):
+    monkeypatch.setattr("tritium.core.curate.select.BATCH", 5)
+    monkeypatch.setattr("tritium.core.curate.select.ROWS", 4)
     rows = [{"text": f"{i} plus 3 is {i + 3}"} for i in range(20)] + [{"text": "Hello, who are you?"}]
     documents, _ = run(tmp_path, rows, {"select": {"count": 4, "by": by, "model": tiny.model, "clusters": 3}})
     assert len(documents) == 4 and rows[-1]["text"] in [d["text"] for d in documents]  # the one of another kind
@@ -362,3 +427,26 @@ def test_the_replay_law_is_recovered_from_its_own_losses():
     assert best_ratio(fit, fit, 1e4, weight=5.0) < best_ratio(fit, fit, 1e4)
     with pytest.raises(ConfigError, match="six"):
         fit_replay([1, 2], [0.5, 0.5], [1, 1])
+
+
+def test_small_runs_tell_how_much_replay_a_mixture_gets(tmp_path):
+    """L(D, r) of both corpora, the general one harder to keep: half of the tokens is too little for it."""
+    law = lambda c, d, r: 1.7 + 8.0 * r**0.6 / d**0.3 + c / (r + 0.05) ** 0.5  # noqa: E731
+    runs = [{"mixture": {"law": 10 * r, "web": 10 * (1 - r)}, "tokens": d,
+             "loss": {"law": law(0.3, d, r), "web": law(0.6, d, 1 - r)}}
+            for d in (1e3, 1e4, 1e5) for r in (0.05, 0.2, 0.4, 0.6, 0.8, 0.95)]  # fmt: skip
+    shares = np.linspace(0.01, 0.99, 99)
+    rows = [{"text": f"text {i:03d}"} for i in range(100)]
+    (file := tmp_path / "runs.jsonl").write_text("".join(json.dumps(run) + "\n" for run in runs))
+    read = {name: {"do": "collect", "sources": [str(tmp_path / "in.jsonl")], "source": name} for name in ("law", "web")}
+    for out, settings in (("a", {}), ("b", {"tokens": 1e6}), ("c", {"weight": 3.0})):
+        tokens, weight = settings.get("tokens", 1e5), settings.get("weight", 1.0)
+        best = shares[(law(0.3, tokens, shares) + weight * law(0.6, tokens, 1 - shares)).argmin()]
+        step = {"do": "select", "mixture_from": str(file)} | settings
+        documents, summary = run(tmp_path, rows, read | {"mix": step}, out=out)
+        assert summary["facts"]["share of law, by the small runs"] == pytest.approx(best, abs=0.04)
+        assert sum(d["source"] == "law" for d in documents) / len(documents) == pytest.approx(best, abs=0.05)
+    assert best < 0.4
+    file.write_text(json.dumps({"mixture": {"law": 1}, "tokens": 3, "loss": {"law": 2}}))
+    with pytest.raises(ConfigError, match='"tokens" and two sources'):
+        run(tmp_path, rows, read | {"mix": step}, out="wrong")

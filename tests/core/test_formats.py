@@ -137,7 +137,12 @@ def test_one_json_list_is_read_and_its_mistake_has_a_line(tmp_path):
     file.write_text('[{"a": 1},\n {"a": }]')
     with pytest.raises(DataError, match="a.json:2: malformed JSON"):
         records(file)
-    file.write_text('{"a": 1}')
+    file.write_text('{\n  "a": [\n    1\n  ]\n}\n{"a": 2}')
+    assert records(file) == [{"a": [1]}, {"a": 2}], "objects in a row, as people read them"
+    file.write_text('{\n  "a": [\n    1')
+    with pytest.raises(DataError, match="a.json:3: malformed JSON"):
+        records(file)
+    file.write_text('"a"')
     with pytest.raises(DataError, match="list of records"):
         records(file)
 

@@ -24,8 +24,9 @@ def write(path, rows):
 
 
 def tree(folder):
-    """Every file of a result but the scratch files: relative path → bytes."""
+    """Every file of a result but the scratch files and the cache: relative path → bytes."""
     files = (f for f in folder.rglob("*") if f.is_file() and "scratch" not in f.relative_to(folder).parts)
+    files = (f for f in files if f.suffix != ".sqlite")
     return {str(f.relative_to(folder)): f.read_bytes() for f in files}
 
 
@@ -225,6 +226,30 @@ def test_plain_texts_that_are_not_utf8_are_read_and_counted(tmp_path):
     texts = {json.loads(x)["text"] for f in (tmp_path / "out/steps/00-collect").glob("*.jsonl") for x in f.open()}
     assert texts == {"un café", "un thé", "row 0", "row 1"} and not step["dropped"]
     assert step["notes"] == {"lines that are not UTF-8, read as cp1252": 2}
+
+
+def test_json_over_several_lines_is_read_as_what_it_is(tmp_path):
+    rows = [{"text": f"row {i}", "more": [{"a": 1}, {}]} for i in range(3)]
+    (tmp_path / "one.json").write_text(json.dumps(rows[0], indent=2))
+    (tmp_path / "list.json").write_text(json.dumps(rows[1:2]))
+    with gzip.open(tmp_path / "several.jsonl.gz", "wt") as file:
+        file.write("\n".join(json.dumps(row, indent=1) for row in rows[2:] * 2))
+    (tmp_path / "cut.json").write_text(json.dumps(rows[0], indent=2)[:-9])
+    run({"collect": {"sources": [str(tmp_path / "*.json*")]}}, tmp_path / "out")
+    (step,) = json.loads((tmp_path / "out/curate.json").read_text())["steps"]
+    texts = [json.loads(x)["text"] for f in (tmp_path / "out/steps/00-collect").glob("*.jsonl") for x in f.open()]
+    assert sorted(texts) == ["row 0", "row 1", "row 2", "row 2"]
+    assert step["dropped"] == {"a damaged file: what follows is lost": 1}
+    assert [record["text"] for _, record in read_records(str(tmp_path / "one.json"), Skipped())] == ["row 0"]
+
+
+def test_a_second_collect_counts_what_was_there_before_it(tmp_path):
+    steps = {f"read{i}": {"do": "collect", "sources": [write(tmp_path / f"{i}.jsonl", [{"text": "four"}] * (i + 1))]}
+             for i in range(3)}  # fmt: skip
+    result = run(steps, tmp_path / "out")
+    told = json.loads((tmp_path / "out/curate.json").read_text())["steps"]
+    assert [(step["read"], step["rows"], step["characters"]) for step in told] == [(1, 1, 4), (2, 3, 12), (3, 6, 24)]
+    assert result.metrics == {"collected": 6.0, "kept": 6.0}
 
 
 def test_another_seed_and_another_list_of_words_make_a_step_anew(tmp_path):
