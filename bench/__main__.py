@@ -5,8 +5,8 @@ from importlib import import_module
 
 from tritium.core.config import UserError, nearest
 
-COMMANDS = ("data", "alignment", "generate", "kernels", "parallel", "sandbox", "scaling", "step", "summary", "table")
-COMMANDS += ("train",)
+COMMANDS = ("alignment", "data", "generate", "growth", "kernels", "parallel", "sandbox", "scaling", "step", "summary")
+COMMANDS += ("table", "train")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -14,18 +14,16 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from tritium.bench.kernels import folder_name, run_facts
+from tritium.bench.kernels import chosen_device, rows_file, run_facts
 from tritium.bench.measure import Ceilings, Stopwatch, timing
 from tritium.bench.step import random_model
 from tritium.core.config import UserError, load, opt
 from tritium.core.machines import PRESETS
-from tritium.core.output import make_folder, make_room_for
 from tritium.core.setup import DTYPES
 from tritium.model.cache import cache_pages
 from tritium.model.config import ModelConfig
@@ -53,9 +51,8 @@ class Config:
 
 def main(argv: list[str]) -> int:
     config = load(Config, argv, "python -m tritium.bench generate", __doc__.partition("\n\n")[0])
-    device = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    folder = make_folder(Path(config.out) / folder_name(device), "--out")
-    file = make_room_for(config.jsonl or str(folder / "generate.jsonl"), "--jsonl")
+    device = chosen_device(config.device)
+    file = rows_file(config, device, "generate")
     facts, dtype = run_facts(device), DTYPES[config.dtype]
     small = ModelConfig(config.vocab_size, **SHAPE, head_dim=64, max_positions=1024, tie_embeddings=True)
     model = random_model(PRESETS.get(config.preset, small), torch.device(device), dtype).requires_grad_(False)

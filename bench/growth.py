@@ -23,9 +23,8 @@ from torch.utils._pytree import tree_leaves
 
 from tritium.bench import train
 from tritium.bench.contenders import tritium
-from tritium.bench.kernels import folder_name, run_facts
+from tritium.bench.kernels import chosen_device, rows_file, run_facts
 from tritium.core.config import load, opt
-from tritium.core.output import make_folder, make_room_for
 
 BASE = train.Config(
     model=replace(train.SMALL, layers=4, hidden_size=256, intermediate_size=768, heads=4, kv_heads=2),
@@ -81,9 +80,8 @@ def tensors(tree: Any) -> list[torch.Tensor]:
 
 def main(argv: list[str]) -> int:
     config = load(Config, argv, "python -m tritium.bench growth", __doc__.partition("\n\n")[0])
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    folder = make_folder(Path(config.out) / folder_name(device), "--out")
-    file = make_room_for(config.jsonl or str(folder / "growth.jsonl"), "--jsonl")
+    device = chosen_device()
+    file = rows_file(config, device, "growth")
     torch.set_num_threads(config.threads)
     facts, rows = run_facts(device), []
     for name in GROWTH:

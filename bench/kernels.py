@@ -7,7 +7,7 @@ has an error of at most 1.5 × torch eager's in the same dtype + 2 ulp of the RM
 
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -23,6 +23,7 @@ from tritium.core.metrics import machine
 from tritium.core.output import make_folder, make_room_for
 from tritium.kernels import all_ops
 from tritium.kernels.registry import Shape
+from tritium.stages.plan import aligned
 
 # What a CPU measures in a second or so, in place of the registry's last shape, which is one for GPUs.
 CPU_SHAPES: dict[str, Shape] = {
@@ -71,9 +72,8 @@ def main(argv: list[str]) -> int:
     device, cases = _plan(config)
     if config.threads:
         torch.set_num_threads(config.threads)
-    folder = make_folder(Path(config.out) / folder_name(device), "--out")
-    file = make_room_for(config.jsonl or str(folder / "kernels.jsonl"), "--jsonl")
-    facts = run_facts(device)
+    file, facts = rows_file(config, device, "kernels"), run_facts(device)
+    charts = rows_file(replace(config, jsonl=""), device, "kernels").parent
     print("  ".join(f"{name} {value}" for name, value in facts["machine"].items()), flush=True)
     rows: list[Row] = []
     with file.open("w", encoding="utf-8") as lines:
@@ -84,7 +84,7 @@ def main(argv: list[str]) -> int:
             rows += found
             print("\n".join(["", case.title, *_table(found)]), flush=True)
             of_op = [row for row in rows if row["op"] == case.spec.name]
-            (folder / f"{case.spec.name}.svg").write_text(svg_bars(of_op), encoding="utf-8")
+            (charts / f"{case.spec.name}.svg").write_text(svg_bars(of_op), encoding="utf-8")
     wrong = sorted({row["op"] for row in rows if row["provider"] == OURS and row["status"] in ("failed", "error")})
     print(f"\n{file}: {len(rows)} rows" + (f"\nFAILED: {', '.join(wrong)}" if wrong else ""))
     return 1 if wrong else 0
@@ -94,10 +94,7 @@ def main(argv: list[str]) -> int:
 
 
 def _plan(config: Config) -> tuple[str, list[Case]]:
-    device = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device=cuda: torch sees no GPU here")
-    ops = all_ops()
+    device, ops = chosen_device(config.device), all_ops()
     names = [_known("--ops", name, sorted(ops)) for name in config.ops] or sorted(ops)
     for letter in config.shape:
         _known("--shape", letter, sorted({x for name in names for x in ops[name].shape}))
@@ -130,8 +127,18 @@ def _known(option: str, name: str, names: list[str]) -> str:
     raise UserError(f"{option}: no {name!r}{hint} There are: {', '.join(names)}")
 
 
-def folder_name(device: str) -> str:
-    return "cpu" if device == "cpu" else torch.cuda.get_device_name().lower().replace(" ", "-")
+def chosen_device(device: str = "auto") -> str:
+    """Raises: UserError for a GPU that is not there."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device=cuda: torch sees no GPU here")
+    return device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def rows_file(config: Any, device: str, name: str) -> Path:
+    """`config.jsonl`, or OUT/DEVICE/NAME.jsonl, in a folder that is there and can be written to."""
+    of_device = "cpu" if device == "cpu" else torch.cuda.get_device_name().lower().replace(" ", "-")
+    folder = make_folder(Path(config.out) / of_device, "--out")
+    return make_room_for(config.jsonl or str(folder / f"{name}.jsonl"), "--jsonl")
 
 
 def run_facts(device: str) -> dict[str, Any]:
@@ -158,18 +165,9 @@ _COLUMNS = ("pass", "provider", "ms", "p20", "p80", "rate", "", "of ceiling", "M
 
 
 def _table(rows: list[Row]) -> list[str]:
-    cells = [_COLUMNS, *map(_cells, rows)]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    words = ("pass", "provider", "")  # the other columns are numbers
     ceilings = f"copy {rows[0]['copy_gbps']:.4g} GB/s, matmul {rows[0]['matmul_tflops']:.4g} TFLOP/s"
-    lines = [
-        "  ".join(
-            cell.ljust(width) if column in words else cell.rjust(width)
-            for cell, width, column in zip(line, widths, _COLUMNS, strict=True)
-        ).rstrip()
-        for line in cells
-    ]
-    return [ceilings, *lines]
+    words = [i for i, column in enumerate(_COLUMNS) if column in ("pass", "provider", "")]  # the others are numbers
+    return [ceilings, *aligned([_COLUMNS, *map(_cells, rows)], left=words)]
 
 
 def _cells(row: Row) -> tuple[str, ...]:

@@ -23,18 +23,14 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 
-from tritium.bench.kernels import folder_name, run_facts
+from tritium.bench.contenders import Loop, Settings
+from tritium.bench.kernels import chosen_device, rows_file, run_facts
 from tritium.bench.measure import timing
 from tritium.core.batch import Document, PackedBatch, pack
 from tritium.core.config import UserError, load, opt
-from tritium.core.metrics import Metrics
 from tritium.core.objectives.likelihood import CrossEntropy
-from tritium.core.optim import OptimConfig
-from tritium.core.output import make_folder, make_room_for
 from tritium.core.run import RunConfig
-from tritium.core.schedule import ScheduleConfig
 from tritium.core.setup import parameter_dtype
-from tritium.core.trainer import Trainer
 from tritium.model.transformer import Transformer
 from tritium.parallel.mesh import init_mesh
 from tritium.stages.plan import aligned, shape_of
@@ -63,19 +59,11 @@ class Case(NamedTuple):
     zero: int
 
 
-@dataclass
-class Settings:
-    run: RunConfig = opt(RunConfig, "")
-    optim: OptimConfig = opt(OptimConfig, "")
-    schedule: ScheduleConfig = opt(ScheduleConfig, "")
-
-
 def main(argv: list[str]) -> int:
     """Exit code 1 if ZeRO-3's machinery is over its bar."""
     config = load(Config, argv, "python -m tritium.bench parallel", __doc__.partition("\n\n")[0])
     device, worlds = _worlds(config)
-    folder = make_folder(Path(config.out) / folder_name(device), "--out")
-    file = make_room_for(config.jsonl or str(folder / "parallel.jsonl"), "--jsonl")
+    file = rows_file(config, device, "parallel")
     rows: list[dict[str, Any]] = []
     for ranks in worlds:
         facts = run_facts(device) | {"threads": 1 if device == "cpu" else None, "bin_tokens": config.bin_tokens}
@@ -90,9 +78,7 @@ def main(argv: list[str]) -> int:
 
 def _worlds(config: Config) -> tuple[str, list[int]]:
     """The device, and the numbers of ranks: powers of two up to what there is."""
-    device = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device=cuda: torch sees no GPU here")
+    device = chosen_device(config.device)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     most = config.ranks or (torch.cuda.device_count() if device == "cuda" else cores)
     if min(most, config.rounds) < 1:
@@ -158,9 +144,7 @@ class _Loop:
         dtype = parameter_dtype("auto", self.mesh)
         shape = shape_of(config.model, config.vocab_size, config.model.context)
         model = Transformer(shape, self.mesh, dtype).initialize(0)
-        settings = Settings(RunConfig(out=out), OptimConfig(), ScheduleConfig())
-        self.trainer = _Trainer({"policy": model}, CrossEntropy(), settings, self.mesh, name="", total_steps=1 << 20)
-        self.trainer.metrics = Metrics(None, main=False, total_steps=1, name="")  # what is shown is the table
+        self.trainer = Loop({"policy": model}, CrossEntropy(), Settings(RunConfig(out=out)), self.mesh)
         count = self.mesh.dp if case.kind == "weak" else 1 if case.kind == "overhead" else bins
         made = [_bin(config, seed).to(self.mesh.device) for seed in range(count)]
         self.batches, self.tokens = made[self.mesh.dp_rank :: self.mesh.dp], count * config.bin_tokens
@@ -181,11 +165,6 @@ class _Loop:
     def facts(self, ms: Sequence[float]) -> dict[str, Any]:
         dtype = str(self.trainer.networks["policy"].dtype).removeprefix("torch.")
         return {"dp": self.mesh.dp, "dtype": dtype, "tokens_per_second": 1e3 * self.tokens / statistics.median(ms)}
-
-
-class _Trainer(Trainer):
-    def measure_peak(self) -> float:
-        return 1.0  # no MFU is shown
 
 
 def _bin(config: Config, seed: int) -> PackedBatch:

@@ -13,14 +13,13 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from tritium.bench.kernels import folder_name, run_facts
+from tritium.bench.kernels import chosen_device, rows_file, run_facts
 from tritium.bench.measure import timing
 from tritium.core.batch import Document, PackedBatch, pack
 from tritium.core.config import UserError, load, opt
@@ -28,7 +27,6 @@ from tritium.core.machines import PRESETS
 from tritium.core.metrics import matmul_rate, peak_memory
 from tritium.core.objectives.likelihood import CrossEntropy
 from tritium.core.optim import OptimConfig, Optimizer
-from tritium.core.output import make_folder, make_room_for
 from tritium.core.setup import DTYPES, trained_share
 from tritium.model.adapters import attach
 from tritium.model.config import ModelConfig
@@ -66,9 +64,8 @@ def main(argv: list[str]) -> int:
     if config.steps < 1 or not 1 < config.context <= config.bin_tokens:
         sizes = f"--steps={config.steps}, --context={config.context}, --bin_tokens={config.bin_tokens}"
         raise UserError(f"{sizes}: wanted a step or more, of documents of 2 tokens at least, that the bin can hold")
-    device = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    folder = make_folder(Path(config.out) / folder_name(device), "--out")
-    file = make_room_for(config.jsonl or str(folder / "step.jsonl"), "--jsonl")
+    device = chosen_device(config.device)
+    file = rows_file(config, device, "step")
     facts = run_facts(device)
     with file.open("w", encoding="utf-8") as lines:
         rows = []

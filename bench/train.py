@@ -24,10 +24,9 @@ import torch
 
 from tritium.bench.chart import svg_bars
 from tritium.bench.contenders import CONTENDERS, NEW, SAMPLED, Work
-from tritium.bench.kernels import folder_name, run_facts
+from tritium.bench.kernels import chosen_device, rows_file, run_facts
 from tritium.core.config import UserError, load, opt
 from tritium.core.metrics import matmul_rate
-from tritium.core.output import make_folder, make_room_for
 from tritium.model.config import ModelConfig
 from tritium.model.transformer import Transformer
 from tritium.parallel.mesh import Mesh
@@ -49,9 +48,7 @@ SAME = 0.02  # the losses of the first step may differ by that much, bf16 being 
 class Config:
     stages: list[str] = opt(["pretrain"], "what is trained", choices=STAGES)
     against: list[str] = opt([], "who else, where it has the stage: hf…, nanogpt, trl", choices=tuple(CONTENDERS))
-    model: ShapeConfig = opt(
-        ShapeConfig(hidden_size=384, intermediate_size=1024, heads=6, kv_heads=3), "the decoder's shape"
-    )
+    model: ShapeConfig = opt(SMALL, "the decoder's shape")
     vocab_size: int = opt(8192, "tokens of its vocabulary")
     bin_tokens: int = opt(4096, "tokens of a step")
     context: int = opt(512, "tokens of a document of pretraining, and the most of any other")
@@ -65,11 +62,10 @@ class Config:
 def main(argv: list[str]) -> int:
     """Exit code 1 if anyone failed, or did other work than ours."""
     config = load(Config, argv, "python -m tritium.bench train", __doc__.partition("\n\n")[0])
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = chosen_device()
     if config.rounds < 1 or config.steps < 1 or config.threads < 1:
         raise UserError(f"--rounds={config.rounds}, --steps={config.steps}, --threads={config.threads}: at least 1")
-    folder = make_folder(Path(config.out) / folder_name(device), "--out")
-    file = make_room_for(config.jsonl or str(folder / "train.jsonl"), "--jsonl")
+    file = rows_file(config, device, "train")
     torch.set_num_threads(config.threads)
     rows: list[dict[str, Any]] = []
     for stage in config.stages:

@@ -11,7 +11,7 @@ Memory: `memory_mb` for sorting, 8 bytes a document, and some 200 for each that 
 """
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -44,11 +44,6 @@ class Features:
         return path
 
 
-def each(function: Callable, items: Sequence) -> list:
-    """As `Context.map`, in this process: a model is held once."""
-    return [function(item) for item in items]
-
-
 @dataclass
 class Compared(Step):
     """A step that compares documents with those of all shards."""
@@ -61,7 +56,7 @@ class Compared(Step):
 
     def files_of(self, context: Context, shards: list[Piece]) -> list[Path]:
         """The features of each shard."""
-        return (each if self.LOCAL else context.map)(Features(self, context.scratch), shards)
+        return context.map(Features(self, context.scratch), shards)
 
 
 @dataclass
@@ -111,10 +106,8 @@ class Exact(Twins):
 
     def features(self, texts: list[bytes], first: int) -> np.ndarray:
         keys = [hashlib.blake2b(b" ".join(text.lower().split()), digest_size=8).digest() for text in texts]
-        rows = np.frombuffer(b"".join(keys), np.uint64)
-        return np.stack(
-            [rows, np.array([bool(text) for text in texts], np.uint64)], 1
-        )  # [D, 2]: key, whether it counts
+        counts = np.array([bool(text) for text in texts], np.uint64)
+        return np.stack([np.frombuffer(b"".join(keys), np.uint64), counts], 1)  # [D, 2]: key, whether it counts
 
     def pairs(self, files: list[Path], firsts: np.ndarray, context: Context) -> Iterator[np.ndarray]:
         spill = minhash.Spill(context.scratch / "spill", int(firsts[-1]), context.memory)

@@ -23,12 +23,8 @@ EMPTY = np.uint32(0xFFFFFFFF)  # in the signature of a document without words
 @cache
 def tables() -> tuple[np.ndarray, np.ndarray]:
     """[256] each: the byte that counts for a byte (0: parts words), and whether it begins a word by itself."""
-    value, alone = np.zeros(256, np.uint8), np.zeros(256, bool)
-    for byte in range(256):
-        if chr(byte).isalnum() and byte < 128:
-            value[byte] = ord(chr(byte).lower())
-        elif byte >= 128:
-            value[byte] = byte
+    value, alone = np.arange(256, dtype=np.uint8), np.zeros(256, bool)
+    value[:128] = [ord(chr(byte).lower()) if chr(byte).isalnum() else 0 for byte in range(128)]
     alone[0xE3:0xEE] = alone[0xF0:0xF5] = True  # lead bytes of U+3000 … U+DFFF and of what is beyond U+FFFF
     return value, alone
 

@@ -77,10 +77,10 @@ def run_steps(
         for number, (name, step) in enumerate(steps.items()):
             folder = context.out / "steps" / f"{number:02d}-{name}"
             scratch = context.out / "scratch" / folder.name
-            here = replace(context, scratch=scratch, map=pool.map)
+            here = replace(context, scratch=scratch, map=(Pool(1) if step.LOCAL else pool).map)
             for path in (folder, scratch):
                 path.mkdir(parents=True, exist_ok=True)
-            metas, shards = run_step(step, name, here, shards, folder, pool)
+            metas, shards = run_step(step, name, here, shards, folder)
             summary = summarise(name, type(step).__name__.lower(), metas)
             summary |= {key: sum(getattr(shard, key) for shard in shards) for key in ("rows", "characters")}
             yield summary | {"facts": step.finish(here, shards), "twins": twin_texts(summary, shards)}
@@ -89,29 +89,26 @@ def run_steps(
 
 
 def run_step(
-    step: Step, name: str, context: Context, shards: list[Piece], folder: Path, pool: Pool
+    step: Step, name: str, context: Context, shards: list[Piece], folder: Path
 ) -> tuple[list[dict], list[Piece]]:
     """One step over all shards: (manifests, the shards that it made, with those that it leaves as they are)."""
     key = step.key(shards)
     pieces = step.pieces(context, shards)
     light = replace(context, map=None)
-    jobs = [
-        Job(step, name, p, folder / f"{p.name}.jsonl", digest(name, key, context.seed, p.key), light) for p in pieces
-    ]
+    keys = [digest(name, key, context.seed, piece.key) for piece in pieces]
+    jobs = [Job(step, name, p, folder / f"{p.name}.jsonl", k, light) for p, k in zip(pieces, keys, strict=True)]
     expected = {file for job in jobs for file in outputs(job.out)}
     for stale in set(folder.iterdir()) - expected:
         stale.unlink()
     if todo := [job for job in jobs if manifest(job) is None]:
         print(f"{name}: {len(todo)} of {len(jobs)} shards to do", file=sys.stderr, flush=True)
         step.prepare(context, shards)
-        (Pool(1) if step.LOCAL else pool).map(work, todo)
-    metas = [manifest(job) for job in jobs]
-    made = [
-        Piece(str(job.out), meta["sha256"], job.piece.name, 0, meta["bytes"], meta["rows"], meta["characters"])
-        for job, meta in zip(jobs, metas, strict=True)
-    ]
-    untouched = [] if pieces is shards else shards
-    return metas, untouched + made
+        context.map(work, todo)
+    metas, made = [manifest(job) for job in jobs], [] if pieces is shards else list(shards)
+    for job, meta in zip(jobs, metas, strict=True):
+        counts = {key: meta[key] for key in ("rows", "characters")}
+        made.append(Piece(str(job.out), meta["sha256"], job.piece.name, end=meta["bytes"], **counts))
+    return metas, made
 
 
 def outputs(shard: Path) -> tuple[Path, ...]:

@@ -7,7 +7,7 @@ are in memory at a time.
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -28,17 +28,21 @@ ITEMS = ("question", "prompt", "problem", "context", "text", "Body")  # of a rec
 ROWS, COLUMNS = 512, 1 << 16  # of a block of dot products
 
 
+@dataclass
 class Embedder:
-    """Texts → [n, E] fp32 rows of length 1; texts without a token get zeros."""
+    """Texts → [n, E] fp32 rows of length 1; texts without a token get zeros.
 
-    def __init__(self, folder: str):
-        """Raises: ConfigError for a folder that needs a library which is not there."""
-        config = Path(folder) / "config.json"
+    Raises: ConfigError for a folder that needs a library which is not there.
+    """
+
+    folder: str
+
+    def __post_init__(self):
+        config = Path(self.folder) / "config.json"
         family = json.loads(config.read_text())["model_type"] if config.is_file() else ""
         self.encoder = "bert" in family or family in ("electra", "mpnet", "ernie", "nomic_bert")
-        self.folder = folder
         if self.encoder:
-            need("transformers", f"{folder}, of BERT's family,")
+            need("transformers", f"{self.folder}, of BERT's family ({family}),")
 
     def __call__(self, texts: Sequence[str]) -> np.ndarray:
         import torch
@@ -52,43 +56,32 @@ class Embedder:
 
         from tritium.core.batch import Document as Tokens
         from tritium.core.batch import pack, plan_bins
-
-        model, tokenizer = self.loaded()
-        limit = min(TOKENS, model.config.max_positions)
-        ids = [row[:limit] for row in tokenizer.encode_batch([text[: 8 * limit] for text in texts])]
-        result = torch.zeros(len(texts), model.config.hidden_size)
-        some = [i for i, row in enumerate(ids) if row]
-        for members in plan_bins([len(ids[i]) for i in some], 4096):
-            mine = [some[j] for j in members]
-            stream = [[Tokens(np.array(ids[i], np.int32), np.ones(len(ids[i]), np.float32))] for i in mine]
-            batch = pack(stream, multiple_of=512).to(model.mesh.device)
-            hidden = model.hidden(batch.tokens, batch.cu_seqlens, positions=batch.positions).float()  # [T, E]
-            parts = hidden.tensor_split(batch.cu_seqlens[1 : len(mine) + 1].long().cpu())[
-                : len(mine)
-            ]  # what follows: filler
-            result[mine] = torch.stack([part.sum(0) for part in parts]).cpu()
-        return result
-
-    def loaded(self):
         from tritium.core.rewards.scorer import FolderModel
 
         folder = opened(FolderModel, self.folder)
-        return folder.model, folder.tokenizer
+        model, limit = folder.model, min(TOKENS, folder.model.config.max_positions)
+        rows = [row[:limit] for row in folder.tokenizer.encode_batch([text[: 8 * limit] for text in texts])]
+        result, some = torch.zeros(len(texts), model.config.hidden_size), [i for i, row in enumerate(rows) if row]
+        for members in plan_bins([len(rows[i]) for i in some], 4096):
+            mine = [some[j] for j in members]
+            stream = [[Tokens(np.array(rows[i], np.int32), np.ones(len(rows[i]), np.float32))] for i in mine]
+            batch = pack(stream, multiple_of=512).to(model.mesh.device)
+            hidden = model.hidden(batch.tokens, batch.cu_seqlens, positions=batch.positions).float()  # [T, E]
+            parts = hidden.tensor_split(batch.cu_seqlens[1 : len(mine) + 1].long().cpu())[: len(mine)]  # then filler
+            result[mine] = torch.stack([part.sum(0) for part in parts]).cpu()
+        return result
 
     def transformers(self, texts: Sequence[str]):
         from transformers import AutoModel, AutoTokenizer
 
-        tokenizer, model = (
-            opened(AutoTokenizer.from_pretrained, self.folder),
-            opened(AutoModel.from_pretrained, self.folder),
-        )
+        tokenizer, model = (opened(kind.from_pretrained, self.folder) for kind in (AutoTokenizer, AutoModel))
         batch = tokenizer(list(texts), return_tensors="pt", padding=True, truncation=True, max_length=TOKENS)
         mask = batch["attention_mask"][..., None]
         return (model.eval()(**batch).last_hidden_state * mask).sum(1) / mask.sum(1).clamp(min=1)
 
 
 @cache
-def opened(kind, folder: str):
+def opened(kind: Callable, folder: str):
     """A model or tokenizer, read once."""
     return kind(folder)
 

@@ -1,8 +1,8 @@
 """Collect: documents from people's files, in the layouts of layouts.py.
 
-Read line by line, at most `shard_mb` in a job, whatever a file's size; .gz files, .json lists and UTF-16 are first
-unpacked to lines of UTF-8 on the disk. What can't be read is counted and shown, and takes nothing else with it: a
-damaged .gz gives what comes before the damage, a line that is not UTF-8 is read in `encoding`.
+Read line by line, at most `shard_mb` in a job, whatever a file's size; .gz files, UTF-16, and JSON over several lines
+are first unpacked to lines of UTF-8 on the disk. What can't be read is counted and shown, and takes nothing else with
+it: a damaged .gz gives what comes before the damage, a line that is not UTF-8 is read in `encoding`.
 """
 
 import codecs
@@ -16,7 +16,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain, count
 from pathlib import Path
-from typing import BinaryIO
 
 from tritium.core.config import ConfigError, opt
 from tritium.core.curate.kept import digest, state
@@ -66,8 +65,8 @@ class Collect(Step):
             base = re.sub(r"[^\w-]+", "-", stem(path))
             name = next(name for name in chain([base], (f"{base}-{i}" for i in count(2))) if name not in taken)
             taken.add(name)
-            size, lines = Path(plain).stat().st_size, kind_of(path) == "lines" and not self.limit
-            edges = [*range(0, size, context.shard_bytes if lines else max(size, 1)), size] if size else [0, 0]
+            size, whole = Path(plain).stat().st_size, kind_of(path) == "html" or self.limit
+            edges = [*range(0, size, max(size, 1) if whole else context.shard_bytes), size] if size else [0, 0]
             for i, (start, end) in enumerate(zip(edges, edges[1:], strict=False)):
                 key = digest(Path(path).name, state(path), start, end, damage)
                 last = damage if end == size else ""
@@ -77,8 +76,8 @@ class Collect(Step):
     def read(self, piece: Piece, job: Job) -> Iterator[Document | tuple[str, Drop]]:
         name, taken = piece.name.rpartition("-")[0], 0
         with open(piece.path, "rb") as file:
-            lines = kind_of(piece.path) == "lines"
-            for at, line in stretch(file, piece, int(self.max_line_mb * 1e6)) if lines else self.texts(file, job):
+            lines = stretch(file, piece, int(self.max_line_mb * 1e6))
+            for at, line in lines if kind_of(piece.path) == "lines" else self.texts(lines, piece, job):
                 place = f"{name}:{at}"
                 if self.limit and taken >= self.limit:
                     return
@@ -116,20 +115,21 @@ class Collect(Step):
             job.notes[f"lines that are not UTF-8, read as {self.encoding}"] += 1
             return line.decode(self.encoding, "replace")
 
-    def texts(self, file: BinaryIO, job: Job) -> Iterator[tuple[int, str]]:
+    def texts(self, lines: Iterator, piece: Piece, job: Job) -> Iterator[tuple[int, str | None]]:
         """(place, text): an HTML page's text, or a plain text, in pieces that end between paragraphs."""
-        if kind_of(file.name) == "html":
-            yield 0, html_text("".join(self.decoded(line, job) for line in file))
-            return
-        at, parts, size = 0, [], 0
-        for number, line in enumerate(file):
+        page, first, parts, size = kind_of(piece.path) == "html", piece.start, [], 0
+        for at, line in lines:
+            if line is None:
+                yield at, None
+                continue
             text = self.decoded(line, job)
-            if parts and size + len(text) > self.characters and (not text.strip() or size > 2 * self.characters):
-                yield at, "".join(parts).strip("\n")
-                at, parts, size = number, [], 0
+            long = parts and size + len(text) > self.characters and (not text.strip() or size > 2 * self.characters)
+            if long and not page:
+                yield first, "".join(parts).strip("\n")
+                first, parts, size = at, [], 0
             parts.append(text)
             size += len(text)
-        yield at, "".join(parts).strip("\n")
+        yield first, html_text("".join(parts)) if page else "".join(parts).strip("\n")
 
     def labelled(self, document: Document, place: str, name: str, job: Job) -> Document:
         """With its id, which is its place: unique, whatever ids the source gives; those that come twice are noted."""

@@ -53,7 +53,7 @@ class Context:
     seed: int
     shard_bytes: int
     memory: int  # bytes that a step may use for what grows with the data
-    map: Callable[[Callable, Sequence], list]
+    map: Callable[[Callable, Sequence], list] | None
     cache: Path  # of what teachers and judges said
 
 

@@ -143,7 +143,7 @@ def test_a_judge_is_asked_nothing_twice_where_a_run_ends_among_its_answers(tmp_p
 def test_pairs_on_which_judges_disagree_teach_nothing(tmp_path):
     rows = [{"question": "1+1?", "answer": "2", "a": {"solution": solution, "is_correct": False}}
             for solution in ("it is 3 or so", "9")]  # fmt: skip
-    votes = {"score": "math", "voters": ["math", "length(1, 5)", "-1*length(1, 5)"], "agreement": 0.6}
+    votes = {"score": "math", "voters": ["math", "length(1, 5)", "-length(1, 5)"], "agreement": 0.6}
     _, summary = run(tmp_path, rows, {"reject": votes})
     assert summary["facts"]["pairs.jsonl"] == 1  # of the other pair, two of three say: as good as the other
     (tmp_path / "out/pairs.jsonl").read_text().index("or so")
@@ -331,7 +331,6 @@ def test_what_is_similar_is_found_however_little_is_in_memory(tmp_path, memory, 
         vectors[copy] = vectors[of] + 0.01 * rng.normal(size=8)
     vectors = (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
     monkeypatch.setattr("tritium.core.curate.semantic.ROWS", 7)
-    monkeypatch.setattr(semantic.Embedder, "__init__", lambda self, model: None)
     monkeypatch.setattr(semantic.Embedder, "__call__", lambda self, texts: vectors[[int(t) for t in texts]])
     rows = [{"text": str(i)} for i in range(70)]
     step = {"model": str(tmp_path), "threshold": 0.99}

@@ -252,6 +252,21 @@ def test_a_second_collect_counts_what_was_there_before_it(tmp_path):
     assert result.metrics == {"collected": 6.0, "kept": 6.0}
 
 
+def test_a_long_text_is_read_in_pieces_and_its_endless_line_left_out(tmp_path):
+    paragraphs = [f"Paragraph {i} of a long text.\nIts second line.\n" for i in range(300)]
+    paragraphs[100] = "x" * 60_000
+    (tmp_path / "a.txt").write_text("\n".join(paragraphs))
+    collect = {"sources": [str(tmp_path / "a.txt")], "characters": 200, "max_line_mb": 0.05}
+    run({"collect": collect}, tmp_path / "out", shard_mb=0.005)
+    (step,) = json.loads((tmp_path / "out/curate.json").read_text())["steps"]
+    files = sorted((tmp_path / "out/steps/00-collect").glob("*.jsonl"))
+    documents = [json.loads(line) for file in files for line in file.open()]
+    assert len(files) > 5 and step["dropped"] == {"a line longer than 0.05 MB": 1}
+    lines = [line for d in documents for line in d["text"].splitlines() if line]
+    assert lines == [line for i, p in enumerate(paragraphs) if i != 100 for line in p.splitlines()]
+    assert max(len(d["text"]) for d in documents) < 400 and len({d["id"] for d in documents}) == len(documents)
+
+
 def test_another_seed_and_another_list_of_words_make_a_step_anew(tmp_path):
     rows = [{"instruction": f"Ask {i}", "output": f"word{i} said"} for i in range(40)]
     (tmp_path / "bad.txt").write_text("word3\n")
