@@ -3,7 +3,6 @@
     accept   {judge: least value}   every answer must pass, e.g. {"tags('think')" = 1, "words('bad.txt')" = 1}
     verify   by the reference: "auto" is `math` for results and `code` for tests; a wrong answer is no SFT row
     score    a judge that ranks what is left: a reward model's heads, a language model, any sum of core/rewards
-    voters   judges of whom a share of `agreement` must prefer a pair's better answer, by more than `margin` on average
 
 What a judge says is kept in OUT/said.sqlite: a run that was killed goes on with the same scores, and asks nobody twice.
 
@@ -21,15 +20,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
-import numpy as np
-
 from tritium.core.chat import parse_reasoning
-from tritium.core.config import ConfigError, opt
+from tritium.core.config import opt
 from tritium.core.curate.kept import digest, remembered, state
 from tritium.core.curate.runner import write_lines
 from tritium.core.curate.step import Context, Document, Drop, Job, Outcome, Piece, Step, need, note, read_shard, scored
 from tritium.core.rewards import Answer, Reward, Score, judge
-from tritium.core.select import agreed_pairs, distinct_paths
+from tritium.core.select import distinct_paths
 
 
 @dataclass
@@ -43,9 +40,6 @@ class Reject(Step):
     keep: int = opt(1, "answers to learn from a document, at most")
     pairs: int = opt(1, "pairs from a document, at most")
     gold: bool = opt(True, "gold answers are learned too, not only those of models")
-    voters: list[str] = opt([], "judges that vote on pairs, e.g. several reward models (empty: every pair is taken)")
-    margin: float = opt(0.0, "of the voters' mean values of a pair's answers, at least, and more than this")
-    agreement: float = opt(1.0, "share of the voters that prefers the better answer")
 
     BATCH: ClassVar[int] = 256
     LOCAL: ClassVar[bool] = True
@@ -55,14 +49,12 @@ class Reject(Step):
             self.judge(spec)
         if self.verify == "math_verify":
             need("math_verify", 'verify="math_verify"')
-        if not 0 <= self.agreement <= 1 or self.margin < 0:
-            raise ConfigError(f"agreement={self.agreement} must be in [0, 1], margin={self.margin} not negative")
 
     @property
     def specs(self) -> list[str]:
         """All judges, but for what "auto" stands for."""
         verify = [] if self.verify in ("auto", "none") else [self.verify]
-        return [*self.accept, *verify, *([self.score] if self.score else []), *self.voters]
+        return [*self.accept, *verify, *([self.score] if self.score else [])]
 
     def files(self) -> list[str]:
         """What the judges are read from, as far as it is on this disk."""
@@ -89,7 +81,7 @@ class Reject(Step):
         return [self.verdict(document) for document in documents]
 
     def mark(self, documents: list[Document], job: Job) -> None:
-        """Leave with each answer its scores and votes, whether it is "right", and why it was rejected."""
+        """Leave with each answer its scores, whether it is "right", and why it was rejected."""
         for spec, least in self.accept.items():
             for answer, value, _ in self.ask(spec, documents, job):
                 if value < least:
@@ -100,9 +92,6 @@ class Reject(Step):
                 answer["right"] = solved
         for answer, value, _ in self.ask(self.score, documents, job) if self.score else ():
             answer["score"] = value
-        for spec in self.voters:
-            for answer, value, _ in self.ask(spec, documents, job):
-                answer.setdefault("votes", {})[spec] = value
 
     def ask(self, spec: str, documents: list[Document], job: Job) -> Iterator[tuple[dict, float, bool]]:
         """(answer, a judge's value of it, whether that is right) for all answers; where it fails is counted."""
@@ -163,18 +152,10 @@ class Reject(Step):
 
     def preferred(self, document: Document) -> Iterator[dict]:
         levels = by_worth(document["answers"])
-        better = [a for a in levels[0] if self.learnable(a)] if levels else []
-        worse = [a for level in levels[1:] for a in level]
-        for chosen, rejected in self.agreed(list(zip(better, worse, strict=False)))[: self.pairs]:
-            yield {"prompt": document["messages"], "chosen": chosen["text"], "rejected": rejected["text"]}
-
-    def agreed(self, pairs: list[tuple[dict, dict]]) -> list[tuple[dict, dict]]:
-        """The pairs that the voters agree on; one that a voter could not judge is none."""
-        if not self.voters:
-            return pairs
-        whole = [pair for pair in pairs if all(a.get("votes", {}).keys() >= {*self.voters} for a in pair)]
-        margins = [[a["votes"][spec] - b["votes"][spec] for a, b in whole] for spec in self.voters]
-        return [whole[i] for i in agreed_pairs(np.array(margins), self.margin, self.agreement)]
+        better = [a["text"] for a in levels[0] if self.learnable(a)] if levels else []
+        worse = [a["text"] for level in levels[1:] for a in level]
+        for chosen, rejected in list(zip(better, worse, strict=False))[: self.pairs]:
+            yield {"prompt": document["messages"], "chosen": chosen, "rejected": rejected}
 
     def ranked(self, document: Document) -> Iterator[dict]:
         levels = by_worth(document["answers"])

@@ -140,20 +140,6 @@ def test_a_judge_is_asked_nothing_twice_where_a_run_ends_among_its_answers(tmp_p
     assert run(tmp_path, rows, steps, shard_mb=1)[0] == documents and len(teacher["asked"]) == 18
 
 
-def test_pairs_on_which_judges_disagree_teach_nothing(tmp_path):
-    rows = [{"question": "1+1?", "answer": "2", "a": {"solution": solution, "is_correct": False}}
-            for solution in ("it is 3 or so", "9")]  # fmt: skip
-    votes = {"score": "math", "voters": ["math", "length(1, 5)", "-length(1, 5)"], "agreement": 0.6}
-    _, summary = run(tmp_path, rows, {"reject": votes})
-    assert summary["facts"]["pairs.jsonl"] == 1  # of the other pair, two of three say: as good as the other
-    (tmp_path / "out/pairs.jsonl").read_text().index("or so")
-    for settings in ({"agreement": 0.9}, {"margin": 0.9}):
-        _, summary = run(tmp_path, rows, {"reject": votes | settings}, out=str(settings))
-        assert summary["facts"]["pairs.jsonl"] == 0 and summary["facts"]["sft.jsonl"] == 2
-    with pytest.raises(ConfigError, match="agreement=1.5"):
-        run(tmp_path, rows, {"reject": votes | {"agreement": 1.5}}, out="wrong")
-
-
 def test_a_teacher_that_fails_costs_its_own_documents_only(tmp_path, teacher):
     seen: dict[str, int] = {}
 
