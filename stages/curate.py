@@ -23,7 +23,7 @@ import sys
 from dataclasses import dataclass, fields
 from typing import Any
 
-from tritium.core.config import ConfigError, UserError, from_dict, nearest, opt, to_toml
+from tritium.core.config import ConfigError, UserError, check_ranges, from_dict, nearest, opt, to_toml
 from tritium.core.curate.clean import Clean
 from tritium.core.curate.dedup import Exact, Near, Passages
 from tritium.core.curate.distil import Distil
@@ -50,15 +50,13 @@ OPTIONS = "; ".join(f"{name}: {', '.join(f.name for f in fields(step))}" for nam
 class Config:
     steps: dict[str, dict] = opt({}, f"tables [steps.NAME], in the order of the work; {OPTIONS}")
     out: str = opt("runs/curate", "folder to write, or to go on with")
-    workers: int = opt(2, "processes")
-    shard_mb: float = opt(64.0, "of input in a shard")
-    memory_mb: float = opt(512.0, "that a step may use for what grows with the data; the rest goes to the disk")
+    workers: int = opt(2, "processes", least=1)
+    shard_mb: float = opt(64.0, "of input in a shard", above=0)
+    memory_mb: float = opt(512.0, "that a step may use for what grows with the data; the rest is on the disk", above=0)
     seed: int = opt(0, "of samples")
 
     def __post_init__(self):
-        if self.workers < 1 or not self.shard_mb > 0 or not self.memory_mb > 0:
-            raise ConfigError(f"workers={self.workers}, shard_mb={self.shard_mb} and memory_mb={self.memory_mb} "
-                              "must be positive")  # fmt: skip
+        check_ranges(self)
         read_steps(self.steps)  # of what files there are, only `train` can judge
 
 

@@ -9,7 +9,7 @@ from functools import cache
 from importlib import resources
 
 from tritium.core.config import opt
-from tritium.core.curate.step import Document, Drop, Outcome, Step, map_texts, need, note, text_of
+from tritium.core.curate.step import Document, Drop, Outcome, Step, map_texts, note, text_of
 from tritium.core.rewards.text import SCRIPTS, script
 
 CONTROLS = dict.fromkeys([*range(0x09), 0x0B, 0x0C, *range(0x0E, 0x20), *range(0x7F, 0xA0), 0xFEFF, 0x200B, 0x00AD])
@@ -41,10 +41,6 @@ class Clean(Step):
     identify: str = opt("words", "name languages by their frequent words and scripts, or by the library",
                         choices=("words", "py3langid", "none"))  # fmt: skip
     languages: list[str] = opt([], "keep only these (empty: all)")
-
-    def check(self) -> None:
-        if self.identify == "py3langid":
-            need("py3langid", 'identify="py3langid"')
 
     def one(self, document: Document) -> Outcome:
         found: Counter = Counter()

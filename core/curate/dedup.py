@@ -7,7 +7,7 @@ passages   a passage of `passage` words or more that came before is cut out of t
            words, of which each window of passage − k + 1 in a row keeps its smallest (winnowing, Schleimer et al.
            2003): every such passage is found, none of fewer than k words is cut; its ends may keep passage − k words
 
-Memory: `memory_mb` for sorting, 8 bytes a document, and some 200 for each that has a twin; the rest is on the disk.
+Memory: `memory_mb` for sorting, some 32 bytes a document, and as many for each pair; the rest is on the disk.
 """
 
 import hashlib
@@ -18,7 +18,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from tritium.core.config import ConfigError, opt
+from tritium.core.config import opt
 from tritium.core.curate import minhash
 from tritium.core.curate.kept import digest
 from tritium.core.curate.step import Context, Document, Drop, Job, Outcome, Piece, Step, note, read_shard, text_of
@@ -73,10 +73,9 @@ class Twins(Compared):
     def prepare(self, context: Context, shards: list[Piece]) -> None:
         files = self.files_of(context, shards)
         firsts = np.cumsum([0, *(shard.rows for shard in shards)])
-        found = [pairs for pairs in self.pairs(files, firsts, context) if len(pairs)]
-        twin = np.full(firsts[-1], -1, np.int64)
-        for member, leader in minhash.leaders(np.concatenate(found)).items() if found else ():
-            twin[member] = leader if leader != member else -1
+        pairs = np.concatenate([np.zeros((0, 2), np.int64), *self.pairs(files, firsts, context)])
+        twin = minhash.leaders(pairs, int(firsts[-1]))
+        twin[twin == np.arange(len(twin))] = -1
         ids = ids_of(twin[twin >= 0], shards, firsts) | {-1: ""}
         for i, shard in enumerate(shards):
             part = [ids[number] for number in twin[firsts[i] : firsts[i + 1]].tolist()]
@@ -130,16 +129,11 @@ def neighbours(values: np.ndarray, run: np.ndarray, first: bool = False) -> np.n
 class Near(Twins):
     """Drop documents that are nearly one that came before."""
 
-    threshold: float = opt(0.7, "Jaccard similarity of word n-grams from which on two are one")
-    words: int = opt(5, "of an n-gram")
-    permutations: int = opt(128, "of MinHash: the estimate's standard error is √(t(1−t) / permutations)")
+    threshold: float = opt(0.7, "Jaccard similarity of word n-grams from which on two are one", above=0, most=1)
+    words: int = opt(5, "of an n-gram", least=1)
+    permutations: int = opt(128, "of MinHash: the estimate's standard error is √(t(1−t) / permutations)", least=16)
 
     REASON: ClassVar[str] = "a near duplicate"
-
-    def check(self) -> None:
-        if not 0 < self.threshold <= 1 or self.words < 1 or self.permutations < 16:
-            raise ConfigError(f"threshold={self.threshold} must be in (0, 1], words={self.words} ≥ 1, "
-                              f"permutations={self.permutations} ≥ 16")  # fmt: skip
 
     def features(self, texts: list[bytes], first: int) -> np.ndarray:
         return minhash.signatures(texts, self.words, self.permutations)
@@ -181,11 +175,7 @@ def rows_at(files: list[Path], firsts: np.ndarray, numbers: np.ndarray) -> np.nd
 class Passages(Compared):
     """Cut out passages that came before."""
 
-    passage: int = opt(50, "words: every repeated passage of so many is found")
-
-    def check(self) -> None:
-        if self.passage < 4:
-            raise ConfigError(f"passage={self.passage} must be at least 4 words")
+    passage: int = opt(50, "words: every repeated passage of so many is found", least=4)
 
     @property
     def size(self) -> int:

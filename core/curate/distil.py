@@ -46,20 +46,19 @@ class Distil(Step):
     task: str = opt("answer", "what is asked", choices=TASKS)
     which: str = opt("unverified", "documents: without a reference or tests, without an answer, or all",
                      choices=("unverified", "unanswered", "all"))  # fmt: skip
-    n: int = opt(1, "samples for each (facts: for each fact)")
+    n: int = opt(1, "samples for each (facts: for each fact)", least=1)
     model: str = opt("default", "endpoint: name of the model")
     temperature: float = opt(0.7, "of the sampling")
     max_tokens: int = opt(512, "longest reply")
-    batch: int = opt(64, "documents that are asked for together")
+    batch: int = opt(64, "documents that are asked for together", least=1)
     seconds: float = opt(120.0, "endpoint: of one try")
-    tries: int = opt(5, "endpoint: tries of a request")
+    tries: int = opt(5, "endpoint: tries of a request", least=1)
     wait: float = opt(1.0, "endpoint: seconds before the second try; twice as long before each further one")
 
     LOCAL: ClassVar[bool] = True
 
     def check(self) -> None:
-        if self.n < 1 or self.batch < 1 or self.tries < 1:
-            raise ConfigError(f"n={self.n}, batch={self.batch} and tries={self.tries} must be at least 1")
+        super().check()
         if not self.remote and not Path(self.teacher).is_dir():
             raise ConfigError(f"teacher={self.teacher!r} is no folder, and no address such as http://127.0.0.1:8000/v1")
 

@@ -184,19 +184,13 @@ def blocks(texts: Iterator[bytes], size: int = BLOCK) -> Iterator[list[bytes]]:
         yield held
 
 
-def leaders(pairs: np.ndarray) -> dict[int, int]:
-    """For members of the groups that pairs [m, 2] join, the smallest number of their group (union-find)."""
-    parent: dict[int, int] = {}
-
-    def root(i: int) -> int:
-        path = []
-        while (up := parent.get(i, i)) != i:
-            path.append(i)
-            i = up
-        parent.update(dict.fromkeys(path, i))
-        return i
-
-    for a, b in pairs.tolist():
-        a, b = root(a), root(b)
-        parent[max(a, b)] = min(a, b)
-    return {i: root(i) for i in list(parent)}
+def leaders(pairs: np.ndarray, count: int) -> np.ndarray:
+    """[count]: the smallest number of the group that pairs [m, 2] join each of `count` to, or its own."""
+    leader = np.arange(count)
+    while True:
+        ends = np.sort(leader[pairs], axis=1)
+        if (ends[:, 0] == ends[:, 1]).all():
+            return leader
+        np.minimum.at(leader, ends[:, 1], ends[:, 0])
+        while (leader[leader] != leader).any():
+            leader = leader[leader]

@@ -24,7 +24,7 @@ from tritium.core.chat import parse_reasoning
 from tritium.core.config import opt
 from tritium.core.curate.kept import digest, remembered, state
 from tritium.core.curate.runner import write_lines
-from tritium.core.curate.step import Context, Document, Drop, Job, Outcome, Piece, Step, need, note, read_shard, scored
+from tritium.core.curate.step import Context, Document, Drop, Job, Outcome, Piece, Step, note, read_shard, scored
 from tritium.core.rewards import Answer, Reward, Score, judge
 from tritium.core.select import distinct_paths
 
@@ -47,8 +47,7 @@ class Reject(Step):
     def check(self) -> None:
         for spec in self.specs:
             self.judge(spec)
-        if self.verify == "math_verify":
-            need("math_verify", 'verify="math_verify"')
+        super().check()
 
     @property
     def specs(self) -> list[str]:

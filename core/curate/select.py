@@ -36,26 +36,25 @@ class Select(Step):
     languages: list[str] = opt([], "only these")
     sources: list[str] = opt([], "only these")
     categories: list[str] = opt([], "only these")
-    count: int = opt(0, "documents to keep (0: all)")
+    count: int = opt(0, "documents to keep (0: all)", least=0)
     by: str = opt("random", "which: any, the tags of `tag` in turn, clusters of embeddings in turn, or far apart ones",
                   choices=("random", "tag", "cluster", "diverse"))  # fmt: skip
     tag: str = opt("source", "by=tag: the documents' key that is to be balanced")
     model: str = opt("", "by=cluster, diverse: folder of the model that embeds")
-    clusters: int = opt(100, "by=cluster: their number")
+    clusters: int = opt(100, "by=cluster: their number", least=1)
     mixture: dict[str, float] = opt({}, "shares of the sources, in characters")
     mixture_from: str = opt("", "file of small runs: the mixture that a fit of their losses finds best, or the replay "
                                 "ratio (core/curate/mixture.py)")  # fmt: skip
-    tokens: float = opt(0.0, "replay: of the run to come (0: as the longest of the small ones)")
-    weight: float = opt(1.0, "replay: of the general loss beside the domain's")
+    tokens: float = opt(0.0, "replay: of the run to come (0: as the longest of the small ones)", least=0)
+    weight: float = opt(1.0, "replay: of the general loss beside the domain's", least=0)
 
     GLOBAL: ClassVar[bool] = True
     PATHS: ClassVar[tuple[str, ...]] = ("model", "mixture_from")
 
     def check(self) -> None:
         shares = self.mixture.values()
-        if min(self.count, self.tokens, self.weight, *shares) < 0 or (shares and not any(shares)):
-            raise ConfigError(f"count={self.count}, tokens={self.tokens}, weight={self.weight} and the shares of "
-                              "mixture must not be negative, nor all shares 0")  # fmt: skip
+        if min(shares, default=0) < 0 or (shares and not any(shares)):
+            raise ConfigError("the shares of mixture must not be negative, nor all 0")
         if (self.by in ("cluster", "diverse")) != bool(self.model):
             raise ConfigError(f"by={self.by}, model={self.model!r}: cluster and diverse need a model, others have none")
         super().check()

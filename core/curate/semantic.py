@@ -117,7 +117,7 @@ class Semantic(Twins):
     """Drop documents that mean what one before them does: whose most similar one before them is similar enough."""
 
     model: str = opt(REQUIRED, "folder of the model that embeds")
-    threshold: float = opt(0.95, "cosine similarity from which on two are one")
+    threshold: float = opt(0.95, "cosine similarity from which on two are one", above=0, most=1)
     engine: str = opt("torch", "of the search", choices=("torch", "faiss"))
 
     REASON: ClassVar[str] = "means what another does"
@@ -127,10 +127,6 @@ class Semantic(Twins):
     def check(self) -> None:
         super().check()
         Embedder(self.model)
-        if self.engine == "faiss":
-            need("faiss", 'engine="faiss"')
-        if not 0 < self.threshold <= 1:
-            raise ConfigError(f"threshold={self.threshold} must be in (0, 1]")
 
     def features(self, texts: list[bytes], first: int) -> np.ndarray:
         parts = [Embedder(self.model)([t.decode() for t in texts[i : i + BATCH]]) for i in range(0, len(texts), BATCH)]
@@ -169,14 +165,14 @@ class Decontaminate(Step):
     appendix C: 13), or, with a model, mean what one of its items does. Items of fewer words are met by their whole."""
 
     against: list[str] = opt([], "files of the evaluation sets")
-    words: int = opt(13, "of a passage")
+    words: int = opt(13, "of a passage", least=2)
     model: str = opt("", "folder of a model that embeds (empty: by words only)")
     threshold: float = opt(0.95, "cosine similarity of prompts from which on two are one")
 
     def check(self) -> None:
         super().check()
-        if not self.against or self.words < 2:
-            raise ConfigError("against must name at least one file, and words be at least 2")
+        if not self.against:
+            raise ConfigError("against is empty: name at least one file of an evaluation set")
 
     def files(self) -> list[str]:
         return [*Collect(sources=self.against).paths(), *([self.model] if self.model else [])]

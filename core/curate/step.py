@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import tritium
-from tritium.core.config import ConfigError, opt
+from tritium.core.config import ConfigError, check_ranges, opt
 from tritium.core.curate.kept import digest, state
 
 KINDS = ("text", "problem", "chat")
+LIBRARIES = ("faiss", "math_verify", "py3langid")  # of the extra, where an option names them
 
 Document = dict[str, Any]
 
@@ -86,8 +87,14 @@ class Step:
     GLOBAL: ClassVar[bool] = False  # what becomes of a document depends on all shards
     PATHS: ClassVar[tuple[str, ...]] = ()  # options that name files and folders
 
+    def __post_init__(self):
+        check_ranges(self)
+
     def check(self) -> None:
         """Find what can be known to be wrong before anything runs. Raises: ConfigError."""
+        for name, value in vars(self).items():
+            if value in LIBRARIES:
+                need(value, f"{name}={value!r}")
         for file in self.files():
             if not Path(file).exists():
                 raise ConfigError(f"{file} does not exist")

@@ -309,7 +309,7 @@ def test_a_shard_without_documents_and_sources_of_one_name_pack(tmp_path, monkey
         ({"collect": {}, "near": {"threshold": 0}}, r"\[steps.near\]: threshold"),
         ({"collect": {}, "reject": {"score": "maths"}}, "did you mean math"),
         ({"collect": {}, "pack": {}}, "tokenizer must be given"),
-        ({"collect": {}, "select": {"mixture": {"a": 0}}}, "nor all shares 0"),
+        ({"collect": {}, "select": {"mixture": {"a": 0}}}, "nor all 0"),
     ],
 )
 def test_a_wrong_pipeline_is_told_before_anything_runs(tmp_path, steps, message):
@@ -318,6 +318,24 @@ def test_a_wrong_pipeline_is_told_before_anything_runs(tmp_path, steps, message)
     with pytest.raises(UserError, match=message):
         run(steps, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "table"),
+    [
+        ("py3langid", {"do": "clean", "identify": "py3langid"}),
+        ("math_verify", {"do": "reject", "verify": "math_verify"}),
+        ("faiss", {"do": "semantic", "model": "{here}", "engine": "faiss"}),
+        ("transformers", {"do": "semantic", "model": "{here}"}),
+    ],
+)
+def test_a_library_that_is_not_there_is_named_before_anything_runs(tmp_path, monkeypatch, name, table):
+    monkeypatch.setattr("tritium.core.curate.step.find_spec", lambda library: None if library == name else True)
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    table = {key: value.format(here=tmp_path) for key, value in table.items()}
+    steps = {"collect": {"sources": [write(tmp_path / "a.jsonl", [{"text": "x"}])]}, "it": table}
+    with pytest.raises(ConfigError, match=rf"\[steps.it\]: .*{name}.*pip install \"tritium\[data\]"):
+        run(steps, tmp_path / "out")
 
 
 def test_the_command_reads_a_toml_file_and_writes_one_back(tmp_path, capsys):
