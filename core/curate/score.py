@@ -6,12 +6,10 @@ from math import exp
 from pathlib import Path
 from typing import ClassVar
 
-import numpy as np
-
 from tritium.core.config import REQUIRED, ConfigError, opt
 from tritium.core.curate.step import Context, Document, Drop, Job, Outcome, Piece, Step, scored, text_of
 from tritium.core.formats import Skipped, read_documents
-from tritium.core.rewards.classifier import features, probability, train_classifier
+from tritium.core.rewards.classifier import Rules, train_classifier
 
 
 @dataclass
@@ -57,9 +55,8 @@ class Perplexity(Bounded):
         """Mean loss per token of each continuation, nats."""
         from tritium.core.evaluate import likelihoods
 
-        return [
-            -found.logp / max(found.tokens, 1) for found in likelihoods(self.loaded.model, self.loaded.tokenizer, pairs)
-        ]
+        found = likelihoods(self.loaded.model, self.loaded.tokenizer, pairs)
+        return [-said.logp / max(said.tokens, 1) for said in found]
 
     def several(self, documents: list[Document], job: Job) -> list[Outcome]:
         if self.ifd:
@@ -101,7 +98,5 @@ class Classify(Bounded):
         return context.scratch / "classifier.npz"
 
     def several(self, documents: list[Document], job: Job) -> list[Outcome]:
-        weights = np.load(self.weights_file(job.context))["weights"].astype(float)
-        texts = [text_of(d)[: self.characters] for d in documents]
-        values = [1 - probability(weights, features(text)) for text in texts]
-        return [self.judged(d, self.name, value) for d, value in zip(documents, values, strict=True)]
+        good = Rules(str(self.weights_file(job.context)))
+        return [self.judged(d, self.name, good((), text_of(d)[: self.characters]).value) for d in documents]
