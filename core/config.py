@@ -24,7 +24,7 @@ import types
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass
 from operator import attrgetter, ge, gt, le, lt
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 T = TypeVar("T")
 
@@ -91,12 +91,13 @@ def load(cls: type[T], argv: Sequence[str], prog: str, description: str) -> T:
     values = {}
     for path in files:
         values |= _read_mapping(leaves, _read_toml(path), f"{path}: ")
-    return _build(cls, values | arguments)
+    return _build(cls, leaves, values | arguments)
 
 
 def from_dict(cls: type[T], mapping: Mapping[str, Any]) -> T:
     """A `cls` from nested mappings. Raises: ConfigError, as `load` does."""
-    return _build(cls, _read_mapping(_leaves(cls), mapping, ""))
+    leaves = _leaves(cls)
+    return _build(cls, leaves, _read_mapping(leaves, mapping, ""))
 
 
 def to_toml(config: Any, whole: bool = True) -> str:
@@ -159,10 +160,8 @@ def _leaves(cls: type, prefix: str = "", default: Any = None) -> dict[str, _Leaf
             table |= _leaves(hint, key + ".", None if value is REQUIRED else value)
             continue
         inner, optional = _without_none(hint, key)
-        if get_origin(inner) is Literal and field.metadata.get("choices"):
-            raise TypeError(f"{key}: give its choices either as Literal[…] or as choices=…, not both")
-        choices = get_args(inner) if get_origin(inner) is Literal else field.metadata.get("choices")
-        table[key] = _Leaf(key, inner, optional, value, field.metadata.get("help", ""), choices)
+        help, choices = field.metadata.get("help", ""), field.metadata.get("choices")
+        table[key] = _Leaf(key, inner, optional, value, help, choices)
     return table
 
 
@@ -199,10 +198,9 @@ def _without_none(hint: Any, key: str) -> tuple[Any, bool]:
         hint = inner[0] if len(inner) == 1 else hint
     scalar = (bool, int, float, str)
     origin, args = get_origin(hint), get_args(hint)
-    known = hint in scalar or origin is Literal
-    known |= origin is list and args[0] in scalar
-    known |= origin is dict and args[0] is str and args[1] in (*scalar, dict)
-    if not known:
+    listed = origin is list and args[0] in scalar
+    tabled = origin is dict and args[0] is str and args[1] in (*scalar, dict)
+    if not (hint in scalar or listed or tabled):
         raise TypeError(f"{key}: a configuration field cannot be annotated {hint}")
     return hint, optional
 
@@ -286,8 +284,6 @@ def _parse(leaf: _Leaf, text: str) -> Any:
         if not all(equals for _, equals, _ in pairs):
             return text
         return {name.strip(): _parse_scalar(args[1], value.strip()) for name, _, value in pairs}
-    if origin is Literal:
-        return next((choice for choice in args if str(choice) == text), text)
     return _parse_scalar(leaf.type, text)
 
 
@@ -322,8 +318,6 @@ def _check(leaf: _Leaf, value: Any, said: str) -> Any:
 def _convert(kind: Any, value: Any) -> Any:
     """`value` as a `kind`, losslessly. Raises: TypeError, ValueError or OverflowError."""
     origin, args = get_origin(kind), get_args(kind)
-    if origin is Literal:
-        return value  # held to the choices by the caller
     if origin is list and isinstance(value, (list, tuple)):
         return [_convert(args[0], item) for item in value]
     if origin is dict and isinstance(value, Mapping):
@@ -354,19 +348,17 @@ def _first(leaves: dict[str, _Leaf], section: str) -> str:
     return next(key for key in leaves if key.startswith(section + "."))
 
 
-def _build(cls: type[T], values: dict[str, Any], prefix: str = "", default: Any = None) -> T:
-    """A `cls` from checked values by dotted key; what is missing comes from `default` or the field's own default."""
+def _build(cls: type[T], leaves: dict[str, _Leaf], values: dict[str, Any], prefix: str = "") -> T:
+    """A `cls` from checked values by dotted key; what is missing has its default."""
     arguments = {}
     for field, hint in _fields(cls):
-        key, fallback = prefix + field.name, _default(field, default)
+        key = prefix + field.name
         if dataclasses.is_dataclass(hint):
-            arguments[field.name] = _build(hint, values, key + ".", None if fallback is REQUIRED else fallback)
-        elif key in values:
-            arguments[field.name] = values[key]
-        elif fallback is REQUIRED:
-            raise ConfigError(f"--{key} must be given: {field.metadata.get('help') or 'it has no default'}")
+            arguments[field.name] = _build(hint, leaves, values, key + ".")
         else:
-            arguments[field.name] = fallback
+            arguments[field.name] = values.get(key, leaves[key].default)
+            if arguments[field.name] is REQUIRED:
+                raise ConfigError(f"--{key} must be given: {leaves[key].help or 'it has no default'}")
     return cls(**arguments)
 
 

@@ -84,14 +84,7 @@ def open_text(path: Path):
 
 def read_text(path: str) -> str:
     """The text of a file. Raises: DataError where it is missing, empty or not UTF-8."""
-    try:
-        with open_text(Path(path)) as file:
-            text = file.read()
-    except (OSError, EOFError, ValueError, zlib.error) as error:
-        raise unreadable(path, error) from None
-    if not text.strip():
-        raise DataError(f"{path} is empty")
-    return text
+    return "".join(line for _, line in text_lines(path))
 
 
 def read_records(path: str, skipped: Skipped) -> Iterator[tuple[str, dict]]:
@@ -265,10 +258,9 @@ def unified_messages(rounds: list) -> list[Message]:
     for i, turn in enumerate(rounds):
         if not isinstance(turn, dict):
             raise RecordError("a turn that is not an object")
-        if turn.get("system"):
-            if i:
-                raise RecordError("a system text after the first turn")
-            messages.append({"role": "system", "content": required_text(turn["system"], "system")})
+        if turn.get("system") and i:
+            raise RecordError("a system text after the first turn")
+        messages += system_turn(turn)
         if turn.get("input") or i:
             messages.append({"role": "user", "content": required_text(turn.get("input"), "input")})
         if turn.get("output") is not None:
@@ -278,14 +270,18 @@ def unified_messages(rounds: list) -> list[Message]:
     return messages
 
 
+def system_turn(record: dict) -> list[Message]:
+    """The system's message, if the record has one."""
+    text = record.get("system")
+    return [{"role": "system", "content": required_text(text, "system")}] if text else []
+
+
 def listed_messages(record: dict) -> list[Message]:
     """OpenAI's and sharegpt's lists of turns. Raises: RecordError naming the role, or what is missing."""
     turns = record.get("messages", record.get("conversations"))
     if not isinstance(turns, list) or not turns:
         raise RecordError("a record whose conversation is not a list of turns")
-    messages = []
-    if record.get("system"):
-        messages.append({"role": "system", "content": required_text(record["system"], "system")})
+    messages = system_turn(record)
     for turn in turns:
         if not isinstance(turn, dict):
             raise RecordError("a turn that is not an object")
@@ -386,9 +382,7 @@ def turn_text(turn: dict) -> str:
 
 
 def alpaca_prompt(record: dict) -> list[Message]:
-    messages = []
-    if record.get("system"):
-        messages.append({"role": "system", "content": required_text(record["system"], "system")})
+    messages = system_turn(record)
     history = record.get("history") or []
     if not isinstance(history, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
         raise RecordError("a history that is not a list of [question, answer]")

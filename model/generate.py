@@ -25,6 +25,7 @@ from tritium.model.cache import PagedCache, Prefill, cache_pages
 from tritium.model.graphs import DecodeGraphs, advance
 from tritium.model.packed import PackedWeights
 from tritium.model.sampling import History, Options, Sampler
+from tritium.model.stops import Text
 from tritium.model.transformer import Transformer
 
 PREFILL_TOKENS = 2048  # the longest stream of a prefill: its activations stay small
@@ -64,7 +65,7 @@ class Running:
     draws: np.ndarray  # [max_tokens] uniform numbers
     group: Group | None
     history: History | None
-    text: "Text | None"
+    text: Text | None
     stop_ids: frozenset[int]
     completion: Completion = field(default_factory=Completion)
     ids: list[int] = field(default_factory=list)  # the prompt and what came after
@@ -89,32 +90,6 @@ class Event(NamedTuple):
 
 
 Extend = Callable[[Running], Callable[[], Sequence[int]] | None]
-
-
-class Text:
-    """The text of an answer as it grows, up to a stop string: what could be the beginning of one is held back."""
-
-    def __init__(self, decoder, stops: Sequence[str]):
-        self.decoder, self.stops, self.shown, self.held, self.stopped = decoder, stops, "", "", False
-
-    def push(self, token: int) -> str:
-        """What this token adds to `shown`."""
-        return self._show(self.decoder.push(token))
-
-    def finish(self) -> str:
-        """And what was held back, now that nothing more comes."""
-        more = "" if self.stopped else self._show(self.decoder.finish())
-        self.shown, more, self.held = self.shown + self.held, more + self.held, ""
-        return more
-
-    def _show(self, text: str) -> str:
-        text = self.held + text
-        found = [at for stop in self.stops if (at := text.find(stop)) >= 0]
-        starts = (n for stop in self.stops for n in range(1, min(len(stop), len(text) + 1)) if text.endswith(stop[:n]))
-        end = min(found) if found else len(text) - max(starts, default=0)
-        self.stopped, self.held = bool(found), "" if found else text[end:]
-        self.shown += text[:end]
-        return text[:end]
 
 
 class Engine:

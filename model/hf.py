@@ -29,6 +29,18 @@ BARE = "embed_tokens.weight"  # in a folder of the decoder alone, as sentence-tr
 FAMILIES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3", "phi3": "Phi3"}
 FAMILIES |= {"gemma2": "Gemma2", "minicpm": "MiniCPM"}  # model_type → class prefix; Yi and DeepSeek-LLM are Llamas
 
+# Our names → Hugging Face's: of what every family has, and of what some have, with what it is where it is not said.
+NAMES = {"vocab_size": "vocab_size", "hidden_size": "hidden_size", "intermediate_size": "intermediate_size"}
+NAMES |= {"num_layers": "num_hidden_layers", "num_heads": "num_attention_heads"}
+NEEDED = tuple(NAMES)
+NAMES |= {"num_kv_heads": "num_key_value_heads", "head_dim": "head_dim", "max_positions": "max_position_embeddings"}
+NAMES |= {"rope_theta": "rope_theta", "norm_eps": "rms_norm_eps", "init_std": "initializer_range"}
+NAMES |= {"tie_embeddings": "tie_word_embeddings", "bos_id": "bos_token_id"}
+SOFTCAPS = {"attention_softcap": ("attn_logit_softcapping", 50.0), "head_softcap": ("final_logit_softcapping", 30.0)}
+EXTRAS = {"gemma2": SOFTCAPS | {"query_scalar": ("query_pre_attn_scalar", 256)}}
+EXTRAS["minicpm"] = {"embedding_scale": ("scale_emb", 1.0), "residual_depth": ("scale_depth", None)}
+EXTRAS["minicpm"] |= {"width_base": ("dim_model_base", None)}
+
 
 class ModelFolderError(ValueError):
     """A model folder that can't be read: the message says which file or tensor, and what was expected."""
@@ -166,27 +178,13 @@ def from_hf_config(raw: dict, path: Path) -> ModelConfig:
 def shape_of(raw: dict) -> dict:
     """What every family has."""
     family, heads, width = raw["model_type"], raw["num_attention_heads"], raw["hidden_size"]
+    found = {"num_kv_heads": heads, "head_dim": 256 if family == "gemma2" else width // heads, "norm_eps": 1e-6}
+    found["tie_embeddings"] = family in ("gemma2", "minicpm")
+    found |= {ours: raw[theirs] for ours, theirs in NAMES.items() if ours in NEEDED or raw.get(theirs) is not None}
     eos = raw.get("eos_token_id")
     eos = eos if isinstance(eos, list) and eos else [None if eos == [] else eos]
-    return {
-        "family": family,
-        "vocab_size": raw["vocab_size"],
-        "hidden_size": width,
-        "intermediate_size": raw["intermediate_size"],
-        "num_layers": raw["num_hidden_layers"],
-        "num_heads": heads,
-        "num_kv_heads": raw.get("num_key_value_heads") or heads,
-        "head_dim": raw.get("head_dim") or (256 if family == "gemma2" else width // heads),
-        "max_positions": raw.get("max_position_embeddings") or 2048,
-        "norm_eps": float(raw.get("rms_norm_eps") or 1e-6),
-        "tie_embeddings": raw.get("tie_word_embeddings", family in ("gemma2", "minicpm")),
-        "qkv_bias": family == "qwen2",
-        "qk_norm": family == "qwen3",
-        "init_std": raw.get("initializer_range", 0.02),
-        "bos_id": raw.get("bos_token_id"),
-        "eos_id": eos[0],
-        "more_eos_ids": tuple(eos[1:]),
-    }
+    found |= {"family": family, "qkv_bias": family == "qwen2", "qk_norm": family == "qwen3"}
+    return found | {"eos_id": eos[0], "more_eos_ids": tuple(eos[1:])}
 
 
 def rope_of(raw: dict) -> dict:
@@ -217,14 +215,9 @@ def rope_of(raw: dict) -> dict:
 def extras_of(raw: dict) -> dict:
     """What only some families have."""
     family, layers = raw["model_type"], raw["num_hidden_layers"]
-    found: dict[str, Any] = {}
+    found = {ours: raw.get(theirs, usual) for ours, (theirs, usual) in EXTRAS.get(family, {}).items()}
     if family == "gemma2":
-        found = {"embedding_scale": raw["hidden_size"] ** 0.5, "query_scalar": raw.get("query_pre_attn_scalar", 256)}
-        found |= {"attention_softcap": raw.get("attn_logit_softcapping", 50.0)}
-        found |= {"head_softcap": raw.get("final_logit_softcapping", 30.0)}
-    if family == "minicpm":
-        found = {"embedding_scale": raw.get("scale_emb", 1.0), "residual_depth": raw.get("scale_depth")}
-        found |= {"width_base": raw.get("dim_model_base")}
+        found["embedding_scale"] = raw["hidden_size"] ** 0.5
     window = raw.get("sliding_window", 4096 if family in ("mistral", "gemma2") else None)
     if window is None or family.startswith("qwen") and not raw.get("use_sliding_window"):
         return found
@@ -240,27 +233,18 @@ def extras_of(raw: dict) -> dict:
 def to_hf_config(model: Transformer | ScalarModel) -> dict:
     """config.json of the model. Raises: ValueError where its family can't say what it computes."""
     config, scalar = model.config, isinstance(model, ScalarModel)
-    raw = {
-        "architectures": [FAMILIES[config.family] + ("ForSequenceClassification" if scalar else "ForCausalLM")],
-        "model_type": config.family,
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.hidden_size,
-        "intermediate_size": config.intermediate_size,
-        "num_hidden_layers": config.num_layers,
-        "num_attention_heads": config.num_heads,
-        "num_key_value_heads": config.num_kv_heads,
-        "head_dim": config.head_dim,
-        "max_position_embeddings": config.max_positions,
-        "rope_theta": config.rope_theta,
-        "rms_norm_eps": config.norm_eps,
-        "tie_word_embeddings": config.tie_embeddings,
-        "initializer_range": config.init_std,
-        "hidden_act": "gelu_pytorch_tanh" if config.gemma else "silu",
-        "attention_bias": False,
-        "bos_token_id": config.bos_id,
-        "eos_token_id": [config.eos_id, *config.more_eos_ids] if config.more_eos_ids else config.eos_id,
-        "torch_dtype": str(model.dtype).removeprefix("torch."),
-    } | hf_extras(config)
+    raw = (
+        {
+            "architectures": [FAMILIES[config.family] + ("ForSequenceClassification" if scalar else "ForCausalLM")],
+            "model_type": config.family,
+            "hidden_act": "gelu_pytorch_tanh" if config.gemma else "silu",
+            "attention_bias": False,
+            "eos_token_id": [config.eos_id, *config.more_eos_ids] if config.more_eos_ids else config.eos_id,
+            "torch_dtype": str(model.dtype).removeprefix("torch."),
+        }
+        | {theirs: getattr(config, ours) for ours, theirs in NAMES.items()}
+        | hf_extras(config)
+    )
     if from_hf_config(raw, Path("config.json")) != config:
         raise ValueError(f"this is no published architecture: {config.family} can't be exported with {config}")
     return raw | (model.description() if scalar else {})
@@ -285,11 +269,8 @@ def hf_extras(config: ModelConfig) -> dict:
         )
         raw |= {"use_sliding_window": True} if config.family.startswith("qwen") else {}
     if config.gemma:
-        raw |= {"hidden_activation": "gelu_pytorch_tanh", "query_pre_attn_scalar": config.query_scalar}
-        raw |= {"attn_logit_softcapping": config.attention_softcap, "final_logit_softcapping": config.head_softcap}
-    if config.family == "minicpm":
-        raw |= {"scale_emb": config.embedding_scale, "scale_depth": config.residual_depth}
-        raw |= {"dim_model_base": config.width_base}
+        raw["hidden_activation"] = "gelu_pytorch_tanh"
+    raw |= {theirs: getattr(config, ours) for ours, (theirs, _) in EXTRAS.get(config.family, {}).items()}
     if config.family == "phi3":
         raw["pad_token_id"] = None
     return raw

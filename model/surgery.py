@@ -98,7 +98,7 @@ def with_vocabulary(model: Transformer, rows: Sequence[int], new: int = 0) -> Tr
 
 
 @torch.no_grad()
-def average(
+def averaged(
     models: Sequence[Transformer], weights: Sequence[float], fishers: Sequence[dict[str, Tensor]] = ()
 ) -> Transformer:
     """Σ w_i θ_i / Σ w_i, in place in the first model; w_i may be multiplied by a Fisher information per parameter

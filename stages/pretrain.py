@@ -93,7 +93,7 @@ def train(config: Config) -> Result:
     tokenizer = open_tokenizer(config, mesh)
     model = open_model(config, tokenizer, mesh)
     skipped = Skipped(config.data.on_error)
-    bins, evaluation = open_data(config, tokenizer, model.config.max_positions, mesh, skipped)
+    bins, evaluation, annealing = open_data(config, tokenizer, model.config.max_positions, mesh, skipped)
     trainer = Trainer(
         {"policy": model},
         CrossEntropy(),
@@ -107,7 +107,6 @@ def train(config: Config) -> Result:
     )
     parameters = sum(math.prod(full_shape(p, mesh.tp)) for p in model.parameters())
     trainer.say(f"{parameters:,} parameters, {bins.tokens:,} tokens an epoch")
-    annealing = open_annealing(config, tokenizer, model.config.max_positions, mesh, skipped)
     start_annealing = decay_start(config.schedule, trainer.total_steps) if annealing else trainer.total_steps
     for step in trainer.steps():
         batches = bins.step(step, trainer.ramp) if step < start_annealing else annealing.step(step - start_annealing)
@@ -157,31 +156,25 @@ def open_model(config: Config, tokenizer: Tokenizer, mesh: Mesh) -> Transformer:
 
 def open_data(
     config: Config, tokenizer: Tokenizer, context: int, mesh: Mesh, skipped: Skipped
-) -> tuple[Bins, list[PackedBatch]]:
-    """(training bins, held-out batches); rank 0 tokenises first, the others read what it wrote."""
-    cache = str(Path(config.run.out) / "tokens")
+) -> tuple[Bins, list[PackedBatch], Bins | None]:
+    """(training bins, held-out batches, the bins of the final decay, where it has sources of its own: MiniCPM, arXiv
+    2404.06395, section 5). Rank 0 tokenises first, the others read what it wrote."""
+    cache, old, better = str(Path(config.run.out) / "tokens"), None, None
     for turn in (True, False):
         if mesh.main == turn:
-            train, held_out, weights = text_sources(config.data, tokenizer, context, cache, skipped)
+            new = text_sources(config.data, tokenizer, context, cache, skipped)
             if config.replay:
-                settings = replace(config.data, sources=config.replay)
-                old, old_held_out, passes = text_sources(settings, tokenizer, context, cache, skipped)
-                weights += replay_weights(train, weights, old, passes, config.replay_share)
-                train, held_out = train + old, held_out + old_held_out
+                old = text_sources(replace(config.data, sources=config.replay), tokenizer, context, cache, skipped)
+            if config.anneal:
+                settings = replace(config.data, sources=config.anneal, holdout=0.0)
+                better = text_sources(settings, tokenizer, context, cache, skipped)
         mesh.barrier()
-    return open_bins(train, held_out, weights, config, mesh)
-
-
-def open_annealing(config: Config, tokenizer: Tokenizer, context: int, mesh: Mesh, skipped: Skipped) -> Bins | None:
-    """The bins of the final decay, where it has sources of its own (MiniCPM, arXiv 2404.06395, section 5)."""
-    if not config.anneal:
-        return None
-    settings, cache = replace(config.data, sources=config.anneal, holdout=0.0), str(Path(config.run.out) / "tokens")
-    for turn in (True, False):
-        if mesh.main == turn:
-            train, _, weights = text_sources(settings, tokenizer, context, cache, skipped)
-        mesh.barrier()
-    return Bins(train, weights, config.data, mesh, config.run.seed)
+    train, held_out, weights = new
+    if old:
+        weights = weights + replay_weights(train, weights, old[0], old[2], config.replay_share)
+        train, held_out = train + old[0], held_out + old[1]
+    annealing = Bins(better[0], better[2], config.data, mesh, config.run.seed) if better else None
+    return *open_bins(train, held_out, weights, config, mesh), annealing
 
 
 def replay_weights(

@@ -1,25 +1,35 @@
-"""Make a model of models: deeper, with another vocabulary, or averaged.
+"""Make a model of models: merged with its adapter, deeper, with another vocabulary, or averaged.
 
+tritium surgery merge ADAPTER OUT                              # a run, a checkpoint or a peft folder, into its base
 tritium surgery similarity MODEL --text=book.txt --span=4      # which layers change little
 tritium surgery layers MODEL OUT --order=0-23,8-31             # depth up-scaling by duplication
 tritium surgery vocabulary MODEL OUT --text=book.txt           # what the text uses, of the tokenizer too
 tritium surgery vocabulary MODEL OUT --size=32064              # cut at its end, or longer
 tritium surgery average OUT MODEL MODEL … [--weights=1,2] [--ema=0.5] [--fisher=book.txt]
+
+An adapter that was trained on an NF4 base is added to what the codes stand for: to no other weights is it the same
+model (peft issue 2321). The largest difference that rounding makes, of a weight and of a logit, is told.
 """
 
 import argparse
-from collections.abc import Sequence
+import shutil
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 
+from tritium.core.checkpoint import model_folder
 from tritium.core.config import UserError
 from tritium.core.formats import Skipped, read_documents
 from tritium.core.output import make_folder
-from tritium.core.setup import DTYPES, load_model, load_tokenizer
+from tritium.core.setup import DTYPES, load_model, load_tokenizer, read_model
 from tritium.core.tokenizer import Tokenizer
 from tritium.core.tokenizer.pruning import prune
-from tritium.model.surgery import average, ema_weights, fisher, layer_similarities, with_layers, with_vocabulary
+from tritium.model import lora
+from tritium.model.adapters import base_folder
+from tritium.model.heads import ScalarModel
+from tritium.model.hf import ADAPTER_CONFIG, read_json
+from tritium.model.surgery import averaged, ema_weights, fisher, layer_similarities, with_layers, with_vocabulary
 from tritium.model.transformer import Transformer
 from tritium.parallel.files import tensor_files
 from tritium.parallel.mesh import Mesh
@@ -40,32 +50,57 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(prog="tritium surgery", description=__doc__.partition("\n")[0])
-    made.add_argument("--dtype", choices=DTYPES, default="fp32", help="of the weights that are written (default: fp32)")
-    kinds = made.add_subparsers(required=True, metavar="similarity|layers|vocabulary|average")
-    kind = kinds.add_parser("similarity", help="cosine similarity between what enters some layers and what leaves them")
-    kind.add_argument("model")
+    kinds = made.add_subparsers(required=True, metavar="merge|similarity|layers|vocabulary|average")
+
+    def command(run: Callable, text: str, *folders: str, dtype: str = "fp32") -> argparse.ArgumentParser:
+        kind = kinds.add_parser(run.__name__, help=text)
+        for folder in folders:
+            kind.add_argument(folder)
+        kind.add_argument("--dtype", choices=DTYPES, default=dtype, help=f"of the weights (default: {dtype})")
+        kind.set_defaults(run=run)
+        return kind
+
+    command(merge, "merge an adapter into its base", "adapter", "out", dtype="bf16")
+    kind = command(similarity, "cosine similarity between what enters some layers and what leaves them", "model")
     kind.add_argument("--text", required=True, help="file of text")
     kind.add_argument("--span", type=int, default=1, help="how many layers are looked at together (default: 1)")
-    kind.set_defaults(run=similarity)
-    kind = kinds.add_parser("layers", help="copy layers in another order, some of them twice")
-    kind.add_argument("model")
-    kind.add_argument("out")
+    kind = command(layers, "copy layers in another order, some of them twice", "model", "out")
     kind.add_argument("--order", required=True, help="such as 0-23,8-31")
-    kind.set_defaults(run=layers)
-    kind = kinds.add_parser("vocabulary", help="drop tokens that a text does not use, or cut or add some at the end")
-    kind.add_argument("model")
-    kind.add_argument("out")
+    kind = command(vocabulary, "drop tokens that a text does not use, or cut or add some at the end", "model", "out")
     kind.add_argument("--text", default="", help="file: keep the tokens that it uses; the tokenizer is pruned too")
     kind.add_argument("--size", type=int, default=0, help="tokens of the new model")
-    kind.set_defaults(run=vocabulary)
-    kind = kinds.add_parser("average", help="average the weights of models of one shape, the newest last")
-    kind.add_argument("out")
+    kind = command(average, "average the weights of models of one shape, the newest last", "out")
     kind.add_argument("models", nargs="+", metavar="model")
     kind.add_argument("--weights", default="", help="one for each model (default: equal ones)")
     kind.add_argument("--ema", type=float, help="decay of an exponential moving average over the models")
     kind.add_argument("--fisher", default="", metavar="TEXT", help="weigh each parameter by its Fisher information")
-    kind.set_defaults(run=averaged)
     return made
+
+
+def merge(arguments: argparse.Namespace) -> None:
+    """Write the plain model, with the tokenizer's files, and say how exact it is."""
+    source, out = Path(model_folder(arguments.adapter)), new_folder(arguments.out)
+    if not (source / ADAPTER_CONFIG).exists():
+        raise UserError(f"{source} holds no adapter: there is no {ADAPTER_CONFIG}")
+    model = read_model(str(source), arguments.dtype, Mesh.single())
+    before = probe(model)
+    try:
+        rounding = lora.merge(model)
+    except ValueError as error:
+        raise UserError(f"{source}: {error}") from None
+    model.save(str(out))
+    for folder in (base_folder(source, read_json(source / ADAPTER_CONFIG)), source):
+        for file in folder.glob("*token*"):
+            shutil.copyfile(file, out / file.name)
+    print(f"{out}: largest rounding of a weight {rounding:.3g}, of a logit {(probe(model) - before).abs().max():.3g}")
+
+
+@torch.no_grad()
+def probe(model: Transformer | ScalarModel) -> torch.Tensor:
+    """Outputs on a few tokens, to compare."""
+    count = min(64, model.config.max_positions, model.config.vocab_size)
+    tokens = torch.linspace(0, model.config.vocab_size - 1, count).long()
+    return (model.logits if isinstance(model, Transformer) else model.values)(tokens).float()
 
 
 def similarity(arguments: argparse.Namespace) -> None:
@@ -104,7 +139,7 @@ def vocabulary(arguments: argparse.Namespace) -> None:
     write(with_vocabulary(model, kept, size - len(kept)), arguments.out, tokenizer)
 
 
-def averaged(arguments: argparse.Namespace) -> None:
+def average(arguments: argparse.Namespace) -> None:
     if arguments.weights and arguments.ema is not None:
         raise UserError("--weights and --ema: one of them says how much each model counts")
     models = [opened(model, arguments.dtype) for model in arguments.models]
@@ -117,7 +152,7 @@ def averaged(arguments: argparse.Namespace) -> None:
     fishers = []
     for model, name in zip(models, arguments.models, strict=True) if arguments.fisher else ():
         fishers.append(fisher(model, texts(arguments.fisher, name, model)))
-    write(average(models, weights, fishers), arguments.out, load_tokenizer(arguments.models[0]))
+    write(averaged(models, weights, fishers), arguments.out, load_tokenizer(arguments.models[0]))
 
 
 def opened(folder: str, dtype: str) -> Transformer:
@@ -126,22 +161,28 @@ def opened(folder: str, dtype: str) -> Transformer:
 
 def texts(file: str, folder: str, model: Transformer) -> list[torch.Tensor]:
     """The first documents of a file, cut to the model's context."""
-    try:
-        text = Path(file).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{file} can't be read: {error}") from None
-    size = model.config.max_positions
-    ids = load_tokenizer(folder).encode(text[: 8 * DOCUMENTS * size])
-    if len(ids) < 2:
+    tokenizer, size, pieces = load_tokenizer(folder), model.config.max_positions, []
+    for text in read_documents(file, Skipped()):
+        ids = tokenizer.encode(text[: 8 * DOCUMENTS * size])
+        pieces += [piece for piece in torch.tensor(ids).split(size) if len(piece) > 1]
+        if len(pieces) >= DOCUMENTS:
+            break
+    if not pieces:
         raise UserError(f"{file} has no text")
-    return [t for t in torch.tensor(ids[: DOCUMENTS * size]).split(size) if len(t) > 1]
+    return pieces[:DOCUMENTS]
+
+
+def new_folder(out: str) -> Path:
+    """Raises: UserError where a model is there already, or nothing can be written."""
+    folder = make_folder(out, "OUT")
+    if tensor_files(folder, "model"):
+        raise UserError(f"OUT={folder} holds a model already: name another folder, or delete it")
+    return folder
 
 
 def write(model: Transformer, out: str, tokenizer: Tokenizer) -> None:
     """The model's folder, with its tokenizer."""
-    folder = make_folder(out, "OUT")
-    if tensor_files(folder, "model"):
-        raise UserError(f"OUT={folder} holds a model already: name another folder, or delete it")
+    folder = new_folder(out)
     model.save(str(folder))
     tokenizer.save(folder)
     print(f"{folder}: {sum(p.numel() for p in model.parameters()):,} parameters")

@@ -47,6 +47,7 @@ class Tokenizer:
         self._every = _finder(parts.added.values())
         self._control = {token.id for token in special}
         self.template = parts.config.get("tritium_template", "")
+        self.bos_id, self.eos_id, self.pad_id, self.unk_id = map(parts.names.get, NAMES)  # None where there is none
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "Tokenizer":
@@ -145,22 +146,6 @@ class Tokenizer:
     def vocab_size(self) -> int:
         """One more than the largest id."""
         return 1 + max(max(self._engine.surface), *(token.id for token in self._parts.added.values()), 0)
-
-    @property
-    def bos_id(self) -> int | None:
-        return self._parts.names.get("bos")
-
-    @property
-    def eos_id(self) -> int | None:
-        return self._parts.names.get("eos")
-
-    @property
-    def pad_id(self) -> int | None:
-        return self._parts.names.get("pad")
-
-    @property
-    def unk_id(self) -> int | None:
-        return self._parts.names.get("unk")
 
     @property
     def adds_bos(self) -> bool:

@@ -4,7 +4,6 @@ import math
 import tomllib
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
 
 import pytest
 
@@ -36,7 +35,7 @@ class Config:
     steps: int = opt(10, "number of updates")
     resume: bool = opt(False, "continue the last run")
     seed: int | None = opt(None, "seed of everything random")
-    dtype: Literal["bf16", "fp32"] = opt("bf16", "compute dtype")
+    dtype: str = opt("bf16", "compute dtype", choices=("bf16", "fp32"))
     out: str = opt("runs/a", "folder of the run")
 
 

@@ -14,10 +14,11 @@ from tritium.model.adapters import attach
 from tritium.model.beam import beam_search
 from tritium.model.cache import PagedCache
 from tritium.model.config import ModelConfig
-from tritium.model.generate import Engine, Text, generate, run
+from tritium.model.generate import Engine, generate, run
 from tritium.model.lora import LoraConfig, merge
 from tritium.model.packed import PackedWeights
 from tritium.model.sampling import History, Options, Sampler
+from tritium.model.stops import Text
 from tritium.model.transformer import Transformer
 
 pytestmark = pytest.mark.usefixtures("quick")

@@ -189,7 +189,7 @@ def test_sft_of_an_adapter_learns_resumes_and_merges(tiny, tmp_path, kind, capsy
     resumed = sft.train(sft.Config(**settings(tiny, tmp_path / "b", "chats.jsonl", kind)))
     a, b = (tritium.load(r.checkpoint, dtype=torch.float32) for r in (straight, resumed))
     assert list(a.adapters) == ["default"] and a.adapters["default"].quantized == (kind == "qlora")
-    assert cli.main(["merge", straight.checkpoint, str(tmp_path / "merged"), "--dtype=fp32"]) == 0
+    assert cli.main(["surgery", "merge", straight.checkpoint, str(tmp_path / "merged"), "--dtype=fp32"]) == 0
     assert "largest rounding of a weight" in capsys.readouterr().out
     merged = tritium.load(str(tmp_path / "merged"), dtype=torch.float32)
     torch.testing.assert_close(merged.logits(TOKENS), a.logits(TOKENS), rtol=1e-4, atol=1e-4)

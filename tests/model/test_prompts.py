@@ -166,7 +166,7 @@ def test_sft_of_a_prompt_resumes_and_it_is_not_merged(tiny, tmp_path, kind, caps
     started = settings(tiny, tmp_path / "d", "chats.jsonl", kind, steps=1) | {"optim": OptimConfig(lr=1e-9)}
     start = tritium.load(sft.train(sft.Config(**started)).checkpoint, dtype=torch.float32)
     assert not torch.equal(a.soft_prompt.table, start.soft_prompt.table)
-    assert cli.main(["merge", straight.checkpoint, str(tmp_path / "merged")]) == 2
+    assert cli.main(["surgery", "merge", straight.checkpoint, str(tmp_path / "merged")]) == 2
     assert f"a soft prompt ({kind}) can't be merged" in capsys.readouterr().err
     options = settings(tiny, tmp_path / "c", "chats.jsonl", "full") | {"model": straight.checkpoint}
     with pytest.raises(UserError, match="can't be merged.*train a new one on that base"):

@@ -51,7 +51,7 @@ def test_averages_are_their_formulas():
     heads = [m.head.detach().clone() for m in models]
     fishers = [surgery.fisher(m, [TOKENS, TOKENS[5:]]) for m in models]
     expected = sum(f["head"] * h for f, h in zip(fishers, heads, strict=True)) / sum(f["head"] for f in fishers)
-    weighed = surgery.average([build(seed) for seed in range(3)], [1, 1, 1], fishers).head
+    weighed = surgery.averaged([build(seed) for seed in range(3)], [1, 1, 1], fishers).head
     moved = fishers[0]["head"] > 1e-6
     torch.testing.assert_close(weighed[moved], expected[moved], rtol=1e-3, atol=1e-4)
     weights = surgery.ema_weights(3, 0.9)
@@ -59,9 +59,9 @@ def test_averages_are_their_formulas():
     running = heads[0]
     for head in heads[1:]:
         running = 0.9 * running + 0.1 * head
-    torch.testing.assert_close(surgery.average(models, weights).head, running)
+    torch.testing.assert_close(surgery.averaged(models, weights).head, running)
     with pytest.raises(ValueError, match="one each"):
-        surgery.average(models, [1.0])
+        surgery.averaged(models, [1.0])
 
 
 def test_fisher_is_the_mean_of_squared_gradients():
@@ -77,7 +77,10 @@ def test_fisher_is_the_mean_of_squared_gradients():
 def test_the_commands(tiny, tmp_path, capsys):
     text = tiny.data("text.jsonl")
     assert cli.main(["surgery", "similarity", tiny.model, f"--text={text}"]) == 0
-    assert capsys.readouterr().out.count("changes least") == 1
+    found = capsys.readouterr().out
+    assert found.count("changes least") == 1 and found.startswith("layer 0  ")
+    assert cli.main(["surgery", "similarity", tiny.model, f"--text={text}", "--span=2", "--dtype=bf16"]) == 0
+    assert capsys.readouterr().out.startswith("layers 0-1  ")
     assert cli.main(["surgery", "layers", tiny.model, str(tmp_path / "deep"), "--order=0-1,0-1"]) == 0
     assert tritium.load(str(tmp_path / "deep")).config.num_layers == 4
     assert tritium.Tokenizer.load(str(tmp_path / "deep")).vocab_size == 340

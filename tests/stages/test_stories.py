@@ -24,7 +24,7 @@ def test_lora_on_alpaca_lowers_the_held_out_loss_and_the_merged_model_is_transfo
     config = sft.Config(model=MODEL, data=data, run=run, finetune=lora, optim=OptimConfig(lr=5e-3))
     result = sft.train(config)
     assert result.metrics["eval_loss"] < result.before["eval_loss"] - 0.5
-    assert cli.main(["merge", str(tmp_path / "lora"), str(tmp_path / "merged"), "--dtype=fp32"]) == 0
+    assert cli.main(["surgery", "merge", str(tmp_path / "lora"), str(tmp_path / "merged"), "--dtype=fp32"]) == 0
     transformers = pytest.importorskip("transformers")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
     tokens = torch.arange(3, 60)
