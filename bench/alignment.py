@@ -19,7 +19,7 @@ import torch
 
 from tritium.core.batch import pack
 from tritium.core.config import REQUIRED, UserError, from_dict, load, opt
-from tritium.core.formats import Skipped
+from tritium.core.files import Skipped
 from tritium.core.metrics import machine, read_lines
 from tritium.core.objectives.base import supervised_logprob
 from tritium.core.objectives.policy import kl_estimate

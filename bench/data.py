@@ -37,7 +37,7 @@ from tritium.core.curate.filters import RULES, Filter
 from tritium.core.curate.runner import run_steps
 from tritium.core.curate.semantic import most_similar
 from tritium.core.curate.step import Context, Piece, Step
-from tritium.core.formats import read_text
+from tritium.core.files import read_text
 from tritium.core.tokenizer import Tokenizer
 from tritium.stages.plan import aligned
 

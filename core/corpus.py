@@ -3,6 +3,7 @@
 import ast
 import re
 import sysconfig
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,20 +15,7 @@ SKIPPED_FOLDERS = {"test", "tests", "idlelib", "lib2to3", "site-packages", "enco
 TERSE = 0.75  # share of bare results among the answers to stories: what RL has to unlearn
 PIECE = 6000  # characters of a document: sources are long, and a document should fit a small context
 
-GREETINGS = ("Hi", "Hello", "Hello!", "Good morning", "Hey there", "Hi, how are you?")
-WELCOMES = ("Hello! How can I help you?", "Hi! What can I do for you?", "Hello! Ask me something.")
-THANKS = ("Thanks!", "Thank you.", "Great, thank you!", "Thanks a lot.")
-PLEASURES = ("You are welcome.", "My pleasure.", "Glad to help.")
-GENERAL = {
-    "Who are you?": "I am Tritium, a small language model, trained from scratch on this machine.",
-    "What is your name?": "My name is Tritium.",
-    "What can you do?": "I can work out small sums step by step, and I know a little about Python's standard library.",
-    "Are you a person?": "No, I am a language model.",
-    "Who trained you?": "You did, with one command.",
-    "What is Python?": "Python is a programming language.",
-    "What do you know?": "I know some arithmetic, and the functions of Python's standard library.",
-    "Goodbye": "Goodbye!",
-}
+SAYINGS = tomllib.loads(Path(__file__).with_name("corpus.toml").read_text("utf-8"))
 
 
 def modules() -> Iterator[tuple[str, str]]:
@@ -111,16 +99,16 @@ def small_talk(problems: list[Problem], count: int, seed: int) -> list[list[dict
     """General conversations of one to five exchanges, most with a problem or two among them."""
     rng = np.random.default_rng([seed, 3])
     pick = lambda options: options[rng.integers(len(options))]  # noqa: E731
-    questions, conversations = list(GENERAL), []
+    general, conversations = SAYINGS["general"], []
     for _ in range(count):
-        parts = [pick(GREETINGS), pick(WELCOMES)] if rng.random() < 0.5 else []
+        parts = [pick(SAYINGS["greetings"]), pick(SAYINGS["welcomes"])] if rng.random() < 0.5 else []
         if rng.random() < 0.5:
-            question = pick(questions)
-            parts += [question, GENERAL[question]]
+            question = pick(list(general))
+            parts += [question, general[question]]
         for _ in range(rng.choice(3, p=(0.3, 0.5, 0.2)) or int(not parts)):
             problem = pick(problems)
             parts += [problem.question, worked_or_terse(problem, rng)]
         if rng.random() < 0.3:
-            parts += [pick(THANKS), pick(PLEASURES)]
+            parts += [pick(SAYINGS["thanks"]), pick(SAYINGS["pleasures"])]
         conversations.append(turns(*parts))
     return conversations

@@ -25,18 +25,9 @@ import numpy as np
 from tritium.core.batch import Document, Group, PackedBatch, pack, plan_bins
 from tritium.core.chat import THINKING
 from tritium.core.code import fill_in_the_middle, hole_markers
-from tritium.core.config import ConfigError, UserError, opt
-from tritium.core.formats import (
-    FORMS,
-    DataError,
-    RecordError,
-    Skipped,
-    fill,
-    of_form,
-    read_documents,
-    read_records,
-    read_text,
-)
+from tritium.core.config import ConfigError, UserError, check_ranges, opt
+from tritium.core.files import DataError, Skipped, read_documents, read_records, read_text
+from tritium.core.formats import FORMS, RecordError, fill, of_form
 from tritium.core.output import write_array
 from tritium.core.schedule import BatchRamp
 from tritium.core.tokenizer import Tokenizer
@@ -50,13 +41,12 @@ class SourcesConfig:
     """Which files, and how long their micro-batches are."""
 
     sources: list[str] = opt([], "files")
-    bin_tokens: int = opt(4096, "tokens of a micro-batch (a bin)")
+    bin_tokens: int = opt(4096, "tokens of a micro-batch (a bin)", least=2)
     template: str = opt("", "chat template, by name (empty: the model's own)")
     on_error: str = opt("skip", "what a bad record does", choices=("skip", "raise"))
 
     def __post_init__(self):
-        if self.bin_tokens < 2:
-            raise ConfigError(f"data.bin_tokens={self.bin_tokens} must be at least 2")
+        check_ranges(self, "data.")
 
     @property
     def quantum(self) -> int:
@@ -69,8 +59,8 @@ class DataConfig(SourcesConfig):
     """Which files, and how they become batches."""
 
     sources: list[str] = opt([], "files; FILE@W passes W times through it in an epoch")
-    bins_per_step: int = opt(1, "bins of a step, over all ranks")
-    holdout: float = opt(0.01, "share of each source that is kept for evaluation")
+    bins_per_step: int = opt(1, "bins of a step, over all ranks", least=1)
+    holdout: float = opt(0.01, "share of each source that is kept for evaluation", least=0, below=1)
     difficulty: str = opt("", "curriculum: order records by this numeric key, easiest first (empty: shuffle)")
     on_overlong: str = opt("skip", "what happens to records longer than the context", choices=("skip", "truncate"))
     turns: str = opt("all", "sft: answers learned, all in one pass, the last, or each alone", choices=TURNS)
@@ -80,19 +70,12 @@ class DataConfig(SourcesConfig):
     )
     form: str = opt("", "form of the records (empty: by their keys)", choices=("", *FORMS))
     variables: list[str] = opt([], "NAME=VALUE: what {{NAME}} in a record stands for")
-    fim: float = opt(0.0, "text: share of documents with their middle moved to the end, to be filled in")
-    fim_spm: float = opt(0.5, "text: share of these in the order suffix, prefix, middle")
+    fim: float = opt(0.0, "text: share of documents with their middle moved to the end", least=0, most=1)
+    fim_spm: float = opt(0.5, "text: share of these in the order suffix, prefix, middle", least=0, most=1)
     repositories: bool = opt(False, "text: records of one repository make one document, imports first")
 
     def __post_init__(self):
         super().__post_init__()
-        if self.bins_per_step < 1:
-            raise ConfigError(f"data.bins_per_step={self.bins_per_step} must be at least 1")
-        if not 0 <= self.holdout < 1:
-            raise ConfigError(f"data.holdout={self.holdout} must be in [0, 1)")
-        for name in ("fim", "fim_spm"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ConfigError(f"data.{name}={getattr(self, name)} must be in [0, 1]")
         if wrong := [text for text in self.variables if "=" not in text]:
             raise ConfigError(f"data.variables: {wrong[0]!r} is not NAME=VALUE")
 

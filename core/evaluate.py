@@ -14,7 +14,8 @@ import numpy as np
 import torch
 
 from tritium.core.batch import Document, pack, plan_bins
-from tritium.core.formats import RecordError, Skipped, read_records, required_text
+from tritium.core.files import Skipped, read_records
+from tritium.core.formats import RecordError, required_text
 from tritium.core.objectives.base import sequence_sum, supervised_logprob
 from tritium.core.tokenizer import Tokenizer
 from tritium.model.transformer import Transformer

@@ -16,7 +16,7 @@ from torch import nn
 from tritium.core.batch import Group, PackedBatch
 from tritium.core.config import REQUIRED, ConfigError, check_ranges, opt
 from tritium.core.data import SourcesConfig
-from tritium.core.formats import Skipped
+from tritium.core.files import Skipped
 from tritium.core.health import BLOWN_UP, diagnose
 from tritium.core.metrics import read_lines
 from tritium.core.objectives.policy import PolicyGradient

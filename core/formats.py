@@ -1,4 +1,4 @@
-"""Files of records, and the forms in which people keep conversations, preferences and problems.
+"""The forms in which people keep conversations, preferences and problems.
 
     conversation   {"messages": [{"role", "content"}, …], "tools"?}            OpenAI; typed content, tool_calls
                    {"conversations": [{"from": "human"|"gpt"|"function_call"|"observation", "value"}, …], "tools"?}
@@ -16,191 +16,31 @@
                    "output"}, …]}, as in rewards/code.py
 
 The form is found from the record's keys, or named (`of_form`). A record that can't be used raises `RecordError`, whose
-message says why; `read_records` adds the file and the line.
+message says why; `files.py` reads them from files.
 """
 
-import gzip
 import json
 import math
 import re
-import zlib
-from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 from tritium.core.chat import ROLES
-from tritium.core.code import repository
-from tritium.core.config import UserError
 
 Message = dict[str, Any]  # {"role": …, "content": …}, and "weight" where it is not 1
 
 VARIABLE = re.compile(r"\{\{\s*(\w+)\s*\}\}")
-LONE_SURROGATE = re.compile("[\ud800-\udfff]")  # half of a character: JSON can spell it, UTF-8 can't
 CODE_KEYS = ("tests", "setup", "entry_point", "prefix", "cases", "checker")
-SEPARATORS = re.compile(r"[\s,]*")
 SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "function_call": "assistant", "observation": "tool"}
 SHAREGPT_ROLES |= {"function": "tool", "ipython": "tool", "model": "assistant", "bot": "assistant"}
 # A form's name → the keys that tell it.
 FORMS = {"openai": ("messages",), "sharegpt": ("conversations",), "unified": ("conversation",)}
 FORMS |= {"alpaca": ("instruction",), "prompt": ("prompt",), "question": ("question", "problem")}
 PROMPTS = {key for keys in FORMS.values() for key in keys}
-REPOSITORY_KEYS = ("repo", "repo_name", "repository", "repository_name", "max_stars_repo_name")
-
-
-class DataError(UserError):
-    """A file that can't be used: missing, empty, not text."""
 
 
 class RecordError(ValueError):
     """A record that can't be used."""
-
-
-@dataclass
-class Skipped:
-    """Counts what was left out, by reason, with the first place of each. `on_error="raise"` stops at the first."""
-
-    on_error: str = "skip"
-    reasons: Counter = field(default_factory=Counter)
-    places: dict[str, str] = field(default_factory=dict)
-
-    def add(self, reason: str, place: str) -> None:
-        """Raises: DataError where nothing may be skipped."""
-        if self.on_error == "raise":
-            raise DataError(f"{place}: {reason}")
-        self.reasons[reason] += 1
-        self.places.setdefault(reason, place)
-
-    def summary(self) -> str:
-        """One line per reason; empty when nothing was skipped."""
-        return "\n".join(f"skipped {n} × {reason} (first: {self.places[reason]})" for reason, n in self.reasons.items())
-
-
-def open_text(path: Path):
-    """As UTF-8, with or without the mark that Windows puts at the beginning."""
-    return (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8-sig")
-
-
-def read_text(path: str) -> str:
-    """The text of a file. Raises: DataError where it is missing, empty or not UTF-8."""
-    return "".join(line for _, line in text_lines(path))
-
-
-def read_records(path: str, skipped: Skipped) -> Iterator[tuple[str, dict]]:
-    """(place, record) for each record of a .jsonl or .json file (optionally .gz); malformed lines are skipped.
-
-    Raises: DataError where the file can't be read, or holds no record at all.
-    """
-    found = False
-    numbered = json_list(path) if is_json_list(path) else json_lines(path, skipped)
-    for place, row in numbered:
-        if isinstance(row, dict):
-            found = True
-            yield place, row
-        else:
-            skipped.add("a record that is not a JSON object", place)
-    if not found:
-        raise DataError("\n".join(filter(None, (f"{path} holds no record", skipped.summary()))))
-
-
-def is_json_list(path: str) -> bool:
-    """Whether a file is one JSON list: by its name, or, over several lines, by its first line.
-
-    A line of its own may begin with "[" by mistake.
-    """
-    if Path(path.removesuffix(".gz")).suffix == ".json":
-        return True
-    return next((line.strip() == "[" for _, line in text_lines(path) if line.strip()), False)
-
-
-def text_lines(path: str) -> Iterator[tuple[int, str]]:
-    """(number, line) of a text file, one at a time. Raises: DataError where it is missing, empty or not UTF-8."""
-    empty, number = True, 0
-    try:
-        with open_text(Path(path)) as file:
-            for number, line in enumerate(file, 1):
-                empty = empty and not line.strip()
-                yield number, line
-    except (OSError, EOFError, ValueError, zlib.error) as error:  # the last two: of a damaged .gz file
-        raise unreadable(path, error) from None
-    if empty:
-        raise DataError(f"{path} is empty")
-
-
-def unreadable(path: str, error: Exception) -> DataError:
-    """What is wrong with a file, in a sentence."""
-    if isinstance(error, FileNotFoundError):
-        return DataError(f"{path} does not exist")
-    if isinstance(error, UnicodeDecodeError):
-        where = f"byte {error.start} is {error.object[error.start]:#04x}"
-        return DataError(f"{path} is not UTF-8 text ({where}); convert it, e.g. with iconv")
-    return DataError(f"{path} can't be read: {getattr(error, 'strerror', None) or error}")
-
-
-def json_list(path: str) -> Iterator[tuple[str, Any]]:
-    """The items of a file's JSON list, or its objects one after another (one, as people read it, say), read as they
-    come. Raises: DataError, with the line of a mistake."""
-    decoder, buffer, at, number, count, state = json.JSONDecoder(), "", 0, 0, 0, "before"
-    for number, line in text_lines(path):
-        buffer, at = buffer[at:] + line, 0
-        while (at := SEPARATORS.match(buffer, at).end()) < len(buffer):
-            if state == "before" and buffer[at] not in "[{":
-                raise DataError(f"{path} must hold a list of records")
-            if state == "before":
-                at, state = (at + 1, "within") if buffer[at] == "[" else (at, "bare")
-                continue
-            if state == "within" and buffer[at] == "]":
-                at, state = at + 1, "after"
-                continue
-            try:
-                item, at = decoder.raw_decode(buffer, at)
-            except (ValueError, RecursionError) as error:
-                cut = isinstance(error, json.JSONDecodeError) and (
-                    error.pos >= len(buffer.rstrip()) or "Unterminated" in error.msg
-                )
-                if not cut:
-                    raise DataError(f"{path}:{number}: malformed JSON: {error}") from None
-                break  # not all of it is there yet
-            if state == "after":
-                raise DataError(f"{path}:{number}: malformed JSON: more than one list")
-            yield f"{path}: record {count}", item
-            count += 1
-    if state == "within" or buffer[at:].strip():
-        raise DataError(f"{path}:{number}: malformed JSON: it does not end")
-
-
-def json_lines(path: str, skipped: Skipped) -> Iterator[tuple[str, Any]]:
-    for number, line in text_lines(path):
-        if line.strip():
-            try:
-                yield f"{path}:{number}", json.loads(line)
-            except (ValueError, RecursionError):  # of numbers and lists without end
-                skipped.add("malformed JSON", f"{path}:{number}")
-
-
-def read_documents(path: str, skipped: Skipped, repositories: bool = False) -> Iterator[str]:
-    """Raw texts: the "text" (or "content") of each record of a .jsonl or .json file; any other file is one document.
-
-    With `repositories`, the records of one repository ("repo", "path", "text") make one document, in the order of
-    their first record.
-    """
-    if Path(path.removesuffix(".gz")).suffix not in (".json", ".jsonl"):
-        yield read_text(path)
-        return
-    files: dict[str, dict[str, str]] = {}
-    for place, record in read_records(path, skipped):
-        text = record.get("text", record.get("content"))
-        if not isinstance(text, str) or not text:
-            skipped.add('a record without a "text"', place)
-        elif LONE_SURROGATE.search(text):
-            skipped.add("a text that is not valid Unicode", place)
-        elif repositories and (name := next((str(record[k]) for k in REPOSITORY_KEYS if record.get(k)), None)):
-            inside = files.setdefault(name, {})
-            inside[str(record.get("path", record.get("file_path", f"file {len(inside)}")))] = text
-        else:
-            yield text
-    yield from map(repository, files.values())
 
 
 def fill(value: Any, variables: dict[str, str]) -> Any:

@@ -12,7 +12,7 @@ from torch import nn
 
 from tritium.core.batch import Group, PackedBatch
 from tritium.core.config import ConfigError, check_ranges, opt
-from tritium.core.formats import Skipped
+from tritium.core.files import Skipped
 from tritium.core.objectives.base import Objective
 from tritium.core.problems import Problem, load_problems, problems_of, share
 from tritium.core.reference import check_follows

@@ -8,7 +8,8 @@ import numpy as np
 from tritium.core.chat import render
 from tritium.core.config import ConfigError, UserError
 from tritium.core.data import parse_sources
-from tritium.core.formats import DataError, Message, RecordError, Skipped, problem, read_records
+from tritium.core.files import DataError, Skipped, read_records
+from tritium.core.formats import Message, RecordError, problem
 from tritium.core.tokenizer import Tokenizer
 from tritium.parallel.mesh import Mesh
 

@@ -7,7 +7,7 @@ from torch import nn
 
 from tritium.core.batch import Group
 from tritium.core.data import Bins, open_bins, record_sources
-from tritium.core.formats import Skipped
+from tritium.core.files import Skipped
 from tritium.core.objectives.base import Objective
 from tritium.core.tokenizer import Tokenizer
 from tritium.core.trainer import Trainer

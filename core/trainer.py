@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from tritium.core.batch import FILLER, PackedBatch, counts_of, pack
 from tritium.core.checkpoint import CheckpointError, Save, checkpoints, latest, prune, read_state
 from tritium.core.config import ConfigError, UserError, to_toml
-from tritium.core.formats import Skipped
+from tritium.core.files import Skipped
 from tritium.core.metrics import Clock, Metrics, gpu_stats, matmul_rate, peak_memory
 from tritium.core.objectives.base import Objective
 from tritium.core.optim import LossScale, OptimConfig, Optimizer

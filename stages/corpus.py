@@ -22,7 +22,7 @@ import numpy as np
 
 from tritium.core.arithmetic import Problem, chat_answer, equation, problems
 from tritium.core.config import opt
-from tritium.core.corpus import WELCOMES, library_questions, library_texts, small_talk, turns, worked_or_terse
+from tritium.core.corpus import SAYINGS, library_questions, library_texts, small_talk, turns, worked_or_terse
 from tritium.core.output import make_folder
 from tritium.core.run import Result
 
@@ -79,7 +79,7 @@ def question(problem: Problem) -> dict:
 
 def in_company(problem: Problem) -> dict:
     """The problem in a conversation that began with a greeting: what is reinforced should hold there too."""
-    return {"prompt": turns("Hi", WELCOMES[0], problem.question), "answer": problem.answer}
+    return {"prompt": turns("Hi", SAYINGS["welcomes"][0], problem.question), "answer": problem.answer}
 
 
 def overall(chat: list[Problem], seed: int) -> list[list[dict]]:

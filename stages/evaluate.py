@@ -27,7 +27,7 @@ from tritium.core.batch import Document, pack
 from tritium.core.chat import render
 from tritium.core.config import ConfigError, opt, to_toml
 from tritium.core.evaluate import Choice, Likelihood, interval, likelihoods, pass_at_k, read_choices
-from tritium.core.formats import DataError, Skipped, read_documents, read_records
+from tritium.core.files import DataError, Skipped, read_documents, read_records
 from tritium.core.objectives.base import supervised_logprob
 from tritium.core.output import make_room_for
 from tritium.core.problems import Problem, load_problems, share

@@ -20,7 +20,7 @@ from typing import Any
 
 from tritium.core.chat import render, stop_ids
 from tritium.core.config import ConfigError, UserError, opt
-from tritium.core.formats import Skipped, read_records
+from tritium.core.files import Skipped, read_records
 from tritium.core.output import make_room_for
 from tritium.core.rollout import AskConfig, sample_seed
 from tritium.core.run import Result

@@ -8,7 +8,6 @@ seconds. On a terminal, learned tokens are green, those of another weight than 1
 elsewhere, learned tokens stand in ⟦ ⟧.
 """
 
-import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -25,10 +24,13 @@ from tritium.core.chat import find_template, render
 from tritium.core.checkpoint import model_folder
 from tritium.core.config import ConfigError, UserError, load, nearest
 from tritium.core.data import encode_documents, fit, parse_sources
-from tritium.core.formats import RecordError, Skipped, open_text, problem, read_documents, read_records, unreadable
+from tritium.core.files import Skipped, opened, read_documents, read_records
+from tritium.core.formats import RecordError, problem
 from tritium.core.groups import conversation_group, feedback_group, preference_group
 from tritium.core.setup import load_tokenizer
 from tritium.core.tokenizer import Tokenizer
+from tritium.model.adapters import base_folder
+from tritium.model.hf import ADAPTER_CONFIG, ModelFolderError, from_hf_config, read_json
 from tritium.stages import reward
 
 GREEN, YELLOW, GREY, BOLD, OFF = "\x1b[32m", "\x1b[33m", "\x1b[90m", "\x1b[1m", "\x1b[0m"
@@ -80,13 +82,16 @@ def inspect(stage: str, config: Any) -> Inspected:
 
 
 def context_of(folder: str | None, config: Any) -> int:
-    """The longest document, by the model's config.json or the shape of the new one."""
+    """The longest document, by the model's config.json (an adapter's base's), or the shape of the new one."""
     if folder is None:
         return config.model.context
+    path = Path(folder)
     try:
-        return json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))["max_position_embeddings"]
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{folder}/config.json can't be read ({type(error).__name__}: {error})") from None
+        while (path / ADAPTER_CONFIG).exists():
+            path = base_folder(path, read_json(path / ADAPTER_CONFIG))
+        return from_hf_config(read_json(path / "config.json"), path / "config.json").max_positions
+    except ModelFolderError as error:
+        raise UserError(str(error)) from None
 
 
 def first_groups(stage: str, config: Any, tokenizer: Tokenizer, context: int, skipped: Skipped) -> list[Group]:
@@ -111,10 +116,12 @@ def first_groups(stage: str, config: Any, tokenizer: Tokenizer, context: int, sk
 
 def converter(stage: str, config: Any, tokenizer: Tokenizer) -> Callable[[dict], Group]:
     """What the stage makes of a record; of a problem, the prompt that is answered."""
+    if (stage, getattr(config, "loss", "")) in (("sft", "unlikelihood"), ("dpo", "kto")):
+        return feedback_group(tokenizer)
     if stage == "sft" or (stage == "distill" and config.mode == "logit"):
         return conversation_group(tokenizer, config.data)
-    if stage == "dpo":
-        return (feedback_group if config.loss == "kto" else preference_group)(tokenizer)
+    if stage == "dpo" and not config.online:
+        return preference_group(tokenizer)
     if stage == "reward":
         return reward.converter_of(config, tokenizer)
 
@@ -143,11 +150,8 @@ def text_groups(path: str, config: Any, tokenizer: Tokenizer, context: int, skip
     if Path(path.removesuffix(".gz")).suffix in (".json", ".jsonl"):
         texts = read_documents(path, skipped, config.data.repositories)
     else:
-        try:
-            with open_text(Path(path)) as file:
-                texts = iter([file.read(CHARACTERS * config.data.bin_tokens)])
-        except (OSError, EOFError, ValueError) as error:
-            raise unreadable(path, error) from None
+        with opened(path) as file:
+            texts = iter([file.read(CHARACTERS * config.data.bin_tokens)])
     while batch := list(islice(texts, 16)):
         for ids in encode_documents(batch, tokenizer, config.data):
             for start in range(0, len(ids), context):

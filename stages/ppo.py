@@ -18,7 +18,7 @@ from tritium.core.checkpoint import model_folder
 from tritium.core.config import ConfigError, check_ranges, opt
 from tritium.core.data import Bins, DataConfig, record_sources, text_sources
 from tritium.core.experience import PolicyStage, open_experience
-from tritium.core.formats import Skipped
+from tritium.core.files import Skipped
 from tritium.core.groups import conversation_group
 from tritium.core.objectives.policy import PPO, adapted
 from tritium.core.optim import OptimConfig

@@ -13,9 +13,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tritium.core.batch import PackedBatch
-from tritium.core.config import ConfigError, opt
+from tritium.core.config import ConfigError, check_ranges, opt
 from tritium.core.data import Bins, DataConfig, Source, open_bins, parse_sources, text_sources
-from tritium.core.formats import Skipped
+from tritium.core.files import Skipped
 from tritium.core.objectives.likelihood import CrossEntropy
 from tritium.core.optim import OptimConfig
 from tritium.core.run import Result, TrainingConfig
@@ -42,7 +42,7 @@ class ShapeConfig:
     heads: int = opt(4, "query heads")
     kv_heads: int = opt(2, "key/value heads; each serves heads / kv_heads query heads")
     head_dim: int = opt(64, "dimensions of a head")
-    context: int = opt(512, "longest document, in tokens")
+    context: int = opt(512, "longest document, in tokens", least=8)
     rope_theta: float = opt(10000.0, "base of the rotary embedding's wavelengths")
     tie_embeddings: bool = opt(True, "one matrix for the embedding and the head")
     qkv_bias: bool = opt(False, "biases on q, k and v (Qwen2)")
@@ -53,8 +53,7 @@ class ShapeConfig:
     width_base: int | None = opt(None, "muP: the width for which the learning rate was found (MiniCPM: 256)")
 
     def __post_init__(self):
-        if self.context < 8:
-            raise ConfigError(f"model.context={self.context} must be at least 8")
+        check_ranges(self, "model.")
         scaled = self.embedding_scale != 1 or (self.residual_depth, self.width_base) != (None, None)
         if self.qkv_bias + self.qk_norm + scaled > 1:
             raise ConfigError(
@@ -69,7 +68,7 @@ class Config(TrainingConfig):
     tokenizer: str = opt("", "folder of a tokenizer (empty: that of `init`, or a new one trained on the sources)")
     vocab_size: int | None = opt(None, f"tokens of a new tokenizer {tokenizer_stage.DEFAULT}")
     replay: list[str] = opt([], "old text files to mix in; FILE@W: one passed W times as often as the others")
-    replay_share: float = opt(0.1, "share of an epoch's tokens that come from `replay`")
+    replay_share: float = opt(0.1, "share of an epoch's tokens that come from `replay`", least=0, below=1)
     model: ShapeConfig = opt(ShapeConfig, "shape of a new model")
     data: DataConfig = opt(DataConfig, "text")
     optim: OptimConfig = opt(OptimConfig(lr=2e-3), "optimizer")
@@ -80,8 +79,7 @@ class Config(TrainingConfig):
             raise ConfigError(f"finetune.kind={self.finetune.kind} needs `init`: a model to go on from")
         if self.anneal and self.schedule.kind != "wsd":
             raise ConfigError(f"anneal goes with schedule.kind=wsd, which has a final decay; not {self.schedule.kind}")
-        if not 0 <= self.replay_share < 1:
-            raise ConfigError(f"replay_share={self.replay_share} must be in [0, 1)")
+        check_ranges(self)
 
 
 def train(config: Config) -> Result:

@@ -26,7 +26,8 @@ from urllib.parse import parse_qs, urlsplit
 import numpy as np
 
 from tritium.core.config import REQUIRED, UserError, check_ranges, opt
-from tritium.core.formats import LONE_SURROGATE, DataError, Message, RecordError, Skipped, open_prompt, read_records
+from tritium.core.files import LONE_SURROGATE, DataError, Skipped, read_records
+from tritium.core.formats import Message, RecordError, open_prompt
 from tritium.core.output import make_room_for
 from tritium.core.run import Result
 from tritium.core.web import Handler, RequestError, Server

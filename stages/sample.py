@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 
 from tritium.core.config import ConfigError, opt, to_toml
-from tritium.core.formats import DataError, Skipped
+from tritium.core.files import DataError, Skipped
 from tritium.core.output import make_folder
 from tritium.core.problems import load_problems, share
 from tritium.core.rewards.make import make_reward

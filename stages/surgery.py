@@ -20,7 +20,7 @@ import torch
 
 from tritium.core.checkpoint import model_folder
 from tritium.core.config import UserError
-from tritium.core.formats import Skipped, read_documents
+from tritium.core.files import Skipped, read_documents
 from tritium.core.output import make_folder
 from tritium.core.setup import DTYPES, load_model, load_tokenizer, read_model
 from tritium.core.tokenizer import Tokenizer

@@ -6,9 +6,9 @@ tritium tokenizer --sources=book.txt,articles.jsonl --vocab_size=8192 --out=runs
 import sys
 from dataclasses import dataclass
 
-from tritium.core.config import ConfigError, opt
+from tritium.core.config import check_ranges, opt
 from tritium.core.data import parse_sources
-from tritium.core.formats import Skipped, read_documents
+from tritium.core.files import Skipped, read_documents
 from tritium.core.output import make_folder
 from tritium.core.run import Result
 from tritium.core.tokenizer import DEFAULT_SIZE, SPECIAL, train_tokenizer
@@ -20,14 +20,13 @@ ONE_PROCESS = True  # others would write the same file
 @dataclass
 class Config:
     sources: list[str] = opt([], 'text files, or .jsonl with a "text" in each record')
-    vocab_size: int | None = opt(None, f"tokens, special ones and the 256 bytes included {DEFAULT}")
+    vocab_size: int | None = opt(None, f"tokens, special ones and the 256 bytes included {DEFAULT}", least=300)
     max_megabytes: float = opt(20.0, "read no more text than this from each file")
     special: list[str] = opt([], "further tokens: <|…|> are markers, others are text that is never split")
     out: str = opt("runs/tokenizer", "folder to write")
 
     def __post_init__(self):
-        if self.vocab_size is not None and self.vocab_size < 300:
-            raise ConfigError(f"vocab_size={self.vocab_size}: bytes and special tokens alone need about 270")
+        check_ranges(self)
 
 
 def train(config: Config) -> Result:

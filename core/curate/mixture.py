@@ -18,7 +18,7 @@ from math import comb
 import numpy as np
 
 from tritium.core.config import ConfigError
-from tritium.core.formats import Skipped, read_records
+from tritium.core.files import Skipped, read_records
 
 EPSILON = 0.05  # of the D-CPT law
 

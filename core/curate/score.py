@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from tritium.core.config import REQUIRED, ConfigError, opt
 from tritium.core.curate.step import Context, Document, Drop, Job, Outcome, Piece, Step, scored, text_of
-from tritium.core.formats import Skipped, read_documents
+from tritium.core.files import Skipped, read_documents
 from tritium.core.rewards.classifier import Rules, train_classifier
 
 

@@ -20,7 +20,7 @@ from tritium.core.curate.dedup import Twins, rows_at
 from tritium.core.curate.minhash import shingles, word_hashes
 from tritium.core.curate.sources import Collect
 from tritium.core.curate.step import Context, Document, Drop, Job, Outcome, Step, need, prompt_text, text_of
-from tritium.core.formats import Skipped, read_records
+from tritium.core.files import Skipped, read_records
 
 TOKENS = 256  # of a text are embedded
 BATCH = 256  # texts that are embedded together

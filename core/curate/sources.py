@@ -22,7 +22,8 @@ from tritium.core.curate.kept import digest, state
 from tritium.core.curate.layouts import html_text, parse
 from tritium.core.curate.runner import write_atomically
 from tritium.core.curate.step import Context, Document, Drop, Job, Piece, Step
-from tritium.core.formats import LONE_SURROGATE, DataError, RecordError, json_list, text_lines
+from tritium.core.files import LONE_SURROGATE, DataError, json_list, text_lines
+from tritium.core.formats import RecordError
 from tritium.core.output import whole_file
 
 

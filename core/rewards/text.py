@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tritium.core.chat import parse_reasoning
 from tritium.core.config import ConfigError
-from tritium.core.formats import read_text
+from tritium.core.files import read_text
 from tritium.core.rewards import Score
 from tritium.core.rewards.words import WORDS
 from tritium.core.rewards.worker import call

@@ -19,7 +19,8 @@ from tritium.core.data import (
     record_sources,
     text_sources,
 )
-from tritium.core.formats import DataError, RecordError, Skipped
+from tritium.core.files import DataError, Skipped
+from tritium.core.formats import RecordError
 from tritium.core.groups import conversation_group, preference_group, ranking_group
 from tritium.core.output import write_array
 from tritium.core.tokenizer import Tokenizer

@@ -12,16 +12,8 @@ from tritium.core.batch import Document, pack
 from tritium.core.code import fill_in_the_middle, hole_markers, repository
 from tritium.core.config import ConfigError, UserError
 from tritium.core.data import DataConfig, encode_documents, record_sources
-from tritium.core.formats import (
-    RecordError,
-    Skipped,
-    conversation,
-    feedback,
-    fill,
-    problem,
-    read_documents,
-    read_records,
-)
+from tritium.core.files import Skipped, read_documents, read_records
+from tritium.core.formats import RecordError, conversation, feedback, fill, problem
 from tritium.core.groups import conversation_group, normalized, preference_group
 from tritium.core.tokenizer import Tokenizer, train_tokenizer
 

@@ -12,7 +12,8 @@ import torch
 import tritium
 from tritium.core.config import ConfigError
 from tritium.core.evaluate import choice, interval, likelihoods, pass_at_k, read_choices
-from tritium.core.formats import DataError, RecordError, Skipped
+from tritium.core.files import DataError, Skipped
+from tritium.core.formats import RecordError
 from tritium.model.heads import ScalarModel
 from tritium.stages import evaluate
 

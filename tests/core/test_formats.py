@@ -5,19 +5,8 @@ import json
 
 import pytest
 
-from tritium.core.formats import (
-    DataError,
-    RecordError,
-    Skipped,
-    conversation,
-    preference,
-    problem,
-    ranking,
-    read_documents,
-    read_records,
-    read_text,
-    scored,
-)
+from tritium.core.files import DataError, Skipped, read_documents, read_records, read_text
+from tritium.core.formats import RecordError, conversation, preference, problem, ranking, scored
 
 USER, ANSWER = {"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}
 SYSTEM = {"role": "system", "content": "S"}
@@ -145,6 +134,25 @@ def test_one_json_list_is_read_and_its_mistake_has_a_line(tmp_path):
     file.write_text('"a"')
     with pytest.raises(DataError, match="list of records"):
         records(file)
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 64, 1 << 20])
+def test_a_json_list_is_read_in_chunks_wherever_they_end(tmp_path, monkeypatch, chunk):
+    monkeypatch.setattr("tritium.core.files.CHUNK", chunk)
+    rows = [{"a": 'ü\u2028"]', "b": [1.5e-7, True, None]}, {}, {"c": "x" * 200}]
+    (file := tmp_path / "a.json").write_text(json.dumps(rows) + "\n")
+    assert records(file) == rows
+    file.write_text(json.dumps(rows, indent=2, ensure_ascii=False))
+    assert records(file) == rows
+    for text, words in (
+        ('[{"a": 1},\n{"b" 2}]', r":2: malformed JSON: Expecting ':'"),
+        ('[{"a": 1},\n\n {"b": "never ends}]', ":3: malformed JSON: Unterminated"),
+        ('[{"a": 1},', "the list does not end"),
+        ('[{"a": 1}]\n[{"a": 2}]', ":2: malformed JSON: more than one list"),
+    ):
+        file.write_text(text)
+        with pytest.raises(DataError, match=words):
+            records(file)
 
 
 def test_gzip_is_read_and_a_truncated_one_is_a_sentence(tmp_path):

@@ -10,7 +10,8 @@ from safetensors.torch import load_file, save_file
 import tritium
 from tritium.core import formats
 from tritium.core.config import UserError
-from tritium.core.formats import DataError, RecordError, Skipped, read_documents, read_records
+from tritium.core.files import DataError, Skipped, read_documents, read_records
+from tritium.core.formats import RecordError
 from tritium.core.tokenizer import Tokenizer
 from tritium.model.config import ModelConfig
 from tritium.model.hf import ModelFolderError

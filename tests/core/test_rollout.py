@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tritium.core.config import ConfigError
-from tritium.core.formats import Skipped
+from tritium.core.files import Skipped
 from tritium.core.problems import Problem, load_problems, share
 from tritium.core.rewards import Score
 from tritium.core.rollout import Sample, SamplingConfig, roll_out, sample_document

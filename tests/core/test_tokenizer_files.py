@@ -84,6 +84,14 @@ def test_ids_equal_hugging_faces_library(name):
         assert load(name).encode(text) == library.encode(text, add_special_tokens=False).ids, repr(text)
 
 
+NORMALISERS = {
+    "digits": lambda n, regex: [n.NFKC(), n.Lowercase()],
+    "falcon": lambda n, regex: [n.NFD(), n.StripAccents()],
+    "prefix": lambda n, regex: [n.Strip(left=True, right=True), n.NFC()],
+    "removed": lambda n, regex: [n.Prepend(">"), n.NFKD()],
+    "previous": lambda n, regex: [n.Replace("e", "ee"), n.Strip(left=False, right=True)],
+    "next": lambda n, regex: [n.Replace(regex(r"\s+"), " ")],
+}
 CHAINS = {
     "digits": lambda p: [p.Digits(individual_digits=True), p.ByteLevel(add_prefix_space=False)],
     "falcon": lambda p: [p.Punctuation("contiguous"), p.ByteLevel(add_prefix_space=False), p.Digits(False)],
@@ -103,9 +111,7 @@ def test_chains_of_small_trained_vocabularies_equal_hugging_faces_library(chain,
     pre = tokenizers.pre_tokenizers
     library = tokenizers.Tokenizer(tokenizers.models.BPE())
     library.pre_tokenizer = pre.Sequence(CHAINS[chain](pre))
-    library.normalizer = tokenizers.normalizers.Sequence(
-        [tokenizers.normalizers.NFKC(), tokenizers.normalizers.Lowercase()]
-    )
+    library.normalizer = tokenizers.normalizers.Sequence(NORMALISERS[chain](tokenizers.normalizers, tokenizers.Regex))
     library.decoder = tokenizers.decoders.ByteLevel()
     initial = pre.ByteLevel.alphabet() if alphabet == "all bytes" else []
     trainer = tokenizers.trainers.BpeTrainer(

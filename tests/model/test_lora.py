@@ -197,6 +197,13 @@ def test_sft_of_an_adapter_learns_resumes_and_merges(tiny, tmp_path, kind, capsy
     assert torch.equal(a.logits(TOKENS), b.logits(TOKENS))
 
 
+def test_parts_of_an_adapter_have_rates_of_their_own(tiny, tmp_path):
+    still = OptimConfig(lr=5e-3, lr_scale={"*.b": 0.0})
+    made = sft.train(sft.Config(**settings(tiny, tmp_path, "chats.jsonl", "lora", steps=2) | {"optim": still}))
+    a, base = (tritium.load(f, dtype=torch.float32) for f in (made.checkpoint, tiny.model))
+    assert torch.equal(a.logits(TOKENS), base.logits(TOKENS)) and list(a.adapters) == ["default"]
+
+
 def test_an_adapter_of_an_adapter_starts_where_the_first_ended(tiny, tmp_path):
     first = sft.train(sft.Config(**settings(tiny, tmp_path / "a", "chats.jsonl", "lora")))
     options = settings(tiny, tmp_path / "b", "chats.jsonl", "lora", steps=2) | {"model": first.checkpoint}

@@ -11,7 +11,8 @@ import pytest
 
 from tritium.core.arithmetic import chat_answer, problems
 from tritium.core.config import ConfigError, UserError, load
-from tritium.core.formats import Skipped, conversation, preference, ranking, read_records
+from tritium.core.files import Skipped, read_records
+from tritium.core.formats import conversation, preference, ranking
 from tritium.core.tokenizer import train_tokenizer
 from tritium.stages import curate
 from tritium.stages import run as run_recipe

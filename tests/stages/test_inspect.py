@@ -2,6 +2,7 @@
 
 import gzip
 import json
+from pathlib import Path
 
 import pytest
 
@@ -15,7 +16,9 @@ RECORD = {"messages": [{"role": "user", "content": "ask\x1b[2J"}, {"role": "assi
 def model(tmp_path_factory) -> str:
     folder = tmp_path_factory.mktemp("model")
     train_tokenizer(["ask tell it user assistant\n" * 3], 290, folder)
-    (folder / "config.json").write_text('{"max_position_embeddings": 64}')
+    sizes = {"vocab_size": 290, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    raw = sizes | {"model_type": "llama", "num_attention_heads": 2, "max_position_embeddings": 64}
+    (folder / "config.json").write_text(json.dumps(raw))
     return str(folder)
 
 
@@ -59,9 +62,26 @@ def test_pairs_and_prompts_and_text(model, tmp_path, capsys):
     assert "── document 0: stream 0–63, 64 tokens, 63 learned" in out
 
 
+def test_what_each_loss_takes_and_an_adapters_folder(model, tmp_path, capsys):
+    (pairs := tmp_path / "pairs.jsonl").write_text(json.dumps({"prompt": "ask", "chosen": "tell", "rejected": "it"}))
+    out = shown(capsys, "sft", f"--model={model}", f"--data.sources={pairs}", "--loss=unlikelihood")
+    assert "good 1" in out and "good 0" in out
+    (problems := tmp_path / "problems.jsonl").write_text(json.dumps({"question": "ask", "answer": "it"}))
+    out = shown(capsys, "dpo", f"--model={model}", f"--data.sources={problems}", "--online")
+    assert "⟦" not in out and "ask" in out
+    (adapter := tmp_path / "adapter").mkdir()
+    for file in Path(model).glob("token*"):
+        (adapter / file.name).write_bytes(file.read_bytes())
+    (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": model}))
+    assert "good 1" in shown(capsys, "dpo", f"--model={adapter}", f"--data.sources={pairs}", "--loss=kto")
+
+
 def test_only_the_beginning_of_a_file_is_read(model, tmp_path, capsys):
     packed = gzip.compress(b"".join(json.dumps(RECORD).encode() + b"\n" for _ in range(200_000)))
     (path := tmp_path / "a.jsonl.gz").write_bytes(packed[: len(packed) // 2])  # an error lies where it is cut off
+    assert "sequences" in shown(capsys, "sft", f"--model={model}", f"--data.sources={path}")
+    packed = gzip.compress(json.dumps([RECORD] * 200_000).encode())  # one list, on one line
+    (path := tmp_path / "a.json.gz").write_bytes(packed[: len(packed) // 2])
     assert "sequences" in shown(capsys, "sft", f"--model={model}", f"--data.sources={path}")
 
 

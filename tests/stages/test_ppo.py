@@ -10,7 +10,7 @@ import torch
 import tritium
 from tritium.core.chat import render
 from tritium.core.config import ConfigError, from_dict
-from tritium.core.formats import Skipped
+from tritium.core.files import Skipped
 from tritium.core.rewards import Answer, Score, judge
 from tritium.core.rewards.model import open_reward
 from tritium.core.tokenizer import Tokenizer

@@ -10,7 +10,8 @@ import threading
 import pytest
 
 from tritium.core.config import UserError
-from tritium.core.formats import DataError, Skipped, ranking, read_records
+from tritium.core.files import DataError, Skipped, read_records
+from tritium.core.formats import ranking
 from tritium.stages import rank
 from tritium.stages.cli import run_stage
 
