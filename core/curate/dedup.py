@@ -195,16 +195,18 @@ class Passages(Compared):
         return np.stack([column.astype(np.uint64) for column in columns], 1)
 
     def prepare(self, context: Context, shards: list[Piece]) -> None:
-        rows = [np.load(file, mmap_mode="r") for file in self.files_of(context, shards)]
-        spill = minhash.Spill(context.scratch / "spill", sum(map(len, rows)), context.memory)
-        firsts = np.cumsum([0, *(len(r) for r in rows)])
-        for first, part in zip(firsts, rows, strict=False):
-            spill.add(part[:, 0], first + np.arange(len(part)))
+        files = self.files_of(context, shards)
+        firsts = np.cumsum([0, *(len(np.load(file, mmap_mode="r")) for file in files)])
+        spill = minhash.Spill(context.scratch / "spill", int(firsts[-1]), context.memory)
+        for first, file in zip(firsts, files, strict=False):
+            hashes = np.load(file, mmap_mode="r")[:, 0]
+            spill.add(hashes, first + np.arange(len(hashes)))
         repeated = np.zeros(firsts[-1], bool)
         for values, run in spill.repeated():
             repeated[neighbours(values, run, first=True)[:, 1]] = True
-        for i, shard in enumerate(shards):
-            write_array(context.scratch / f"{shard.name}.plan.npy", rows[i][repeated[firsts[i] : firsts[i + 1]], 1:])
+        for shard, file, start, end in zip(shards, files, firsts, firsts[1:], strict=False):
+            plan = np.load(file, mmap_mode="r")[repeated[start:end], 1:]
+            write_array(context.scratch / f"{shard.name}.plan.npy", plan)
 
     def run(self, documents: Iterable[Document], job: Job) -> Iterator[tuple[Document, Outcome]]:
         plan = np.load(job.plan)  # [m, 3]: document, first byte, byte after the last

@@ -70,14 +70,16 @@ class Pack(Step):
 
     def join(self, base: Path, packed: list[tuple[np.ndarray, np.ndarray]], shards: list[Piece]) -> None:
         """Write one source's files. `packed`: for each shard, which documents are the source's, and all lengths."""
-        parts = [np.load(tokens_of(shard.path), mmap_mode="r") for shard in shards]
-        dtype = np.result_type(*parts)  # a shard that no document is of has the small one
+        files = [tokens_of(shard.path) for shard in shards]
+        dtype = np.result_type(
+            *(np.load(file, mmap_mode="r").dtype for file in files)
+        )  # an empty one has the small one
         lengths = np.concatenate([counts[mine] for mine, counts in packed])
         header = {"descr": dtype.str, "fortran_order": False, "shape": (int(lengths.sum()),)}
         with whole_file(base.with_name(base.name + ".tokens.npy")) as file:
             np.lib.format.write_array_header_1_0(file, header)
-            for part, (mine, counts) in zip(parts, packed, strict=True):
-                file.write(part[np.repeat(mine, counts)].astype(dtype).tobytes())
+            for part, (mine, counts) in zip(files, packed, strict=True):
+                file.write(np.load(part, mmap_mode="r")[np.repeat(mine, counts)].astype(dtype).tobytes())
         write_array(base.with_name(base.name + ".starts.npy"), np.cumsum(np.append(0, lengths))[:-1])
         facts = {"tokenizer": self.loaded.fingerprint, "tokens": int(lengths.sum()), "documents": len(lengths)}
         write_atomically(base.with_name(base.name + ".json"), json.dumps(facts, indent=2) + "\n")

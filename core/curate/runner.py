@@ -15,7 +15,6 @@ import heapq
 import json
 import multiprocessing
 import os
-import resource
 import sys
 import threading
 from collections import Counter
@@ -71,8 +70,6 @@ def run_steps(
 ) -> Iterator[dict[str, Any]]:
     """Take the steps in their order over `shards`; yields a summary of each: counts, samples, values, facts."""
     pool, shards = Pool(workers), list(shards)
-    files = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))  # a shard's features, each, are one
     try:
         for number, (name, step) in enumerate(steps.items()):
             folder = context.out / "steps" / f"{number:02d}-{name}"
@@ -187,10 +184,7 @@ class Ledger:
             insert(shown, [order, row | {"provenance": last}], SAMPLES)
 
     def meta(self) -> dict[str, Any]:
-        return {
-            "read": self.read, "rows": self.rows, "characters": self.characters, "dropped": dict(self.dropped),
-            "notes": dict(self.job.notes), "samples": self.samples, "values": self.values,
-        }  # fmt: skip
+        return {key: value for key, value in vars(self).items() if key != "job"} | {"notes": self.job.notes}
 
 
 def priority(id: str, seed: int) -> int:
