@@ -84,11 +84,8 @@ class Distil(Step):
             return False
         if needs == "answer":
             return bool(document["answers"])
-        return (
-            needs == "text"
-            or self.which == "all"
-            or not document["reference" if self.which == "unverified" else "answers"]
-        )
+        known = document.get("reference" if self.which == "unverified" else "answers")
+        return needs == "text" or self.which == "all" or not known
 
     @property
     def BATCH(self) -> int:
@@ -105,11 +102,8 @@ class Distil(Step):
         states = [State(i, known(d, prompts, i), f"{d['id']}/{job.name}") for i, d in enumerate(documents)]
         drops: dict[int, list[Drop]] = {}
         for call in tasks()[self.task]["calls"]:
-            asked = [
-                State(s.document, dict(s.values), f"{s.path}.{k}")
-                for s in states
-                for k in range(self.n if call.get("sampled") else 1)
-            ]
+            times = self.n if call.get("sampled") else 1
+            asked = [State(s.document, s.values, f"{s.path}.{k}") for s in states for k in range(times)]
             seeds = [priority(s.path, job.context.seed) for s in asked]
             questions = [self.question(call, s, documents, seed) for s, seed in zip(asked, seeds, strict=True)]
             states = []
@@ -118,10 +112,11 @@ class Distil(Step):
                 if isinstance(found, Drop):
                     drops.setdefault(s.document, []).append(found)
                     continue
-                lines = bulleted(found[call["fields"][0]]) if call.get("lines") else [None]
-                for i, line in enumerate(lines):
-                    values = found if line is None else {call["fields"][0]: line}
-                    states.append(State(s.document, s.values | values, s.path if line is None else f"{s.path}.{i}"))
+                rows = [(s.path, found)]
+                if call.get("lines"):
+                    ((name, text),) = found.items()
+                    rows = [(f"{s.path}.{i}", {name: line}) for i, line in enumerate(bulleted(text))]
+                states += [State(s.document, s.values | values, path) for path, values in rows]
         return states, drops
 
     def ask(self, questions: list[list[dict]], seeds: list[int], job: Job) -> list[str | Exception]:

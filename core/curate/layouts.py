@@ -56,6 +56,7 @@ def maths(record: dict) -> Document:
     Natural Reasoning, with other models' responses."""
     solution, marks = record.get("solution") or "", record.get("correctness_math_verify") or []
     reference = record.get("reference_answer") or record.get("answer") or boxed(solution)
+    reference = "" if reference in ("proof", "notfound") else reference  # what NuminaMath says of those without one
     chains = zip_longest(record.get("generations") or [], marks)
     others = [{"text": text, "by": "r1"} | ({} if mark is None else {"right": mark}) for text, mark in chains]
     others += [{"text": r["response"], "by": r.get("response_model", "model")} for r in record.get("responses") or []]
@@ -143,7 +144,7 @@ def chat(record: dict) -> Document:
 
 # ── HTML ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-SKIPPED_TAGS = {"script", "style", "head", "nav", "footer", "noscript", "template", "svg", "form"}
+SKIPPED_TAGS = {"script", "style", "title", "nav", "footer", "noscript", "template", "svg", "form"}
 BLOCKS = {"p", "div", "br", "li", "tr", "h1", "h2", "h3", "h4", "h5", "h6", "pre", "blockquote", "section", "article"}
 
 

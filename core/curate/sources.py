@@ -22,7 +22,7 @@ from tritium.core.curate.kept import digest, state
 from tritium.core.curate.layouts import html_text, parse
 from tritium.core.curate.runner import write_atomically
 from tritium.core.curate.step import Context, Document, Drop, Job, Piece, Step
-from tritium.core.files import LONE_SURROGATE, DataError, json_list, text_lines
+from tritium.core.files import CHUNK, LONE_SURROGATE, DataError, json_list, opened
 from tritium.core.formats import RecordError
 from tritium.core.output import whole_file
 
@@ -184,11 +184,12 @@ class Unpack:
 def over_lines(path: str) -> bool:
     """Whether JSON is not a record a line: a list, or an object over several lines."""
     try:
-        first = next(line.strip() for _, line in text_lines(path) if line.strip())
-    except DataError:  # empty, not UTF-8, or damaged: read as lines, which can take it
+        with opened(path) as file:
+            line = next((part for part in iter(lambda: file.readline(CHUNK), "") if part.strip()), "\n")
+    except DataError:  # not UTF-8, or damaged: read as lines, which can take it
         return False
-    spread = first[0] in "[{" and first[-1] in "[{,"
-    return spread or (first[0] == "[" and Path(path.removesuffix(".gz")).suffix == ".json")
+    first, spread = line.strip()[:1], line.endswith("\n") and line.strip()[-1:] in ("[", "{", ",")
+    return spread and first in "[{" or first == "[" and Path(path.removesuffix(".gz")).suffix == ".json"
 
 
 def listed_lines(path: str) -> Iterator[bytes]:

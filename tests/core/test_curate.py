@@ -71,6 +71,7 @@ def test_chats_end_with_the_users_turn_and_their_last_answer_is_an_answer():
         assert document["kind"] == "chat" and document["messages"][-1]["content"] == "Hi"
         assert [a["text"] for a in document["answers"]] == ["Hello"]
     assert parse({"problem": "Prove it.", "solution": "Trivial."})["kind"] == "chat"  # nothing to verify by
+    assert parse({"problem": "Prove it.", "solution": "Trivial.", "answer": "proof"})["kind"] == "chat"
     assert parse({"question": "Why?", "answer": "Because " + "of this " * 30})["kind"] == "chat"
     with pytest.raises(RecordError):
         parse({"unknown": 1})
@@ -81,6 +82,7 @@ def test_html_becomes_the_text_that_a_reader_sees():
     page += "<p>one <b>two</b></p><script>x()</script><p>three"
     assert html_text(page) == "A & B\n\none two\n\nthree"
     assert parse({"html": page})["text"].startswith("A & B")
+    assert html_text("<head><title>T</title><meta x><body><p>one") == "one"  # closing tags may be left out
 
 
 def test_personal_data_is_replaced_and_sums_are_not():
