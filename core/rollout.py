@@ -67,6 +67,7 @@ class AskConfig:
     """The settings of every stage that asks a model."""
 
     model: str = opt(REQUIRED, "folder of the model, with its tokenizer")
+    template: str = opt("", "chat template, by name (empty: the model's own)")
     sampling: SamplingConfig = opt(SamplingConfig, "how answers are drawn")
     seed: int = opt(0, "seed of the answers", least=0)
     dtype: str = opt(
@@ -80,7 +81,7 @@ class AskConfig:
     def open(self, mesh: Mesh | None = None) -> tuple[Transformer, Tokenizer]:
         """The model, frozen, and its tokenizer; by default on one process's device."""
         model = load_model(self.model, self.dtype, mesh or Mesh.single(local_device(self.device)), frozen=True)
-        return model, load_tokenizer(self.model, model)
+        return model, load_tokenizer(self.model, model, self.template)
 
     def engine(self, model: Transformer, tokenizer: Tokenizer, tool: Tool | None = None) -> Engine:
         """What draws the answers; with the `tool` of the settings, or another in its place."""

@@ -12,7 +12,6 @@ model (peft issue 2321). The largest difference that rounding makes, of a weight
 """
 
 import argparse
-import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -88,10 +87,12 @@ def merge(arguments: argparse.Namespace) -> None:
         rounding = lora.merge(model)
     except ValueError as error:
         raise UserError(f"{source}: {error}") from None
+    try:
+        tokenizer = load_tokenizer(str(source))
+    except UserError:  # of peft's folders, many have none
+        tokenizer = load_tokenizer(str(base_folder(source, read_json(source / ADAPTER_CONFIG))))
     model.save(str(out))
-    for folder in (base_folder(source, read_json(source / ADAPTER_CONFIG)), source):
-        for file in folder.glob("*token*"):
-            shutil.copyfile(file, out / file.name)
+    tokenizer.save(out)
     print(f"{out}: largest rounding of a weight {rounding:.3g}, of a logit {(probe(model) - before).abs().max():.3g}")
 
 

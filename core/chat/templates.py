@@ -60,7 +60,7 @@ def find_template(tokenizer: Tokenizer) -> str:
         if name not in TEMPLATES:
             guess = nearest(name, list(TEMPLATES))
             hint = f"did you mean {guess}? " if guess else ""
-            raise UserError(f"data.template: no chat template {name!r}; {hint}there are {', '.join(TEMPLATES)}")
+            raise UserError(f"template: no chat template {name!r}; {hint}there are {', '.join(TEMPLATES)}")
         return name
     text = tokenizer.chat_template
     for name, template in TEMPLATES.items():
@@ -72,6 +72,6 @@ def find_template(tokenizer: Tokenizer) -> str:
     if text:
         raise UserError(
             f"the model's own chat template is none of those known here ({', '.join(TEMPLATES)}): name the nearest one "
-            "with --data.template=NAME"
+            "with --data.template=NAME, or --template=NAME where the model is only asked"
         )
     return "chatml"

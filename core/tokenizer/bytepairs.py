@@ -6,7 +6,7 @@ that too; a chain of them, as Hugging Face's `tokenizer.json` may hold (DeepSeek
 
 import tomllib
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from functools import cached_property, reduce
 from pathlib import Path
 from typing import Any
@@ -179,6 +179,15 @@ def byte_alphabet() -> dict[str, int]:
     shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
     hidden = [byte for byte in range(256) if byte not in shown]
     return {chr(byte): byte for byte in shown} | {chr(256 + i): byte for i, byte in enumerate(hidden)}
+
+
+def id_ranks(vocab: dict[str, int], added: Container[str]) -> dict[bytes, int | None]:
+    """Tokens but the added ones in the order of their ids: where `ignore_merges` says that a whole piece is a token
+    whatever the merges, as in files that were made of tiktoken's ranks (Llama 3, Mistral Nemo)."""
+    alphabet = byte_alphabet()
+    tokens = sorted((i, token) for token, i in vocab.items() if token not in added)
+    ranks: dict[bytes, int | None] = {bytes(map(alphabet.__getitem__, token)): i for i, token in tokens}
+    return ranks | {bytes([byte]): None for byte in range(256) if bytes([byte]) not in ranks}
 
 
 def merge_ranks(vocab: dict[str, int], merges: Sequence[Any]) -> dict[bytes, int | None]:

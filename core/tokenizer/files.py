@@ -18,13 +18,23 @@ from pathlib import Path
 from typing import Any
 
 from tritium.core.config import UserError
-from tritium.core.tokenizer.bytepairs import GPT2, KNOWN, BytePairs, merge_ranks, normalisers, pattern, pre_tokenizers
+from tritium.core.tokenizer.bytepairs import (
+    GPT2,
+    KNOWN,
+    BytePairs,
+    id_ranks,
+    merge_ranks,
+    normalisers,
+    pattern,
+    pre_tokenizers,
+)
 from tritium.core.tokenizer.pieces import Pieces
 
 KEPT = ("tokenizer.model", "tokenizer.json", "tekken.json", "vocab.json", "merges.txt", "tokenizer_config.json")
 KEPT += ("special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "chat_template.json")
 MAIN = ("tekken.json", "tokenizer.model", "tokenizer.json", "vocab.json")
-NAMES = ("bos", "eos", "pad", "unk")
+MARKER = re.compile(r"<[|｜].*[|｜]>")
+NAMES, FLAGS = ("bos", "eos", "pad", "unk"), ("special", "lstrip", "rstrip", "single_word")
 
 
 @dataclass(frozen=True)
@@ -47,7 +57,7 @@ class Added:
     @property
     def control(self) -> bool:
         """Markers in bars count as special whatever their flag: else a user's text could forge a turn (DeepSeek)."""
-        return self.special or bool(re.fullmatch(r"<[|｜].*[|｜]>", self.content))
+        return self.special or bool(MARKER.fullmatch(self.content))
 
     @property
     def pattern(self) -> str:
@@ -109,7 +119,10 @@ def main_file(found: dict[str, bytes]) -> str | None:
 def read_parts(main: str, found: dict[str, bytes]) -> Parts:
     if main.endswith(".model") and not is_tiktoken(found[main]):
         parts = Parts(Pieces(found[main]))
-        parts.added = {p: Added(p, i) for p, i in parts.engine.controls.items()}
+        marks = {p: i for i, p in enumerate(parts.engine.pieces) if MARKER.fullmatch(p) and parts.engine.matches(i)}
+        parts.added = {p: Added(p, i) for p, i in (parts.engine.controls | marks).items()}
+        for piece in marks:  # of Yi's model, say, without its configuration
+            parts.engine.guard(piece)
         parts.names = dict(parts.engine.names)
     elif main.endswith((".tiktoken", ".model")):
         parts = read_tiktoken(found[main])
@@ -132,10 +145,12 @@ def extend(parts: Parts, found: dict[str, bytes]) -> None:
     for content, i in json.loads(found.get("added_tokens.json", b"{}")).items():
         parts.added.setdefault(content, Added(content, i))
     for i, token in parts.config.get("added_tokens_decoder", {}).items():
-        if isinstance(parts.engine, Pieces) and int(i) < len(parts.engine.surface):
-            continue  # SentencePiece knows its own
-        flags = {name: bool(token.get(name)) for name in ("special", "lstrip", "rstrip", "single_word")}
-        parts.added[token["content"]] = Added(token["content"], int(i), **flags)
+        made = Added(token["content"], int(i), **{name: bool(token.get(name)) for name in FLAGS})
+        if isinstance(parts.engine, Pieces) and made.id < len(parts.engine.pieces):
+            if not (made.control and parts.engine.matches(made.id)):
+                continue  # SentencePiece knows its own
+            parts.engine.guard(made.content)
+        parts.added[made.content] = made
     named = json.loads(found.get("special_tokens_map.json", b"{}")) | parts.config
     for name in NAMES:
         if f"{name}_token" in named:
@@ -196,11 +211,11 @@ def read_hugging_face(content: dict, found: dict[str, bytes]) -> Parts:
             "this tokenizer.json is no byte-level BPE, the kind that is read; put the model's SentencePiece file, "
             "tokenizer.model, beside it"
         )
-    ranks = merge_ranks(model["vocab"], model["merges"])
-    engine = BytePairs(ranks, pre_tokenizers(content["pre_tokenizer"]), normalisers(content["normalizer"]))
-    flags = ("special", "lstrip", "rstrip", "single_word")
     tokens = content.get("added_tokens") or []
-    added = {t["content"]: Added(t["content"], t["id"], **{name: t[name] for name in flags}) for t in tokens}
+    added = {t["content"]: Added(t["content"], t["id"], **{name: t[name] for name in FLAGS}) for t in tokens}
+    whole = model.get("ignore_merges")
+    ranks = id_ranks(model["vocab"], added) if whole else merge_ranks(model["vocab"], model["merges"])
+    engine = BytePairs(ranks, pre_tokenizers(content["pre_tokenizer"]), normalisers(content["normalizer"]))
     ends = "<|endoftext|>", "<|end_of_text|>", "<｜end▁of▁sentence｜>", "</s>"
     starts = "<|begin_of_text|>", "<｜begin▁of▁sentence｜>", "<s>"
     named = {"eos": ends, "bos": starts}  # until a configuration says otherwise

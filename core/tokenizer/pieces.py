@@ -1,7 +1,9 @@
 """SentencePiece as an engine of `Tokenizer`: the library encodes; a piece's bytes are ours."""
 
+import re
 from collections.abc import Sequence
 from functools import cached_property
+from itertools import pairwise
 
 import sentencepiece
 
@@ -18,17 +20,30 @@ class Pieces:
     def __init__(self, model: bytes):
         self.model = model
         self._sp = _load(model)
+        self._guarded: set[str] = set()
 
     @cached_property
     def _continued(self) -> sentencepiece.SentencePieceProcessor:
         """The same, without a space before the text: for what follows other tokens."""
         return _load(self.model + _NO_PREFIX) if self.adds_space else self._sp
 
+    def guard(self, piece: str) -> None:
+        """From now on, ordinary text that holds this piece, which the model would never split, is cut within it: so it
+        is spelled. (Gemma's <start_of_turn>: what its configuration calls special, its model takes for text.)"""
+        self._guarded.add(piece)
+
     def encode(self, text: str, first: bool = True) -> list[int]:
         """Ids of ordinary text, which the model's own space precedes where it comes `first`."""
-        return (self._sp if first else self._continued).EncodeAsIds(text)
+        places = [re.finditer(re.escape(piece), text) for piece in self._guarded if piece in text]
+        cuts = sorted({found.start() + 1 for matches in places for found in matches})
+        ids = []
+        for start, end in pairwise([0, *cuts, len(text)]):
+            ids += (self._sp if first and not start else self._continued).EncodeAsIds(text[start:end])
+        return ids
 
     def encode_batch(self, texts: Sequence[str], threads: int) -> list[list[int]]:
+        if any(piece in text for piece in self._guarded for text in texts):
+            return [self.encode(text) for text in texts]
         return self._sp.Encode(list(texts), out_type=int, num_threads=threads)
 
     def piece_id(self, piece: str) -> int | None:
@@ -48,10 +63,13 @@ class Pieces:
     def scores(self) -> list[float]:  # [V]: of two merges, the one with the higher comes first
         return [self._sp.get_score(i) for i in range(len(self.pieces))]
 
+    def matches(self, id: int) -> bool:
+        """Whether ordinary text becomes this piece: no control or unknown token, and no byte."""
+        return not (self._sp.is_control(id) or self._sp.is_unknown(id) or self._sp.is_byte(id))
+
     def fixed(self, id: int) -> bool:
         """Whether it is no ordinary piece: a control or unknown token, a byte, or one that is never split."""
-        sp = self._sp
-        return sp.is_control(id) or sp.is_unknown(id) or sp.is_byte(id) or self.scores[id] == 0.0
+        return not self.matches(id) or self.scores[id] == 0.0
 
     @cached_property
     def surface(self) -> dict[int, bytes]:  # [V]

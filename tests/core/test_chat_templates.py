@@ -11,6 +11,7 @@ from tritium.core.chat import TEMPLATES, ChatError, find_template, render, stop_
 from tritium.core.config import UserError
 from tritium.core.formats import conversation
 from tritium.core.tokenizer import Tokenizer
+from tritium.stages import chat
 
 DATA = Path(tritium.__file__).parent.parent / "shared" / "data"
 needs_data = pytest.mark.skipif(not DATA.exists(), reason="needs the shared data beside the checkout")
@@ -199,6 +200,13 @@ def test_tool_formats():
     assert template_text("mistral", said).endswith('[TOOL_RESULTS] {"content": "it \\"is\\" ü"}[/TOOL_RESULTS]')
     with pytest.raises(ChatError, match="no place for tools"):
         template_text("gemma", TOOLS)
+
+
+def test_whoever_asks_a_model_may_name_its_template(tiny):
+    _, tokenizer = chat.Config(model=tiny.model, template="plain", device="cpu").open()
+    assert find_template(tokenizer) == "plain"
+    with pytest.raises(UserError, match="no chat template 'plan'; did you mean plain"):
+        chat.Config(model=tiny.model, template="plan", device="cpu").open()
 
 
 @needs_data

@@ -1,6 +1,7 @@
 """LoRA and QLoRA: what acts, what is trained, what is written, and that peft reads it and computes the same."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -195,6 +196,13 @@ def test_sft_of_an_adapter_learns_resumes_and_merges(tiny, tmp_path, kind, capsy
     torch.testing.assert_close(merged.logits(TOKENS), a.logits(TOKENS), rtol=1e-4, atol=1e-4)
     assert tritium.Tokenizer.load(str(tmp_path / "merged")).vocab_size == merged.config.vocab_size
     assert torch.equal(a.logits(TOKENS), b.logits(TOKENS))
+    folder = Path(straight.checkpoint)  # as peft leaves one: no tokenizer; the base's comes along, its template too
+    for file in folder.glob("*token*"):
+        file.rename(tmp_path / file.name)
+    Path(tiny.model, "chat_template.jinja").write_text("{{ '<|im_start|>' }}")
+    assert cli.main(["surgery", "merge", str(folder), str(tmp_path / "again")]) == 0
+    Path(tiny.model, "chat_template.jinja").unlink()
+    assert (tmp_path / "again" / "chat_template.jinja").exists()
 
 
 def test_parts_of_an_adapter_have_rates_of_their_own(tiny, tmp_path):
