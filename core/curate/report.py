@@ -1,10 +1,11 @@
 """The report of a pipeline, curate.html: a funnel, and for each step why documents were dropped, with examples."""
 
-import math
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from tritium.core.curate.runner import write_atomically
 from tritium.core.report import escaped, facts, page, section
@@ -31,21 +32,18 @@ def funnel(steps: Sequence[Mapping[str, Any]]) -> str:
         cells = "".join(f'<td class="number">{n:,}</td>' for n in numbers)
         width = 100 * step["rows"] / largest
         bar = f'<div class="track"><div class="fill" style="width: {width:.1f}%"></div></div>'
-        link = f'<a href="#{escaped(step["name"])}">{escaped(step["name"])}</a>'
-        rows += f'<tr><th scope="row">{link}</th>{cells}<td class="bar">{bar}</td></tr>'
-    return (
-        f'<div class="scroll"><table class="funnel"><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
-    )
+        name = escaped(step["name"])
+        rows += f'<tr><th scope="row"><a href="#{name}">{name}</a></th>{cells}<td class="bar">{bar}</td></tr>'
+    table = f'<table class="funnel"><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>'
+    return f'<div class="scroll">{table}</div>'
 
 
 def one_step(step: Mapping[str, Any]) -> str:
     """Counts by reason, what was mended, facts, histograms, examples."""
     came, went = step["read"], sum(step["dropped"].values())
     share = f"{went:,} of {came:,} dropped ({went / came:.1%})" if went else f"nothing dropped of {came:,}"
-    parts = [
-        f'<h3 id="{escaped(step["name"])}">{escaped(step["name"])} '
-        f'<span class="faint">{step["do"]}: {share}</span></h3>'
-    ]
+    name = escaped(step["name"])
+    parts = [f'<h3 id="{name}">{name} <span class="faint">{step["do"]}: {share}</span></h3>']
     reasons = "".join(f"<li>{n:,} × {escaped(reason)}</li>" for reason, n in step["dropped"].items())
     reasons += "".join(f'<li class="faint">{n:,} × {escaped(said)}</li>' for said, n in step["notes"].items() if n)
     parts.append(f'<ul class="reasons">{reasons}</ul>' if reasons else "")
@@ -69,9 +67,8 @@ def example(row: Mapping[str, Any], twins: Mapping[str, str], reason: str = "") 
     facts_of = " · ".join(escaped(part) for part in (row["id"], row["detail"], said) if part)
     boxes = f'<div><p>{verdict} <span class="faint">{facts_of}</span></p><pre>{escaped(row["text"])}</pre></div>'
     if row["twin"] in twins:
-        boxes += (
-            f'<div><p class="faint">resembles {escaped(row["twin"])}</p><pre>{escaped(twins[row["twin"]])}</pre></div>'
-        )
+        twin, text = escaped(row["twin"]), escaped(twins[row["twin"]])
+        boxes += f'<div><p class="faint">resembles {twin}</p><pre>{text}</pre></div>'
     return f'<div class="sample">{boxes}</div>'
 
 
@@ -80,11 +77,7 @@ def histogram(name: str, values: Sequence[float]) -> str:
     low, high = min(values), max(values)
     middle = sorted(values)[len(values) // 2]
     logarithmic = low >= 0 and high > 10 * (middle + 1)
-    scaled = [math.log10(v + 1) if logarithmic else v for v in values]
-    start, width = min(scaled), (max(scaled) - min(scaled)) / BINS or 1.0
-    counts = [0] * BINS
-    for value in scaled:
-        counts[min(int((value - start) / width), BINS - 1)] += 1
+    counts = np.histogram(np.log10(np.add(values, 1)) if logarithmic else values, BINS)[0].tolist()
     bars = "".join(f'<div style="height: {100 * n / max(counts):.0f}%" title="{n}"></div>' for n in counts)
     axis = " (logarithmic)" if logarithmic else ""
     return (

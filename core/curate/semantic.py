@@ -25,7 +25,7 @@ from tritium.core.files import Skipped, read_records
 TOKENS = 256  # of a text are embedded
 BATCH = 256  # texts that are embedded together
 ITEMS = ("question", "prompt", "problem", "context", "text", "Body")  # of a record of an evaluation set
-ROWS, COLUMNS = 512, 1 << 16  # of a block of dot products
+ROWS = 512  # of a block of dot products
 
 
 @dataclass
@@ -98,17 +98,12 @@ def most_similar(queries: np.ndarray, rows: np.ndarray, k: int, engine: str = "t
         return index.search(np.ascontiguousarray(queries, np.float32), k)
     import torch
 
+    table = torch.from_numpy(np.ascontiguousarray(rows, np.float32)).T  # [E, n]
     values, places = np.empty((len(queries), k), np.float32), np.empty((len(queries), k), np.int64)
-    for at in range(0, len(queries), ROWS):
-        block = torch.from_numpy(np.ascontiguousarray(queries[at : at + ROWS], np.float32))
-        best, where = block.new_zeros(len(block), 0), torch.zeros(len(block), 0, dtype=torch.int64)
-        for start in range(0, len(rows), COLUMNS):
-            part = torch.from_numpy(np.ascontiguousarray(rows[start : start + COLUMNS], np.float32))
-            top, found = (block @ part.T).topk(min(k, len(part)), 1)
-            best, where = torch.cat([best, top], 1), torch.cat([where, found + start], 1)
-            best, order = best.topk(min(k, best.shape[1]), 1)
-            where = where.gather(1, order)
-        values[at : at + ROWS], places[at : at + ROWS] = best.numpy(), where.numpy()
+    for part in (slice(at, at + ROWS) for at in range(0, len(queries), ROWS)):
+        block = torch.from_numpy(np.ascontiguousarray(queries[part], np.float32))
+        best, where = (block @ table).topk(k, 1)
+        values[part], places[part] = best.numpy(), where.numpy()
     return values, places
 
 
@@ -138,7 +133,7 @@ class Semantic(Twins):
             queries = rows_at(files, firsts, np.arange(start, min(start + ROWS, count)))
             own = np.tril(queries @ queries.T, -1)  # [m, m]: with those before it
             best, place = own.max(1), start + own.argmax(1)
-            step = max(ROWS, context.memory // (8 * queries.shape[1]))
+            step = max(ROWS, context.memory // (4 * (queries.shape[1] + ROWS)))  # rows, and their products
             for first in range(0, start, step):
                 rows = rows_at(files, firsts, np.arange(first, min(first + step, start)))
                 values, places = (found[:, 0] for found in most_similar(queries, rows, 1, self.engine))

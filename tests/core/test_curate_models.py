@@ -288,7 +288,6 @@ ENGINES = ["torch", pytest.param("faiss", marks=NO_FAISS)]
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_the_most_similar_rows_are_those_of_all_products(engine, monkeypatch):
-    monkeypatch.setattr("tritium.core.curate.semantic.COLUMNS", 37)
     monkeypatch.setattr("tritium.core.curate.semantic.ROWS", 11)
     rng = np.random.default_rng(0)
     rows, queries = rng.normal(size=(150, 8)).astype(np.float32), rng.normal(size=(23, 8)).astype(np.float32)
