@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
@@ -26,7 +25,7 @@ import torch.multiprocessing as multiprocessing
 from tritium.bench.contenders import Loop, Settings
 from tritium.bench.kernels import chosen_device, rows_file, run_facts
 from tritium.bench.measure import timing
-from tritium.core.batch import Document, PackedBatch, pack
+from tritium.bench.step import documents
 from tritium.core.config import UserError, load, opt
 from tritium.core.objectives.likelihood import CrossEntropy
 from tritium.core.run import RunConfig
@@ -146,7 +145,8 @@ class _Loop:
         model = Transformer(shape, self.mesh, dtype).initialize(0)
         self.trainer = Loop({"policy": model}, CrossEntropy(), Settings(RunConfig(out=out)), self.mesh)
         count = self.mesh.dp if case.kind == "weak" else 1 if case.kind == "overhead" else bins
-        made = [_bin(config, seed).to(self.mesh.device) for seed in range(count)]
+        sizes = config.vocab_size, config.bin_tokens, config.model.context
+        made = [documents(*sizes, seed).to(self.mesh.device) for seed in range(count)]
         self.batches, self.tokens = made[self.mesh.dp_rank :: self.mesh.dp], count * config.bin_tokens
 
     def step(self) -> float:
@@ -165,13 +165,6 @@ class _Loop:
     def facts(self, ms: Sequence[float]) -> dict[str, Any]:
         dtype = str(self.trainer.networks["policy"].dtype).removeprefix("torch.")
         return {"dp": self.mesh.dp, "dtype": dtype, "tokens_per_second": 1e3 * self.tokens / statistics.median(ms)}
-
-
-def _bin(config: Config, seed: int) -> PackedBatch:
-    """A full micro-batch of documents as long as the context."""
-    rng, length = np.random.default_rng(seed), min(config.model.context, config.bin_tokens)
-    rows = rng.integers(0, config.vocab_size, (config.bin_tokens // length, length), dtype=np.int32)
-    return pack([[Document(row, np.ones(length, np.float32))] for row in rows])
 
 
 def _relate(rows: list[dict[str, Any]]) -> None:

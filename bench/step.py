@@ -100,7 +100,7 @@ def numbers(config: Config, shape: ModelConfig, device: str, finetune: str, reco
     dtype = DTYPES[config.dtype]
     model = random_model(shape, torch.device(device), dtype, finetune)
     model.set_recompute(recompute)
-    batch = documents(shape, config.bin_tokens, config.context).to(device)
+    batch = documents(shape.vocab_size, config.bin_tokens, config.context).to(device)
     step = training_step(model, batch)
     losses, times, rates = [], [], []
     for i in range(WARM + config.steps):
@@ -133,11 +133,11 @@ def random_model(shape: ModelConfig, device: torch.device, dtype: torch.dtype, f
     return model
 
 
-def documents(shape: ModelConfig, tokens: int, context: int) -> PackedBatch:
+def documents(vocab_size: int, tokens: int, context: int, seed: int = 0) -> PackedBatch:
     """A stream of random documents of `context` tokens, the last one shorter, all of it learned."""
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(seed)
     sizes = [context] * (tokens // context) + [tokens % context] * (tokens % context > 0)
-    made = [rng.integers(0, shape.vocab_size, n).astype(np.int32) for n in sizes]
+    made = [rng.integers(0, vocab_size, n).astype(np.int32) for n in sizes]
     return pack([[Document(ids, np.ones(len(ids), np.float32))] for ids in made])
 
 
