@@ -36,7 +36,6 @@ SECRET = re.compile(
 class Clean(Step):
     """Texts made uniform; nothing is dropped but by language."""
 
-    unicode: str = opt("NFC", "normal form of Unicode", choices=("NFC", "NFKC", "none"))
     pii: bool = opt(True, "replace mail addresses, phone numbers, IP addresses and keys by <EMAIL>, <PHONE>, …")
     identify: str = opt("words", "name languages by their frequent words and scripts, or by the library",
                         choices=("words", "py3langid", "none"))  # fmt: skip
@@ -55,9 +54,7 @@ class Clean(Step):
 
     def changed(self, text: str, found: Counter) -> str:
         if not text.isascii() or "\x00" <= min(text, default=" ") < " ":
-            if self.unicode != "none":
-                text = unicodedata.normalize(self.unicode, text)
-            text = text.translate(CONTROLS)
+            text = unicodedata.normalize("NFC", text).translate(CONTROLS)
         text = text.replace("\r\n", "\n").replace("\r", "\n")
         return anonymised(text, found) if self.pii else text
 

@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 
-from tritium.core.curate.clean import anonymised, identified
+from tritium.core.curate.clean import Clean, anonymised, identified
 from tritium.core.curate.filters import RULES, Filter, Measures
 from tritium.core.curate.layouts import html_text, parse
 from tritium.core.curate.reject import math_verify
@@ -94,6 +94,21 @@ def test_personal_data_is_replaced_and_sums_are_not():
     for innocent in ("1234 - 5678 = -4444", "version 1.2.3", "127.0.0.1:8000", "12:30:45", "3.14159 26535", "x@y",
                      "2024-01-15", "1,000,000 + 2,000", "a+123456789"):  # fmt: skip
         assert anonymised(innocent, Counter()) == innocent
+
+
+@pytest.mark.parametrize("pii", [True, False])
+def test_texts_are_made_uniform_and_other_languages_left_out(pii):
+    def cleaned(text):
+        document = {"id": "1", "kind": "text", "text": text, "language": "", "provenance": [{"step": "clean"}]}
+        return Clean(pii=pii, languages=["fr"]).one(document)
+
+    document = cleaned("Le cafe\u0301 est a\u0300 la table\r\net il\u200b ne veut pas\x07 manger: a@b.org\ufeff")
+    address = "<EMAIL>" if pii else "a@b.org"
+    assert document["text"] == f"Le café est à la table\net il ne veut pas manger: {address}"
+    assert document["language"] == "fr" and document["provenance"] == [
+        {"step": "clean"} | ({"email": 1} if pii else {})
+    ]
+    assert cleaned(SENTENCES["de"]) == Drop("language de")
 
 
 def test_the_most_frequent_of_equals_is_the_texts_first_in_every_process():

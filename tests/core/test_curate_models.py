@@ -354,6 +354,38 @@ def test_samples_by_embedding_have_what_they_are_asked_for(tmp_path, tiny, quick
     assert len(documents) == 4 and rows[-1]["text"] in [d["text"] for d in documents]  # the one of another kind
 
 
+def test_rules_on_languages_sources_categories_and_scores_choose(tmp_path):
+    rows = [{"text": f"text {i}", "lang": lang, "type": kind} for i, (lang, kind) in
+            enumerate([("en", "algebra"), ("en", "geometry"), ("fr", "algebra"), ("en", "algebra")])]  # fmt: skip
+    for settings, kept, reason in (
+        ({"languages": ["en"]}, [0, 1, 3], "language 'fr'"),
+        ({"categories": ["algebra"]}, [0, 2, 3], "category 'geometry'"),
+        ({"sources": ["out"]}, [], "source 'in'"),
+        ({"high": {"words": 1}}, [], "words > 1"),
+    ):
+        documents, summary = run(tmp_path, rows, {"filter": {"rules": []}, "select": settings}, out=reason)
+        assert [int(d["text"][5:]) for d in documents] == kept
+        assert summary["dropped"] == {reason: 4 - len(kept)}
+
+
+def test_the_best_answers_are_learned_and_those_of_people_only_where_wanted(tmp_path):
+    solutions = {"a": ("1 + 1 = 2 so 2", True), "b": ("2 * 1 = 2, it is 2", True), "c": ("it is 3", False)}
+    gold = "one more than one\n#### 2"
+    row = {"question": "1+1?", "answer": gold}
+    row |= {name: {"solution": text, "is_correct": right} for name, (text, right) in solutions.items()}
+    for settings, learned in (
+        ({}, [gold]),
+        ({"keep": 9}, [gold, solutions["a"][0], solutions["b"][0]]),
+        ({"keep": 9, "gold": False}, [solutions["a"][0], solutions["b"][0]]),
+        ({"score": "-length(1, 9)", "keep": 1}, [solutions["b"][0]]),
+        ({"score": "-length(1, 9)", "keep": 9, "least": -0.3}, [solutions["b"][0], solutions["a"][0]]),
+    ):
+        documents, _ = run(tmp_path, [row], {"reject": settings}, out=str(len(str(settings))))
+        lines = (tmp_path / str(len(str(settings))) / "sft.jsonl").read_text().splitlines()
+        assert [json.loads(line)["messages"][-1]["content"] for line in lines] == learned
+        assert documents[0]["scores"]["pass_rate"] == pytest.approx(2 / 3)
+
+
 def test_a_sample_of_one_kind_lets_the_others_pass(tmp_path):
     rows = [{"text": f"text {i}"} for i in range(9)] + prompts(5)
     documents, summary = run(tmp_path, rows, {"select": {"kinds": ["text"], "count": 3, "low": {"words": -1e9}}})

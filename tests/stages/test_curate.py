@@ -244,6 +244,13 @@ def test_json_over_several_lines_is_read_as_what_it_is(tmp_path):
     assert [record["text"] for _, record in read_records(str(tmp_path / "one.json"), Skipped())] == ["row 0"]
 
 
+def test_only_the_first_records_of_a_file_are_taken(tmp_path):
+    files = [write(tmp_path / f"{i}.jsonl", [{"text": f"row {i} {k}"} for k in range(5)]) for i in range(2)]
+    run({"collect": {"sources": files, "limit": 2}}, tmp_path / "out")
+    texts = [json.loads(x)["text"] for f in (tmp_path / "out/steps/00-collect").glob("*.jsonl") for x in f.open()]
+    assert sorted(texts) == ["row 0 0", "row 0 1", "row 1 0", "row 1 1"]
+
+
 def test_a_second_collect_counts_what_was_there_before_it(tmp_path):
     steps = {f"read{i}": {"do": "collect", "sources": [write(tmp_path / f"{i}.jsonl", [{"text": "four"}] * (i + 1))]}
              for i in range(3)}  # fmt: skip
