@@ -202,6 +202,24 @@ def test_tool_formats():
         template_text("gemma", TOOLS)
 
 
+@needs_data
+def test_ids_are_those_of_the_models_own_code_where_sentencepiece_begins_a_text_with_a_space():
+    """Meta's for Llama 2: encode(f"[INST] {question} [/INST] {answer} ", bos=True, eos=True) for each turn. Mistral's
+    tokenizer v1: one BOS, and each turn a text of its own."""
+    from sentencepiece import SentencePieceProcessor
+
+    folder = DATA / "models" / "stories260k"
+    encode, tokenizer = SentencePieceProcessor(str(folder / "tokenizer.model")).encode, Tokenizer.load(folder)
+    turns = [("user", "one"), ("assistant", "two"), ("user", "three")]
+    talk = [{"role": role, "content": content} for role, content in turns]
+    ids = render(tokenizer.with_template("llama2"), talk, generation_prompt=True).ids
+    assert ids == [1, *encode("[INST] one [/INST] two "), 2, 1, *encode("[INST] three [/INST]")]
+    ids = render(tokenizer.with_template("mistral"), talk, generation_prompt=True).ids
+    assert ids == [1, *encode("[INST] one [/INST]two"), 2, *encode("[INST] three [/INST]")]
+    ids = render(tokenizer.with_template("plain"), talk[:1], generation_prompt=True).ids
+    assert ids == [1, *encode("one\n")]
+
+
 def test_whoever_asks_a_model_may_name_its_template(tiny):
     _, tokenizer = chat.Config(model=tiny.model, template="plain", device="cpu").open()
     assert find_template(tokenizer) == "plain"
