@@ -103,9 +103,8 @@ def _encode(tokenizer: Tokenizer, parts: Sequence[Part], rendered: Rendered) -> 
     pending, kind = "", None
 
     def flush() -> None:
-        if pending:  # SentencePiece's own space comes before what begins a text: Llama 2's and Mistral's are such
-            before = rendered.ids[-1:]
-            begins = before in ([], [tokenizer.bos_id]) or (before == [tokenizer.eos_id] and not pending[0].isspace())
+        if pending:
+            begins = not rendered.ids or tokenizer.begins_after(rendered.ids[-1], pending)
             ids = tokenizer.encode(pending, first=begins)
             rendered.ids.extend(ids)
             rendered.weights.extend([kind[1]] * len(ids))

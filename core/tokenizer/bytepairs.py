@@ -35,7 +35,7 @@ class BytePairs:
     dropped from the result, as Hugging Face drops bytes that a vocabulary lacks.
     """
 
-    adds_space = False
+    adds_space = restarts = False
 
     def __init__(
         self,

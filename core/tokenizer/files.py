@@ -33,6 +33,8 @@ from tritium.core.tokenizer.pieces import Pieces
 KEPT = ("tokenizer.model", "tokenizer.json", "tekken.json", "vocab.json", "merges.txt", "tokenizer_config.json")
 KEPT += ("special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "chat_template.json")
 MAIN = ("tekken.json", "tokenizer.model", "tokenizer.json", "vocab.json")
+# Of a tokenizer.json beside a SentencePiece model: each text between added tokens begins with the model's own space.
+RESTARTS = rb'"type":\s*"Prepend"|"prepend_scheme":\s*"always"'
 MARKER = re.compile(r"<[|｜].*[|｜]>")
 NAMES, FLAGS = ("bos", "eos", "pad", "unk"), ("special", "lstrip", "rstrip", "single_word")
 
@@ -121,6 +123,7 @@ def read_parts(main: str, found: dict[str, bytes]) -> Parts:
         parts = Parts(Pieces(found[main]))
         marks = {p: i for i, p in enumerate(parts.engine.pieces) if MARKER.fullmatch(p) and parts.engine.matches(i)}
         parts.added = {p: Added(p, i) for p, i in (parts.engine.controls | marks).items()}
+        parts.engine.restarts = re.search(RESTARTS, found.get("tokenizer.json", b"")) is not None
         for piece in marks:  # of Yi's model, say, without its configuration
             parts.engine.guard(piece)
         parts.names = dict(parts.engine.names)

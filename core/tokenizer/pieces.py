@@ -21,6 +21,7 @@ class Pieces:
         self.model = model
         self._sp = _load(model)
         self._guarded: set[str] = set()
+        self.restarts = False  # whether what follows an added token has the model's own space, as the first text has
 
     @cached_property
     def _continued(self) -> sentencepiece.SentencePieceProcessor:

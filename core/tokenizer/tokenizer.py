@@ -92,10 +92,16 @@ class Tokenizer:
                 ids.append(part)
             else:
                 ids += self._engine.encode(part, first)
-            first = False
+            first = isinstance(part, int) and self._engine.restarts
         if eos:
             ids.append(self._needed("EOS", self.eos_id))
         return ids
+
+    def begins_after(self, id: int, text: str) -> bool:
+        """Whether text after this token begins anew, with SentencePiece's own space: after BOS and EOS, as in the code
+        of Llama 2 and Mistral, and after each added token where Hugging Face's tokenizer.json says so."""
+        added = self._engine.restarts and any(token.id == id for token in self._parts.added.values())
+        return added or id == self.bos_id or (id == self.eos_id and not text[:1].isspace())
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each text, on all cores that the process may use."""

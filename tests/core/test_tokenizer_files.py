@@ -196,6 +196,16 @@ def test_stories260k_is_read_by_its_sentencepiece_model():
 
 
 @needs_data
+def test_text_between_special_tokens_begins_with_a_space_where_the_tokenizer_json_says_so():
+    folder = DATA / "models" / "stories260k"
+    library = pytest.importorskip("tokenizers").Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer = Tokenizer.load(folder)
+    for text in ("<s>Hello</s>Bye now", "a<s> b</s></s>\nc<s>", *(f"<s>{a}</s>{a[::-1]}" for a in texts(60))):
+        ids = library.encode(text, add_special_tokens=False).ids
+        assert tokenizer.encode(text, special=True) == ids, repr(text)
+
+
+@needs_data
 def test_text_after_other_tokens_gets_no_space_of_sentencepieces():
     tokenizer = load("mistral-v3")
     ids = tokenizer.encode("[INST] a[/INST]b", special=True)
