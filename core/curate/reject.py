@@ -20,6 +20,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
+import tritium
 from tritium.core.chat import parse_reasoning
 from tritium.core.config import opt
 from tritium.core.curate.kept import digest, remembered, state
@@ -95,7 +96,7 @@ class Reject(Step):
     def ask(self, spec: str, documents: list[Document], job: Job) -> Iterator[tuple[dict, float, bool]]:
         """(answer, a judge's value of it, whether that is right) for all answers; where it fails is counted."""
         pairs = [(d, a) for d in documents for a in d["answers"]]
-        by = digest(spec, [state(file) for file in self.files()])
+        by = digest(tritium.__version__, spec, [state(file) for file in self.files()])
 
         def say(new: list[int]) -> list[list | None]:
             shown = [Answer(words(a["text"]), a["text"], d["messages"][-1]["content"], d["reference"], d["messages"])
