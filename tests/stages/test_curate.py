@@ -158,7 +158,7 @@ def test_every_document_says_where_it_comes_from(tmp_path):
 
 def test_pretrain_reads_the_packed_shards(tmp_path):
     from tritium.core.data import DataConfig, token_shard
-    from tritium.core.formats import DataError
+    from tritium.core.files import DataError
     from tritium.core.tokenizer import Tokenizer
 
     steps, out = pipeline(tmp_path)
