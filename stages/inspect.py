@@ -11,6 +11,7 @@ elsewhere, learned tokens stand in ⟦ ⟧.
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import import_module
 from itertools import islice
@@ -35,7 +36,21 @@ from tritium.stages import reward
 
 GREEN, YELLOW, GREY, BOLD, OFF = "\x1b[32m", "\x1b[33m", "\x1b[90m", "\x1b[1m", "\x1b[0m"
 STAGES = ("pretrain", "sft", "reward", "dpo", "grpo", "ppo", "distill")
+UNUSABLE = 1000  # records, after which no more are read
 CHARACTERS = 64  # read for a token, at most: of text files
+
+
+class Enough(Exception):
+    """So many records can't be used that the rest of the file is not looked at."""
+
+
+class Glance(Skipped):
+    """Raises: Enough, at last."""
+
+    def add(self, reason: str, place: str) -> None:
+        super().add(reason, place)
+        if self.reasons.total() >= UNUSABLE:
+            raise Enough
 
 
 @dataclass
@@ -71,7 +86,7 @@ def inspect(stage: str, config: Any) -> Inspected:
         raise ConfigError(
             "pretrain trains a tokenizer first: name one with --tokenizer, as made by `tritium tokenizer`"
         )
-    tokenizer, skipped = load_tokenizer(folder, template=config.data.template), Skipped(config.data.on_error)
+    tokenizer, skipped = load_tokenizer(folder, template=config.data.template), Glance(config.data.on_error)
     context = context_of(model_folder(folder) if stage != "pretrain" or config.init else None, config)
     groups = first_groups(stage, config, tokenizer, context, skipped)
     if not groups:
@@ -103,14 +118,15 @@ def first_groups(stage: str, config: Any, tokenizer: Tokenizer, context: int, sk
     else:
         convert = converter(stage, config, tokenizer)
         readers = [record_groups(path, config, convert, context, skipped) for path in paths]
-    while readers and length < data.bin_tokens:
-        for reader in list(readers):
-            group = next(reader, None)
-            if group is None:
-                readers.remove(reader)
-                continue
-            groups.append(group)
-            length += sum(map(len, group))
+    with suppress(Enough):
+        while readers and length < data.bin_tokens:
+            for reader in list(readers):
+                group = next(reader, None)
+                if group is None:
+                    readers.remove(reader)
+                    continue
+                groups.append(group)
+                length += sum(map(len, group))
     return groups
 
 

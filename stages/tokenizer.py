@@ -13,7 +13,7 @@ from tritium.core.output import make_folder
 from tritium.core.run import Result
 from tritium.core.tokenizer import DEFAULT_SIZE, SPECIAL, train_tokenizer
 
-DEFAULT = f"(default: {DEFAULT_SIZE}, or as many as the text supports)"
+DEFAULT = f"(default: {DEFAULT_SIZE}, or fewer for little text)"
 ONE_PROCESS = True  # others would write the same file
 
 
@@ -44,7 +44,7 @@ def train(config: Config) -> Result:
         print(skipped.summary(), file=sys.stderr)
     tokenizer = train_tokenizer(texts, config.vocab_size, config.out, (*SPECIAL, *config.special))
     if config.vocab_size is None and tokenizer.vocab_size < DEFAULT_SIZE:
-        print(f"a vocabulary of {tokenizer.vocab_size}: the text supports no {DEFAULT_SIZE}", file=sys.stderr)
+        print(f"a vocabulary of {tokenizer.vocab_size}: there is little text for {DEFAULT_SIZE}", file=sys.stderr)
     sample = texts[:: max(1, len(texts) // 200)]
     size = sum(len(text.encode()) for text in sample)
     tokens = sum(map(len, tokenizer.encode_batch(sample)))

@@ -14,7 +14,7 @@ from tritium.core.tokenizer.tokenizer import END_THINK, IM_END, IM_START, THINK,
 
 SPECIAL = (IM_START, IM_END, THINK, END_THINK)
 
-DEFAULT_SIZE = 8192
+DEFAULT_SIZE, SPARE = 8192, 64
 _MAX_SENTENCE = 1 << 16  # characters; longer lines are cut for training, as SentencePiece would skip them
 
 
@@ -29,15 +29,15 @@ def train_tokenizer(
 
     Digits and newlines stand alone, every byte has a token, nothing is normalised. Of `special`, those
     written <|…|> become control tokens and the rest ordinary pieces that are never split. At most half of the
-    vocabulary goes to single characters; rarer ones are spelled in bytes. A `vocab_size` of None is DEFAULT_SIZE, or as
-    much of it as the text supports.
+    vocabulary goes to single characters; rarer ones are spelled in bytes. A `vocab_size` of None is DEFAULT_SIZE, or
+    less for a text of less than SPARE characters for each token: rare tokens are not learned.
 
     Raises: UserError if there is no text, or if it supports only a smaller, or needs a larger, vocabulary.
     """
     lines = [part for text in texts for part in _training_lines(text)]
     if not lines:
         raise UserError("a tokenizer cannot be trained on no text at all")
-    size = vocab_size or DEFAULT_SIZE
+    size = vocab_size or min(DEFAULT_SIZE, max(384, sum(map(len, lines)) // SPARE // 64 * 64))
     while True:
         try:
             model = _trained(lines, size, special, threads)

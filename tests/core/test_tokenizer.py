@@ -160,9 +160,15 @@ def test_a_vocabulary_that_is_too_large_says_how_large_it_may_be(tmp_path):
 
 
 @pytest.mark.parametrize("text", [TEXT * 3, "".join(chr(0x4E00 + i * i % 2000) for i in range(4000))])
-def test_without_a_size_it_is_as_large_as_the_text_supports(tmp_path, text):
+def test_without_a_size_it_is_one_that_the_text_supports(tmp_path, text):
     made = train_tokenizer([text], None, tmp_path)
-    assert 270 < made.vocab_size < 8192 and made.decode(made.encode(text)) == text
+    assert 270 < made.vocab_size <= 384 and made.decode(made.encode(text)) == text
+
+
+@needs_data
+def test_a_little_text_has_a_token_for_64_characters(tmp_path):
+    text = (DATA / "text" / "tinystories.txt").read_text(encoding="utf-8")[:60_000]
+    assert train_tokenizer([text], None, tmp_path).vocab_size == 896
 
 
 def test_a_small_vocabulary_spells_rare_characters_in_bytes(tmp_path):

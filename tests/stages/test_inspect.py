@@ -80,6 +80,8 @@ def test_only_the_beginning_of_a_file_is_read(model, tmp_path, capsys):
     packed = gzip.compress(b"".join(json.dumps(RECORD).encode() + b"\n" for _ in range(200_000)))
     (path := tmp_path / "a.jsonl.gz").write_bytes(packed[: len(packed) // 2])  # an error lies where it is cut off
     assert "sequences" in shown(capsys, "sft", f"--model={model}", f"--data.sources={path}")
+    out = shown(capsys, "pretrain", f"--tokenizer={model}", f"--data.sources={path}", code=2)
+    assert "no usable record at the beginning\nskipped 1000 × a record without a" in out
     packed = gzip.compress(json.dumps([RECORD] * 200_000).encode())  # one list, on one line
     (path := tmp_path / "a.json.gz").write_bytes(packed[: len(packed) // 2])
     assert "sequences" in shown(capsys, "sft", f"--model={model}", f"--data.sources={path}")
