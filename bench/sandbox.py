@@ -28,6 +28,12 @@ ESCAPES = {
     "memory bomb": "x = bytearray(1 << 30)\nprint('ESCAPED')",
     "memory bomb, in pieces": "x = []\nwhile True: x.append(bytearray(1 << 22))",
     "memory bomb, an integer": "x = 9\nwhile True: x = x * x",
+    "memory bomb, in segments that are shared": "import ctypes\nl = ctypes.CDLL(None)\n"
+    "l.shmat.restype = ctypes.c_void_p\nfor i in range(20):\n    s = l.shmget(0, ctypes.c_size_t(30 << 20), 0o1600)\n"
+    "    if s < 0: break\n    p = ctypes.c_void_p(l.shmat(s, None, 0))\n"
+    "    ctypes.memset(p, 1, 30 << 20); l.shmdt(p)\nelse: print('ESCAPED')",
+    "memory bomb, in files without a name": "import os\nfor i in range(40):\n    f = os.memfd_create('a')\n"
+    "    for _ in range(30): os.write(f, bytes(1 << 20))\nprint('ESCAPED')",
     "infinite output": "while True: print('x' * 1000)",
     "infinite loop": "while True: pass",
     "sleeps for ever": "import time\ntime.sleep(1e6)",

@@ -9,6 +9,7 @@ pack                a group is never split; what was not judged, or teaches noth
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import numpy as np
 from torch import nn
@@ -62,6 +63,25 @@ class ProblemsConfig(SourcesConfig):
         super().__post_init__()
         if len(self.band) != 2 or not 0 <= self.band[0] < self.band[1] <= 1:
             raise ConfigError(f"data.band={self.band} must be two shares, the lower one first, e.g. 0.1,0.9")
+
+
+@dataclass
+class PolicyOptions:
+    """The settings of every objective of answers that the policy draws."""
+
+    prompts: int = opt(32, "problems of a rollout, over all ranks", least=1)
+    group: int = opt(8, "answers to each", least=1)
+    beta: float = opt(0.0, "weight of the KL to the reference", least=0)
+    kl: str | None = opt(None, "its estimator (default: the algorithm's; in the loss k3)", choices=("k1", "k2", "k3"))
+    kl_in: str | None = opt(None, "where it counts (default: the algorithm's)", choices=("loss", "reward"))
+    importance: float = opt(0.0, "largest weight for what the sampler did otherwise than the trainer (0: off)", least=0)
+    entropy: float = opt(0.0, "weight of an entropy bonus", least=0)
+    malformed: float = opt(-0.5, "score of an answer that is cut off or has none, by exact, number and math")
+
+    def given(self, *names: str) -> dict[str, Any]:
+        """The objective's options: those here, and of these names."""
+        shared = ("beta", "kl", "kl_in", "importance", "entropy")
+        return {name: getattr(self, name) for name in (*shared, *names)}
 
 
 @dataclass
@@ -274,20 +294,20 @@ def summary(rollout: Rollout, shaping: ShapingConfig, max_tokens: int, mesh: Mes
     means of the judge's components before their weights."""
     samples = rollout.samples
     judged = [s for s in samples if s.score is not None]
-    sums = {  # name → (sum, what it is a mean over)
-        "reward": (sum(s.score.value for s in judged), "judged"),
-        "shaped_reward": (sum(sum(shaped(s, shaping, max_tokens)) for s in judged), "judged"),
-        "right": (sum(s.right for s in judged), "judged"),
-        "length": (sum(len(s.completion.tokens) for s in samples), "samples"),
-        "ended": (sum(s.completion.finish_reason == "stop" for s in samples), "samples"),
-        "varied_groups": (sum(differs(group, shaping, max_tokens) for group in rollout.groups), "groups"),
+    values: dict[str, list[float]] = {
+        "reward": [s.score.value for s in judged],
+        "shaped_reward": [sum(shaped(s, shaping, max_tokens)) for s in judged],
+        "right": [s.right for s in judged],
+        "length": [len(s.completion.tokens) for s in samples],
+        "ended": [s.completion.finish_reason == "stop" for s in samples],
+        "varied_groups": [differs(group, shaping, max_tokens) for group in rollout.groups],
     }
+    counts = {f"{name} n": float(len(own)) for name, own in values.items()}
     for name in dict.fromkeys(name for s in judged for name in s.score.parts):
-        sums[f"reward/{name}"] = (sum(s.score.parts.get(name, 0.0) for s in judged), "judged")
-    counts = {"judged": len(judged), "samples": len(samples), "groups": len(rollout.groups)}
-    failures = {"verifier_failures": sum(rollout.failures.values())}
-    total = all_reduce_counts(counts | failures | {name: float(value) for name, (value, _) in sums.items()}, mesh)
-    over = {name: counted for name, (_, counted) in sums.items()}  # a component that only other ranks saw: "judged"
-    names = [name for name in total if name not in counts and name not in failures]
-    means = {name: total[name] / (total[over.get(name, "judged")] or 1.0) for name in names}
-    return means | {"verifier_failures": total["verifier_failures"], "samples": total["samples"]}
+        values[f"reward/{name}"] = [s.score.parts.get(name, 0.0) for s in judged]
+    sums = {name: float(sum(own)) for name, own in values.items()}
+    total = all_reduce_counts(sums | counts | {"verifier_failures": float(sum(rollout.failures.values()))}, mesh)
+    failures, counts = total.pop("verifier_failures"), {name: total.pop(name) for name in counts}
+    # A component may have been seen by other ranks only: it is a mean over all judged answers, too.
+    means = {name: value / (counts.get(f"{name} n", counts["reward n"]) or 1.0) for name, value in total.items()}
+    return means | {"verifier_failures": failures, "samples": counts["length n"]}

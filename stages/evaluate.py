@@ -28,6 +28,7 @@ from tritium.core.chat import render
 from tritium.core.config import ConfigError, opt, to_toml
 from tritium.core.evaluate import Choice, Likelihood, interval, likelihoods, pass_at_k, read_choices
 from tritium.core.files import DataError, Skipped, read_documents, read_records
+from tritium.core.formats import CODE_KEYS
 from tritium.core.objectives.base import supervised_logprob
 from tritium.core.output import make_room_for
 from tritium.core.problems import Problem, load_problems, share
@@ -129,10 +130,12 @@ def with_shots(
 ) -> list[Problem]:
     """The problems after the first `shots`, each with those, solved, as turns before it.
 
-    Raises: ConfigError where none fits the context.
+    Raises: ConfigError where none fits the context, or there is nothing to show.
     """
     if not shots:
         return problems
+    if any(p.reference.startswith(tuple(f'{{"{key}"' for key in CODE_KEYS)) for p in problems[:shots]):
+        raise ConfigError(f"shots={shots}: problems with tests have no answer that could be shown")
     pairs = [(*p.messages, {"role": "assistant", "content": p.reference}) for p in problems[:shots]]
     made = []
     for p in problems[shots:]:
@@ -231,8 +234,9 @@ def verdict(asked: Choice, given: list[Likelihood]) -> tuple[bool, bool]:
 
 @torch.no_grad()
 def text_metrics(model: Transformer, tokenizer: Tokenizer, path: str) -> dict[str, float]:
-    """Perplexity per token and bits per byte of a text, in windows as long as the model's context."""
-    nats = tokens = size = 0
+    """Perplexity per token and bits per byte of a text, in windows as long as the model's context; their intervals are
+    of a ratio estimator over the windows (Cochran 1977, section 2.11)."""
+    found, size = [], 0
     context = model.config.max_positions
     before = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
     skipped = Skipped()
@@ -242,10 +246,16 @@ def text_metrics(model: Transformer, tokenizer: Tokenizer, path: str) -> dict[st
         # A window begins with the last token of the one before, so that every token but the first is predicted once.
         for window in (ids[i : i + context] for i in range(0, len(ids) - 1, context - 1)):
             batch = pack([[Document(window, np.ones(len(window), np.float32))]]).to(model.mesh.device)
-            nats -= float(supervised_logprob(model, batch).logp.sum())
-            tokens += len(batch.supervised)
+            found.append((-float(supervised_logprob(model, batch).logp.sum()), len(batch.supervised)))
     tell(skipped, model.mesh)
-    return {"perplexity": math.exp(nats / max(tokens, 1)), "bits_per_byte": nats / math.log(2) / max(size, 1)}
+    nats, tokens = np.array(found or [(0.0, 0)], float).T  # of each window
+    total, n = max(tokens.sum(), 1.0), len(nats)
+    rate = nats.sum() / total
+    spread = 1.96 * math.sqrt(((nats - rate * tokens) ** 2).sum() * n / max(n - 1, 1)) / total
+    rates = {"": rate} | ({"_low": rate - spread, "_high": rate + spread} if n > 1 else {})
+    metrics = {f"perplexity{which}": math.exp(value) for which, value in rates.items()}
+    bits = total / math.log(2) / max(size, 1)
+    return metrics | {f"bits_per_byte{which}": value * bits for which, value in rates.items()}
 
 
 def write_answers(path: str, rollout: Rollout) -> None:

@@ -11,7 +11,7 @@ recipe, each with its own prompts, rewards and KL: see stages/recipes/ladder.tom
 from dataclasses import dataclass
 
 from tritium.core.config import ConfigError, check_ranges, opt
-from tritium.core.experience import PolicyStage, open_experience
+from tritium.core.experience import PolicyOptions, PolicyStage, open_experience
 from tritium.core.objectives.policy import ALGORITHMS, PolicyGradient, algorithm
 from tritium.core.optim import OptimConfig
 from tritium.core.reference import open_policy
@@ -23,34 +23,24 @@ ITS_OWN = "(default: the algorithm's)"
 
 
 @dataclass
-class GRPOConfig:
+class GRPOConfig(PolicyOptions):
     """The objective; see core/objectives/policy.py."""
 
     algorithm: str = opt("grpo", "whose formula", choices=tuple(ALGORITHMS))
-    prompts: int = opt(32, "problems of a rollout, over all ranks", least=1)
-    group: int = opt(8, "answers to each", least=1)
     updates: int = opt(1, "optimizer steps on each rollout", least=1)
     rounds: int = opt(1, "tries with other problems until `prompts` groups differ (DAPO's dynamic sampling)", least=1)
-    clip_low: float | None = opt(None, f"how far below 1 the ratio counts {ITS_OWN}")
-    clip_high: float | None = opt(None, f"how far above 1 the ratio counts {ITS_OWN}")
+    clip_low: float | None = opt(None, f"how far below 1 the ratio counts {ITS_OWN}", least=0, most=1)
+    clip_high: float | None = opt(None, f"how far above 1 the ratio counts {ITS_OWN}", least=0)
     normalization: str | None = opt(
         None, f"what the loss is a mean over {ITS_OWN}", choices=("token", "sequence", "constant")
     )
     constant: float | None = opt(None, "divides a sequence's sum (default: dr_grpo max_tokens, else 1)", above=0)
     scale: str | None = opt(None, f"what divides advantages {ITS_OWN}", choices=("group", "batch", "none"))
-    beta: float = opt(0.0, "weight of the KL to the reference", least=0)
-    kl: str | None = opt(None, f"its estimator {ITS_OWN}", choices=("k1", "k2", "k3"))
-    kl_in: str | None = opt(None, f"where it counts {ITS_OWN}", choices=("loss", "reward"))
-    importance: float = opt(0.0, "largest weight for what the sampler did otherwise than the trainer (0: off)", least=0)
-    entropy: float = opt(0.0, "weight of an entropy bonus", least=0)
-    malformed: float = opt(-0.5, "reward of an answer that is cut off or has no answer")
 
     def __post_init__(self):
-        if self.group < 2 and ALGORITHMS[self.algorithm].baseline in ("mean", "others"):
-            raise ConfigError(
-                f"grpo.group={self.group}: an advantage of {self.algorithm} needs at least 2 answers to compare"
-            )
         check_ranges(self, "grpo.")
+        if self.group < 2 and ALGORITHMS[self.algorithm].baseline in ("mean", "others"):
+            raise ConfigError(f"grpo.group=1: an advantage of {self.algorithm} needs at least 2 answers to compare")
         if self.rounds > 1 and self.group < 2:
             raise ConfigError(f"grpo.rounds={self.rounds} looks for groups that differ: grpo.group must be above 1")
         own = ALGORITHMS[self.algorithm]
@@ -96,9 +86,8 @@ def train(config: Config) -> Result:
 
 def objective_of(options: GRPOConfig, sampling: SamplingConfig) -> PolicyGradient:
     """The algorithm, with the options that were given in place of its own."""
-    names = ("clip_low", "clip_high", "normalization", "scale", "beta", "kl", "kl_in", "importance", "entropy")
-    given = {name: getattr(options, name) for name in names}
     constant = options.constant or (sampling.max_tokens if options.algorithm == "dr_grpo" else None)
+    given = options.given("clip_low", "clip_high", "normalization", "scale")
     return algorithm(options.algorithm, **given, constant=constant, temperature=sampling.temperature)
 
 

@@ -17,10 +17,10 @@ from tritium.core.batch import PackedBatch, pack
 from tritium.core.checkpoint import model_folder
 from tritium.core.config import ConfigError, check_ranges, opt
 from tritium.core.data import Bins, DataConfig, record_sources, text_sources
-from tritium.core.experience import PolicyStage, open_experience
+from tritium.core.experience import PolicyOptions, PolicyStage, open_experience
 from tritium.core.files import Skipped
 from tritium.core.groups import conversation_group
-from tritium.core.objectives.policy import PPO, adapted
+from tritium.core.objectives.policy import PPO, adapted, algorithm
 from tritium.core.optim import OptimConfig
 from tritium.core.reference import open_policy
 from tritium.core.run import Result
@@ -34,32 +34,25 @@ from tritium.parallel.mesh import Mesh
 
 
 @dataclass
-class PPOConfig:
+class PPOConfig(PolicyOptions):
     """The objective; see core/objectives/policy.py."""
 
     prompts: int = opt(64, "problems of a rollout, over all ranks", least=1)
     group: int = opt(1, "answers to each", least=1)
     epochs: int = opt(4, "passes over each rollout", least=1)
     minibatches: int = opt(1, "optimizer steps of a pass", least=1)
-    clip: float = opt(0.2, "how far from 1 the ratio counts")
+    clip: float = opt(0.2, "how far from 1 the ratio counts", least=0, most=1)
     beta: float = opt(0.05, "weight of the KL to the reference", least=0)
-    kl: str | None = opt(None, "its estimator (default: k1 in the reward, k3 in the loss)", choices=("k1", "k2", "k3"))
-    kl_in: str = opt("reward", "where it counts", choices=("reward", "loss"))
     target_kl: float = opt(0.0, "steer beta so that the KL per token comes to this (0: beta stays)", least=0)
-    stop_kl: float = opt(
-        0.0, "end the passes over a rollout once the policy is this far from the one that drew it", least=0
-    )
-    gamma: float = opt(1.0, "discount per token")
-    lam: float = opt(0.95, "λ of the generalised advantage estimation")
+    stop_kl: float = opt(0.0, "end the passes over a rollout once the policy is this far from what drew it", least=0)
+    gamma: float = opt(1.0, "discount per token", least=0, most=1)
+    lam: float = opt(0.95, "λ of the generalised advantage estimation", least=0, most=1)
     whiten: bool = opt(True, "bring advantages to mean 0 and variance 1 over the rollout")
     value_clip: float = opt(0.2, "how far a value may move from the old one (0: any)", least=0)
-    value_coefficient: float = opt(0.5, "weight of the value loss")
+    value_coefficient: float = opt(0.5, "weight of the value loss", least=0)
     value_warmup: int = opt(0, "rollouts in which only the critic learns", least=0)
     critic_lr: float = opt(1.0, "the critic's learning rate, relative to the policy's", least=0)
     ptx: float = opt(1.0, "weight of the cross-entropy of text.sources", least=0)
-    importance: float = opt(0.0, "largest weight for what the sampler did otherwise than the trainer (0: off)", least=0)
-    entropy: float = opt(0.0, "weight of an entropy bonus", least=0)
-    malformed: float = opt(-0.5, "the verifier's score of an answer that is cut off or has none")
 
     def __post_init__(self):
         check_ranges(self, "ppo.")
@@ -123,15 +116,9 @@ def train(config: Config) -> Result:
 
 def objective_of(config: Config) -> PPO:
     options = config.ppo
-    same = ("beta", "kl_in", "gamma", "lam", "value_clip", "value_coefficient", "ptx", "importance", "entropy")
-    return PPO(
-        scale="batch" if options.whiten else "none",
-        clip_low=options.clip,
-        clip_high=options.clip,
-        temperature=config.sampling.temperature,
-        kl=options.kl or {"reward": "k1", "loss": "k3"}[options.kl_in],
-        **{name: getattr(options, name) for name in same},
-    )
+    given = options.given("gamma", "lam", "value_clip", "value_coefficient", "ptx")
+    given |= {"clip_low": options.clip, "clip_high": options.clip, "scale": "batch" if options.whiten else "none"}
+    return algorithm(PPO(), **given, temperature=config.sampling.temperature)
 
 
 def open_networks(config: Config, mesh: Mesh) -> dict[str, nn.Module]:

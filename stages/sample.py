@@ -7,8 +7,9 @@ sft.jsonl        answers to learn, as conversations; by `learn`:
                    reward       all, weighted by exp(score / β): reward-weighted regression (Peters & Schaal 2007)
                    advantage    all, weighted by exp((score − the problem's mean) / β) (AWR, arXiv 1910.00177, eq. 8)
                    condition    all, after a system's message that says how good they are (arXiv 2302.08582, section 2)
-pairs.jsonl      a right and a wrong answer of the same problem: for `reward` and `dpo`; with `rso`, of the answers that
-                 statistical rejection sampling leaves (arXiv 2309.06657)
+pairs.jsonl      a right and a wrong answer of the same problem, or with `chosen=best` the best and the worst one: for
+                 `reward` and `dpo`; with `rso`, of the answers that statistical rejection sampling leaves (arXiv
+                 2309.06657)
 rankings.jsonl   answers of different score, best first: for `reward --loss=listwise`
 """
 
@@ -18,6 +19,7 @@ import time
 from collections import Counter
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -46,7 +48,7 @@ class Config(AskConfig):
     rso: int = opt(0, "pairs: so many answers left by statistical rejection sampling (0: all)", least=0)
     k: int = opt(8, "answers to each problem", least=2)
     pairs: int = opt(2, "pairs written for a problem, at most", least=1)
-    chosen: str = opt("right", "a pair's better answer: a right one, or the best there is", choices=("right", "best"))
+    chosen: str = opt("right", "pairs: a right and a wrong answer, or best and worst", choices=("right", "best"))
     limit: int | None = opt(None, "use only the first problems", least=1)
     out: str = opt("runs/sample", "folder to write")
     mesh: MeshConfig = opt(MeshConfig, "parallelism")
@@ -70,10 +72,13 @@ def train(config: Config) -> Result:
     context = model.config.max_positions
     problems = load_problems(config.sources, tokenizer, context, skipped, key="sources")[: config.limit]
     mine, reward, start = share(problems, mesh), make_reward(config.reward, malformed=-0.5), time.perf_counter()
-    rollout = roll_out(model, tokenizer, mine, reward, config.sampling, n=config.k, seed=(config.seed,))
+    rollouts = [roll_out(model, tokenizer, mine, reward, config.sampling, n=config.k, seed=(config.seed,))]
     for i, folder in enumerate(config.others, 1):
-        rollout = more_answers(config, folder, tokenizer, mine, reward, rollout, (config.seed, i), mesh)
-    rollout = gather(rollout, mesh)
+        check_same_vocabulary(config.model, folder, "others")
+        model = load_model(folder, config.dtype, mesh, frozen=True)
+        rollouts.append(roll_out(model, tokenizer, mine, reward, config.sampling, n=config.k, seed=(config.seed, i)))
+    groups = [list(chain(*same)) for same in zip(*(r.groups for r in rollouts), strict=True)]  # of a problem
+    rollout = gather(Rollout(groups, sum((r.failures for r in rollouts), Counter())), mesh)
     seconds = time.perf_counter() - start
     if mesh.main:
         if skipped.reasons:
@@ -87,15 +92,6 @@ def train(config: Config) -> Result:
     metrics["verifier_failures"] = float(sum(rollout.failures.values()))
     metrics["tokens_per_second"] = sum(len(s.completion.tokens) for s in rollout.samples) / seconds
     return Result(config.out, metrics)
-
-
-def more_answers(config: Config, folder, tokenizer, problems, reward, rollout: Rollout, seed, mesh) -> Rollout:
-    """The rollout with the answers of another model beside. Raises: UserError for another vocabulary."""
-    check_same_vocabulary(config.model, folder, "others")
-    model = load_model(folder, config.dtype, mesh, frozen=True)
-    found = roll_out(model, tokenizer, problems, reward, config.sampling, n=config.k, seed=seed)
-    groups = [a + b for a, b in zip(rollout.groups, found.groups, strict=True)]
-    return Rollout(groups, rollout.failures + found.failures)
 
 
 def write(config: Config, rollout: Rollout) -> Counter:
@@ -117,7 +113,7 @@ def write(config: Config, rollout: Rollout) -> Counter:
                 put("sft", {"messages": messages})
             best, *worse = rso_levels(config, levels, group[0].problem.index) if config.rso else levels
             if best[0].right or config.chosen == "best":
-                wrong = [sample for level in worse for sample in level]
+                wrong = [sample for level in (worse if config.chosen == "right" else worse[::-1]) for sample in level]
                 for chosen, rejected in list(zip(best, wrong, strict=False))[: config.pairs]:
                     put("pairs", {"prompt": prompt, "chosen": chosen.text, "rejected": rejected.text})
             if len(levels) > 1:

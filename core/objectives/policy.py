@@ -348,8 +348,9 @@ def whiten(batches: Sequence[PackedBatch], name: str, mesh: Mesh) -> None:
         batch.fields[name] = (batch.fields[name] - mean) / math.sqrt(variance + 1e-8)
 
 
-def algorithm(name: str, **options: Any) -> PolicyGradient:
-    """The named algorithm with the options that are not None in place of its own; a KL that they put into the loss is
-    k3, if they do not say otherwise: k1's gradient is zero in the mean there."""
+def algorithm(base: str | PolicyGradient, **options: Any) -> PolicyGradient:
+    """An algorithm (by name: one of `ALGORITHMS`) with the options that are not None in place of its own; a KL that
+    they put into the loss is k3, if they do not say otherwise: k1's gradient is zero in the mean there."""
     given = {k: v for k, v in options.items() if v is not None}
-    return replace(ALGORITHMS[name], **({"kl": "k3"} if given.get("kl_in") == "loss" else {}) | given)
+    base = ALGORITHMS[base] if isinstance(base, str) else base
+    return replace(base, **({"kl": "k3"} if given.get("kl_in") == "loss" else {}) | given)

@@ -7,7 +7,7 @@ from math import factorial
 from tritium.core.rewards.polynomial import NotExact, Ratio
 from tritium.core.rewards.words import WORDS
 
-TOKEN = re.compile(r"\s*(\d+(?:\.\d+)?(?:[eE][+-]?\d+)?(?!\w*_)|\.\d+|[a-zA-Z]+(?:_\w+)?|\*\*|[-+*/^()!&|])")
+TOKEN = re.compile(r"\s*(\d+(?:\.\d+)?(?:[eE][+-]?\d+)?(?!\w*_)|\.\d+|[a-zA-Z]+(?:_\w+)?|\*\*|[-+*/^()!|])")
 FUNCTIONS = ("sin", "cos", "tan", "log", "ln", "exp", "sqrt", "asin", "acos", "atan")
 GREEK = ("alpha", "beta", "gamma", "delta", "theta", "lamda", "mu", "sigma", "phi", "omega")
 
@@ -68,16 +68,15 @@ class Expression:
 
     def sum(self) -> Ratio:
         total = self.product()
-        while self.peek() in ("+", "-", "&"):
-            minus = self.peek() == "-" or self.peek() == "&" and total.fraction() < 0  # -1 1/2 is -(1 + 1/2)
-            self.take("-" if minus else "+")
+        while self.peek() in ("+", "-"):
+            sign = 1 if self.take() == "+" else -1
             other = self.product()
-            total = self.exact(lambda a=total, b=other, s=-1 if minus else 1: a.plus(b, s))
+            total = self.exact(lambda a=total, b=other, s=sign: a.plus(b, s))
         return total
 
     def product(self) -> Ratio:
         total = self.signed()
-        while self.peek() and self.peek() not in ("+", "-", ")", "&", "|"):
+        while self.peek() and self.peek() not in ("+", "-", ")", "|"):
             operator = self.take() if self.peek() in ("*", "/") else self.written.append("*")
             if not operator and self.peek()[0] in "0123456789.":
                 raise ValueError("two numbers side by side")

@@ -13,7 +13,7 @@ The text is Python's syntax, read but never run: names, calls with constants, +,
 """
 
 import ast
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean, pstdev
 from typing import Any
@@ -72,6 +72,13 @@ class WeightedSum(Composed):
 WHOLE: dict[str, tuple] = {"steps": (), "ends": ()}  # of a score that speaks of no steps
 
 
+def together(judges: Sequence[Reward], answers: Sequence[Answer], combine: Callable) -> list[Score | Exception]:
+    """What `combine` makes of the judges' scores of each answer; where one fails, its failure."""
+    columns = [scores(judge, answers) for judge in judges]
+    failed = lambda row: next((score for score in row if isinstance(score, Exception)), None)  # noqa: E731
+    return [failed(row) or combine(*row) for row in zip(*columns, strict=True)]
+
+
 @dataclass(frozen=True)
 class Gate(Composed):
     """What `judge` says where `condition` gives 1 or more, else `closed`; the judge is not asked there."""
@@ -98,8 +105,7 @@ class Clip(Composed):
     high: float = 1.0
 
     def batch(self, answers: Sequence[Answer]) -> list[Score | Exception]:
-        given = scores(self.judge, answers)
-        return [score if isinstance(score, Exception) else self.clipped(score) for score in given]
+        return together([self.judge], answers, self.clipped)
 
     def clipped(self, score: Score) -> Score:
         value, *steps = (min(max(v, self.low), self.high) for v in (score.value, *score.steps))
@@ -119,12 +125,9 @@ class Ensemble(Composed):
             raise ConfigError(f"reward: an ensemble of {len(self.judges)}, k={self.k}: give two judges or more, k ≥ 0")
 
     def batch(self, answers: Sequence[Answer]) -> list[Score | Exception]:
-        columns = [scores(judge, answers) for judge in self.judges]
-        return [self.together(row) for row in zip(*columns, strict=True)]
+        return together(self.judges, answers, self.doubted)
 
-    def together(self, row: Sequence[Score | Exception]) -> Score | Exception:
-        if failed := [score for score in row if isinstance(score, Exception)]:
-            return failed[0]
+    def doubted(self, *row: Score) -> Score:
         values = [score.value for score in row]
         mean, std = fmean(values), pstdev(values)
         return Score(mean - self.k * std, parts={"mean": mean, "std": std}, right=all(s.solved for s in row))
@@ -140,14 +143,11 @@ class Abstain(Composed):
     wrong: float = -4.0
 
     def batch(self, answers: Sequence[Answer]) -> list[Score | Exception]:
-        return [
-            Score(self.abstained, "abstained", right=False)
-            if abstains(answer.text)
-            else score
-            if isinstance(score, Exception)
-            else replace(score, value=self.right if score.solved else self.wrong, right=score.solved, **WHOLE)
-            for answer, score in zip(answers, scores(self.judge, answers), strict=True)
-        ]
+        given, said = together([self.judge], answers, self.paid), Score(self.abstained, "abstained", right=False)
+        return [said if abstains(answer.text) else score for answer, score in zip(answers, given, strict=True)]
+
+    def paid(self, score: Score) -> Score:
+        return replace(score, value=self.right if score.solved else self.wrong, right=score.solved, **WHOLE)
 
 
 def abstains(text: str) -> bool:

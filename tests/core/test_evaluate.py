@@ -151,6 +151,9 @@ def test_what_can_not_be_evaluated_is_explained(tiny, tmp_path):
         evaluate.measure(config(tiny, data=problems, against=str(tmp_path / "o.jsonl")))
     with pytest.raises(ConfigError, match="take fewer"):
         evaluate.measure(config(tiny, data=problems, shots=5))
+    (tmp_path / "code.jsonl").write_text('{"question": "Write f.", "tests": ["assert f(1)"]}\n' * 3)
+    with pytest.raises(ConfigError, match="problems with tests have no answer that could be shown"):
+        evaluate.measure(config(tiny, data=str(tmp_path / "code.jsonl"), shots=1, reward="code"))
     with pytest.raises(ConfigError, match="equal answers"):
         config(tiny, data=problems, samples=2)
     with pytest.raises(ConfigError, match="did you mean math"):

@@ -212,17 +212,17 @@ def test_a_reward_model_may_have_another_base_and_tokenizer(other, tmp_path):
 
 def test_a_group_of_one_has_nothing_to_compare_with():
     with pytest.raises(ConfigError, match="rloo needs at least 2 answers"):
-        grpo.GRPOConfig("rloo", group=1)
-    assert grpo.GRPOConfig("remax", group=1).group == 1
+        grpo.GRPOConfig(algorithm="rloo", group=1)
+    assert grpo.GRPOConfig(algorithm="remax", group=1).group == 1
     with pytest.raises(ConfigError, match="rounds=2 looks for groups that differ"):
-        grpo.GRPOConfig("remax", group=1, rounds=2)
+        grpo.GRPOConfig(algorithm="remax", group=1, rounds=2)
 
 
 def test_a_kl_in_the_loss_has_a_gradient_unless_k1_is_asked_for():
     """k1's is zero in the mean there, and it is the default in the reward."""
     for where, kind in (("reward", "k1"), ("loss", "k3")):
         assert ppo.objective_of(ppo.Config(model="", ppo=ppo.PPOConfig(kl_in=where))).kl == kind
-        assert grpo.objective_of(grpo.GRPOConfig("rloo", kl_in=where), grpo.SamplingConfig()).kl == kind
+        assert grpo.objective_of(grpo.GRPOConfig(algorithm="rloo", kl_in=where), grpo.SamplingConfig()).kl == kind
     assert ppo.objective_of(ppo.Config(model="", ppo=ppo.PPOConfig(kl_in="loss", kl="k1"))).kl == "k1"
 
 

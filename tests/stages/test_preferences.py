@@ -174,6 +174,21 @@ class Odd:
         return Score(float(ids[0] % 2))
 
 
+def test_the_best_and_the_worst_of_many_make_a_pair(tiny, tmp_path, monkeypatch):
+    """As a reward model's refresh between phases wants them: it gives every answer another score."""
+    longest = lambda ids, text, **_: Score(float(sum(map(ord, text))))  # noqa: E731
+    monkeypatch.setattr("tritium.stages.sample.make_reward", lambda spec, malformed=0.0: longest)
+    arguments = [f"--model={tiny.model}", f"--sources={tiny.data('problems.jsonl')}", f"--out={tmp_path}", "--k=6"]
+    arguments += ["--chosen=best", "--pairs=1", "--sampling.max_tokens=4", "--dtype=fp32"]
+    assert cli.main(["sample", *arguments]) == 0
+    pairs, rankings = (
+        [json.loads(line) for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()]
+        for name in ("pairs", "rankings")
+    )
+    ends = [(row["ranked"][0], row["ranked"][-1]) for row in rankings]
+    assert len(pairs) > 3 and [(pair["chosen"], pair["rejected"]) for pair in pairs] == ends
+
+
 @pytest.mark.parametrize("learn", ["right", "reward", "advantage", "condition"])
 def test_what_is_learned_from_scored_answers(tiny, tmp_path, monkeypatch, learn):
     monkeypatch.setattr("tritium.stages.sample.make_reward", lambda spec, malformed=0.0: Odd())

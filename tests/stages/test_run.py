@@ -183,44 +183,32 @@ def test_a_model_is_measured_once_and_anew_where_it_or_the_test_changed(tiny, tm
     assert all(row["after"] < row["before"] and not row["higher_is_better"] for row in rows(out))
 
 
-PHASES = """
-[stages.stem]
-kind = "grpo"
-metric = "right"
-[stages.stem.config]
-model = "{model}"
-grpo = {{ algorithm = "reinforce++", prompts = 3, group = 2, beta = 0.02 }}
-data.sources = ["{problems}"]
-sampling.max_tokens = 4
-run = {{ steps = 1, dtype = "fp32" }}
-[stages.style]
-kind = "grpo"
-metric = "reward"
-[stages.style.config]
-model = "{{stem}}"
-reference.model = "{model}"
-reward = "exact - 0.5*repetition"
-grpo = {{ algorithm = "reinforce++", prompts = 2, group = 2, beta = 0.05 }}
-data.sources = ["{other}"]
-sampling.max_tokens = 4
-run = {{ steps = 1, dtype = "fp32" }}
-[stages.preference]
-kind = "ppo"
-metric = "right"
-[stages.preference.config]
-model = "{{style}}"
-reward = "exact"
-ppo = {{ prompts = 2, group = 2, epochs = 1, beta = 0.1 }}
-data.sources = ["{problems}"]
-sampling.max_tokens = 4
-run = {{ steps = 1, dtype = "fp32" }}
+PHASE = """
+[stages.{name}]
+kind = "{kind}"
+metric = "{metric}"
+config.model = "{model}"
+config.data.sources = ["{problems}"]
+config.{kind} = {{ prompts = 2, group = 2, {options} }}
+config.sampling.max_tokens = 4
+config.run = {{ steps = 1, dtype = "fp32" }}
+{more}
 """
 
 
 def test_phases_of_reinforcement_learning_each_have_prompts_rewards_and_a_kl(tiny, tmp_path, quick):
     (other := tmp_path / "other.jsonl").write_text('{"question": "Say a word.", "answer": "word"}\n' * 2)
-    recipe, given = tmp_path / "phases.toml", {"model": tiny.model, "problems": tiny.data("problems.jsonl")}
-    recipe.write_text(PHASES.format(**given, other=other))
+    algorithm, problems = 'algorithm = "reinforce++", beta = ', tiny.data("problems.jsonl")
+    style = f'config.reward = "exact - 0.5*repetition"\nconfig.reference.model = "{tiny.model}"'
+    phases = [
+        ("stem", "grpo", "right", tiny.model, problems, f"{algorithm} 0.02", ""),
+        ("style", "grpo", "reward", "{stem}", other, f"{algorithm} 0.05", style),
+        ("preference", "ppo", "right", "{style}", problems, "epochs = 1, beta = 0.1", 'config.reward = "exact"'),
+    ]
+    keys = ("name", "kind", "metric", "model", "problems", "options", "more")
+    (recipe := tmp_path / "phases.toml").write_text(
+        "".join(PHASE.format(**dict(zip(keys, phase, strict=True))) for phase in phases)
+    )
     run.train(run.Config(recipe=str(recipe), out=str(tmp_path / "out")))
     assert [row["name"] for row in rows(tmp_path / "out")] == ["stem", "style", "preference"]
     numbers = {}

@@ -13,11 +13,11 @@ import time
 
 import pytest
 
-from tritium.core.config import ConfigError, UserError
+from tritium.core.config import ConfigError, UserError, from_dict
 from tritium.core.rollout import SamplingConfig
 from tritium.core.setup import load_model, load_tokenizer
 from tritium.parallel.mesh import Mesh
-from tritium.stages import chat, generate, serve
+from tritium.stages import chat, generate, serve, sft
 
 pytestmark = pytest.mark.usefixtures("quick")
 
@@ -259,6 +259,18 @@ def test_a_host_that_is_none_is_a_sentence(server, tiny):
 def test_a_tool_that_would_never_run_is_refused():
     with pytest.raises(ConfigError, match="sampling.tool=python: the server runs no tools"):
         serve.Config(model="m", sampling=SamplingConfig(tool="python"))
+
+
+def test_a_chat_switches_to_an_adapter_and_back(tiny, tmp_path, monkeypatch, capsys):
+    settings = {"model": tiny.model, "data": {"sources": [tiny.data("chats.jsonl")], "bin_tokens": 512}}
+    settings |= {"run": {"out": str(tmp_path / "lora"), "steps": 3, "dtype": "fp32"}, "optim": {"lr": 0.1}}
+    adapter = sft.train(from_dict(sft.Config, settings | {"finetune": {"kind": "lora", "rank": 4}})).checkpoint
+    typed = ["What is 1 + 2?", f"/adapter {adapter}", "/reset", "What is 1 + 2?", "/adapter none", "/reset"]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join([*typed, "What is 1 + 2?"])))
+    capsys.readouterr()
+    chat.train(chat.Config(model=tiny.model, dtype="fp32", sampling=SamplingConfig(temperature=0.0, max_tokens=8)))
+    first, second, third = re.split(r"\(adapters: .*\)\n", capsys.readouterr().out)
+    assert first == third != second
 
 
 def test_what_is_no_text_does_not_end_a_chat(tiny, tmp_path, monkeypatch, capsys):

@@ -236,16 +236,22 @@ def test_bits_per_byte_count_every_token_but_the_first_once(tiny, tmp_path):
     model, ours = tritium.load(tiny.model, dtype=torch.float32), tritium.Tokenizer.load(tiny.model)
     ids, context = torch.tensor([ours.bos_id, *ours.encode(text)]), model.config.max_positions
     assert len(ids) > 3 * context
-    nats = 0.0
+    nats, seen = 0.0, []
     for start in range(0, len(ids) - 1, context - 1):
         window = ids[start : start + context]
         logp = model.logits(window).log_softmax(-1)[:-1].gather(-1, window[1:, None])
         nats -= logp.sum().item()
+        seen.append((-logp.sum().item(), len(window) - 1))
         predicted = start + len(window)
     assert predicted == len(ids)
     metrics = evaluate.train(evaluate.Config(text=str(tmp_path / "a.txt"), dtype="fp32", model=tiny.model)).metrics
     assert metrics["bits_per_byte"] == pytest.approx(nats / math.log(2) / len(text.encode()), rel=1e-4)
     assert metrics["perplexity"] == pytest.approx(math.exp(nats / (len(ids) - 1)), rel=1e-4)
+    off = [loss - nats / (len(ids) - 1) * count for loss, count in seen]
+    error = math.sqrt(sum(x * x for x in off) * len(off) / (len(off) - 1)) / (len(ids) - 1)
+    assert math.log(metrics["perplexity_high"] / metrics["perplexity"]) == pytest.approx(1.96 * error, rel=1e-3)
+    ends = (metrics["bits_per_byte_low"], metrics["bits_per_byte_high"])
+    assert sum(ends) / 2 == pytest.approx(metrics["bits_per_byte"]) and ends[0] < ends[1]
 
 
 def test_text_that_is_skipped_is_told(tiny, tmp_path, capsys):
