@@ -13,7 +13,7 @@ from typing import NamedTuple
 BLOWN_UP = 0.5  # nats per token: beyond, the policy speaks another language than the reference
 
 PANEL = {  # chart of the report → its series
-    "reward": ("reward", "shaped_reward", "right", "eval_right"),
+    "reward": ("reward", "shaped_reward", "right"),
     "KL": ("kl_k1", "kl_k3", "old_kl", "beta"),
     "ratio": ("ratio", "clip_fraction", "value_clip_fraction"),
     "log-prob gap of sampler and trainer": ("sampler_gap",),
