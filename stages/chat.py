@@ -3,8 +3,8 @@
     tritium chat --model=runs/ladder/grpo/step-00000060
 
 /reset starts a new conversation, /save FILE.jsonl appends this one to a file (as training data), /adapter FOLDER lets
-a LoRA adapter act (/adapter none: none), /quit (or Ctrl-D) ends the session. With --sampling.tool=python the model may
-run programs, in the sandbox.
+a LoRA adapter act (/adapter none: none), Ctrl-C ends an answer, /quit (or Ctrl-D) the session. With
+--sampling.tool=python the model may run programs, in the sandbox.
 """
 
 import json
@@ -111,8 +111,13 @@ def reply(model: Transformer, tokenizer: Tokenizer, messages: list[dict], config
 
     engine, start = config.engine(model, tokenizer, tool if config.sampling.tool else None), time.perf_counter()
     (sequence,) = engine.submit(ids, config.sampling.options(stop_ids(tokenizer)), [(seed, 0)])
-    for event in run(engine):
-        print(event.text, end="", flush=True)
+    try:
+        for event in run(engine):
+            print(event.text, end="", flush=True)
+    except KeyboardInterrupt as stop:
+        if type(stop) is not KeyboardInterrupt:  # SIGTERM ends the session
+            raise
+        engine.cancel(sequence)
     print("\n", flush=True)
     completion, rate = sequence.completion, sequence.drawn / (time.perf_counter() - start)
     print(f"({sequence.drawn} tokens, {rate:.0f}/s, {completion.finish_reason})", file=sys.stderr)

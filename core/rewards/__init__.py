@@ -146,11 +146,15 @@ def score_one(reward: Reward, answer: Answer, seconds: float = SECONDS) -> Score
 
 
 def checked(score: Score | Exception) -> Score | Exception:
-    """With a finite float as its value: a judge may well say True, or 1."""
+    """With finite floats as its values: a judge may well say True, or 1."""
     if isinstance(score, Exception):
         return score
     try:
-        value = float(score.value)
+        value, *steps = map(float, (score.value, *score.steps))
     except (AttributeError, TypeError, ValueError) as error:
         return error
-    return replace(score, value=value) if math.isfinite(value) else ValueError(f"the score is {value}")
+    if odd := [x for x in (value, *steps) if not math.isfinite(x)]:
+        return ValueError(f"the score is {odd[0]}")
+    if score.ends and len(score.ends) != len(steps):
+        return ValueError(f"{len(steps)} scores of steps that end at {len(score.ends)} places")
+    return replace(score, value=value, steps=tuple(steps))

@@ -79,6 +79,22 @@ def test_a_judge_that_raises_is_counted_and_excluded_never_zero():
     assert judged.failures["RuntimeError: no such file"] == 2 and judged.failures.total() == 4
 
 
+def test_the_wrong_count_of_scores_and_steps_that_are_no_numbers_are_failures():
+    class Short:
+        def batch(self, answers):
+            return [Score(1.0)] * (len(answers) - 1)
+
+    judged = judge(Short(), [Answer([1], ""), Answer([2], "")])
+    assert judged.scores == [None, None] and "1 scores for 2 answers" in str(judged.failures)
+    for odd, words in (
+        (Score(1.0, steps=(0.5, float("nan")), ends=(0, 1)), "the score is nan"),
+        (Score(1.0, steps=(0.5,), ends=(0, 1)), "1 scores of steps that end at 2 places"),
+        (0.5, "no attribute 'value'"),
+    ):
+        judged = judge(lambda ids, text, odd=odd, **_: odd, [Answer([1, 2], "")])
+        assert judged.scores == [None] and words in str(judged.failures)
+
+
 def test_a_verdict_may_be_a_bool_or_an_int():
     judged = judge(lambda ids, text, **_: Score(text == "yes"), [Answer([], "yes"), Answer([], "no")])
     assert [(type(s.value), s.value) for s in judged.scores] == [(float, 1.0), (float, 0.0)]

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from itertools import islice
 
 import pytest
 
@@ -259,6 +260,21 @@ def test_a_host_that_is_none_is_a_sentence(server, tiny):
 def test_a_tool_that_would_never_run_is_refused():
     with pytest.raises(ConfigError, match="sampling.tool=python: the server runs no tools"):
         serve.Config(model="m", sampling=SamplingConfig(tool="python"))
+
+
+def test_ctrl_c_ends_an_answer_and_not_the_chat(tiny, tmp_path, monkeypatch, capsys):
+    whole = chat.run
+
+    def interrupted(engine):
+        yield from islice(whole(engine), 3)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(chat, "run", interrupted)
+    monkeypatch.setattr(sys, "stdin", io.StringIO(f"Hi\n/save {tmp_path / 'a.jsonl'}\n"))
+    chat.train(chat.Config(model=tiny.model, dtype="fp32"))
+    said = capsys.readouterr()
+    (turns,) = (json.loads(line)["messages"] for line in (tmp_path / "a.jsonl").read_text().splitlines())
+    assert "cancelled" in said.err and len(turns) == 2 and turns[1]["content"] in said.out
 
 
 def test_a_chat_switches_to_an_adapter_and_back(tiny, tmp_path, monkeypatch, capsys):
