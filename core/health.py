@@ -12,6 +12,12 @@ from typing import NamedTuple
 
 BLOWN_UP = 0.5  # nats per token: beyond, the policy speaks another language than the reference
 
+IDLE = (
+    "{idle:.0f} of {steps:.0f} steps had nothing to learn from: no answers differed in score, or none was judged (see "
+    "varied_groups, pairs_kept, verifier_failures in metrics.jsonl). Take problems that are neither too easy nor too "
+    "hard, a higher sampling.temperature, or more answers to each"
+)  # said at a run's end
+
 PANEL = {  # chart of the report → its series
     "reward": ("reward", "shaped_reward", "right"),
     "KL": ("kl_k1", "kl_k3", "old_kl", "beta"),

@@ -29,6 +29,7 @@ from tritium.core.batch import FILLER, PackedBatch, counts_of, pack
 from tritium.core.checkpoint import CheckpointError, Save, checkpoints, latest, prune, read_state
 from tritium.core.config import ConfigError, UserError, to_toml
 from tritium.core.files import Skipped
+from tritium.core.health import IDLE
 from tritium.core.metrics import Clock, Metrics, gpu_stats, matmul_rate, peak_memory
 from tritium.core.objectives.base import Objective
 from tritium.core.optim import LossScale, OptimConfig, Optimizer
@@ -44,12 +45,6 @@ from tritium.parallel.files import deal, open_tensors
 from tritium.parallel.mesh import Mesh
 from tritium.parallel.watch import Watch
 from tritium.parallel.zero import FlatModule
-
-IDLE = (
-    "{idle:.0f} of {steps:.0f} steps had nothing to learn from: no answers differed in score, or none was judged (see "
-    "varied_groups, pairs_kept, verifier_failures in metrics.jsonl). Take problems that are neither too easy nor too "
-    "hard, a higher sampling.temperature, or more answers to each"
-)
 
 
 class TrainingError(RuntimeError):
