@@ -76,7 +76,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def send_failure(self, message: str, status: int) -> None:
         kind = "server_error" if status >= 500 else "invalid_request_error"
-        self.send(status, {"error": {"message": message, "type": kind}})
+        self.send(status, {"error": {"message": message[:1000], "type": kind}})
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
         """What the base class says of malformed HTTP and of methods that are not here."""

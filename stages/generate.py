@@ -21,6 +21,7 @@ from typing import Any
 from tritium.core.chat import render, stop_ids
 from tritium.core.config import ConfigError, UserError, opt
 from tritium.core.files import Skipped, read_records
+from tritium.core.formats import listed_messages
 from tritium.core.output import make_room_for
 from tritium.core.rollout import AskConfig, sample_seed
 from tritium.core.run import Result
@@ -102,7 +103,7 @@ def prompt_ids(tokenizer: Tokenizer, record: Any) -> list[int]:
         messages = [{"role": "user", "content": record["question"]}]
     if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
         raise ValueError('a record needs "prompt" (text), "messages" (a list) or "question" (text)')
-    return render(tokenizer, messages, generation_prompt=True).ids
+    return render(tokenizer, listed_messages({"messages": messages}), generation_prompt=True).ids
 
 
 def is_done(made: list[Running] | str) -> bool:

@@ -22,6 +22,7 @@ from typing import Any
 
 from tritium.core.chat import render, stop_ids
 from tritium.core.config import ConfigError, UserError, nearest, opt
+from tritium.core.formats import listed_messages
 from tritium.core.rollout import AskConfig, SamplingConfig
 from tritium.core.run import Result
 from tritium.core.tokenizer import Tokenizer
@@ -174,7 +175,9 @@ def read_request(body: Any, chat: bool, tokenizer: Tokenizer, sampling: Sampling
     if not isinstance(body, dict):
         raise RequestError("the request's body must be a JSON object")
     for name, value in list(body.items()):
-        if name not in FIELDS or name == ("prompt" if chat else "messages"):
+        if name == ("prompt" if chat else "messages"):
+            raise RequestError(f"{name} is for /v1/{'completions' if chat else 'chat/completions'}")
+        if name not in FIELDS:
             guess = nearest(name, list(FIELDS))
             raise RequestError(f"unknown field {name!r}" + (f"; did you mean {guess}?" if guess else ""))
         if value is None:
@@ -186,6 +189,7 @@ def read_request(body: Any, chat: bool, tokenizer: Tokenizer, sampling: Sampling
     if not 1 <= n <= MOST_SAMPLES:
         raise RequestError(f"n={n} must be from 1 to {MOST_SAMPLES}")
     given = {f.name: body[f.name] for f in fields(Options) if f.name in body}
+    given |= {name: as_float(name, value) for name, value in given.items() if FIELDS[name] is NUMBER}
     given["top_logprobs"] = top_logprobs(body, chat)
     given["max_tokens"] = body.get("max_completion_tokens", body.get("max_tokens", sampling.max_tokens))
     given["stop"] = [stop] if isinstance(stop, str) else stop
@@ -204,6 +208,14 @@ def read_request(body: Any, chat: bool, tokenizer: Tokenizer, sampling: Sampling
     )
 
 
+def as_float(name: str, value: float) -> float:
+    """An integer of JSON may have any number of digits; a tensor takes none that is too large."""
+    try:
+        return float(value)
+    except OverflowError:
+        raise RequestError(f"{name} is too large") from None
+
+
 def top_logprobs(body: dict[str, Any], chat: bool) -> int:
     """How many of the likeliest tokens are wanted: "top_logprobs" in a chat, which "logprobs" goes with, else this."""
     wanted = body.get("top_logprobs", 0) if chat else int(body.get("logprobs", 0))
@@ -219,7 +231,7 @@ def read_prompts(body: dict[str, Any], chat: bool, tokenizer: Tokenizer) -> list
         messages = body.get("messages")
         if not messages or not all(isinstance(m, dict) for m in messages):
             raise RequestError('messages must be a list of {"role", "content"}')
-        return [render(tokenizer, messages, generation_prompt=True).ids]
+        return [render(tokenizer, listed_messages({"messages": messages}), generation_prompt=True).ids]
     prompts = body.get("prompt", "")
     prompts = [prompts] if isinstance(prompts, str) or all(isinstance(x, int) for x in prompts) else prompts
     found = []

@@ -108,6 +108,22 @@ def test_a_limit_of_any_size_is_the_context(server):
     assert ask(server, TEXT, {"prompt": "1", "max_tokens": 10**12})[0] == 200
 
 
+def test_typed_content_is_text(server):
+    typed = [{"role": "user", "content": [{"type": "text", "text": "What is "}, {"type": "text", "text": "1 + 2?"}]}]
+    body = {"max_tokens": 6, "temperature": 0}
+    (plain, parts) = (ask(server, CHAT, body | {"messages": m})[1]["choices"] for m in (HELLO, typed))
+    assert plain == parts
+    picture = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]
+    status, found = ask(server, CHAT, {"messages": picture})
+    assert status == 400 and "content that is not text" in found["error"]["message"]
+
+
+def test_a_whole_number_of_any_size_is_a_penalty(server):
+    """A tensor takes no integer beyond 64 bits: the whole step failed, and all requests in it."""
+    body = {"prompt": "1 + 1", "max_tokens": 2, "repetition_penalty": 10**30}
+    assert ask(server, TEXT, body)[0] == 200
+
+
 def test_a_text_goes_on_with_its_space_and_an_answer_begins_without(server, monkeypatch):
     monkeypatch.setattr(server.tokenizer._engine, "adds_space", True)  # as Llama's does
     letters = range(server.tokenizer.vocab_size)
@@ -141,6 +157,7 @@ def test_models_are_listed(server):
         (CHAT, {"messages": HELLO, "frequency_penalty": -1e39}, 400, "must be from -1e+30"),
         (CHAT, {"messages": HELLO, "temperature": 1e-50}, 400, "temperature=1e-50 must be 0 or at least"),
         (CHAT, {"messages": HELLO, "top_p": 1e-50}, 400, "top_p=1e-50"),
+        (CHAT, {"messages": HELLO, "presence_penalty": 10**400}, 400, "presence_penalty is too large"),
         (CHAT, {"messages": HELLO, "repetition_penalty": 1e-50}, 400, "repetition_penalty=1e-50"),
         (CHAT, {"messages": HELLO, "top_k": 10**30}, 400, "top_k"),
         (CHAT, {"messages": HELLO, "\ud800": 1}, 400, "unknown field"),
@@ -152,6 +169,7 @@ def test_models_are_listed(server):
         (CHAT, {"messages": [{"role": "king", "content": "x"}]}, 400, "unknown role 'king'"),
         (CHAT, {"messages": ["x"]}, 400, "messages must be a list"),
         (CHAT, {}, 400, "messages must be a list"),
+        (TEXT, {"messages": HELLO}, 400, "messages is for /v1/chat/completions"),
         (TEXT, {"prompt": ""}, 400, "the prompt is empty"),
         (TEXT, {"prompt": [1] * 100}, 400, "the prompt has 100 tokens; the model's context is 96"),
         (TEXT, {"prompt": [-1]}, 400, "the vocabulary has"),
