@@ -13,6 +13,7 @@ import time
 from itertools import islice
 
 import pytest
+import torch
 
 from tritium.core.config import ConfigError, UserError, from_dict
 from tritium.core.rollout import SamplingConfig
@@ -145,15 +146,14 @@ def test_models_are_listed(server):
         (CHAT, "[" * 100_000, 400, "not JSON"),
         (CHAT, [1], 400, "must be a JSON object"),
         (CHAT, {"messages": HELLO, "temprature": 1}, 400, "unknown field 'temprature'; did you mean temperature?"),
-        (CHAT, {"messages": HELLO, "prompt": "a"}, 400, "unknown field 'prompt'"),
+        (CHAT, {"messages": HELLO, "prompt": "a"}, 400, "prompt is for /v1/completions"),
         (CHAT, {"messages": HELLO, "temperature": "hot"}, 400, "temperature must be int or float"),
-        (CHAT, {"messages": HELLO, "temperature": -1}, 400, "temperature=-1 must be at least 0"),
+        (CHAT, {"messages": HELLO, "temperature": -1}, 400, "temperature=-1.0 must be at least 0"),
         (CHAT, {"messages": HELLO, "max_tokens": True}, 400, "max_tokens must be int"),
         (CHAT, {"messages": HELLO, "n": 1000}, 400, "n=1000"),
         (CHAT, {"messages": HELLO, "logit_bias": {"a": 1}}, 400, "logit_bias must give numbers"),
         (CHAT, {"messages": HELLO, "logit_bias": {"2": 1e39}}, 400, "logit_bias=1e+39 must be from -1e+30 to 1e+30"),
         (CHAT, {"messages": HELLO, "logit_bias": {"2": 10**400}}, 400, "logit_bias must give numbers"),
-        (CHAT, {"messages": HELLO, "presence_penalty": 10**400}, 400, "to 1e+30"),
         (CHAT, {"messages": HELLO, "frequency_penalty": -1e39}, 400, "must be from -1e+30"),
         (CHAT, {"messages": HELLO, "temperature": 1e-50}, 400, "temperature=1e-50 must be 0 or at least"),
         (CHAT, {"messages": HELLO, "top_p": 1e-50}, 400, "top_p=1e-50"),
@@ -284,7 +284,7 @@ def test_ctrl_c_ends_an_answer_and_not_the_chat(tiny, tmp_path, monkeypatch, cap
     whole = chat.run
 
     def interrupted(engine):
-        yield from islice(whole(engine), 3)
+        yield from islice(whole(engine), 1)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(chat, "run", interrupted)
@@ -299,12 +299,14 @@ def test_a_chat_switches_to_an_adapter_and_back(tiny, tmp_path, monkeypatch, cap
     settings = {"model": tiny.model, "data": {"sources": [tiny.data("chats.jsonl")], "bin_tokens": 512}}
     settings |= {"run": {"out": str(tmp_path / "lora"), "steps": 3, "dtype": "fp32"}, "optim": {"lr": 0.1}}
     adapter = sft.train(from_dict(sft.Config, settings | {"finetune": {"kind": "lora", "rank": 4}})).checkpoint
-    typed = ["What is 1 + 2?", f"/adapter {adapter}", "/reset", "What is 1 + 2?", "/adapter none", "/reset"]
-    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join([*typed, "What is 1 + 2?"])))
-    capsys.readouterr()
-    chat.train(chat.Config(model=tiny.model, dtype="fp32", sampling=SamplingConfig(temperature=0.0, max_tokens=8)))
-    first, second, third = re.split(r"\(adapters: .*\)\n", capsys.readouterr().out)
-    assert first == third != second
+    model, typed = load_model(tiny.model, "fp32", Mesh.single(), frozen=True), [f"/adapter {adapter}", "/adapter none"]
+    seen, lines, config = [], iter([*typed, None]), chat.Config(model=tiny.model)
+    monkeypatch.setattr(config, "open", lambda: (model, None), raising=False)
+    monkeypatch.setattr(chat, "ask", lambda: (seen.append(model.logits(torch.arange(9))), next(lines))[1])
+    chat.train(config)
+    first, second, third = seen
+    assert torch.equal(first, third) and not torch.allclose(first, second, atol=1e-3)
+    assert f"(adapters: {adapter})" in capsys.readouterr().out
 
 
 def test_what_is_no_text_does_not_end_a_chat(tiny, tmp_path, monkeypatch, capsys):
