@@ -125,7 +125,7 @@ def test_honest_programs_pass(program, test):
 
 def test_the_share_of_passed_tests_counts_even_where_one_never_ends():
     program, tests = "def f(x):\n    while x > 2: pass\n    return x", ["assert f(1) == 1", "assert f(2) == 3", "f(3)"]
-    assert code(program, tests, "code(seconds=1)") == pytest.approx(1 / 3)
+    assert code(program, tests, "code(seconds=3)") == pytest.approx(1 / 3)
     assert code(program, tests, "code(seconds=1, fraction=False)") == 0.0
 
 
