@@ -142,10 +142,12 @@ class Near(Twins):
         bands, rows = minhash.banding(self.threshold, self.permutations)
         spill = minhash.Spill(context.scratch / "spill", int(firsts[-1]) * bands, context.memory)
         step = max(1, context.memory // (64 * bands))
-        for at in range(0, int(firsts[-1]), step):
-            part = rows_at(files, firsts, np.arange(at, min(at + step, firsts[-1])))
-            full = np.flatnonzero((part != minhash.EMPTY).any(1))
-            spill.add(minhash.band_keys(part[full], bands, rows).ravel(), np.repeat(at + full, bands))
+        for first, file in zip(firsts, files, strict=False):
+            signatures = np.load(file, mmap_mode="r")
+            for at in range(0, len(signatures), step):
+                part = signatures[at : at + step]
+                full = np.flatnonzero((part != minhash.EMPTY).any(1))
+                spill.add(minhash.band_keys(part[full], bands, rows).ravel(), np.repeat(first + at + full, bands))
         for values, run in spill.repeated():
             found = np.concatenate([neighbours(values, run, first=True), neighbours(values, run)])
             yield self.verified(np.unique(found, axis=0), files, firsts, context.memory // (32 * self.permutations))
