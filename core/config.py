@@ -21,7 +21,7 @@ import shutil
 import textwrap
 import tomllib
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass
 from operator import attrgetter, ge, gt, le, lt
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -129,6 +129,13 @@ def nearest(word: str, names: Sequence[str]) -> str | None:
     for guess in difflib.get_close_matches(word.rpartition(".")[2], last, n=1):
         return last[guess]
     return None
+
+
+def listed(word: str, names: Iterable[str]) -> str:
+    """For an error: the name that was probably meant, if any is close, and all that there are."""
+    names = list(names)
+    guess = nearest(word, names)
+    return (f"did you mean {guess}? " if guess else "") + f"there are {', '.join(names)}"
 
 
 # ── the table of leaves ──────────────────────────────────────────────────────────────────────────────────────────

@@ -23,7 +23,7 @@ from pathlib import Path
 from types import ModuleType
 
 import tritium
-from tritium.core.config import ConfigError, UserError, load, nearest, to_toml
+from tritium.core.config import ConfigError, UserError, listed, load, to_toml
 
 STAGES = {
     "pretrain": "train a model from scratch, or further, on raw text",
@@ -74,9 +74,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     name, *rest = argv
     if name not in STAGES:
-        guess = nearest(name, list(STAGES))
-        hint = f"did you mean {guess}? " if guess else ""
-        print(f"tritium: no stage {name!r}; {hint}there are {', '.join(STAGES)}", file=sys.stderr)
+        print(f"tritium: no stage {name!r}; {listed(name, STAGES)}", file=sys.stderr)
         return 2
     return run_stage(name, rest)
 

@@ -23,7 +23,7 @@ import sys
 from dataclasses import dataclass, fields
 from typing import Any
 
-from tritium.core.config import ConfigError, UserError, check_ranges, from_dict, nearest, opt, to_toml
+from tritium.core.config import ConfigError, UserError, check_ranges, from_dict, listed, opt, to_toml
 from tritium.core.curate.clean import Clean
 from tritium.core.curate.dedup import Exact, Near, Passages
 from tritium.core.curate.distil import Distil
@@ -91,9 +91,7 @@ def read_steps(tables: dict[str, dict]) -> dict[str, Step]:
     for name, table in tables.items():
         where, do = f"[steps.{name}]", table.get("do", name)
         if do not in STEPS:
-            guess = nearest(str(do), list(STEPS))
-            hint = f"did you mean {guess}? " if guess else ""
-            raise ConfigError(f"{where}: there is no step {do!r}; {hint}They are: {', '.join(STEPS)}")
+            raise ConfigError(f"{where}: there is no step {do!r}; {listed(str(do), STEPS)}")
         try:
             steps[name] = from_dict(STEPS[do], {k: v for k, v in table.items() if k != "do"})
         except ConfigError as error:

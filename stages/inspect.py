@@ -23,7 +23,7 @@ import numpy as np
 from tritium.core.batch import Document, Group, PackedBatch, pack, plan_bins
 from tritium.core.chat import find_template, render
 from tritium.core.checkpoint import model_folder
-from tritium.core.config import ConfigError, UserError, load, nearest
+from tritium.core.config import ConfigError, UserError, listed, load
 from tritium.core.data import encode_documents, fit, parse_sources
 from tritium.core.files import Skipped, opened, read_documents, read_records
 from tritium.core.formats import RecordError, problem
@@ -70,9 +70,7 @@ def main(argv: list[str]) -> int:
         print(f"usage: tritium inspect {'|'.join(STAGES)} [--config FILE.toml] [--name=value …]\n\n{__doc__}")
         return 0
     if name not in STAGES:
-        guess = nearest(name, STAGES)
-        hint = f"did you mean {guess}? " if guess else ""
-        raise ConfigError(f"no data to inspect of a stage {name!r}; {hint}there are {', '.join(STAGES)}")
+        raise ConfigError(f"no data to inspect of a stage {name!r}; {listed(name, STAGES)}")
     config = load(import_module(f"tritium.stages.{name}").Config, rest, f"tritium inspect {name}", __doc__)
     colour = bool(os.environ.get("FORCE_COLOR")) or (sys.stdout.isatty() and "NO_COLOR" not in os.environ)
     print("\n".join(report(inspect(name, config), colour)))

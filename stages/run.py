@@ -32,7 +32,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from tritium.core.config import ConfigError, from_dict, nearest, opt, to_toml
+from tritium.core.config import ConfigError, from_dict, listed, opt, to_toml
 from tritium.core.health import PANEL, diagnose
 from tritium.core.metrics import machine, peak_memory, read_lines
 from tritium.core.output import make_folder
@@ -138,9 +138,7 @@ def configure(name: str, table: dict, folders: Mapping[str, str], out: Path) -> 
     """The module that stage `name` runs, and its Config, which writes to out/name. Raises: ConfigError."""
     where, kind = f"[stages.{name}]", table.get("kind", name)
     if kind not in STAGES:
-        guess = nearest(kind, list(STAGES))
-        hint = f"did you mean {guess}?" if guess else f"there are {', '.join(STAGES)}"
-        raise ConfigError(f"{where}: there is no stage {kind!r}; {hint}")
+        raise ConfigError(f"{where}: there is no stage {kind!r}; {listed(kind, STAGES)}")
     module = import_module(f"tritium.stages.{kind}")
     options = getattr(getattr(module, "Config", None), "__dataclass_fields__", {})
     if not options.keys() & {"run", "out"}:

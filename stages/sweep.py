@@ -27,7 +27,7 @@ from statistics import median
 
 import numpy as np
 
-from tritium.core.config import ConfigError, UserError, load, nearest
+from tritium.core.config import ConfigError, UserError, listed, load
 from tritium.core.output import make_folder
 from tritium.core.report import read_curves, svg_chart
 from tritium.core.search import Setting, Settings, suggest
@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     made.add_argument("--out", default="runs/sweep", help="folder to write (default: runs/sweep)")
     options, rest = made.parse_known_args(argv)
     if options.stage not in STAGES:
-        raise ConfigError(f"no stage {options.stage!r} to vary; did you mean {nearest(options.stage, STAGES)}?")
+        raise ConfigError(f"no stage {options.stage!r} to vary; {listed(options.stage, STAGES)}")
     if options.trials < 1 or options.jobs < 1:
         raise ConfigError(f"--trials={options.trials} and --jobs={options.jobs} must be at least 1")
     config, space = import_module(f"tritium.stages.{options.stage}").Config, []

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tritium.core.chat.tools import HERMES, TOOLS, Tools
-from tritium.core.config import UserError, nearest
+from tritium.core.config import UserError, listed
 from tritium.core.tokenizer import Tokenizer
 
 
@@ -58,9 +58,7 @@ def find_template(tokenizer: Tokenizer) -> str:
     """
     if name := tokenizer.template:
         if name not in TEMPLATES:
-            guess = nearest(name, list(TEMPLATES))
-            hint = f"did you mean {guess}? " if guess else ""
-            raise UserError(f"template: no chat template {name!r}; {hint}there are {', '.join(TEMPLATES)}")
+            raise UserError(f"template: no chat template {name!r}; {listed(name, TEMPLATES)}")
         return name
     text = tokenizer.chat_template
     for name, template in TEMPLATES.items():

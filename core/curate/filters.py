@@ -18,7 +18,7 @@ from typing import ClassVar, NamedTuple
 
 import numpy as np
 
-from tritium.core.config import ConfigError, nearest, opt
+from tritium.core.config import ConfigError, listed, opt
 from tritium.core.curate.step import Document, Drop, Outcome, Step, scored, text_of
 from tritium.core.rewards.text import UNSPACED, WORD, Words
 
@@ -89,9 +89,7 @@ class Filter(Step):
         super().check()
         for name in self.limits:
             if name not in RULES:
-                guess = nearest(name, list(RULES))
-                raise ConfigError(f"limits: no rule {name!r}; " + (f"did you mean {guess}? " if guess else "")
-                                  + f"they are {', '.join(RULES)}")  # fmt: skip
+                raise ConfigError(f"limits: no rule {name!r}; {listed(name, RULES)}")
 
     @cached_property
     def active(self) -> list[tuple[str, float, bool]]:

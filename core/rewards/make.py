@@ -19,7 +19,7 @@ from statistics import fmean, pstdev
 from typing import Any
 
 from tritium.core.chat import parse_reasoning
-from tritium.core.config import ConfigError, nearest
+from tritium.core.config import ConfigError, listed
 from tritium.core.rewards import Answer, Composed, Reward, Score, scores
 from tritium.core.rewards.classifier import Rules
 from tritium.core.rewards.code import Code
@@ -231,10 +231,7 @@ def _build(node: ast.expr, defaults: dict) -> Reward:
     if not isinstance(name, ast.Name):
         raise ConfigError(f"reward: {ast.unparse(node)!r} is no judge: write a name, e.g. math, or a sum of them")
     if name.id not in JUDGES:
-        guess = nearest(name.id, list(JUDGES))
-        raise ConfigError(
-            f"reward: no judge {name.id!r}; " + (f"did you mean {guess}? " if guess else "") + ", ".join(JUDGES)
-        )
+        raise ConfigError(f"reward: no judge {name.id!r}; {listed(name.id, JUDGES)}")
     given = {k.arg: _argument(k.value, defaults) for k in keywords}
     if name.id in ("exact", "number", "math"):
         given = {**defaults, **given}

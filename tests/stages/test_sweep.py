@@ -60,10 +60,10 @@ def test_a_trial_below_the_median_is_stopped():
 
 def test_mistakes_are_told_before_a_trial_runs(tiny, tmp_path, capsys):
     for more, words in (
-        ("--vary=optim.lrr=1:2", "optim.lrr.*did you mean optim.lr"),
+        ("--vary=optim.lrr=1:2", "optim.lrr.*did you mean --optim.lr"),
         ("--vary=run.steps=1:2:log:x", "may be :log"),
         ("--vary=optim.kind=adamw,sgd", "expected one of adamw, muon"),
-        ("--data.sourcs=x", "did you mean --data.sources|data.sourcs"),
+        ("--data.sourcs=x", "did you mean --data.sources"),
         ("--trials=0", "must be at least 1"),
     ):
         with pytest.raises(ConfigError, match=words):
