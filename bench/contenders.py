@@ -90,7 +90,6 @@ class Loop(Trainer):
     def __init__(self, networks: dict[str, torch.nn.Module], objective: Any, settings: Settings, mesh: Mesh):
         super().__init__(networks, objective, settings, mesh, name="", total_steps=1 << 30)
         self.metrics = Metrics(None, main=False, total_steps=1, name="")
-        self.stepped_at = time.perf_counter()
 
     def measure_peak(self) -> float:
         return 1.0

@@ -5,7 +5,8 @@
     strong     the same step on 1, 2, … ranks: speedup is that of the step, efficiency speedup / ranks
     weak       a micro-batch for each rank
 
-A rank is a GPU, or one core's thread. Steps are `Trainer.step`: forward, backward, all messages, the optimizer.
+A rank is a GPU, or one core's thread. Steps are `Trainer.step`: forward, backward, all messages, the optimizer. On
+GPUs, `overlapped` is the share of the messages' time in which other kernels run too, in one more step, profiled.
 """
 
 import json
@@ -21,6 +22,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
+from torch.profiler import ProfilerActivity, profile
 
 from tritium.bench.contenders import Loop, Settings
 from tritium.bench.kernels import chosen_device, rows_file, run_facts
@@ -36,6 +38,7 @@ from tritium.stages.plan import aligned, shape_of
 from tritium.stages.pretrain import ShapeConfig
 
 BAR = 1.05  # of the overhead
+RELATED = ("ratio", "speedup", "efficiency", "overlapped")
 WARM = 2  # steps before any is timed
 
 
@@ -118,11 +121,12 @@ def _rank(rank: int, config: Config, device: str, ranks: int, bins: int, folder:
             seconds = loops[i].step()
             if number >= WARM:
                 times[i].append(1e3 * seconds)
+    shares = [{"overlapped": loop.overlapped()} for loop in loops]
     if rank == 0:
         plain = times[0]
         rows = [
-            case._asdict() | timing(ms)._asdict() | loop.facts(ms) | {"ranks": ranks, "ratio": _ratio(ms, plain)}
-            for case, loop, ms in zip(cases, loops, times, strict=True)
+            case._asdict() | timing(ms)._asdict() | loop.facts(ms) | {"ranks": ranks, "ratio": _ratio(ms, plain)} | more
+            for case, loop, ms, more in zip(cases, loops, times, shares, strict=True)
         ]
         (Path(folder) / "rows.json").write_text(json.dumps(rows))
     if ranks > 1:
@@ -152,10 +156,20 @@ class _Loop:
     def step(self) -> float:
         """Seconds of a step, from all ranks' start to all ranks' end."""
         self._wait()
-        self.trainer.stepped_at = start = time.perf_counter()
+        self.trainer.pace.start()
+        start = time.perf_counter()
         self.trainer.step(self.batches)
         self._wait()
         return time.perf_counter() - start
+
+    def overlapped(self) -> float | None:
+        """`overlapped_share` of one more step on this rank; None without a GPU, or alone. All ranks must call it."""
+        if self.mesh.device.type != "cuda" or self.mesh.world_size == 1:
+            return None
+        with profile(activities=[ProfilerActivity.CUDA]) as seen:
+            self.step()
+        events = [e for e in seen.profiler.kineto_results.events() if e.device_type() == torch.autograd.DeviceType.CUDA]
+        return overlapped_share([(e.name(), e.start_ns(), e.start_ns() + e.duration_ns()) for e in events])
 
     def _wait(self) -> None:
         if self.mesh.device.type == "cuda":
@@ -165,6 +179,21 @@ class _Loop:
     def facts(self, ms: Sequence[float]) -> dict[str, Any]:
         dtype = str(self.trainer.networks["policy"].dtype).removeprefix("torch.")
         return {"dp": self.mesh.dp, "dtype": dtype, "tokens_per_second": 1e3 * self.tokens / statistics.median(ms)}
+
+
+def overlapped_share(kernels: Sequence[tuple[str, int, int]]) -> float | None:
+    """Of the time in which NCCL's kernels run, the share in which others do too; kernels are (name, start, end)."""
+    edges = []
+    for name, start, end in kernels:
+        if not name.startswith(("Memcpy", "Memset")):
+            sends = "nccl" in name.lower()
+            edges += [(start, 1, sends), (end, -1, sends)]
+    running, sent, hidden, last = {True: 0, False: 0}, 0, 0, 0
+    for at, step, sends in sorted(edges):
+        sent += (at - last) * (running[True] > 0)
+        hidden += (at - last) * (running[True] > 0 and running[False] > 0)
+        running[sends], last = running[sends] + step, at
+    return hidden / sent if sent else None
 
 
 def _relate(rows: list[dict[str, Any]]) -> None:
@@ -178,10 +207,10 @@ def _relate(rows: list[dict[str, Any]]) -> None:
 
 def _table(rows: list[dict[str, Any]]) -> list[str]:
     places = ("kind", "ranks", "dp", "cp", "tp", "zero")
-    cells = [(*places, "ms", "p20", "p80", "tokens/s", "× plain", "speedup", "efficiency")]
+    cells = [(*places, "ms", "p20", "p80", "tokens/s", "× plain", "speedup", "efficiency", "overlapped")]
     for row in rows:
         place = [str(row[key]) for key in places]
         numbers = [f"{row[key]:.4g}" for key in ("ms", "ms_p20", "ms_p80")] + [f"{row['tokens_per_second']:,.0f}"]
-        related = ["–" if row[key] is None else f"{row[key]:.3f}" for key in ("ratio", "speedup", "efficiency")]
+        related = ["–" if row[key] is None else f"{row[key]:.3f}" for key in RELATED]
         cells.append((*place, *numbers, *related))
     return aligned(cells, left=(0,))

@@ -111,7 +111,7 @@ def numbers(config: Config, shape: ModelConfig, device: str, finetune: str, reco
         times.append(1e3 * (time.perf_counter() - start))
     found, rate = timing(times[WARM:]), statistics.mean(rates)
     passes = 2 + trained_share(model)  # forward, the input's gradients, and those of what is trained
-    work = passes * shape.flops(len(batch.tokens), len(batch.supervised), batch.squared_lengths)
+    work = passes * shape.flops(batch.lengths, len(batch.supervised))
     return found._asdict() | {
         "tokens_per_second": 1e3 * config.bin_tokens / found.ms,
         "mfu": work / (found.ms / 1e3) / rate,

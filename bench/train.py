@@ -118,8 +118,8 @@ def flops_per_token(work: Work) -> float:
         for ids in group:
             length = len(ids) + NEW * (work.kind in SAMPLED)
             learned = 0 if work.kind == "reward" else length - max(prompt, 1)
-            total += passes * work.shape.flops(length, learned, float(length**2))
-            total += headless * work.shape.flops(length, 0, float(length**2))
+            total += passes * work.shape.flops([length], learned)
+            total += headless * work.shape.flops([length], 0)
             tokens += length
     return total / tokens
 

@@ -63,7 +63,7 @@ class PackedBatch:
     fields: dict[str, Tensor] = field(default_factory=dict)
     counts: dict[str, float] = field(default_factory=dict)
     sequences: int = 0  # S; `cu_seqlens` may hold fillers after them
-    squared_lengths: float = 0.0  # Σ n² over the documents, fillers aside: attention's work
+    lengths: tuple[int, ...] = ()  # [S], on the host
 
     def to(self, device: torch.device | str) -> "PackedBatch":
         moved = {k: v.to(device, non_blocking=True) for k, v in vars(self).items() if isinstance(v, Tensor)}
@@ -105,7 +105,7 @@ def pack(groups: Iterable[Group], counts: dict[str, float] | None = None, multip
         fields={name: pack_field([d.fields[name] for d in real], last) for name in names},
         counts=known | (counts or {}),
         sequences=len(real),
-        squared_lengths=float((lengths[: len(real)].astype(np.float64) ** 2).sum()),
+        lengths=tuple(map(len, real)),
     )
 
 

@@ -13,7 +13,7 @@ import hashlib
 import json
 import math
 import os
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -29,7 +29,7 @@ from tritium.core.config import ConfigError, UserError, check_ranges, opt
 from tritium.core.files import DataError, Skipped, read_documents, read_records, read_text
 from tritium.core.formats import FORMS, RecordError, fill, of_form
 from tritium.core.output import write_array
-from tritium.core.schedule import BatchRamp
+from tritium.core.schedule import BatchRamp, ScheduleConfig
 from tritium.core.tokenizer import Tokenizer
 from tritium.parallel.mesh import Mesh
 
@@ -331,9 +331,18 @@ class Bins:
         bins = plan_bins(lengths[order].tolist(), self.config.bin_tokens)
         return [[items[order[i]] for i in members] for members in bins]
 
-    def steps_in(self, epochs: float) -> int:
-        """Steps that make `epochs` passes, by the size of the first epoch."""
-        return max(1, math.ceil(epochs * len(self.epoch_bins(0)) / self.config.bins_per_step))
+    def steps_in(self, epochs: float, schedule: ScheduleConfig) -> int:
+        """Steps that make `epochs` passes, by the size of the first epoch, also while the batch grows by a ramp."""
+        wanted, full = math.ceil(epochs * len(self.epoch_bins(0))), self.config.bins_per_step
+        steps = max(1, math.ceil(wanted / full))
+        if not schedule.batch_ramp:
+            return steps
+
+        def bins(steps: int) -> int:
+            return BatchRamp(schedule, full, self.mesh.dp, steps, {}).span(steps)[0]
+
+        most = math.ceil(wanted / max(1, int(schedule.batch_start * full)))  # no step has fewer bins than the first
+        return steps + bisect_left(range(steps, most), wanted, key=bins)
 
     @property
     def tokens(self) -> int:

@@ -10,6 +10,7 @@ import os
 import platform
 import resource
 import shutil
+import statistics
 import subprocess
 import sys
 import time
@@ -17,7 +18,6 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import cache
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TextIO
 
@@ -26,6 +26,7 @@ import torch
 import tritium
 from tritium.core.config import UserError
 from tritium.kernels.backend import fp32_is_faster
+from tritium.kernels.doctor import cpu, version_of
 
 _PLAIN_INTERVAL = 10.0  # seconds between lines where the stream is a file
 
@@ -167,6 +168,42 @@ class Clock:
         return taken
 
 
+class Pace:
+    """How fast a run is: tokens/s and MFU of a step, and of all steps of this process.
+
+    MFU is relative to what the machine reaches in matmuls, the mean of `peaks` (FLOP/s), and covers forward, backward
+    and optimizer. Where the host only queues these, on a GPU, it is of all that passed since the last step: waiting,
+    evaluating and sampling included.
+    """
+
+    def __init__(self, peak: float, queued: bool):
+        self.peaks, self.queued = [peak], queued
+        self.sums = [0.0] * 4  # as the arguments of `rates`
+        self.start()
+
+    def start(self) -> None:
+        """From here on the time is that of steps."""
+        self.since = time.perf_counter()
+
+    def step(self, tokens: float, work: float, spent: Mapping[str, float]) -> dict[str, float]:
+        """The numbers of a step that has just ended: its tokens and FLOPs, and where its seconds went (`Clock`)."""
+        now = time.perf_counter()
+        seconds, self.since = now - self.since, now
+        trained = seconds if self.queued else sum(spent.get(k, 0.0) for k in ("forward", "backward", "optimizer"))
+        done = tokens, seconds, work, trained
+        self.sums = [a + b for a, b in zip(self.sums, done, strict=True)]
+        values = {"tokens": tokens} | self.rates(*done) | {"memory": float(peak_memory()), "time/step": seconds}
+        return values | {f"time/{k}": v for k, v in spent.items()} | (gpu_stats() if self.queued else {})
+
+    def rates(self, tokens: float, seconds: float, work: float, trained: float) -> dict[str, float]:
+        mfu = work / trained / statistics.fmean(self.peaks) if trained else 0.0
+        return {"tokens_per_second": tokens / seconds, "mfu": mfu}
+
+    def total(self) -> dict[str, float]:
+        """The rates over all steps; nothing before the first one."""
+        return self.rates(*self.sums) if self.sums[1] else {}
+
+
 def peak_memory() -> int:
     """The most bytes that this process has held: the CUDA allocator's peak if CUDA is in use, else resident memory."""
     if torch.cuda.is_available() and torch.cuda.is_initialized():
@@ -239,7 +276,7 @@ def matmul_rate(
 def machine() -> dict[str, str | int]:
     """The machine and the versions, for reports and benchmark rows."""
     facts = {
-        "cpu": _cpu_model(),
+        "cpu": cpu()["model"],
         "cores": os.cpu_count() or 1,
         "platform": platform.platform(terse=True),
         "python": platform.python_version(),
@@ -248,10 +285,8 @@ def machine() -> dict[str, str | int]:
     }
     if torch.cuda.is_available():
         facts |= {"gpu": torch.cuda.get_device_name(), "gpus": torch.cuda.device_count()}
-    with suppress(PackageNotFoundError):
-        facts["triton"] = version("triton")
-    commit = _commit()
-    return facts | ({"commit": commit} if commit else {})
+    optional = {"triton": version_of("triton"), "commit": _commit()}
+    return facts | {name: value for name, value in optional.items() if value}
 
 
 def _json_number(value: float) -> float | str:
@@ -291,15 +326,6 @@ def _nvml_handle(index: int):
     pynvml.nvmlInit()
     # By UUID: NVML does not know CUDA_VISIBLE_DEVICES.
     return pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(index).uuid}")
-
-
-def _cpu_model() -> str:
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            names = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]
-    except OSError:
-        names = []
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def _commit() -> str | None:

@@ -8,8 +8,8 @@
 
 Arithmetic only; the formulas follow the code and name it. What is sent is exact, what lives on a rank is held to the
 profiler's count within 10 % (tests/core/test_plan.py, tests/parallel/test_collectives.py), and time is an estimate:
-launches, latencies, stragglers, generation and the host are left out, and windows count as full attention. Letters as
-in the README; a rank has t = T / (cp · tp) tokens between blocks and T / cp within one.
+launches, latencies, stragglers, generation and the host are left out. Letters as in the README; a rank has
+t = T / (cp · tp) tokens between blocks and T / cp within one.
 """
 
 import math
@@ -23,6 +23,7 @@ import torch
 
 from tritium.core.machines import Machine, Work
 from tritium.core.muon import owners, pieces
+from tritium.kernels.attention_mask import Options
 from tritium.kernels.attention_torch import KEPT_BYTES, ROWS
 from tritium.kernels.backend import fp32_is_faster
 from tritium.kernels.head import TILE_ROWS
@@ -38,8 +39,6 @@ from tritium.parallel.zero import FlatModule
 GIB = 1 << 30
 ITEMSIZE = {"bf16": 2, "fp32": 4}
 WIDE = 4  # bytes of gradients, masters and moments, log-probs and statistics: fp32
-
-
 ROOM = 0.92  # of the memory is for tensors: the rest is the driver's, NCCL's and what fragmentation costs
 REMEDY = {
     "parameters": "cut them: mesh.tp, or mesh.zero=3",
@@ -111,6 +110,8 @@ class Plan:
         self.heads = model.num_heads // mesh.tp, max(1, model.num_kv_heads // mesh.tp)
         own = work.tokens // mesh.cp if work.supervised is None else work.supervised
         self.head_tokens = own + -own % HEAD_ROWS  # filled up as `local_logprob` does
+        self.length = min(work.context, work.tokens)  # of a document
+        self.documents = work.tokens / self.length  # of a micro-batch
         self.rank = (mesh.dp_rank * mesh.cp + mesh.cp_rank) % mesh.parts  # of those over which ZeRO cuts
         self.forwards = work.micro_batches * (1 + work.passes + work.frozen)
         self.windows = sum(window is not None for window in model.windows)  # layers that have one
@@ -213,11 +214,14 @@ class Plan:
     @property
     def kept_probabilities(self) -> int:
         """Of the torch path of attention, which keeps them where they are few (kernels/attention_torch.py)."""
-        n, (h, _) = min(self.work.context, self.work.tokens), self.heads
+        n, (h, _) = self.length, self.heads
         if self.machine.device != "cpu" or self.itemsize * self.split.chunk * n * h > KEPT_BYTES:
             return 0
-        blocks = [(min(ROWS, n - start), min(n, start + ROWS)) for start in range(0, n, ROWS)]
-        return self.split.local * h * sum(rows * keys for rows, keys in blocks) // n
+        layers = [Options(True, window, None, 1.0) for window in self.model.windows or (None,) * self.model.num_layers]
+        blocks = [slice(start, min(n, start + ROWS)) for start in range(0, n, ROWS)]
+        sides = [(rows, options.keys_of(rows, n, n)) for options in layers for rows in blocks]
+        pairs = sum((rows.stop - rows.start) * (keys.stop - keys.start) for rows, keys in sides)
+        return self.split.local * h * pairs // (n * self.model.num_layers)
 
     @property
     def saved_once(self) -> int:
@@ -385,7 +389,7 @@ class Plan:
             self.roof(2 * tokens * rows * columns, b * (rows * columns + tokens * (rows + columns)))
             for rows, columns in (((h + 2 * g) * d, e), (e, h * d), (2 * f, e), (e, f))
         )
-        pairs = self.work.tokens * min(self.work.context, self.work.tokens) / 2 / self.mesh.cp  # (query, key), causal
+        pairs = self.model.pairs(self.length) * self.documents / self.model.num_layers / self.mesh.cp
         heads = b * tokens * (2 * h + 2 * g) * d  # q, k, v and o
         attention = self.roof(4 * d * h * pairs, heads), self.roof(14 * d * h * pairs, 2 * heads)
         # Each norm reads two and writes two, in both passes; RoPE reads and writes q and k.
@@ -437,7 +441,7 @@ class Plan:
         """Useful FLOPs (`ModelConfig.flops`, three passes) over the ranks' peak FLOP/s · step time, at most."""
         work, ranks = self.work, self.mesh.cp * self.mesh.tp
         head = work.tokens if work.supervised is None else work.supervised * self.mesh.cp
-        useful = 3 * self.model.flops(work.tokens, head, work.tokens * min(work.context, work.tokens))
+        useful = 3 * self.model.flops([self.length], head / self.documents) * self.documents
         return useful * work.micro_batches / (ranks * self.peak_flops * self.seconds)
 
     # ------------------------------------------------------------------------------------------ verdict

@@ -28,6 +28,7 @@ def open_records(
     first, skipped = next(iter(networks.values())), Skipped(config.data.on_error)
     sources = record_sources(config.data, convert, first.config.max_positions, config.run.seed, skipped, atomic)
     bins, evaluation = open_bins(*sources, config, first.mesh, count)
-    settings = {"name": name, "total_steps": config.run.steps or bins.steps_in(config.run.epochs)}
-    settings |= {"tokenizer": tokenizer, "skipped": skipped, "evaluation": evaluation}
+    steps = config.run.steps or bins.steps_in(config.run.epochs, config.schedule)
+    settings = {"name": name, "total_steps": steps, "tokenizer": tokenizer, "skipped": skipped}
+    settings |= {"evaluation": evaluation}
     return Trainer(networks, objective, config, first.mesh, **settings), bins

@@ -17,7 +17,7 @@ class LoopConfig:
 
     out: str = opt("", "folder of the run: checkpoints, config.toml, metrics.jsonl (default: runs/STAGE)")
     steps: int | None = opt(None, "optimizer steps (default: what `epochs` makes)")
-    epochs: float = opt(1.0, "passes over the data, where `steps` is not given")
+    epochs: float = opt(1.0, "passes over the data, where `steps` is not given (fewer with schedule.batch_patience)")
     seed: int = opt(0, "seed of everything random")
     dtype: str = opt(
         "auto", "of the parameters (auto: bf16 where it is fast)", choices=("auto", "bf16", "fp16", "fp32", "fp64")

@@ -16,7 +16,6 @@ so that the loss and its gradient do not depend on how the batch was cut up.
 import json
 import signal
 import threading
-import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
@@ -30,7 +29,7 @@ from tritium.core.checkpoint import CheckpointError, Save, checkpoints, latest, 
 from tritium.core.config import ConfigError, UserError, to_toml
 from tritium.core.files import Skipped
 from tritium.core.health import IDLE
-from tritium.core.metrics import Clock, Metrics, gpu_stats, matmul_rate, peak_memory
+from tritium.core.metrics import Clock, Metrics, Pace, matmul_rate
 from tritium.core.objectives.base import Objective
 from tritium.core.optim import LossScale, OptimConfig, Optimizer
 from tritium.core.reference import Follower
@@ -108,16 +107,9 @@ class Trainer:
         self.last: dict[str, float] = {}  # the newest value of everything logged
         self.stop_signal = 0
         self.watch = Watch(mesh)
-        self.totals = {
-            "tokens": 0.0,
-            "seconds": 0.0,
-            "work": 0.0,
-            "trained_seconds": 0.0,
-            "idle": 0.0,
-            "steps": 0.0,
-        }  # since this process began
-        self.peaks = [self.measure_peak()]
+        self.pace, self.idle = Pace(self.measure_peak(), queued=mesh.device.type == "cuda"), 0
         self.resume()
+        self.begun = self.index  # by this process
         self.ramp = self.open_ramp(getattr(settings.data, "bins_per_step", None) if hasattr(settings, "data") else None)
         self.write_config()
         self.say(self.skipped.summary())
@@ -149,7 +141,7 @@ class Trainer:
         with self.signals(), self.watch:
             if self.index == 0:
                 self.before = self.log(self.evaluate(self.evaluation))
-            self.stepped_at = time.perf_counter()
+            self.pace.start()
             while self.index < self.total_steps and not self.told_to_stop():
                 first = self.index
                 yield first
@@ -184,9 +176,12 @@ class Trainer:
         with self.phase("optimizer"):
             if counts.get("tokens"):  # with nothing supervised, not even momentum moves a parameter
                 values |= self.update(rate)
+            else:
+                self.idle += 1
             for flat in self.flat.values():  # also where there was only text beside answers, and no answer
                 flat.zero_grad()
-        values |= self.speed(counts) | (extra or {})
+        # without any batch, nothing is counted
+        values |= self.pace.step(counts.get("stream", 0.0), counts["work"], self.clock.take()) | (extra or {})
         self.index += 1
         self.flush_metrics()
         self.pending = (self.index, values | {"sums": sums})
@@ -222,7 +217,7 @@ class Trainer:
     def after_steps(self, first: int) -> None:
         """What the steps since `first` make due."""
         if self.passed(first, self.eval_every) or self.index >= self.total_steps:
-            self.peaks.append(self.measure_peak())  # a machine's speed drifts: MFU is relative to the mean
+            self.pace.peaks.append(self.measure_peak())  # a machine's speed drifts: MFU is relative to the mean
             self.log(self.evaluate(self.evaluation))
         if self.passed(first, self.run.check_every):
             self.check_replicas()
@@ -333,15 +328,8 @@ class Trainer:
         for key in self.optimizers:
             network = self.networks[key]
             head_tokens = len(batch.supervised) if isinstance(network, Transformer) else 0
-            total += (2 + self.shares[key]) * network.config.flops(
-                batch.counts["stream"], head_tokens, batch.squared_lengths
-            )
+            total += (2 + self.shares[key]) * network.config.flops(batch.lengths, head_tokens)
         return total
-
-    @property
-    def peak(self) -> float:
-        """The mean of the run's measurements so far."""
-        return sum(self.peaks) / len(self.peaks)
 
     def measure_peak(self) -> float:
         """FLOP/s that this machine reaches in matmuls of the model's own shapes: what MFU is relative to."""
@@ -349,29 +337,6 @@ class Trainer:
         shapes = network.config.matmul_shapes(4096)
         rate = matmul_rate(next(network.parameters()).dtype, shapes, device=self.mesh.device)
         return rate * self.mesh.world_size
-
-    def speed(self, counts: dict[str, float]) -> dict[str, float]:
-        """Throughput and the step's breakdown, since the last call.
-
-        MFU covers forward, backward and optimizer. On a GPU, where the host only queues these, it is that of all that
-        passed since the last step: waiting, evaluating and sampling included.
-        """
-        spent, queued = self.clock.take(), self.mesh.device.type == "cuda"
-        now = time.perf_counter()
-        elapsed, self.stepped_at = now - self.stepped_at, now
-        trained = elapsed if queued else sum(spent.get(k, 0.0) for k in ("forward", "backward", "optimizer"))
-        tokens = counts.get("stream", 0.0)  # without any batch, nothing is counted
-        done = {"tokens": tokens, "seconds": elapsed, "work": counts["work"], "trained_seconds": trained}
-        done |= {"idle": float(not counts.get("tokens")), "steps": 1.0}
-        self.totals = {k: v + done[k] for k, v in self.totals.items()}
-        values = {
-            "tokens": tokens,
-            "tokens_per_second": tokens / elapsed,
-            "mfu": counts["work"] / trained / self.peak if trained else 0.0,
-            "memory": float(peak_memory()),
-            "time/step": elapsed,
-        }
-        return values | {f"time/{k}": v for k, v in spent.items()} | (gpu_stats() if queued else {})
 
     # ------------------------------------------------------------------------------------------ stopping and resuming
 
@@ -502,12 +467,9 @@ class Trainer:
 
     def result(self) -> Result:
         """The finished run's last checkpoint and numbers; rates are means over this process's steps."""
-        totals = self.totals
-        if totals["seconds"]:
-            self.last["tokens_per_second"] = totals["tokens"] / totals["seconds"]
-            self.last["mfu"] = totals["work"] / max(totals["trained_seconds"], 1e-9) / self.peak
-        if totals["idle"]:
-            self.say(IDLE.format(**totals))
+        self.last |= self.pace.total()
+        if self.idle:
+            self.say(IDLE.format(idle=self.idle, steps=self.index - self.begun))
         self.mesh.close()
         return Result(str(checkpoints(self.out)[-1]), dict(self.last), dict(self.before))
 

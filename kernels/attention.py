@@ -9,18 +9,22 @@ Backward, with p made again from lse, and t = tanh(scale · q·k / softcap) wher
     delta_i = do_i·o_i - dlse_i     ds_ij = p_ij (do_i·v_j - delta_i) (1 - t_ij²)
     dq_i = scale Σ_j ds_ij k_j      dk_j = scale Σ_i ds_ij q_i      dv_j = Σ_i p_ij do_i
 
-Documents, causality, windows and keys of another length are one thing here: the keys that a query sees are an interval
-[start, end), and so are the queries that see a key. `_attention_intervals` finds both on the device.
+The keys that a query sees are an interval [start, end) of the stream, and so are the queries that see a key, whatever
+documents, causality and windows make of them: attention_mask.py finds both. So blocks lie along the stream, and the
+three kernels below know nothing but intervals:
 
     forward, dq    a program has BLOCK_M queries of a head, and walks over keys in blocks of BLOCK_N
     dk, dv         a program has BLOCK_N keys of a group, and walks over queries, head by head: it sums in registers;
                    where there are too few such programs, a group's heads are divided, and torch adds up the parts
 
-    It walks from the first start to the last end of its rows; a block that all rows see whole needs no mask.
+        keys     lo   full_lo        full_hi   hi     lo is the first start of the program's rows, hi the last end;
+        rows  ┌──┬────┬──────┬──────┬─────┬────┬──┐   in [full_lo, full_hi) every row sees every key: no mask is made
+              │  │mask│      │      │     │mask│  │   (of a long document most blocks); outside of [lo, hi) nothing
+              └──┴────┴──────┴──────┴─────┴────┴──┘   is loaded at all
 
-Blocks lie along the stream, whatever documents they hold. What lies between the keys of a block's documents is walked
-too: for many documents of one token and long keys there is decode_attention. There are no atomics. (As p = 0 hides no
-NaN from a matmul, a document with one may reach those that share a block with it.)
+What lies between the keys of a block's documents is walked too: for many documents of one token and long keys there is
+decode_attention. There are no atomics. (As p = 0 hides no NaN from a matmul, a document with one may reach those that
+share a block with it.)
 
 Must spend 4·D·H FLOPs per visible pair forward and 10·D·H backward; the kernels spend 14·D·H backward, as both make p
 and dp, which is what two kernels without atomics cost. Must move q, k, v, o, lse, and backward the gradients too. The
@@ -30,16 +34,13 @@ heads of 8, 24, 40 … puts tokens no multiple of 16 elements apart, the alignme
 loaded 2 bytes at a time.
 """
 
-import math
-import os
-
 import torch
 from torch import Tensor
 
-from tritium.kernels import attention_costs, attention_torch
-from tritium.kernels.attention_torch import Options, visible
-from tritium.kernels.backend import Target, device_assert, operator, target_of, tl, triton, use_triton
-from tritium.kernels.blocks import require_float, require_integer, tanh, unit_stride
+from tritium.kernels import attention_costs, attention_mask, attention_torch
+from tritium.kernels.attention_mask import Options, bounds_of, interval_of, intervals, visible
+from tritium.kernels.backend import Target, operator, target_of, tl, triton, use_triton
+from tritium.kernels.blocks import require_heads, require_integer, tanh, unit_stride
 from tritium.kernels.registry import Launch, Shape, launch_of, register
 
 
@@ -71,66 +72,6 @@ def attention_reference(
     return (o, lse) if return_lse else o
 
 
-# Triton: who sees whom ------------------------------------------------------------------------------------------------
-
-NO_LIMIT = 2**31 - 1
-
-
-@triton.jit
-def _store_intervals(p_cu, p_cu_other, p_out, N, N_other, S, STEPS, left, right, BLOCK: tl.constexpr):
-    """out [2, N]: for each token the start and end of what it sees of the other stream.
-
-    The last tokens of a document are aligned; from there a token sees `left` tokens back and `right` ahead. One that
-    sees nothing has (2^31 - 1, 0), which changes neither the first start nor the last end of a block. Whatever cu
-    holds, intervals lie in the other stream.
-    """
-    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
-    m = i < N
-    b_doc, b_next = tl.zeros([BLOCK], tl.int64), tl.zeros([BLOCK], tl.int64) + S
-    for _ in range(STEPS):  # the last document that does not start after i
-        b_middle = (b_doc + b_next) // 2
-        m_right = tl.load(p_cu + b_middle, mask=m, other=0) <= i
-        b_doc, b_next = tl.where(m_right, b_middle, b_doc), tl.where(m_right, b_next, b_middle)
-    b_first = tl.load(p_cu + b_doc, mask=m, other=0).to(tl.int64)
-    b_last = tl.load(p_cu + b_doc + 1, mask=m, other=0).to(tl.int64)
-    b_start = tl.load(p_cu_other + b_doc, mask=m, other=0).to(tl.int64)
-    b_end = tl.load(p_cu_other + b_doc + 1, mask=m, other=0).to(tl.int64)
-    b_same = i + b_end - b_last  # the token of the other stream at i's place
-    b_start = tl.maximum(tl.maximum(b_start, b_same - left), 0)
-    b_end = tl.minimum(tl.minimum(b_end, b_same + right + 1), N_other)
-    m_sees = (b_first <= i) & (i < b_last) & (b_start < b_end)
-    tl.store(p_out + i, tl.where(m_sees, b_start, 2147483647).to(tl.int32), mask=m)
-    tl.store(p_out + N + i, tl.where(m_sees, b_end, 0).to(tl.int32), mask=m)
-
-
-@triton.jit
-def _attention_intervals(
-    p_cu, p_cu_k, p_keys, p_queries, T, Tk, S, STEPS, left, right, BLOCK: tl.constexpr
-):  # fmt: skip
-    """keys [2, T]: what each query sees. With 2 on grid axis 1 also queries [2, Tk]: which see each key.
-
-    Grid: (cdiv(max(T, Tk), BLOCK), 1 or 2); STEPS of a binary search in S documents.
-    """
-    if tl.program_id(1) == 0:
-        _store_intervals(p_cu, p_cu_k, p_keys, T, Tk, S, STEPS, left, right, BLOCK)
-    else:
-        _store_intervals(p_cu_k, p_cu, p_queries, Tk, T, S, STEPS, right, left, BLOCK)
-
-
-@triton.jit
-def _interval(p_interval, i_row, N):
-    """start and end for rows of a block; rows past the last one repeat it, so that they change no bound."""
-    i_row = tl.minimum(i_row, N - 1).to(tl.int64)
-    return tl.load(p_interval + i_row), tl.load(p_interval + N + i_row)
-
-
-@triton.jit
-def _bounds(b_start, b_end):
-    """(lo, hi, full_lo, full_hi): the rows see something of [lo, hi), and each of them all of [full_lo, full_hi)."""
-    hi = tl.max(b_end, 0)
-    return tl.minimum(tl.min(b_start, 0), hi), hi, tl.max(b_start, 0), tl.min(b_end, 0)
-
-
 @triton.jit
 def _last_first(T, H, BLOCK_M: tl.constexpr):
     """(block of queries, head) of a program, in the order in which they start.
@@ -144,8 +85,9 @@ def _last_first(T, H, BLOCK_M: tl.constexpr):
 
 # Triton: forward ------------------------------------------------------------------------------------------------------
 #
-# Scores stay as they leave the matmul until exp2, whose argument s · factor - max is one FMA: factor is scale ·
-# log2(e), or softcap · log2(e) for a score that is a tanh.
+# The softmax is made online: of the keys walked so far a row has their maximum, Σ p and Σ p v, with p relative to that
+# maximum; when it rises, both sums shrink by 2^(old - new). Scores stay as they leave the matmul until exp2, whose
+# argument s · factor - max is one FMA: factor is scale · log2(e), or softcap · log2(e) for a score that is a tanh.
 
 
 @triton.jit
@@ -196,8 +138,8 @@ def _attention_forward(
     p_k += i_h // GROUP * stride_kh
     p_v += i_h // GROUP * stride_vh
     factor, inner = _factors(scale, softcap, SOFTCAP)
-    b_start, b_end = _interval(p_keys, i_q, T)
-    lo, hi, full_lo, full_hi = _bounds(b_start, b_end)
+    b_start, b_end = interval_of(p_keys, i_q, T)
+    lo, hi, full_lo, full_hi = bounds_of(b_start, b_end)
 
     b_q = _load_tile(p_q + i_h * stride_qh, i_q, stride_q, T, D, BLOCK_D)  # [BLOCK_M, BLOCK_D]
     b_acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)  # Σ p v, with p relative to 2^max
@@ -240,8 +182,8 @@ def _attention_dq(
     p_k += i_h // GROUP * stride_kh
     p_v += i_h // GROUP * stride_vh
     factor, inner = _factors(scale, softcap, SOFTCAP)
-    b_start, b_end = _interval(p_keys, i_q, T)
-    lo, hi, full_lo, full_hi = _bounds(b_start, b_end)
+    b_start, b_end = interval_of(p_keys, i_q, T)
+    lo, hi, full_lo, full_hi = bounds_of(b_start, b_end)
 
     b_do = _load_tile(p_do + i_h * stride_doh, i_q, stride_do, T, D, BLOCK_D)  # [BLOCK_M, BLOCK_D]
     b_o = _load_tile(p_o + i_h * stride_oh, i_q, stride_o, T, D, BLOCK_D)
@@ -287,8 +229,8 @@ def _attention_dkv(
     i_g = i_part * HEADS // GROUP
     i_k = tl.program_id(0) // parts * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
     factor, inner = _factors(scale, softcap, SOFTCAP)
-    b_start, b_end = _interval(p_queries, i_k, Tk)
-    lo, hi, full_lo, full_hi = _bounds(b_start, b_end)
+    b_start, b_end = interval_of(p_queries, i_k, Tk)
+    lo, hi, full_lo, full_hi = bounds_of(b_start, b_end)
 
     b_k = _load_tile(p_k + i_g * stride_kh, i_k, stride_k, Tk, D, BLOCK_D)  # [BLOCK_N, BLOCK_D]
     b_v = _load_tile(p_v + i_g * stride_vh, i_k, stride_v, Tk, D, BLOCK_D)
@@ -319,9 +261,6 @@ def _attention_dkv(
 
 
 # Launcher and autograd ------------------------------------------------------------------------------------------------
-
-INTERVALS_BLOCK = 256
-
 
 # (BLOCK_M, BLOCK_N, warps, stages) for D up to 64, 128, 256: queries and keys of a block. What bounds them is registers
 # (accumulators, and on ampere and cdna whole operands) and, on the smallest ampere, 99 KB of shared memory.
@@ -367,36 +306,6 @@ def _heads(Tk: int, H: int, G: int, block: int) -> int:
     return group // next((n for n in parts if programs * n >= PROGRAMS), group)
 
 
-def _intervals(
-    cu_seqlens: Tensor | None, cu_seqlens_k: Tensor | None, q: Tensor, k: Tensor,
-    causal: bool, window: int | None, both: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """[2, T] int32: the keys of each query; with `both`, [2, Tk]: the queries of each key."""
-    T, Tk = len(q), len(k)
-    if q.device.type == "cpu":
-        attention_torch.documents(cu_seqlens, cu_seqlens_k, T, Tk)
-    elif os.environ.get("TRITIUM_DEBUG") == "1":
-        for cu, tokens in ((cu_seqlens, T), (cu_seqlens_k, Tk)):
-            if cu is not None:
-                holds = (cu[0] == 0) & (cu[-1] == tokens) & (cu.diff() >= 0).all()
-                device_assert(holds, f"cu_seqlens must rise from 0 to the {tokens} tokens")
-
-    def made(cu: Tensor | None, n: int) -> Tensor:  # on the GPU, without a copy to it
-        return torch.arange(2, dtype=torch.int32, device=q.device) * n if cu is None else cu.contiguous()
-
-    cu = made(cu_seqlens, T)
-    cu_k = cu if cu_seqlens is cu_seqlens_k and Tk == T else made(cu_seqlens_k, Tk)
-    keys, queries = (torch.empty(2, n, dtype=torch.int32, device=q.device) for n in (T, Tk if both else 0))
-    reach = NO_LIMIT if window is None else min(window - 1, NO_LIMIT)
-    longest = max(T, Tk) if both else T
-    if longest:
-        _attention_intervals[(triton.cdiv(longest, INTERVALS_BLOCK), 2 if both else 1)](
-            cu, cu_k, keys, queries, T, Tk, len(cu) - 1, (len(cu) - 1).bit_length(), reach,
-            0 if causal else reach, BLOCK=INTERVALS_BLOCK,
-        )  # fmt: skip
-    return keys, queries
-
-
 def _forward_outputs(q, k, v, cu_seqlens, cu_seqlens_k, causal, window, softcap, scale):
     o = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     return o, torch.empty(q.shape[1], q.shape[0], dtype=torch.float32, device=q.device)
@@ -411,7 +320,7 @@ def _forward(
     q, k, v = (unit_stride(x) for x in (q, k, v))
     o, lse = _forward_outputs(q, k, v, cu_seqlens, cu_seqlens_k, causal, window, softcap, scale)
     T, H, D = q.shape
-    keys, _ = _intervals(cu_seqlens, cu_seqlens_k, q, k, causal, window, False)
+    keys, _ = intervals(cu_seqlens, cu_seqlens_k, q, k, causal, window, False)
     if T:
         config = _config("forward", D, q.dtype, target_of(q.device))
         _attention_forward[(triton.cdiv(T, config["BLOCK_M"]) * H,)](
@@ -437,7 +346,7 @@ def _backward(
     do, q, k, v, o = (unit_stride(x) for x in (do, q, k, v, o))
     dq, dk, dv = _backward_outputs(do, dlse, q, k, v, needs_dq, needs_dkv)
     (T, H, D), (Tk, G, _), group = q.shape, k.shape, q.shape[1] // k.shape[1]
-    keys, queries = _intervals(cu_seqlens, cu_seqlens_k, q, k, causal, window, needs_dkv)
+    keys, queries = intervals(cu_seqlens, cu_seqlens_k, q, k, causal, window, needs_dkv)
     delta = torch.empty(H, T, dtype=torch.float32, device=q.device)
     factors = scale, softcap or 1.0
     shared = [stride for x in (q, k, v) for stride in x.stride()[:2]]
@@ -487,21 +396,7 @@ def _check(
     causal: bool, window: int | None, softcap: float | None, scale: float | None,
 ) -> tuple[Tensor | None, Options]:  # fmt: skip
     """cu_seqlens of the keys, and the options. Raises: ValueError for what does not fit, by shapes alone."""
-    require_float("attention", q=q, k=k, v=v)
-    if q.dim() != 3 or k.dim() != 3 or k.shape != v.shape or q.shape[2] != k.shape[2]:
-        shapes = ", ".join(str(tuple(x.shape)) for x in (q, k, v))
-        raise ValueError(f"q, k, v must be [T, H, D], [Tk, G, D], [Tk, G, D], got {shapes}")
-    if k.shape[1] == 0 or q.shape[1] == 0 or q.shape[1] % k.shape[1]:
-        raise ValueError(f"{q.shape[1]} query heads do not divide into {k.shape[1]} key heads: q {tuple(q.shape)}")
-    if q.shape[2] % 8 or not 8 <= q.shape[2] <= 256:
-        raise ValueError(f"the head dim must be a multiple of 8 from 8 to 256, got {q.shape[2]}: q {tuple(q.shape)}")
-    if len({q.dtype, k.dtype, v.dtype}) > 1:
-        raise ValueError(f"q, k, v must have one dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
-    if window is not None and (not isinstance(window, int) or window < 1):
-        raise ValueError(f"window must be an integer of at least 1 (the query's own key) or None, got {window}")
-    for name, value in (("softcap", softcap), ("scale", scale)):
-        if value is not None and not 0 < value < math.inf:
-            raise ValueError(f"{name} must be positive and finite or None, got {value}")
+    require_heads("attention", "Tk", q, k, v, window, softcap, scale)
     require_integer("attention", cu_seqlens=cu_seqlens, cu_seqlens_k=cu_seqlens_k)
     if cu_seqlens is not None and cu_seqlens_k is None:
         if len(q) != len(k):
@@ -587,10 +482,10 @@ def _launches(target: Target) -> tuple[Launch, ...]:
         title = " ".join(filter(None, (f"{name} D={D} {short}", "softcap" * softcap, variant)))
         return launch_of(KERNELS[name], title, config, types, ("H", "GROUP", "HEADS"), f"*{short}")
 
-    sizes, config = ("T", "Tk", "S", "STEPS", "left", "right"), {"BLOCK": INTERVALS_BLOCK, "num_warps": 4}
-    intervals = launch_of(_attention_intervals, "intervals", config, {}, sizes, "*i32")
+    sizes, config = ("T", "Tk", "S", "STEPS", "left", "right"), {"BLOCK": attention_mask.BLOCK, "num_warps": 4}
+    first = launch_of(attention_mask._attention_intervals, "intervals", config, {}, sizes, "*i32")
     variants = launch("dq", 128, "bf16", False, "only delta"), launch("dkv", 128, "bf16", False, "partial")
-    return intervals, *(launch(name, *case) for name in KERNELS for case in DECLARED), *variants
+    return first, *(launch(name, *case) for name in KERNELS for case in DECLARED), *variants
 
 
 register(
@@ -598,10 +493,6 @@ register(
     function=attention,
     reference=attention_reference,
     example=_example,
-    shape={"T": 4096, "N": 2048, "H": 32, "G": 8, "D": 128},
-    flops=lambda shape: 4 * shape["D"] * attention_costs.pairs(shape),
-    bytes=lambda shape, itemsize: attention_costs.moved(shape, itemsize, 2, 2),
-    backward_flops=lambda shape: 10 * shape["D"] * attention_costs.pairs(shape),
-    backward_bytes=lambda shape, itemsize: attention_costs.moved(shape, itemsize, 4, 4),
     launches=_launches,
+    **attention_costs.COSTS,
 )

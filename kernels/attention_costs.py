@@ -3,6 +3,7 @@
 Shapes: documents of N queries (the last may be shorter), and of M keys where that is another number; options as ints.
 """
 
+from tritium.kernels.attention_mask import Options
 from tritium.kernels.registry import Shape
 
 
@@ -13,27 +14,25 @@ def ends_of(shape: Shape) -> tuple[list[int], list[int]]:
     return ends, [i * shape["M"] for i in documents] if "M" in shape else ends
 
 
-def seen(shape: Shape, of_keys: bool = False) -> list[tuple[int, int]]:
-    """What `_attention_intervals` finds: for each query its interval of keys, or for each key its queries."""
-    reach = shape.get("window", 2**31) - 1
-    left, right = reach, 0 if shape.get("causal", 1) else reach
-    ends, ends_k = ends_of(shape)
-    if of_keys:
-        ends, ends_k, left, right = ends_k, ends, right, left
-    found = []
-    for first, last, start, end in zip(ends, ends[1:], ends_k, ends_k[1:], strict=False):
-        for same in range(first + end - last, end):
-            low = max(start, same - left)
-            found.append((low, max(low, min(end, same + right + 1))))
-    return found
-
-
 def pairs(shape: Shape) -> int:
     """Pairs of a query and a key that it sees, times heads."""
-    return shape["H"] * sum(end - start for start, end in seen(shape))
+    options = Options(bool(shape.get("causal", 1)), shape.get("window"), None, 1.0)
+    ends, ends_k = ends_of(shape)
+    sizes = [(b - a, d - c) for a, b, c, d in zip(ends, ends[1:], ends_k, ends_k[1:], strict=False)]
+    keys = [options.keys_of(slice(i, i + 1), n, m) for n, m in sizes for i in range(n)]
+    return shape["H"] * sum(max(0, each.stop - each.start) for each in keys)
 
 
 def moved(shape: Shape, itemsize: int, queries: int, keys: int) -> int:
     """Bytes of `queries` tensors like q, `keys` tensors like k, and lse."""
     T, Tk = (ends[-1] for ends in ends_of(shape))
     return (queries * T * shape["H"] + keys * Tk * shape["G"]) * shape["D"] * itemsize + 4 * T * shape["H"]
+
+
+COSTS = {
+    "shape": {"T": 4096, "N": 2048, "H": 32, "G": 8, "D": 128},
+    "flops": lambda shape: 4 * shape["D"] * pairs(shape),
+    "bytes": lambda shape, itemsize: moved(shape, itemsize, 2, 2),
+    "backward_flops": lambda shape: 10 * shape["D"] * pairs(shape),
+    "backward_bytes": lambda shape, itemsize: moved(shape, itemsize, 4, 4),
+}

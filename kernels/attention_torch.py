@@ -22,54 +22,13 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from tritium.kernels.attention_mask import Options, documents, visible
 from tritium.kernels.backend import without_autocast
 from tritium.kernels.wide import widened
 
 SCORE_BYTES = 2 << 20  # fp32 scores held at a time: they should stay in the cache
 KEPT_BYTES = 32 << 20  # probabilities that a call may keep for its backward; over this they are made again
 ROWS = 64  # queries of a block: enough for the matmuls (times the heads of a group), few enough to skip hidden keys
-
-
-@dataclass(frozen=True)
-class Options:
-    """What decides which keys a query sees, and how scores are made; hashable, for the caches below."""
-
-    causal: bool
-    window: int | None
-    softcap: float | None
-    scale: float
-
-    def keys_of(self, rows: slice, n: int, m: int) -> slice:
-        """The keys that some query of `rows` sees, with n queries aligned to the end of m keys."""
-        offset = m - n
-        stop, start = m, 0
-        if self.causal:
-            stop = min(m, rows.stop + offset)
-        elif self.window:
-            stop = min(m, rows.stop + offset + self.window - 1)
-        if self.window:
-            start = max(0, rows.start + offset - self.window + 1)
-        return slice(start, stop)
-
-    def first_query(self, n: int, m: int) -> int:
-        """The first query that sees a key; all after it do, if there are keys at all."""
-        if m == 0:
-            return n
-        if self.causal:
-            return max(0, n - m)
-        return max(0, n - m - self.window + 1) if self.window else 0
-
-
-def visible(rows: slice, keys: slice, offset: int, options: Options, device: torch.device) -> Tensor:
-    """[rows, keys] bool: whether query i sees key j."""
-    i = torch.arange(rows.start, rows.stop, device=device)[:, None] + offset
-    j = torch.arange(keys.start, keys.stop, device=device)[None]
-    seen = torch.ones(rows.stop - rows.start, keys.stop - keys.start, dtype=torch.bool, device=device)
-    if options.causal:
-        seen &= j <= i
-    if options.window:
-        seen &= (j > i - options.window) & ((j < i + options.window) | options.causal)
-    return seen
 
 
 # ---- which documents go together -------------------------------------------------------------------------------------
@@ -359,22 +318,6 @@ class _Attention(torch.autograd.Function):
 
 
 # ---- entries ---------------------------------------------------------------------------------------------------------
-def documents(
-    cu_seqlens: Tensor | None, cu_seqlens_k: Tensor | None, T: int, Tk: int
-) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Where the documents of T queries and Tk keys end, as numbers, checked. (On a GPU the host waits here.)"""
-    return _ends(cu_seqlens, T, "cu_seqlens"), _ends(cu_seqlens_k, Tk, "cu_seqlens_k")
-
-
-def _ends(cu_seqlens: Tensor | None, tokens: int, name: str) -> tuple[int, ...]:
-    ends = (0, tokens) if cu_seqlens is None else tuple(cu_seqlens.tolist())
-    if ends[0] != 0 or ends[-1] != tokens:
-        raise ValueError(f"{name} runs from {ends[0]} to {ends[-1]}, but must run from 0 to {tokens} tokens")
-    if any(a > b for a, b in zip(ends, ends[1:], strict=False)):
-        raise ValueError(f"{name} must not decrease: {list(ends)}")
-    return ends
-
-
 def _planned(q: Tensor, k: Tensor, cu_seqlens: Tensor | None, cu_seqlens_k: Tensor | None, options: Options):
     ends, ends_k = documents(cu_seqlens, cu_seqlens_k, q.shape[0], k.shape[0])
     return _plan(ends, ends_k, options.causal and ends == ends_k, str(q.device))

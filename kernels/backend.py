@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -145,6 +146,15 @@ def without_autocast(function: Callable) -> Callable:
     return run
 
 
+def apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
+    """`function.apply`, which torch.compile traces for distinct tensors only: a tensor that comes again, as in
+    swiglu(x, x), comes as a view."""
+    if torch.compiler.is_compiling():
+        again = [isinstance(x, Tensor) and any(x is y for y in arguments[:i]) for i, x in enumerate(arguments)]
+        arguments = [x.view_as(x) if repeated else x for x, repeated in zip(arguments, again, strict=True)]
+    return function.apply(*arguments)
+
+
 def operator(name: str, outputs: Callable, mutates_args: Sequence[str] = ()) -> Callable:
     """Register a function with launches as the operator tritium::name.
 
@@ -166,7 +176,7 @@ def operator(name: str, outputs: Callable, mutates_args: Sequence[str] = ()) -> 
     return define
 
 
-def device_assert(holds: Tensor, message: str) -> None:
-    """With TRITIUM_DEBUG=1, stop the program where `holds` (a bool scalar on a GPU) is false; the host never waits."""
+def device_assert(holds: Callable[[], Tensor], message: str) -> None:
+    """With TRITIUM_DEBUG=1, stop the program where `holds()` (a bool scalar on a GPU) is false; no wait."""
     if os.environ.get("TRITIUM_DEBUG") == "1":
-        torch._assert_async(holds, message)
+        torch._assert_async(holds(), message)

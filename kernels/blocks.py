@@ -22,6 +22,29 @@ def require_integer(op: str, **tensors: Tensor | None) -> None:
             raise ValueError(f"{op}: {name} is {_kind(x)}, wanted torch.int32 or torch.int64")
 
 
+def require_heads(
+    op: str, keys: str, q: Tensor, k: Tensor, v: Tensor, window: int | None, softcap: float | None,
+    scale: float | None = None,
+) -> None:  # fmt: skip
+    """Raise ValueError for what `attention` and `decode_attention` can't take; `keys`: the first dims of k and v."""
+    require_float(op, q=q, k=k, v=v)
+    if q.dim() != 3 or k.dim() != 3 + keys.count(",") or k.shape != v.shape or q.shape[-1] != k.shape[-1]:
+        shapes = ", ".join(str(tuple(x.shape)) for x in (q, k, v))
+        raise ValueError(f"{op}: q, k, v must be [T, H, D], [{keys}, G, D], [{keys}, G, D], got {shapes}")
+    (_, H, D), G = q.shape, k.shape[-2]
+    if not H or not G or H % G:
+        raise ValueError(f"{op}: {H} query heads do not divide into {G} key heads: q {tuple(q.shape)}")
+    if D % 8 or not 8 <= D <= 256:
+        raise ValueError(f"{op}: the head dim must be a multiple of 8 from 8 to 256, got {D}: q {tuple(q.shape)}")
+    if len({q.dtype, k.dtype, v.dtype}) > 1:
+        raise ValueError(f"{op}: q, k, v must have one dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
+    if window is not None and (not isinstance(window, int) or window < 1):
+        raise ValueError(f"{op}: window must be an integer of at least 1 (the query's own key) or None, got {window}")
+    for name, value in (("softcap", softcap), ("scale", scale)):
+        if value is not None and not 0 < value < math.inf:
+            raise ValueError(f"{op}: {name} must be positive and finite or None, got {value}")
+
+
 def _kind(x: object) -> str:
     return str(x.dtype) if isinstance(x, Tensor) else f"a {type(x).__name__} and no tensor"
 

@@ -25,7 +25,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from tritium.kernels.attention import attention_reference
 from tritium.kernels.backend import Target, operator, target_of, tl, triton, use_triton, without_autocast
-from tritium.kernels.blocks import require_float, require_integer, tanh, unit_stride
+from tritium.kernels.blocks import require_heads, require_integer, tanh, unit_stride
 from tritium.kernels.registry import Launch, Shape, launch_of, register
 
 
@@ -250,28 +250,6 @@ def _attend_torch(
 
 
 # Public ---------------------------------------------------------------------------------------------------------------
-def _check(q, k_pages, v_pages, page_table, lengths, window, softcap) -> None:
-    if q.dim() != 3 or k_pages.dim() != 4 or k_pages.shape != v_pages.shape or q.shape[2] != k_pages.shape[3]:
-        shapes = f"{tuple(q.shape)}, {tuple(k_pages.shape)}, {tuple(v_pages.shape)}"
-        raise ValueError(f"q and pages must be [B, H, D] and twice [P, page, G, D], got {shapes}")
-    require_float("decode_attention", q=q)
-    require_integer("decode_attention", page_table=page_table, lengths=lengths)
-    if not q.dtype == k_pages.dtype == v_pages.dtype:
-        raise ValueError(f"q and pages must have one dtype, got {q.dtype}, {k_pages.dtype}, {v_pages.dtype}")
-    (B, H, D), G = q.shape, k_pages.shape[2]
-    if not 8 <= D <= 256 or D % 8:
-        raise ValueError(f"q has shape {tuple(q.shape)}: a head dim of {D}, wanted 8 to 256 by 8")
-    if not G or H % G:
-        raise ValueError(f"{H} query heads do not divide into {G} key heads")
-    if page_table.dim() != 2 or page_table.shape[0] != B or lengths.shape != (B,):
-        shapes = f"{tuple(page_table.shape)}, {tuple(lengths.shape)}"
-        raise ValueError(f"page_table and lengths must be [{B}, N] and [{B}], got {shapes}")
-    if window is not None and window < 1:
-        raise ValueError(f"a window of {window} keys does not hold the query's own: at least 1 is wanted")
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"softcap is {softcap}, wanted a positive number, or None for no cap")
-
-
 @torch.no_grad()
 def decode_attention(
     q: Tensor, k_pages: Tensor, v_pages: Tensor, page_table: Tensor, lengths: Tensor, *, window: int | None = None,
@@ -284,7 +262,11 @@ def decode_attention(
     differentiable. Raises ValueError on shapes and dtypes that don't fit and (on a CPU) lengths that the page table
     cannot hold; on a GPU these are taken for what it can hold.
     """
-    _check(q, k_pages, v_pages, page_table, lengths, window, softcap)
+    require_heads("decode_attention", "P, page", q, k_pages, v_pages, window, softcap)
+    require_integer("decode_attention", page_table=page_table, lengths=lengths)
+    if page_table.dim() != 2 or page_table.shape[0] != len(q) or lengths.shape != (len(q),):
+        shapes = f"{tuple(page_table.shape)}, {tuple(lengths.shape)}"
+        raise ValueError(f"page_table and lengths must be [{len(q)}, N] and [{len(q)}], got {shapes}")
     on_triton = use_triton(q, k_pages, v_pages, page_table, lengths)
     capacity = page_table.shape[1] * k_pages.shape[1]
     unread = lengths.device.type != "cpu" or torch.compiler.is_compiling() or not len(lengths)

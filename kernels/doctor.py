@@ -30,8 +30,8 @@ from typing import Any
 import torch
 
 from tritium.kernels import all_ops
-from tritium.kernels.backend import CHOICES, HAS_TRITON, TARGETS, Target, target_of
-from tritium.kernels.registry import Launch, OpSpec
+from tritium.kernels.backend import CHOICES, HAS_TRITON, TARGETS, Target
+from tritium.kernels.registry import Launch
 
 # Matrix instructions, and accesses to global and local memory with their width. In SASS after the address, since the
 # listing holds data too; perhaps with a predicate.
@@ -81,21 +81,23 @@ def machine() -> dict[str, Any]:
     return {
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
-        "versions": {name: _version(name) for name in ("tritium", "torch", "triton", "nvidia-ml-py")},
-        "cpu": _cpu(),
+        "versions": {name: version_of(name) for name in ("tritium", "torch", "triton", "nvidia-ml-py")},
+        "cpu": cpu(),
         "gpu": _gpus(),
-        "backends": {name: _backend(spec) for name, spec in sorted(all_ops().items())},
+        "backends": dict.fromkeys(sorted(all_ops()), _backend()),
     }
 
 
-def _version(package: str) -> str | None:
+def version_of(package: str) -> str | None:
+    """Of an installed package, else None."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
 
 
-def _cpu() -> dict[str, Any]:
+def cpu() -> dict[str, Any]:
+    """Its model, cores, torch's threads, and instructions for bf16."""
     cpuinfo = pathlib.Path("/proc/cpuinfo")
     fields = dict(re.findall(r"^([\w ]+?)\s*: (.*)$", cpuinfo.read_text(), re.M)) if cpuinfo.exists() else {}
     flags = set(fields.get("flags", "").split())
@@ -121,22 +123,22 @@ def _gpus() -> list[dict[str, Any]] | str:
     except pynvml.NVMLError as error:
         return f"none: {error}"
     try:
-        driver = pynvml.nvmlSystemGetDriverVersion()
+        versions = {"driver": pynvml.nvmlSystemGetDriverVersion(), "nvml": pynvml.nvmlSystemGetNVMLVersion()}
         handles = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
         return [
             {
                 "name": pynvml.nvmlDeviceGetName(handle),
                 "target": "sm_{}{}".format(*pynvml.nvmlDeviceGetCudaComputeCapability(handle)),
                 "memory_bytes": pynvml.nvmlDeviceGetMemoryInfo(handle).total,
-                "driver": driver,
             }
+            | versions
             for handle in handles
         ]
     finally:
         pynvml.nvmlShutdown()
 
 
-def _backend(spec: OpSpec) -> str:
+def _backend() -> str:
     """The backend and the reason, as `backend.use_triton` decides for tensors on this machine's best device."""
     choice = os.environ.get("TRITIUM_BACKEND", "auto")
     if choice not in CHOICES:
@@ -145,8 +147,6 @@ def _backend(spec: OpSpec) -> str:
         return "torch: TRITIUM_BACKEND=torch"
     if not HAS_TRITON:
         return "torch: triton is not installed"
-    if not spec.launches(target_of(torch.device("cpu"))):
-        return "torch: it has no Triton kernel"
     if torch.cuda.is_available():
         return f"triton: tensors on a GPU, TRITIUM_BACKEND={choice}"
     if choice == "triton":
@@ -178,7 +178,7 @@ def _cache_folder() -> pathlib.Path:
 def _key(launch: Launch, target: Target) -> str:
     """A hash of all that the numbers depend on: kernel source with its callees, configuration, compiler, this file."""
     configuration = (launch.signature, launch.constexprs, launch.divisible, launch.num_warps, launch.num_stages)
-    parts = (launch.kernel.cache_key, configuration, target, _version("triton"), pathlib.Path(__file__).read_text())
+    parts = (launch.kernel.cache_key, configuration, target, version_of("triton"), pathlib.Path(__file__).read_text())
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 

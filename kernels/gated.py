@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from tritium.kernels.backend import operator, tl, triton, use_triton
+from tritium.kernels.backend import apply, operator, tl, triton, use_triton
 from tritium.kernels.blocks import as_rows, require_float
 from tritium.kernels.registry import Launch, Shape, launch_of
 
@@ -179,7 +179,7 @@ def gated(gate: Tensor, up: Tensor | None, gelu: bool) -> Tensor:
     kernels = use_triton(gate, up)
     if not kernels and not torch.is_grad_enabled():
         return _torch_forward(gate, up, gelu)
-    return _Gated.apply(gate, up, gelu, kernels)
+    return apply(_Gated, gate, up, gelu, kernels)
 
 
 # The registry's entries -----------------------------------------------------------------------------------------------

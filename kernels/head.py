@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from tritium.kernels.backend import device_assert, use_triton, without_autocast
+from tritium.kernels.backend import apply, device_assert, use_triton, without_autocast
 from tritium.kernels.blocks import require_float, require_integer
 from tritium.kernels.head_triton import EXCLUDED, head_backward, head_forward, matmul_fp32, tile_bytes
 from tritium.kernels.wide import widened
@@ -112,7 +112,7 @@ def refuse(ids: Tensor, bad: Tensor, message: str) -> None:
             raise ValueError(message.format(int(ids[bad][0])))
         return
     count = bad.sum()
-    device_assert(count == 0, message.format("others"))
+    device_assert(lambda: count == 0, message.format("others"))
     # The memory made in the capture of a CUDA graph is the graph's: there only a counter that was made before counts.
     capturing = ids.is_cuda and not compiling and torch.cuda.is_current_stream_capturing()
     if real and (ids.device in _INVALID or not capturing):
@@ -348,7 +348,7 @@ def head_statistics(
     """
     own = targets if group is None else targets - dist.get_rank(group) * weight.shape[0]
     kernels = use_triton(hidden, weight, targets)
-    statistics = HeadStatistics(*_Head.apply(hidden, weight, own, options, kernels))
+    statistics = HeadStatistics(*apply(_Head, hidden, weight, own, options, kernels))
     return statistics if group is None else _merge_shards(statistics, group)
 
 

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from tritium.kernels.backend import Target, require_one_device, use_triton, without_autocast
+from tritium.kernels.backend import Target, apply, require_one_device, use_triton, without_autocast
 from tritium.kernels.cross_entropy import check_loss_options, cross_entropy_reference, token_loss
 from tritium.kernels.head import (
     HeadOptions,
@@ -122,7 +122,7 @@ def linear_cross_entropy(
     check_loss_options("linear_cross_entropy", shape, weights, label_smoothing, reduction)
     ids = check_targets("linear_cross_entropy", targets, shape, vocab, ignore_index)
     if reduction == "sum" and group is None and _in_forward(hidden, weight, weights):
-        return _SummedLoss.apply(hidden, weight, ids, weights, options, label_smoothing, z_loss)
+        return apply(_SummedLoss, hidden, weight, ids, weights, options, label_smoothing, z_loss)
     lse, picked, _, total, *_ = head_statistics(hidden, weight, ids[:, None], options, group)  # -1 is on no shard
     return token_loss(
         lse, picked[:, 0], total, ids >= 0, vocab=vocab, weights=weights,

@@ -20,15 +20,11 @@ A walk reads the operands of each tile of BLOCK_T × BLOCK_V logits once, nearly
 ⌈T / BLOCK_T⌉·⌈V / BLOCK_V⌉·(BLOCK_T + BLOCK_V)·(E_s + E_t) elements. The backward also writes dz, T·V.
 
 The torch path walks the tiles of head.py twice, first for the two log-sum-exps, then for the divergence, and once more
-backward. A top-k teacher's divergence is one over k + 1 buckets, and needs only the student's statistics.
+backward. A top-k teacher: divergence.py.
 """
-
-import math
-from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -42,17 +38,8 @@ from tritium.kernels.backend import (
     use_triton,
     without_autocast,
 )
-from tritium.kernels.blocks import require_float
-from tritium.kernels.head import (
-    HeadOptions,
-    check_head,
-    check_targets,
-    head_statistics,
-    logits_tile,
-    refuse,
-    tiles,
-    vocab_size,
-)
+from tritium.kernels.divergence import KINDS, TopK, check_top_k, divergence, log_ratio, log_rest, top_k_kl
+from tritium.kernels.head import HeadOptions, check_head, head_statistics, logits_tile, tiles, vocab_size
 from tritium.kernels.head_triton import (
     EXCLUDED,
     aligned,
@@ -64,32 +51,6 @@ from tritium.kernels.head_triton import (
 )
 from tritium.kernels.registry import Launch, Shape, launch_of, register
 from tritium.kernels.wide import widened
-
-KINDS = ("forward", "reverse", "jsd")
-LOG_2 = 0.6931471805599453
-
-
-class TopK(NamedTuple):
-    """A teacher's k most likely tokens; what is left of its probability is one further bucket."""
-
-    ids: Tensor  # [T, k] int32 or int64, distinct in a row; -1 is none
-    logp: Tensor  # [T, k] log-probabilities under the whole softmax, of any float dtype
-
-
-def divergence(log_p: Tensor, log_q: Tensor, kind: str) -> Tensor:
-    """Σ over the last dimension of the divergence between log-probabilities of a teacher p and a student q."""
-    if kind == "forward":
-        return (log_p.exp() * (log_p - log_q)).sum(-1)
-    if kind == "reverse":
-        return (log_q.exp() * (log_q - log_p)).sum(-1)
-    log_m = torch.logaddexp(log_p, log_q) - LOG_2
-    return ((log_p.exp() * (log_p - log_m)).sum(-1) + (log_q.exp() * (log_q - log_m)).sum(-1)) / 2
-
-
-def _log_rest(logp: Tensor) -> Tensor:
-    """log(1 - Σ e^logp) [T, 1]. What is left below the resolution of fp32 is taken to be just that."""
-    logp = logp.to(torch.promote_types(logp.dtype, torch.float32))
-    return (-logp.exp().sum(-1, True)).clamp_min(torch.finfo(logp.dtype).eps - 1).log1p()
 
 
 def linear_kl_reference(
@@ -103,7 +64,7 @@ def linear_kl_reference(
     log_p = teacher.logp.to(dtype)
     rest = torch.ones_like(log_q, dtype=torch.bool).scatter_(1, teacher.ids, False)
     log_q_rest = log_q.masked_fill(~rest, -torch.inf).logsumexp(-1, True)
-    log_p = torch.cat([log_p, _log_rest(teacher.logp)], 1)
+    log_p = torch.cat([log_p, log_rest(teacher.logp)], 1)
     return divergence(log_p, torch.cat([log_q.gather(1, teacher.ids), log_q_rest], 1), kind)
 
 
@@ -377,7 +338,7 @@ def _torch_values(student, student_weight, teacher, teacher_weight, temperature,
     for rows, _, log_p, log_q in _tiles_of_both(*heads, norm_q, norm_p, temperature):
         value[rows] += divergence(log_p, log_q, kind)
         if kind == "jsd":
-            mean_r[rows] += (log_q.exp() * _ratio(log_p, log_q, kind)).sum(-1)
+            mean_r[rows] += (log_q.exp() * log_ratio(log_p, log_q, kind)).sum(-1)
     if group is not None:
         both = torch.stack([value, mean_r])
         dist.all_reduce(both, group=group)
@@ -396,7 +357,7 @@ def _torch_gradients(
         if kind == "forward":
             dz = log_q.exp_().sub_(log_p.exp_())
         else:
-            dz = _ratio(log_p, log_q, kind).sub_(mean_r[rows, None]).mul_(log_q.exp_())
+            dz = log_ratio(log_p, log_q, kind).sub_(mean_r[rows, None]).mul_(log_q.exp_())
         hidden, weight = widened(student[rows]), widened(student_weight[columns])
         dz = dz.mul_(grad[rows, None]).to(hidden.dtype)
         if needs[0]:
@@ -416,13 +377,6 @@ def _tiles_of_both(student, student_weight, teacher, teacher_weight, norm_q, nor
 
     for _, columns, rows in tiles(student.shape[0], student_weight.shape[0], student.device):
         yield rows, columns, tile(teacher, teacher_weight, norm_p), tile(student, student_weight, norm_q)
-
-
-def _ratio(log_p: Tensor, log_q: Tensor, kind: str) -> Tensor:
-    """r of the module's docstring: what a change of log q weighs in the reverse and the Jensen-Shannon divergence."""
-    if kind == "reverse":
-        return log_q - log_p
-    return (log_q - torch.logaddexp(log_p, log_q)).add_(LOG_2).div_(2)
 
 
 def _norm(hidden: Tensor, weight: Tensor, temperature: float, group: dist.ProcessGroup | None) -> Tensor:
@@ -454,32 +408,6 @@ class _LinearKL(torch.autograd.Function):
         return *(x if needed else None for x, needed in zip(gradients, needs, strict=True)), *[None] * 6
 
 
-def _check_top_k(teacher: TopK, tokens: int, vocab: int) -> Tensor:
-    """The ids that count, and -1 for the others; raises and counts as `check_targets`, repeated ones too."""
-    require_float("linear_kl", **{"TopK.logp": teacher.logp})
-    shape = tuple(teacher.logp.shape)
-    if len(shape) != 2 or shape[0] != tokens or shape[1] >= vocab or tuple(teacher.ids.shape) != shape:
-        shapes = f"{list(teacher.ids.shape)} and {list(shape)}"
-        raise ValueError(f"linear_kl: TopK must hold ids and logp [{tokens}, k] with k < {vocab}, got {shapes}")
-    ids = check_targets("linear_kl", teacher.ids, shape, vocab, -1, "TopK.ids")
-    ordered, order = ids.sort(-1)
-    again = (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)
-    repeated = torch.zeros_like(ids, dtype=torch.bool).scatter_(1, order[:, 1:], again)
-    refuse(ids, repeated, "linear_kl: TopK.ids hold {} twice for one token")
-    return ids.masked_fill(repeated, -1)
-
-
-def _top_k_kl(student, student_weight, ids, logp, options: HeadOptions, kind: str, group) -> Tensor:
-    """Buckets: the k tokens, and the rest, whose log-sum-exp is computed by itself (1 - Σ q would cancel)."""
-    rest, picked, *_ = head_statistics(student, student_weight, ids, options, group)
-    here = F.pad(ids >= 0, (0, 1), value=True)  # [T, k + 1]; what is not here has p = q
-    low = math.log(torch.finfo(rest.dtype).tiny)  # what is less likely than that, has p = 0
-    logp = logp.masked_fill(~here[:, :-1], -torch.inf)
-    log_p = torch.cat([logp.to(rest.dtype).clamp_min(low), _log_rest(logp).to(rest.dtype)], 1)
-    z = torch.cat([picked, rest[:, None]], 1).masked_fill(~here, -torch.inf)
-    return divergence(log_p, torch.where(here, z.log_softmax(-1), low), kind)
-
-
 def linear_kl(
     student: Tensor, student_weight: Tensor, teacher: Tensor | TopK, teacher_weight: Tensor | None, *,
     temperature: float = 1.0, kind: str = "forward", group: dist.ProcessGroup | None = None,
@@ -497,15 +425,15 @@ def linear_kl(
     """
     if kind not in KINDS:
         raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
-    options = HeadOptions(temperature, exclude=True)
+    HeadOptions(temperature)  # raises
     check_head("linear_kl", student=student, student_weight=student_weight)
     T, V = student.shape[0], student_weight.shape[0]
     if isinstance(teacher, TopK):
         if teacher_weight is not None:
             raise ValueError("a TopK teacher has no weight: pass teacher_weight=None")
         require_one_device(student, student_weight, *teacher)
-        ids = _check_top_k(teacher, T, vocab_size(student_weight, group))
-        return _top_k_kl(student, student_weight, ids, teacher.logp.detach(), options, kind, group)
+        ids = check_top_k(teacher, T, vocab_size(student_weight, group))
+        return top_k_kl(student, student_weight, ids, teacher.logp.detach(), temperature, kind, group)
     if teacher_weight is None:
         raise ValueError(f"teacher_weight is None, wanted [V, E_t]: only a TopK goes without, not a {type(teacher)}")
     check_head("linear_kl", teacher=teacher, teacher_weight=teacher_weight)

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from tritium.kernels.backend import Target, operator, target_of, tl, triton, use_triton, without_autocast
+from tritium.kernels.backend import Target, apply, operator, target_of, tl, triton, use_triton, without_autocast
 from tritium.kernels.blocks import require_float, unit_stride
 from tritium.kernels.nf4 import (
     BLOCK,
@@ -364,7 +364,7 @@ def lora_linear(
     _check(x, weight, a, b, bias, dropout)
     parts = weight.parts if isinstance(weight, NF4Tensor) else (weight,)
     kernels = use_triton(x, a, b, bias, *parts)
-    y = _LoraLinear.apply(x.reshape(-1, x.shape[-1]), a, b, bias, scale, dropout, kernels, *parts)
+    y = apply(_LoraLinear, x.reshape(-1, x.shape[-1]), a, b, bias, scale, dropout, kernels, *parts)
     return y.view(*x.shape[:-1], weight.shape[0])
 
 

@@ -49,10 +49,6 @@ def launch_of(
     return Launch(kernel, name, signature, constexprs, divisible, config["num_warps"], config.get("num_stages", 2))
 
 
-def _none(target: Target) -> tuple[Launch, ...]:
-    return ()
-
-
 @dataclass(frozen=True)
 class OpSpec:
     """What is known about an op.
@@ -72,10 +68,10 @@ class OpSpec:
     shape: Shape  # a realistic one, for benchmarks
     flops: Callable[[Shape], int]
     bytes: Callable[[Shape, int], int]
+    launches: Callable[[Target], tuple[Launch, ...]]
     backward_flops: Callable[[Shape], int] | None = None
     backward_bytes: Callable[[Shape, int], int] | None = None
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)
-    launches: Callable[[Target], tuple[Launch, ...]] = _none  # none: the op has no Triton kernel
     differentiable: bool = True
 
 

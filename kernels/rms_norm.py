@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from tritium.kernels.backend import Target, operator, tl, triton, use_triton, without_autocast
+from tritium.kernels.backend import Target, apply, operator, tl, triton, use_triton, without_autocast
 from tritium.kernels.blocks import as_rows, require_float
 from tritium.kernels.registry import Launch, Shape, launch_of, register
 
@@ -302,7 +302,7 @@ def rms_norm(
     if not kernels and not torch.is_grad_enabled():  # the same, without autograd.Function's 7 µs
         y, summed, _ = _torch_forward(x, weight, residual, eps, offset)
     else:
-        y, summed = _RMSNorm.apply(x, weight, residual, eps, offset, kernels)
+        y, summed = apply(_RMSNorm, x, weight, residual, eps, offset, kernels)
     return y if residual is None else (y, summed)
 
 

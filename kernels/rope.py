@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from tritium.kernels.backend import Target, operator, tl, triton, use_triton
+from tritium.kernels.backend import Target, apply, operator, tl, triton, use_triton
 from tritium.kernels.blocks import require_float
 from tritium.kernels.registry import Launch, Shape, launch_of, register
 
@@ -153,7 +153,7 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor
     kernels = use_triton(q, k, cos, sin)
     if not kernels and not torch.is_grad_enabled():
         return _torch_rotate(q, k, cos, sin, False)
-    return _Rope.apply(q, k, cos, sin, kernels)
+    return apply(_Rope, q, k, cos, sin, kernels)
 
 
 def _example(shape: Shape, dtype: torch.dtype, device: str) -> tuple[tuple, dict]:

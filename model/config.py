@@ -1,6 +1,8 @@
 """The shape of a decoder, and what a pass through it costs."""
 
 import math
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tritium.model.rope import RopeScaling
@@ -83,14 +85,20 @@ class ModelConfig:
         attention = self.hidden_size * self.head_dim * (2 * self.num_heads + 2 * self.num_kv_heads)
         return attention + 3 * self.hidden_size * self.intermediate_size
 
-    def flops(self, tokens: int, head_tokens: int, squared_lengths: float) -> float:
-        """FLOPs of one forward pass: 2 per matrix parameter and token, the head on `head_tokens` only, and causal
-        attention's lower triangle, 2 matmuls x 2 FLOPs x H D x Σ n²/2 a layer. Training costs three times that;
+    def pairs(self, length: int) -> float:
+        """(query, key) pairs of a causal document, over all layers: n²/2 each, or what a window leaves of it."""
+        widths = Counter(self.windows or (None,) * self.num_layers)
+        reach = [(count, min(length, width or length)) for width, count in widths.items()]
+        return sum(count * width * (length - width / 2) for count, width in reach)
+
+    def flops(self, lengths: Sequence[int], head_tokens: int) -> float:
+        """FLOPs of one forward pass over documents of these lengths: 2 per matrix parameter and token, the head on
+        `head_tokens` only, and attention's 2 matmuls x 2 FLOPs x H D for each pair. Training costs three times that;
         what is computed again in the backward does not count (PaLM, arXiv 2204.02311, appendix B).
         """
-        attention = 2 * self.num_heads * self.head_dim * squared_lengths
-        layers = self.num_layers * (2 * self.layer_parameters * tokens + attention)
-        return layers + 2 * self.vocab_size * self.hidden_size * head_tokens
+        attention = 4 * self.num_heads * self.head_dim * sum(map(self.pairs, lengths))
+        layers = self.num_layers * 2 * self.layer_parameters * sum(lengths)
+        return layers + attention + 2 * self.vocab_size * self.hidden_size * head_tokens
 
     def matmul_shapes(self, tokens: int) -> list[tuple[int, int, int]]:
         """(M, N, K) of the forward's matrix products, to measure what this machine can do with them."""

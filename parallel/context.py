@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from tritium.kernels import attention
 from tritium.parallel.mesh import Mesh
 from tritium.parallel.ring import ring_attention
-from tritium.parallel.tensor import all_gather, reduce_scatter
+from tritium.parallel.tensor import all_gather, linear_map, reduce_scatter
 
 
 @dataclass(frozen=True)
@@ -80,29 +80,6 @@ class Split:
         return place
 
 
-class _GatherParts(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x: Tensor, split: Split) -> Tensor:
-        ctx.split = split
-        return _in_order(all_gather(x, split.group), split)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
-        first, second = grad.unflatten(0, (2, ctx.split.cp, ctx.split.chunk)).unbind()  # [cp, chunk, …] each
-        return reduce_scatter(torch.stack([first, second.flip(0)], 1).flatten(0, 2), ctx.split.group), None
-
-
-class _GatherResults(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x: Tensor, split: Split) -> Tensor:
-        ctx.split = split
-        return _in_order(all_gather(x, split.group), split)[: split.tokens]
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
-        return ctx.split.take(grad), None
-
-
 def _in_order(x: Tensor, split: Split) -> Tensor:
     """What the ranks have, one after the other, in the order of the stream: [T', …]."""
     first, second = x.unflatten(0, (split.cp, 2, split.chunk)).unbind(1)  # [cp, chunk, …] each
@@ -111,12 +88,21 @@ def _in_order(x: Tensor, split: Split) -> Tensor:
 
 def gather_parts(x: Tensor, split: Split) -> Tensor:
     """All ranks' x [T'/cp, …] in the order of the stream, [T', …]. Each rank's use gives a part of the gradient."""
-    return x if split.group is None else _GatherParts.apply(x, split)
+    if split.group is None:
+        return x
+
+    def back(grad: Tensor) -> Tensor:
+        first, second = grad.unflatten(0, (2, split.cp, split.chunk)).unbind()  # [cp, chunk, …] each
+        return reduce_scatter(torch.stack([first, second.flip(0)], 1).flatten(0, 2), split.group)
+
+    return linear_map(x, lambda x: _in_order(all_gather(x, split.group), split), back)
 
 
 def gather_results(x: Tensor, split: Split) -> Tensor:
     """The same without the filler, [T, …], for what all ranks use alike: each keeps its own tokens' gradient."""
-    return x[: split.tokens] if split.group is None else _GatherResults.apply(x, split)
+    if split.group is None:
+        return x[: split.tokens]
+    return linear_map(x, lambda x: _in_order(all_gather(x, split.group), split)[: split.tokens], split.take)
 
 
 class ContextAttention:

@@ -111,6 +111,22 @@ class Mesh:
                 dist.destroy_process_group(group)
 
 
+def check_grid(world_size: int, cp: int, tp: int, zero: int, shard: int, ring: bool) -> None:
+    """Raise ValueError for a mesh that so many processes can't be."""
+    if min(cp, tp) < 1 or world_size % (cp * tp):
+        raise ValueError(
+            f"cp={cp} × tp={tp} does not divide the {world_size} processes of this run: start a multiple of it"
+        )
+    if ring and cp == 1:
+        raise ValueError("ring goes with context parallelism: cp of at least 2")
+    if zero not in range(4):
+        raise ValueError(f"zero={zero}: the levels are 0, 1, 2 and 3")
+    if shard and (shard < 0 or not zero or world_size // tp % shard):
+        raise ValueError(
+            f"shard={shard} at zero={zero}: ZeRO (1, 2 or 3) cuts over a divisor of the {world_size // tp} data ranks"
+        )
+
+
 def init_mesh(
     tp: int = 1, cp: int = 1, zero: int = 0, device: str = "auto", timeout: float = 600.0, shard: int = 0, ring=False
 ) -> Mesh:
@@ -125,20 +141,9 @@ def init_mesh(
     """
     running = dist.is_initialized()
     world_size = dist.get_world_size() if running else int(os.environ.get("WORLD_SIZE", 1))
-    if min(cp, tp) < 1 or world_size % (cp * tp):
-        raise ValueError(
-            f"cp={cp} × tp={tp} does not divide the {world_size} processes of this run: start a multiple of it"
-        )
+    check_grid(world_size, cp, tp, zero, shard, ring)
     if not timeout > 0:
         raise ValueError(f"timeout={timeout}: ranks wait for one another for some seconds, at least")
-    if ring and cp == 1:
-        raise ValueError("ring goes with context parallelism: cp of at least 2")
-    if zero not in range(4):
-        raise ValueError(f"zero={zero}: the levels are 0, 1, 2 and 3")
-    if shard and (shard < 0 or not zero or world_size // tp % shard):
-        raise ValueError(
-            f"shard={shard} at zero={zero}: ZeRO (1, 2 or 3) cuts over a divisor of the {world_size // tp} data ranks"
-        )
     place = local_device(device)
     if world_size == 1:
         return Mesh.single(place, zero)

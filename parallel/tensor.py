@@ -18,7 +18,9 @@ A group of None is a mesh without tensor parallelism: every function here then r
 thing.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -45,52 +47,35 @@ def reduce_scatter(x: Tensor, group: ProcessGroup) -> Tensor:
     return y
 
 
-class _GatherTokens(torch.autograd.Function):
+class _Map(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, group: ProcessGroup) -> Tensor:
-        ctx.group = group
-        return all_gather(x, group)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
-        return reduce_scatter(grad, ctx.group), None
-
-
-class _ScatterTokens(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x: Tensor, group: ProcessGroup) -> Tensor:
-        ctx.group = group
-        return reduce_scatter(x, group)
+    def forward(ctx, x: Tensor, there: Callable[[Tensor], Tensor], back: Callable[[Tensor], Tensor]) -> Tensor:
+        ctx.back = back
+        return there(x)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
-        return all_gather(grad, ctx.group), None
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.back(grad), None, None
 
 
-class _Part(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x: Tensor, group: ProcessGroup) -> Tensor:
-        ctx.parts = dist.get_world_size(group)
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
-        return grad / ctx.parts, None
+def linear_map(x: Tensor, there: Callable[[Tensor], Tensor], back: Callable[[Tensor], Tensor]) -> Tensor:
+    """there(x), a linear map over the ranks, with the gradient that its transpose makes: back(grad)."""
+    return _Map.apply(x, there, back)
 
 
 def gather_tokens(x: Tensor, group: ProcessGroup | None) -> Tensor:
     """The ranks' tokens [T/n, …] → all of them, [T, …]. What each rank does with them gives a part of the gradient."""
-    return x if group is None else _GatherTokens.apply(x, group)
+    return x if group is None else linear_map(x, partial(all_gather, group=group), partial(reduce_scatter, group=group))
 
 
 def scatter_tokens(x: Tensor, group: ProcessGroup | None) -> Tensor:
     """The ranks' partial results [T, …] → their sum at this rank's tokens, [T/n, …]."""
-    return x if group is None else _ScatterTokens.apply(x, group)
+    return x if group is None else linear_map(x, partial(reduce_scatter, group=group), partial(all_gather, group=group))
 
 
 def part_of_gradient(x: Tensor, group: ProcessGroup | None) -> Tensor:
     """Around what all ranks compute alike: each counts 1/n of the gradient, so that their sum is the gradient."""
-    return x if group is None else _Part.apply(x, group)
+    return x if group is None else linear_map(x, lambda x: x.view_as(x), lambda grad: grad / dist.get_world_size(group))
 
 
 def all_reduce(x: Tensor, group: ProcessGroup | None) -> Tensor:

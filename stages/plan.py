@@ -23,6 +23,7 @@ from tritium.core.metrics import matmul_rate
 from tritium.core.plan import GIB, Plan, best, last_rank, plans
 from tritium.core.setup import MeshConfig
 from tritium.model.config import ModelConfig
+from tritium.parallel.mesh import check_grid
 from tritium.stages.pretrain import ShapeConfig
 
 STAGES = ("pretrain", "sft", "dpo", "grpo")
@@ -76,13 +77,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def plan_of(model: ModelConfig, config: Config, work: Work, machine: Machine) -> Plan:
     """The one plan that the config names. Raises: ConfigError for a mesh that can't be."""
     mesh, ranks = config.mesh, config.mesh.cp * config.mesh.tp
-    if min(mesh.cp, mesh.tp) < 1 or config.gpus % ranks or mesh.zero not in range(4):
-        raise ConfigError(f"mesh: cp={mesh.cp} × tp={mesh.tp} must divide gpus={config.gpus}, and zero be 0 to 3")
-    data = config.gpus // mesh.tp
-    if mesh.shard and (mesh.shard < 0 or not mesh.zero or data % mesh.shard):
-        raise ConfigError(f"mesh.shard={mesh.shard} must divide the {data} data ranks, with mesh.zero 1 to 3")
     micro_batches = max(1, round(config.step_tokens * ranks / config.gpus / config.bin_tokens))
     try:
+        check_grid(config.gpus, mesh.cp, mesh.tp, mesh.zero, mesh.shard, mesh.ring)
         rank = last_rank(config.gpus, mesh.tp, mesh.cp, mesh.zero, mesh.shard, mesh.ring)
         return Plan(model, rank, replace(work, micro_batches=micro_batches), machine)
     except ValueError as error:
@@ -137,15 +134,9 @@ def planned(settings: Any) -> dict[str, Any]:
 
 
 def shape_of(shape: ShapeConfig, vocab_size: int, context: int) -> ModelConfig:
-    heads = shape.heads, shape.kv_heads, shape.head_dim
+    """Raises: ConfigError."""
     try:
-        return ModelConfig(
-            *(vocab_size, shape.hidden_size, shape.intermediate_size, shape.layers, *heads),
-            max_positions=context,
-            tie_embeddings=shape.tie_embeddings,
-            qkv_bias=shape.qkv_bias,
-            qk_norm=shape.qk_norm,
-        )
+        return replace(shape, context=context).build(vocab_size)
     except ValueError as error:
         raise ConfigError(f"model: {error}") from None
 

@@ -61,6 +61,12 @@ class ShapeConfig:
                 "residual_depth, width_base) in one model are no published architecture: it can't be exported"
             )
 
+    def build(self, vocab_size: int, **special: int | None) -> ModelConfig:
+        """The model's config; `special`: ids of its special tokens. Raises: ValueError."""
+        shape = {NAMES.get(name, name): value for name, value in vars(self).items()}
+        shape["init_std"] = self.init_std or self.hidden_size**-0.5
+        return ModelConfig(vocab_size=vocab_size, **shape, **special)
+
 
 @dataclass
 class Config(TrainingConfig):
@@ -98,7 +104,7 @@ def train(config: Config) -> Result:
         config,
         mesh,
         name="pretrain",
-        total_steps=config.run.steps or bins.steps_in(config.run.epochs),
+        total_steps=config.run.steps or bins.steps_in(config.run.epochs, config.schedule),
         tokenizer=tokenizer,
         skipped=skipped,
         evaluation=evaluation,
@@ -140,11 +146,8 @@ def open_model(config: Config, tokenizer: Tokenizer, mesh: Mesh) -> Transformer:
         model = load_model(config.init, config.run.dtype, mesh, finetune=config.finetune, seed=config.run.seed)
         load_tokenizer(config.tokenizer or config.init, model)
         return model
-    shape = {NAMES.get(name, name): value for name, value in vars(config.model).items()}
-    shape["init_std"] = config.model.init_std or config.model.hidden_size**-0.5
-    ids = {"vocab_size": tokenizer.vocab_size, "bos_id": tokenizer.bos_id, "eos_id": tokenizer.eos_id}
     try:
-        built = ModelConfig(**shape, **ids)
+        built = config.model.build(tokenizer.vocab_size, bos_id=tokenizer.bos_id, eos_id=tokenizer.eos_id)
         model = Transformer(built, mesh, parameter_dtype(config.run.dtype, mesh), streamed=mesh.zero == 3)
     except ValueError as error:
         options = {NAMES.get(name, name): f"model.{name}" for name in vars(config.model)}

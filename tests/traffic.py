@@ -24,6 +24,21 @@ def of_width(itemsize):
     return torch.float32 if itemsize == 4 else torch.bfloat16
 
 
+def seen(shape, of_keys=False):
+    """What attention_mask.py finds: for each query its interval of keys, or for each key its queries."""
+    reach = shape.get("window", 2**31) - 1
+    left, right = reach, 0 if shape.get("causal", 1) else reach
+    ends, ends_k = attention_costs.ends_of(shape)
+    if of_keys:
+        ends, ends_k, left, right = ends_k, ends, right, left
+    found = []
+    for first, last, start, end in zip(ends, ends[1:], ends_k, ends_k[1:], strict=False):
+        for same in range(first + end - last, end):
+            low = max(start, same - left)
+            found.append((low, max(low, min(end, same + right + 1))))
+    return found
+
+
 def attention(shape, itemsize):
     """Blocks read [first start, last end) of what their tokens see."""
     module = file("attention")
@@ -34,8 +49,8 @@ def attention(shape, itemsize):
     parts = H // module._heads(Tk, H, shape["G"], blocks["dkv"])
 
     def walked(kernel):
-        rows, seen = blocks[kernel], attention_costs.seen(shape, kernel == "dkv")
-        bounds = (list(zip(*seen[i : i + rows], strict=True)) for i in range(0, len(seen), rows))
+        rows, intervals = blocks[kernel], seen(shape, kernel == "dkv")
+        bounds = (list(zip(*intervals[i : i + rows], strict=True)) for i in range(0, len(intervals), rows))
         return H * sum(max(end) - min(start) for start, end in bounds)
 
     search = 4 * ((len(ends) - 1).bit_length() + 4 + 2)  # bytes for a token's interval; each program reads 8 again

@@ -13,8 +13,7 @@ from tritium.core.batch import PackedBatch
 from tritium.core.kept import Kept, sequence_keys
 from tritium.core.objectives.base import Loss, Metric, Networks, Objective, Term, sequence_sum
 from tritium.core.objectives.preference import Preference
-from tritium.kernels import linear_kl
-from tritium.kernels.linear_kl import TopK
+from tritium.kernels import TopK, linear_kl
 from tritium.kernels.linear_logprob import LogProb
 from tritium.model.transformer import HEAD_ROWS, Transformer
 from tritium.parallel.context import Split, gather_results

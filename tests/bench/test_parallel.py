@@ -47,6 +47,16 @@ def test_two_ranks_are_related_to_one(tmp_path):
         assert row["efficiency"] == pytest.approx(row["speedup"] / row["ranks"])
 
 
+def test_the_share_of_messages_that_kernels_hide():
+    """A reduction from 10 to 30, of which a matmul covers 10 to 20 and another one 25 to 30; a gather from 40 to 60."""
+    kernels = [("ncclDevKernel_ReduceScatter", 10, 30), ("gemm", 5, 20), ("gemm", 25, 35), ("Memcpy DtoD", 0, 99)]
+    assert parallel.overlapped_share(kernels) == 15 / 20
+    assert parallel.overlapped_share([*kernels, ("ncclDevKernel_AllGather", 40, 60), ("norm", 55, 58)]) == 18 / 40
+    both = [("ncclA", 0, 10), ("ncclB", 5, 15), ("gemm", 0, 4), ("gemm", 2, 6)]  # two at a time count once
+    assert parallel.overlapped_share(both) == 6 / 15
+    assert parallel.overlapped_share([("gemm", 0, 9)]) is None
+
+
 def test_what_can_not_be_measured_is_refused(tmp_path, capsys):
     assert main(["parallel", "--device=cpu", "--rounds=0", f"--out={tmp_path}"]) == 2
     assert "must be at least 1" in capsys.readouterr().err

@@ -21,7 +21,7 @@ def test_the_stream_of_the_modules_picture():
     assert batch.doc_start.tolist() == [0, 0, 0, 3, 3, 5, 5, 5, 5]
     assert batch.doc_end.tolist() == [3, 3, 3, 5, 5, 9, 9, 9, 9]
     assert batch.supervised.tolist() == [0, 1, 3, 6, 7]
-    assert batch.squared_lengths == 9 + 4 + 16
+    assert batch.lengths == (3, 2, 4)
     assert batch.sequences == 3
 
 
@@ -54,7 +54,7 @@ def test_fillers_reach_a_multiple_and_count_for_nothing():
     assert batch.cu_seqlens[:3].tolist() == [0, 3, 5] and batch.cu_seqlens.diff().max() <= 64
     assert batch.supervised.tolist() == free.supervised.tolist()
     assert batch.counts == free.counts and batch.counts["stream"] == 5.0 and batch.sequences == free.sequences == 2
-    assert batch.squared_lengths == free.squared_lengths == 9 + 4
+    assert batch.lengths == free.lengths == (3, 2)
     assert batch.fields["reward"].tolist() == [2.0, 1.0]
     assert batch.fields["value"].tolist() == [8, 9, 0, 1, 0] + [0] * 95
     assert batch.positions.tolist() == [0, 1, 2, 0, 1] + [0] * 95  # they fit in any context

@@ -23,6 +23,7 @@ from tritium.core.files import DataError, Skipped
 from tritium.core.formats import RecordError
 from tritium.core.groups import conversation_group, preference_group, ranking_group
 from tritium.core.output import write_array
+from tritium.core.schedule import BatchRamp, ScheduleConfig
 from tritium.core.tokenizer import Tokenizer
 from tritium.parallel.mesh import Mesh
 from tritium.stages.pretrain import replay_weights
@@ -99,6 +100,20 @@ def test_ranks_share_what_one_process_would_take(dp, bins_per_step):
         together = [shares[i % dp][i // dp] for i in range(bins_per_step)]
         assert together == [b.tokens.tolist() for b in alone.step(step)]
         assert sum(map(len, shares)) == bins_per_step
+
+
+@pytest.mark.parametrize("ramp", [{}, {"batch_start": 0.25, "batch_ramp": 0.5}, {"batch_start": 0.1, "batch_ramp": 7},
+                                  {"batch_start": 0.3, "batch_ramp": 500}])  # fmt: skip
+@pytest.mark.parametrize("epochs", [0.1, 1.0, 2.5])
+def test_epochs_are_passes_over_the_data_also_while_the_batch_grows(epochs, ramp):
+    bins, schedule = bins_of([examples(0, [10] * 97)], bins_per_step=8, bin_tokens=10), ScheduleConfig(**ramp)
+
+    def taken(steps: int) -> int:
+        growing = BatchRamp(schedule, 8, 1, steps, {}) if ramp else None
+        return sum(len(bins.step(step, growing)) for step in range(steps))
+
+    steps = bins.steps_in(epochs, schedule)
+    assert taken(steps) >= epochs * 97 and (steps == 1 or taken(steps - 1) < epochs * 97)
 
 
 def test_fewer_bins_than_ranks_are_refused_with_the_remedy():

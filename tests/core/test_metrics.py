@@ -4,13 +4,14 @@ import io
 import json
 import math
 import os
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
 from tritium.core.health import diagnose
-from tritium.core.metrics import Clock, Metrics, gpu_stats, machine, matmul_rate, peak_memory, read_lines
+from tritium.core.metrics import Clock, Metrics, Pace, gpu_stats, machine, matmul_rate, peak_memory, read_lines
 
 
 class Terminal(io.StringIO):
@@ -142,6 +143,21 @@ def test_machine_names_what_a_number_depends_on():
     facts = machine()
     assert facts["torch"] == torch.__version__ and facts["cpu"] and facts["cores"] >= 1
     json.dumps(facts)
+
+
+def test_on_a_gpu_mfu_is_of_the_steps_time_and_not_of_the_time_to_queue_it(monkeypatch):
+    monkeypatch.setattr("tritium.core.metrics.gpu_stats", lambda: {"gpu/power": 70.0})
+    for queued, seconds in ((False, 2.0), (True, 100.0)):
+        pace = Pace(5e2, queued)
+        pace.peaks.append(1.5e3)
+        assert pace.total() == {}
+        for _ in range(2):
+            pace.since = time.perf_counter() - 100.0
+            values = pace.step(tokens=10.0, work=1e5, spent={"forward": 2.0, "evaluate": 90.0})
+        for rates in (values, pace.total()):
+            assert rates["mfu"] == pytest.approx(100 / seconds, rel=0.01)
+            assert rates["tokens_per_second"] == pytest.approx(0.1, rel=0.01)
+        assert ("gpu/power" in values) == queued and values["time/evaluate"] == 90.0
 
 
 def test_gpu_stats_are_empty_without_a_gpu_in_use():

@@ -36,6 +36,7 @@ SMALL = ModelConfig(vocab_size=512, hidden_size=128, intermediate_size=352, num_
                     head_dim=32, max_positions=1024)  # fmt: skip
 TIED = replace(SMALL, tie_embeddings=True, vocab_size=4096, num_layers=2)
 DEEP = replace(SMALL, num_layers=8, qk_norm=True)
+WINDOWED = replace(SMALL, windows=(None, 100, None, 17))
 WIDE = replace(SMALL, hidden_size=256, intermediate_size=704, num_heads=8, vocab_size=8192, num_layers=2)
 CPU = Machine("a CPU", 1, 1e10, 1e11, 1e11, 1e10, 1e9, 1e9, 1e9, device="cpu")
 H100 = MACHINES["h100"]
@@ -91,9 +92,11 @@ def step_of(
     zero=0,
     offload=False,
     ema=0.0,
+    repeats=1,
 ):
-    """The most bytes of tensors that live at any moment of a second step, by the profiler's allocation records; and
-    the plan of this rank."""
+    """The most bytes of tensors that live at any moment of a later step, by the profiler's allocation records, and the
+    plan of this rank. Of `repeats` steps that of the least: gloo's threads let go of what they sent when they are next
+    scheduled, which on busy cores may be late."""
     rng, length = np.random.default_rng(0), tokens // documents
     rows = rng.integers(0, config.vocab_size, (documents, length), dtype=np.int32)
     batch = pack([[Document(row, np.ones(length, np.float32))] for row in rows])
@@ -102,22 +105,22 @@ def step_of(
         model = Transformer(config, mesh, DTYPES[dtype]).initialize(0)
         settings = Settings(RunConfig(out=out, dtype=dtype), OptimConfig(offload=offload, ema=ema), ScheduleConfig())
         trainer = QuickTrainer({"policy": model}, CrossEntropy(), settings, mesh, name="plan", total_steps=9)
-        trainer.stepped_at = 0.0
         trainer.step([batch])
-        with record_function("the step"):
-            trainer.step([batch] * micro_batches)
+        for _ in range(repeats):
+            with record_function("the step"):
+                trainer.step([batch] * micro_batches)
         trainer.metrics.close()
     events = seen.profiler.kineto_results.events()
-    step = next(e for e in events if e.name() == "the step")
     changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
-    live = np.cumsum([size for _, size in changes])
-    within = [step.start_ns() <= at <= step.start_ns() + step.duration_ns() for at, _ in changes]
+    times, live = np.array([at for at, _ in changes]), np.cumsum([size for _, size in changes])
+    steps = [(e.start_ns(), e.start_ns() + e.duration_ns()) for e in events if e.name() == "the step"]
+    peaks = [int(live[(start <= times) & (times <= stop)].max()) for start, stop in steps]
     own = int((Split.of(tokens, mesh).place(batch.supervised) >= 0).sum())
     groups = dict.fromkeys(
         ("dp_group", "cp_group", "tp_group", "data_group", "shard_group", "replica_group", "device_mesh")
     )  # can't be sent back
     work = Work(tokens, length, micro_batches, own, dtype, offload=offload, ema=bool(ema))
-    return int(live[within].max()), Plan(config, replace(mesh, **groups), work, CPU)
+    return min(peaks), Plan(config, replace(mesh, **groups), work, CPU)
 
 
 def assert_as_planned(found: int, plan: Plan, tolerance: float) -> None:
@@ -133,6 +136,7 @@ def assert_as_planned(found: int, plan: Plan, tolerance: float) -> None:
     "config,tokens,documents,micro_batches,zero",
     [
         (SMALL, 512, 4, 2, 0),
+        (WINDOWED, 1024, 1, 1, 0),
         (SMALL, 1536, 2, 1, 2),
         (TIED, 256, 1, 1, 0),
         (TIED, 768, 2, 2, 3),
@@ -170,8 +174,8 @@ def test_so_are_those_of_an_optimizer_on_the_host_with_a_running_mean(dtype):
     ],
 )
 def test_so_are_those_of_two_ranks(pool2, config, dtype, tp, cp, zero):
-    for found, plan in pool2.run(step_of, config, 1024, 4, 1, dtype, tp, cp, zero):
-        assert_as_planned(found, plan, 0.2)  # how long gloo's threads hold what they sent depends on the load
+    for found, plan in pool2.run(step_of, config, 1024, 4, 1, dtype, tp, cp, zero, False, 0.0, 4):
+        assert_as_planned(found, plan, 0.1)
 
 
 def test_what_zero_cuts_it_cuts_by_the_number_of_ranks():
@@ -193,6 +197,19 @@ def test_sampling_needs_its_cache_and_at_level_3_the_whole_parameters():
 
 
 # ---------------------------------------------------------------------------------------------- time and choice
+
+
+def test_layers_with_a_window_take_less_time():
+    """Of 8192 tokens a query sees 1024 in half of the layers: these have 0.234 of the pairs."""
+    windowed = replace(PRESETS["8b"], windows=(1024, None) * 16)
+    full, less = (Plan(m, Mesh.single(), Work(8192, 8192), H100) for m in (PRESETS["8b"], windowed))
+    saved = (1 - 2 * 1024 / 8192 + (1024 / 8192) ** 2) / 2
+    pairs = 32 * 8192**2 / 2
+    assert windowed.pairs(8192) == pairs * (1 - saved)
+    # Forward 4, backward 14 · D · H a pair
+    seconds = (4 + 14) * 128 * 32 * pairs * saved / full.peak_flops / H100.reached
+    assert full.times["compute"] - less.times["compute"] == pytest.approx(seconds)
+    assert less.mfu * less.seconds < full.mfu * full.seconds  # useful FLOPs, too
 
 
 def test_time_is_at_least_that_of_the_useful_flops_and_of_the_messages():
@@ -280,7 +297,10 @@ def test_dpo_and_grpo_need_more(capsys):
     "argv,said",
     [
         (["--gpus=0"], "gpus=0 must be positive"),
-        (["--preset=8b", "--gpus=6", "--mesh.tp=4", "--bin_tokens=8192"], "cp=1 × tp=4 must divide gpus=6"),
+        (
+            ["--preset=8b", "--gpus=6", "--mesh.tp=4", "--bin_tokens=8192"],
+            "cp=1 × tp=4 does not divide the 6",
+        ),
         (["--preset=8b", "--gpus=6", "--mesh.tp=3", "--bin_tokens=8192"], "mesh.tp=3 does not divide num_heads=32"),
         (["--preset=8b", "--gpus=8", "--step_tokens=8191"], "no whole documents of context=8192"),
         (["--preset=9b"], "expected one of 1b, 3b, 8b"),

@@ -138,19 +138,7 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def test_killed_three_times_and_the_weights_are_the_same(tiny, pool2, tmp_path):
-    kill_again_and_again(tiny, pool2, tmp_path, 3, 0, "--mesh.zero=1")
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("mesh", ["zero=0", "zero=3", "tp=2", "cp=2"])
-def test_killed_five_times_on_each_mesh(tiny, pool2, tmp_path, mesh):
-    kill_again_and_again(tiny, pool2, tmp_path, 5, len(mesh), f"--mesh.{mesh}")
-
-
-# ---------------------------------------------------------------------------------------------- ranks that hang
-
-LIMIT = 9  # mesh.timeout
+LIMIT = 9  # mesh.timeout of runs in which a rank hangs
 
 
 @contextlib.contextmanager
@@ -165,6 +153,38 @@ def two_ranks(command: list[str], folder: Path, address: str = "127.0.0.1", befo
             log = folder / f"log{rank}"
             ranks.append((stack.enter_context(started([*before[rank], *command], log, **place)), log))
         yield ranks
+
+
+STUCK = f"""
+import os, threading, torch, torch.distributed as dist
+from tritium.parallel.mesh import init_mesh
+from tritium.parallel.watch import Watch
+mesh = init_mesh(device="cpu", timeout={LIMIT})
+with Watch(mesh) as watch:
+    watch.step = 7
+    with watch.phase("reduce" if mesh.main else "load"):
+        dist.all_reduce(torch.ones(1), group=mesh.dp_group) if mesh.main else threading.Event().wait()
+"""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def stuck(tmp_path_factory) -> Iterator[list]:
+    """Two ranks of which one does not come: what they say is asked after they waited beside the rest."""
+    with two_ranks([sys.executable, "-c", STUCK], tmp_path_factory.mktemp("stuck")) as ranks:
+        yield ranks
+
+
+def test_killed_three_times_and_the_weights_are_the_same(tiny, pool2, tmp_path):
+    kill_again_and_again(tiny, pool2, tmp_path, 3, 0, "--mesh.zero=1")
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("mesh", ["zero=0", "zero=3", "tp=2", "cp=2"])
+def test_killed_five_times_on_each_mesh(tiny, pool2, tmp_path, mesh):
+    kill_again_and_again(tiny, pool2, tmp_path, 5, len(mesh), f"--mesh.{mesh}")
+
+
+# ---------------------------------------------------------------------------------------------- ranks that hang
 
 
 def endless(tiny, out: Path) -> list[str]:
@@ -191,25 +211,12 @@ def test_a_stopped_rank_ends_the_other_in_time_and_ends_when_it_goes_on(tiny, tm
         assert victim.wait(2 * LIMIT) == 1 and "tritium: " in victims_log.read_text(), victims_log.read_text()
 
 
-STUCK = f"""
-import os, threading, torch, torch.distributed as dist
-from tritium.parallel.mesh import init_mesh
-from tritium.parallel.watch import Watch
-mesh = init_mesh(device="cpu", timeout={LIMIT})
-with Watch(mesh) as watch:
-    watch.step = 7
-    with watch.phase("reduce" if mesh.main else "load"):
-        dist.all_reduce(torch.ones(1), group=mesh.dp_group) if mesh.main else threading.Event().wait()
-"""
-
-
-def test_a_rank_that_lives_but_does_not_come_is_named_with_the_collective(tmp_path):
-    with two_ranks([sys.executable, "-c", STUCK], tmp_path) as ranks:
-        for process, log in ranks:
-            assert process.wait(5 * LIMIT) == 1, log.read_text()
-            words = r"rank 1 is lost: nothing new from it for \d+ s. It was last in step 7, load, and did not come to "
-            words += r"collective \d+ of the dp \(ranks 0, 1\) group, where rank 0 waits"
-            assert re.search(words, log.read_text()), log.read_text()
+def test_a_rank_that_lives_but_does_not_come_is_named_with_the_collective(stuck):
+    for process, log in stuck:
+        assert process.wait(5 * LIMIT) == 1, log.read_text()
+        words = r"rank 1 is lost: nothing new from it for \d+ s. It was last in step 7, load, and did not come to "
+        words += r"collective \d+ of the dp \(ranks 0, 1\) group, where rank 0 waits"
+        assert re.search(words, log.read_text()), log.read_text()
 
 
 # ---------------------------------------------------------------------------------------------- two hosts

@@ -19,7 +19,17 @@ from shapes import SHAPES
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
-from tritium.kernels import all_ops
+from tritium.kernels import (
+    all_ops,
+    attention,
+    geglu,
+    linear_cross_entropy,
+    linear_logprob,
+    lora_linear,
+    rms_norm,
+    rope,
+    swiglu,
+)
 from tritium.kernels.backend import HAS_TRITON, TARGETS
 
 OPS = all_ops()
@@ -27,6 +37,7 @@ KERNELS = {name: spec for name, spec in OPS.items() if HAS_TRITON and spec.launc
 ULP = {torch.float32: 2.0**-23, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 CANCELLED = {torch.float32: 0.25, torch.bfloat16: 1e-2, torch.float16: 1e-2}  # terms of order 1 leave their error
 LAYOUTS = ("dense", "strided", "expanded")
+needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed")
 needs_gpu = (pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))
 BUDGETS = pathlib.Path(__file__).with_name("budgets.json")  # written by TRITIUM_UPDATE_BUDGETS=1
 SLACK = 1.25
@@ -305,3 +316,34 @@ def test_costs_are_positive_and_grow_with_the_shape(name):
     assert 0 < spec.bytes(small, 2) < spec.bytes(large, 2) < spec.bytes(large, 4)
     if spec.differentiable:
         assert spec.backward_flops(large) > spec.flops(small) and spec.backward_bytes(large, 2) > spec.bytes(small, 2)
+
+
+TWICE = {  # a tensor that a caller may well give twice
+    "attention": lambda q, w: attention(q, q, q),
+    "geglu": lambda q, w: geglu(q, q),
+    "linear_cross_entropy": lambda q, w: linear_cross_entropy(w, w, torch.arange(16)),
+    "linear_logprob": lambda q, w: linear_logprob(w, w, torch.arange(16)).logp,
+    "lora_linear": lambda q, w: lora_linear(w, w, w, w, 0.5),
+    "rms_norm": lambda q, w: rms_norm(q, w[0, :8], residual=q)[0],
+    "rope": lambda q, w: sum(rope(q, q, w[:6, :4].detach(), w[:6, 4:8].detach())),
+    "swiglu": lambda q, w: swiglu(q, q),
+}
+
+
+@pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=needs_triton)])
+@pytest.mark.parametrize("name", TWICE)
+def test_torch_compile_takes_one_tensor_twice(name, backend):
+    if (name, backend) == ("attention", "torch"):
+        pytest.skip("the torch path of attention is a break in the graph")
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    q, w = torch.randn(6, 2, 8, requires_grad=True), torch.randn(16, 16, requires_grad=True)
+    with running_on(backend):
+        compiled = torch.compile(TWICE[name], backend="aot_eager", fullgraph=True)
+        outputs = [function(q, w) for function in (TWICE[name], compiled)]
+        gradients = [torch.autograd.grad(y.sum(), (q, w), allow_unused=True) for y in outputs]
+    torch.testing.assert_close(outputs[1], outputs[0])
+    for expected, actual in zip(*gradients, strict=True):
+        assert (actual is None) == (expected is None)
+        if expected is not None:
+            torch.testing.assert_close(actual, expected)

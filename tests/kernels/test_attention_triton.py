@@ -12,6 +12,7 @@ from tritium.kernels import attention, attention_backward
 from tritium.kernels.backend import HAS_TRITON, TARGETS
 
 file = importlib.import_module("tritium.kernels.attention")
+masks = importlib.import_module("tritium.kernels.attention_mask")
 reference = file.attention_reference
 pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed")
 
@@ -268,7 +269,7 @@ def test_bounds_of_one_document_are_made_once(small_blocks):
     for Tk, count in ((9, 1), (12, 2)):
         q, k, _ = make(9, Tk)
         with interpreter.checked(), Made() as made:
-            file._intervals(None, None, q, k, True, None, True)
+            masks.intervals(None, None, q, k, True, None, True)
         assert made.count == count
 
 
@@ -301,7 +302,7 @@ def test_large_scores_and_hidden_ones_that_overflow(small_blocks):
 def intervals(ends, ends_k, causal, window, T, Tk):
     q, k = torch.empty(T, 1, 8), torch.empty(Tk, 1, 8)
     with interpreter.checked():
-        return file._intervals(ends, ends_k, q, k, causal, window, True)
+        return masks.intervals(ends, ends_k, q, k, causal, window, True)
 
 
 @pytest.mark.parametrize("causal, window", [*itertools.product((True, False), (None, 1, 4, 2**40))])
@@ -312,8 +313,8 @@ def test_intervals_are_the_mask_from_both_sides(lengths, causal, window):
     keys, queries = intervals(cu(*n), cu(*m), causal, window, sum(n), sum(m))
     blocks = []
     for a, b in zip(n, m, strict=True):
-        options = file.Options(causal, window, None, 1.0)
-        blocks.append(file.visible(slice(0, a), slice(0, b), b - a, options, torch.device("cpu")))
+        options = masks.Options(causal, window, None, 1.0)
+        blocks.append(masks.visible(slice(0, a), slice(0, b), b - a, options, torch.device("cpu")))
     mask = torch.block_diag(*blocks).bool()
     i, j = torch.arange(sum(n)), torch.arange(sum(m))
     assert torch.equal((keys[0][:, None] <= j) & (j < keys[1][:, None]), mask)
@@ -323,7 +324,7 @@ def test_intervals_are_the_mask_from_both_sides(lengths, causal, window):
 @pytest.mark.parametrize("ends", [[0, 300, -5, 7], [2, 5, 6], [-9, -8, 2**31 - 1], [9, 4, 0]])
 def test_no_cu_seqlens_leads_out_of_the_tensors(ends, monkeypatch):
     """On a GPU their values are not checked: tokens outside of them see nothing, and nothing else is addressed."""
-    monkeypatch.setattr(file.attention_torch, "documents", lambda *_: None)
+    monkeypatch.setattr(masks, "documents", lambda *_: None)
     ends = torch.tensor(ends, dtype=torch.int32)
     for own, other in itertools.product((ends, ends.flip(0)), repeat=2):
         for seen, size in zip(intervals(own, other, True, None, 8, 9), (9, 8), strict=True):
@@ -400,7 +401,7 @@ def test_offsets_are_64_bits_wide():
         )  # fmt: skip
         N = 2**31 - 1  # tokens: the second row of the intervals begins beyond an int32
         ends, seen = torch.tensor([0, N], dtype=torch.int32), torch.empty(2, N, dtype=torch.int32, device="meta")
-        file._attention_intervals[(1, 2)](ends, ends, seen, seen.clone(), N, N, 1, 1, N, 0, BLOCK=16)
+        masks._attention_intervals[(1, 2)](ends, ends, seen, seen.clone(), N, N, 1, 1, N, 0, BLOCK=16)
     forward, dq, dkv, intervals = trace.launches
     assert forward.loaded["p_v"] == 2 * T * D * 4 and dq.loaded["p_k"] == 2 * T * D * 4
     assert dkv.loaded["p_do"] == 2 * T * D * 4 and intervals.stored == {"p_keys": 128, "p_queries": 128}

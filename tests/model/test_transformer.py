@@ -1,5 +1,6 @@
 """The decoder against a plain transcription of its papers, and how it starts."""
 
+import dataclasses
 import math
 
 import pytest
@@ -170,6 +171,9 @@ def test_flops_are_those_of_the_matmuls():
     matrices = 16 * (4 + 2 + 2) * 8 + 4 * 8 * 16 + 3 * 16 * 24  # qkv, o, gate, up, down
     causal = 2 * 2 * 4 * 8 * 10 * 10 / 2  # q kᵀ and p v, the lower triangle
     assert config.layer_parameters == matrices
-    assert config.flops(10, 3, 100.0) == 2 * (2 * matrices * 10 + causal) + 2 * 48 * 16 * 3
+    assert config.flops([10], 3) == 2 * (2 * matrices * 10 + causal) + 2 * 48 * 16 * 3
     products = sum(2 * m * n * k for m, n, k in config.matmul_shapes(10))
     assert products == 2 * matrices * 10
+    windowed = dataclasses.replace(config, windows=(4, None))
+    hidden = 2 * 2 * 4 * 8 * 6 * 6 / 2  # of ten queries six see 1 to 6 keys less than they would: (10 - 4)² / 2
+    assert config.flops([10, 3], 3) - windowed.flops([10, 3], 3) == hidden

@@ -92,7 +92,6 @@ def step(
     with tempfile.TemporaryDirectory() as out:
         settings = Settings(RunConfig(out=out, dtype=dtype), optim, ScheduleConfig())
         trainer = QuickTrainer(networks, objective, settings, mesh, name=stage, total_steps=9)
-        trainer.stepped_at = 0.0
         trainer.step([micro_batch(i) for i in range(MICRO_BATCHES)])
         batches = [micro_batch(MICRO_BATCHES + i) for i in range(MICRO_BATCHES)]  # none that the reference has seen
         with Collectives() as found:

@@ -1,10 +1,14 @@
 """Counts summed over the replicas, what refuses to start, and replicas that are no longer the same."""
 
 import os
+from unittest import mock
 
 import pytest
 import torch
 
+import tritium
+from tritium.core import setup
+from tritium.core.config import ConfigError
 from tritium.parallel.data import all_reduce_counts, check_same, diverged, fingerprint
 from tritium.parallel.mesh import Mesh, init_mesh
 
@@ -62,6 +66,21 @@ def test_ranks_that_differ_are_refused_by_name_on_every_rank(pool4):
     for sentence in pool4.run(compare, [same, other, same, other]):
         assert "the same config, but ranks 1, 3 differ from rank 0" in sentence
         assert "'lr = 0.1' on rank 0, 'lr = 0.2' on rank 1" in sentence
+
+
+def join_with(code: list[str]) -> str:
+    with mock.patch.object(setup, "code_version", lambda: own(code)):
+        try:
+            setup.join(setup.MeshConfig(), "cpu", "the same settings")
+        except ConfigError as error:
+            return str(error)
+    return ""
+
+
+def test_ranks_with_other_code_are_refused_at_the_start(pool2):
+    for sentence in pool2.run(join_with, ["0.1.0 (f00)", "0.1.0 (ba4)"]):
+        assert "all ranks must have the same code, but rank 1 differs from rank 0: '0.1.0 (f00)'" in sentence
+    assert setup.code_version() == setup.code_version() and tritium.__version__ in setup.code_version()
 
 
 @pytest.mark.parametrize(

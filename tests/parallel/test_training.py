@@ -14,10 +14,12 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.nn import functional as F
 
 import tritium
 from tritium.core import checkpoint, experience
 from tritium.core.batch import Document, PackedBatch, pack
+from tritium.core.checkpoint import CheckpointError
 from tritium.core.config import from_dict, opt
 from tritium.core.kept import Kept
 from tritium.core.objectives.base import Objective
@@ -278,7 +280,52 @@ def test_a_run_goes_on_on_another_mesh(pool4, tmp_path, alone):
     assert_same_run(tmp_path, expected)
 
 
-def reinforce(stage, model: str, problems: str, out: str, scorer: str, text: str, mesh: dict[str, int]) -> None:
+def dropped(out: str, steps: int, tp: int) -> torch.Tensor:
+    """Which elements of the blocks' outputs this rank drops in the last of so many steps, of batches all alike."""
+    seen, real, mesh = [], F.dropout, init_mesh(tp, device="cpu")
+    model = Transformer(MODELS[OWN], mesh, torch.float64).initialize(seed=1)
+    model.set_noise(dropout=0.5)
+    settings = Settings(RunConfig(out=out, dtype="fp64"), OptimConfig(), ScheduleConfig())
+    trainer = QuickTrainer({"policy": model}, CrossEntropy(), settings, mesh, name="dropout", total_steps=steps)
+
+    def noted(x: torch.Tensor, p: float) -> torch.Tensor:
+        y = real(x, p)
+        seen.append((y == 0).flatten())
+        return y
+
+    with mock.patch.object(F, "dropout", noted):
+        for _ in trainer.steps():
+            seen.clear()
+            trainer.step(bins_of(0)[:1])
+    mesh.close()
+    return torch.cat(seen)
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+def test_ranks_drop_other_elements_and_a_resumed_run_the_same_ones(pool2, tmp_path, tp):
+    """Of data-parallel ranks, and of tensor-parallel ones, which have other tokens between the blocks."""
+    first, resumed = (pool2.run(dropped, str(tmp_path / "cut"), steps, tp) for steps in (1, 2))
+    second = pool2.run(dropped, str(tmp_path / "whole"), 2, tp)
+    assert not any(torch.equal(a, b) for a, b in ((*first,), (*second,), (first[0], second[0])))
+    assert 0.3 < first[0].double().mean() < 0.7
+    assert all(torch.equal(*masks) for masks in zip(resumed, second, strict=True))
+
+
+def resume_as(out: str, name: str) -> str:
+    try:
+        train(out, "pretrain", MODELS[name], tp=2)
+    except CheckpointError as error:
+        return str(error)
+    return ""
+
+
+def test_the_checkpoint_of_another_model_is_refused_on_every_rank(pool2, tmp_path, alone):
+    shutil.copytree(alone("pretrain", TIED), tmp_path, dirs_exist_ok=True)
+    for said in pool2.run(resume_as, str(tmp_path), OWN):
+        assert "step-00000005 does not fit this model: optimizer state " in said
+
+
+def reinforce(stage: str, model: str, problems: str, scorer: str, text: str, out: str, mesh: dict[str, int]) -> None:
     """Two rollouts of GRPO, in which a judge likes odd token sums, or of PPO with a reward model, a reference that
     follows, and text in three bins, which two ranks can't share evenly."""
     sections = {"model": model, "data": {"sources": [problems]}, "mesh": mesh, "sampling": {"max_tokens": 12}}
@@ -297,17 +344,31 @@ def reinforce(stage, model: str, problems: str, out: str, scorer: str, text: str
         ppo.train(from_dict(ppo.Config, sections | settings))
 
 
+@pytest.fixture(scope="module")
+def learned(tiny, tmp_path_factory):
+    """(what `reinforce` was given, what it left behind in one process), once for each stage."""
+    folders = {}
+
+    def run(stage: str) -> tuple[tuple, tuple]:
+        if stage not in folders:
+            out = tmp_path_factory.mktemp(stage)
+            scorer = shutil.copytree(tiny.model, out / "scorer")
+            ScalarModel(tritium.load(tiny.model, dtype=torch.float32)).initialize(0).save(scorer)
+            given = stage, tiny.model, tiny.data("problems.jsonl"), str(scorer), tiny.data("chats.jsonl")
+            reinforce(*given, str(out / "alone"), {})
+            folders[stage] = given, left_behind(out / "alone")
+        return folders[stage]
+
+    return run
+
+
 @pytest.mark.parametrize("stage", ["grpo", "ppo"])
 @pytest.mark.parametrize("mesh", [{"cp": 2}, {"tp": 2}, {"zero": 2}, {"zero": 3}])
-def test_rollouts_and_their_training_are_those_of_one_process(pool2, tmp_path, tiny, stage, mesh):
+def test_rollouts_and_their_training_are_those_of_one_process(pool2, tmp_path, learned, stage, mesh):
     """Every rank of a replica samples the same answers; one that had others would learn from others."""
-    problems, scorer = tiny.data("problems.jsonl"), str(tmp_path / "scorer")
-    shutil.copytree(tiny.model, scorer)
-    ScalarModel(tritium.load(tiny.model, dtype=torch.float32)).initialize(0).save(scorer)
-    given = (stage, tiny.model, problems)
-    reinforce(*given, str(tmp_path / "alone"), scorer, tiny.data("chats.jsonl"), {})
-    pool2.run(reinforce, *given, str(tmp_path / "mesh"), scorer, tiny.data("chats.jsonl"), mesh)
-    expected, found = (left_behind(tmp_path / name) for name in ("alone", "mesh"))
+    given, expected = learned(stage)
+    pool2.run(reinforce, *given, str(tmp_path), mesh)
+    found = left_behind(tmp_path)
     assert stage == "ppo" or all(metrics["varied_groups"] > 0 for metrics in expected[0])
     keys = ("loss", "reward", "entropy", "ratio", "length", "grad_norm", "tokens", "value_loss", "kl_k1", "ptx")
     for actual, wanted in zip(found[0], expected[0], strict=True):
