@@ -107,9 +107,10 @@ class Trainer:
         self.last: dict[str, float] = {}  # the newest value of everything logged
         self.stop_signal = 0
         self.watch = Watch(mesh)
-        self.pace, self.idle = Pace(self.measure_peak(), queued=mesh.device.type == "cuda"), 0
+        self.pace = Pace(self.measure_peak(), queued=mesh.device.type == "cuda")
+        self.idle = 0  # steps that had nothing to learn from
         self.resume()
-        self.begun = self.index  # by this process
+        self.begun = self.index  # steps done before this process
         self.ramp = self.open_ramp(getattr(settings.data, "bins_per_step", None) if hasattr(settings, "data") else None)
         self.write_config()
         self.say(self.skipped.summary())
