@@ -3,6 +3,7 @@
 (What is sent: tests/parallel/test_collectives.py.)
 """
 
+import gc
 import math
 import pathlib
 import tempfile
@@ -81,6 +82,13 @@ class QuickTrainer(Trainer):
         return 1.0
 
 
+def held_bytes() -> int:
+    """Of the memory of all tensors that there are."""
+    gc.collect()
+    tensors = [x for x in gc.get_objects() if issubclass(type(x), torch.Tensor) and x.device.type == "cpu"]
+    return sum({x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}.values())
+
+
 def step_of(
     config: ModelConfig,
     tokens: int,
@@ -94,9 +102,11 @@ def step_of(
     ema=0.0,
     repeats=1,
 ):
-    """The most bytes of tensors that live at any moment of a later step, by the profiler's allocation records, and the
-    plan of this rank. Of `repeats` steps that of the least: gloo's threads let go of what they sent when they are next
-    scheduled, which on busy cores may be late."""
+    """The most bytes of tensors that live at any moment of a later step, and the plan of this rank.
+
+    What lives when the step begins is counted, and what changes within is the profiler's: what gloo's threads let go of
+    is not in its records, and would add up from step to step. Of `repeats` steps that of the least."""
+    of_others = held_bytes()
     rng, length = np.random.default_rng(0), tokens // documents
     rows = rng.integers(0, config.vocab_size, (documents, length), dtype=np.int32)
     batch = pack([[Document(row, np.ones(length, np.float32))] for row in rows])
@@ -106,7 +116,9 @@ def step_of(
         settings = Settings(RunConfig(out=out, dtype=dtype), OptimConfig(offload=offload, ema=ema), ScheduleConfig())
         trainer = QuickTrainer({"policy": model}, CrossEntropy(), settings, mesh, name="plan", total_steps=9)
         trainer.step([batch])
+        held = []
         for _ in range(repeats):
+            held.append(held_bytes() - of_others)
             with record_function("the step"):
                 trainer.step([batch] * micro_batches)
         trainer.metrics.close()
@@ -114,7 +126,8 @@ def step_of(
     changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
     times, live = np.array([at for at, _ in changes]), np.cumsum([size for _, size in changes])
     steps = [(e.start_ns(), e.start_ns() + e.duration_ns()) for e in events if e.name() == "the step"]
-    peaks = [int(live[(start <= times) & (times <= stop)].max()) for start, stop in steps]
+    more = [int(live[(start <= times) & (times <= stop)].max() - live[times < start][-1]) for start, stop in steps]
+    peaks = [bytes_held + bytes_more for bytes_held, bytes_more in zip(held, more, strict=True)]
     own = int((Split.of(tokens, mesh).place(batch.supervised) >= 0).sum())
     groups = dict.fromkeys(
         ("dp_group", "cp_group", "tp_group", "data_group", "shard_group", "replica_group", "device_mesh")
@@ -174,8 +187,8 @@ def test_so_are_those_of_an_optimizer_on_the_host_with_a_running_mean(dtype):
     ],
 )
 def test_so_are_those_of_two_ranks(pool2, config, dtype, tp, cp, zero):
-    for found, plan in pool2.run(step_of, config, 1024, 4, 1, dtype, tp, cp, zero, False, 0.0, 4):
-        assert_as_planned(found, plan, 0.1)
+    for found, plan in pool2.run(step_of, config, 1024, 4, 1, dtype, tp, cp, zero, False, 0.0, 2):
+        assert_as_planned(found, plan, 0.05)
 
 
 def test_what_zero_cuts_it_cuts_by_the_number_of_ranks():
