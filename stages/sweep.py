@@ -81,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     (out / "sweep.md").write_text(report)
     print(report, end="")
     if all(math.isnan(trial.value) for trial in trials):
-        raise UserError(f"no trial gave a {options.metric}: look at {out}/trial-000/log.txt")
+        raise UserError(f"no trial gave {options.metric}: look at {out}/trial-000/log.txt")
     return 0
 
 

@@ -33,6 +33,7 @@ class Template:
     thinking: str = "keep"  # what becomes of reasoning, by default: "keep" or "history" (none before the last question)
     tools: Tools = HERMES
     marks: tuple[str, ...] = ()  # by which a model's Jinja text is recognised
+    unlike: tuple[str, ...] = ()  # what a Jinja text with the marks holds where it is another, unknown format
     tokens: tuple[str, ...] = ()  # by which, where there is no such text, its special tokens are (empty: the marks)
 
 
@@ -62,7 +63,8 @@ def find_template(tokenizer: Tokenizer) -> str:
         return name
     text = tokenizer.chat_template
     for name, template in TEMPLATES.items():
-        if text and template.marks and all(mark in text for mark in template.marks):
+        found = text and template.marks and all(mark in text for mark in template.marks)
+        if found and not any(mark in text for mark in template.unlike):
             return name
         tokens = template.tokens or template.marks
         if not text and tokens and all(tokenizer.special_id(token) is not None for token in tokens):

@@ -1,6 +1,7 @@
 """The models' own chat formats: their text, one BOS, what is learned, reasoning and tools."""
 
 import json
+import shutil
 from functools import cache
 from pathlib import Path
 
@@ -225,6 +226,19 @@ def test_whoever_asks_a_model_may_name_its_template(tiny):
     assert find_template(tokenizer) == "plain"
     with pytest.raises(UserError, match="no chat template 'plan'; did you mean plain"):
         chat.Config(model=tiny.model, template="plan", device="cpu").open()
+
+
+def test_a_format_that_is_not_known_is_no_other(tiny, tmp_path):
+    shutil.copytree(tiny.model, tmp_path / "model")
+    jinja = tmp_path / "model" / "chat_template.jinja"
+    for text, name in (("[INST][SYSTEM_PROMPT]", ""), ("[INST]", "mistral"), ("<|im_start|>user<|im_sep|>", "phi4")):
+        jinja.write_text(text)
+        tokenizer = Tokenizer.load(tmp_path / "model")
+        if name:
+            assert find_template(tokenizer) == name
+        else:
+            with pytest.raises(UserError, match="none of those known here .*--data.template=NAME"):
+                find_template(tokenizer)
 
 
 @needs_data

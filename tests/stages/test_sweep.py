@@ -70,6 +70,6 @@ def test_mistakes_are_told_before_a_trial_runs(tiny, tmp_path, capsys):
             sweep.main(options(tiny, tmp_path, more))
     with pytest.raises(ConfigError, match="no stage 'stf' to vary; did you mean sft"):
         sweep.main(["stf", "--vary=a=1:2"])
-    with pytest.raises(UserError, match="no trial gave a eval_loss: look at .*log.txt"):
+    with pytest.raises(UserError, match="no trial gave eval_loss: look at .*log.txt"):
         sweep.main(options(tiny, tmp_path / "bad", "--trials=1", f"--model={tmp_path}/none"))
     assert "does not exist" in (tmp_path / "bad" / "trial-000" / "log.txt").read_text()
