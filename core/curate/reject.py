@@ -103,7 +103,7 @@ class Reject(Step):
                      for d, a in (pairs[i] for i in new)]  # fmt: skip
             judged = judge(self.judge(spec), shown)
             for failure, n in judged.failures.items():
-                job.notes[f"{spec} failed: {failure[:80]}"] += n
+                job.notes[f"{spec} failed: {failure[:200]}"] += n
             return [None if score is None else [score.value, score.solved] for score in judged.scores]
 
         keys = [digest(by, d["messages"], d["reference"], a["text"]) for d, a in pairs]
