@@ -36,6 +36,7 @@ class BytePairs:
     """
 
     adds_space = restarts = False
+    guarded: frozenset[str] = frozenset()
 
     def __init__(
         self,

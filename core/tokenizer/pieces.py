@@ -20,7 +20,7 @@ class Pieces:
     def __init__(self, model: bytes):
         self.model = model
         self._sp = _load(model)
-        self._guarded: set[str] = set()
+        self.guarded: set[str] = set()
         self.restarts = False  # whether what follows an added token has the model's own space, as the first text has
 
     @cached_property
@@ -31,11 +31,11 @@ class Pieces:
     def guard(self, piece: str) -> None:
         """From now on, ordinary text that holds this piece, which the model would never split, is cut within it: so it
         is spelled. (Gemma's <start_of_turn>: what its configuration calls special, its model takes for text.)"""
-        self._guarded.add(piece)
+        self.guarded.add(piece)
 
     def encode(self, text: str, first: bool = True) -> list[int]:
         """Ids of ordinary text, which the model's own space precedes where it comes `first`."""
-        places = [re.finditer(re.escape(piece), text) for piece in self._guarded if piece in text]
+        places = [re.finditer(re.escape(piece), text) for piece in self.guarded if piece in text]
         cuts = sorted({found.start() + 1 for matches in places for found in matches})
         ids = []
         for start, end in pairwise([0, *cuts, len(text)]):
@@ -43,7 +43,7 @@ class Pieces:
         return ids
 
     def encode_batch(self, texts: Sequence[str], threads: int) -> list[list[int]]:
-        if any(piece in text for piece in self._guarded for text in texts):
+        if any(piece in text for piece in self.guarded for text in texts):
             return [self.encode(text) for text in texts]
         return self._sp.Encode(list(texts), out_type=int, num_threads=threads)
 

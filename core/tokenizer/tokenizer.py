@@ -140,9 +140,9 @@ class Tokenizer:
 
     @cached_property
     def fingerprint(self) -> str:
-        """A hash of what decides the ids: the vocabulary's file and the added tokens."""
+        """A hash of what decides the ids: the vocabulary's file, added tokens, and those that text never becomes."""
         ordinary = sorted((token.content, token.id) for token in self._parts.added.values() if not token.control)
-        digest = hashlib.sha256(repr(ordinary).encode())
+        digest = hashlib.sha256(repr(ordinary + sorted(self._engine.guarded)).encode())
         for name, content in sorted(self._parts.files.items()):
             if "config" not in name and "template" not in name and "special" not in name:
                 digest.update(content)
