@@ -37,7 +37,8 @@ def train_tokenizer(
     lines = [part for text in texts for part in _training_lines(text)]
     if not lines:
         raise UserError("a tokenizer cannot be trained on no text at all")
-    size = vocab_size or min(DEFAULT_SIZE, max(384, sum(map(len, lines)) // SPARE // 64 * 64))
+    least, spare = -(-(320 + len(special)) // 64) * 64, sum(map(len, lines)) // SPARE // 64 * 64
+    size = vocab_size or max(least, min(DEFAULT_SIZE, spare))  # a multiple of 64: matmuls and meshes want one
     while True:
         try:
             model = _trained(lines, size, special, threads)
@@ -47,7 +48,7 @@ def train_tokenizer(
             largest = int(found[1]) if found else 0
             if vocab_size is not None or not largest:
                 raise _training_error(str(error), size, largest) from error
-            size = largest - largest % 64 if largest >= 512 else largest  # matmuls and meshes want a multiple
+            size = largest - largest % 64 if largest >= 512 else largest
     Tokenizer(read_parts("tokenizer.model", {"tokenizer.model": model})).save(folder)
     return Tokenizer.load(folder)
 

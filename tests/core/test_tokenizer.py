@@ -163,6 +163,8 @@ def test_a_vocabulary_that_is_too_large_says_how_large_it_may_be(tmp_path):
 def test_without_a_size_it_is_one_that_the_text_supports(tmp_path, text):
     made = train_tokenizer([text], None, tmp_path)
     assert 270 < made.vocab_size <= 384 and made.decode(made.encode(text)) == text
+    many = train_tokenizer([text], None, tmp_path, special=[f"<|{i}|>" for i in range(200)])
+    assert many.vocab_size > 460 and many.special_id("<|199|>") is not None
 
 
 @needs_data
