@@ -136,9 +136,8 @@ class Collect(Step):
         """With its id, which is its place: unique, whatever ids the source gives; those that come twice are noted."""
         own = document.pop("own_id", None)
         if own is not None:
-            seen = job.__dict__.setdefault("seen", set())
-            job.notes["ids that come twice in a shard"] += own in seen
-            seen.add(own)
+            job.notes["ids that come twice in a shard"] += own in job.seen
+            job.seen.add(own)
             document["own_id"] = own
         base = {"source": self.source or name, "licence": self.licence, "language": "", "scores": {}}
         return {"id": place} | base | document | {"provenance": []}

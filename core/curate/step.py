@@ -69,6 +69,7 @@ class Job:
     key: str
     context: Context  # without `map`: it travels to another process
     notes: Counter = field(default_factory=Counter)  # what was mended, by kind
+    seen: set[str] = field(default_factory=set)  # ids that the sources give
 
     @property
     def plan(self) -> Path:
