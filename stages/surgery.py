@@ -40,6 +40,8 @@ DOCUMENTS = 32  # that similarity and Fisher information are measured on
 def main(argv: Sequence[str] | None = None) -> int:
     """Do what is asked. Raises: UserError for what can't be."""
     arguments = parser().parse_args(argv)
+    if "out" in arguments:
+        arguments.out = new_folder(arguments.out)  # before the work
     try:
         arguments.run(arguments)
     except ValueError as error:
@@ -78,7 +80,7 @@ def parser() -> argparse.ArgumentParser:
 
 def merge(arguments: argparse.Namespace) -> None:
     """Write the plain model, with the tokenizer's files, and say how exact it is."""
-    source, out = Path(model_folder(arguments.adapter)), new_folder(arguments.out)
+    source, out = Path(model_folder(arguments.adapter)), arguments.out
     if not (source / ADAPTER_CONFIG).exists():
         raise UserError(f"{source} holds no adapter: there is no {ADAPTER_CONFIG}")
     model = read_model(str(source), arguments.dtype, Mesh.single())
@@ -181,9 +183,8 @@ def new_folder(out: str) -> Path:
     return folder
 
 
-def write(model: Transformer, out: str, tokenizer: Tokenizer) -> None:
+def write(model: Transformer, folder: Path, tokenizer: Tokenizer) -> None:
     """The model's folder, with its tokenizer."""
-    folder = new_folder(out)
     model.save(str(folder))
     tokenizer.save(folder)
     print(f"{folder}: {sum(p.numel() for p in model.parameters()):,} parameters")
