@@ -1,9 +1,12 @@
 """Which answers and records to learn from: filters and samplers over numbers that others computed."""
 
 import re
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
+
+T = TypeVar("T")
 
 NUMBER = r"\d+(?:\.\d+)?"
 CALCULATION = re.compile(rf"{NUMBER}(?:\s*[-+*/×÷]\s*{NUMBER})+(?:\s*=\s*{NUMBER})?")
@@ -17,6 +20,13 @@ def distinct_paths(texts: Sequence[str]) -> list[int]:
         steps = CALCULATION.findall(text)
         seen.setdefault(";".join("".join(s.split()) for s in steps) or " ".join(text.split()), i)
     return list(seen.values())
+
+
+def by_worth(answers: Iterable[T], text: Callable[[T], str], worth: Callable[[T], Any]) -> list[list[T]]:
+    """Different answers with a text, grouped by what they are worth, best first."""
+    different = {said: answer for answer in answers if (said := text(answer).strip())}
+    values = sorted(set(map(worth, different.values())), reverse=True)
+    return [[answer for answer in different.values() if worth(answer) == value] for value in values]
 
 
 def rejection_sample(rewards: Sequence[float], beta: float, count: int, seed: Sequence[int]) -> list[int]:

@@ -20,6 +20,7 @@ from collections import Counter
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import chain
+from operator import attrgetter
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +32,7 @@ from tritium.core.problems import load_problems, share
 from tritium.core.rewards.make import make_reward
 from tritium.core.rollout import AskConfig, Rollout, Sample, gather, roll_out
 from tritium.core.run import Result
-from tritium.core.select import distinct_paths, rejection_sample
+from tritium.core.select import by_worth, distinct_paths, rejection_sample
 from tritium.core.setup import MeshConfig, check_same_vocabulary, join, load_model
 
 FILES = ("sft", "pairs", "rankings")
@@ -159,9 +160,8 @@ def rso_levels(config: Config, levels: list[list[Sample]], index: int) -> list[l
 
 def by_score(group: list[Sample]) -> list[list[Sample]]:
     """Different answers with a text, grouped by score, best first."""
-    different = {s.text: s for s in group if s.score is not None and s.text.strip()}
-    values = sorted({s.score.value for s in different.values()}, reverse=True)
-    return [[s for s in different.values() if s.score.value == value] for value in values]
+    judged = (s for s in group if s.score is not None)
+    return by_worth(judged, attrgetter("text"), attrgetter("score.value"))
 
 
 if __name__ == "__main__":

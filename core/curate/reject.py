@@ -17,6 +17,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -27,7 +28,7 @@ from tritium.core.curate.kept import digest, remembered, state
 from tritium.core.curate.runner import write_lines
 from tritium.core.curate.step import Context, Document, Drop, Job, Outcome, Piece, Step, note, read_shard, scored
 from tritium.core.rewards import Answer, Reward, Score, judge
-from tritium.core.select import distinct_paths
+from tritium.core.select import by_worth, distinct_paths
 
 
 @dataclass
@@ -151,16 +152,16 @@ class Reject(Step):
             }
 
     def preferred(self, document: Document) -> Iterator[dict]:
-        levels = by_worth(document["answers"])
-        better = [a["text"] for a in levels[0] if self.learnable(a)] if levels else []
-        worse = [a["text"] for level in levels[1:] for a in level]
+        found = by_worth(document["answers"], itemgetter("text"), worth)
+        better = [a["text"] for a in found[0] if self.learnable(a)] if found else []
+        worse = [a["text"] for level in found[1:] for a in level]
         for chosen, rejected in list(zip(better, worse, strict=False))[: self.pairs]:
             yield {"prompt": document["messages"], "chosen": chosen, "rejected": rejected}
 
     def ranked(self, document: Document) -> Iterator[dict]:
-        levels = by_worth(document["answers"])
-        if len(levels) > 1:
-            yield {"prompt": document["messages"], "ranked": [level[0]["text"] for level in levels]}
+        found = by_worth(document["answers"], itemgetter("text"), worth)
+        if len(found) > 1:
+            yield {"prompt": document["messages"], "ranked": [level[0]["text"] for level in found]}
 
 
 def math_verify(ids: Sequence, text: str, *, prompt: str = "", reference: str = "") -> Score:
@@ -182,10 +183,3 @@ def words(text: str) -> list[str]:
 def worth(answer: dict) -> tuple:
     """By which answers are ranked: accepted ones, then right ones, then by score."""
     return "rejected" not in answer, answer.get("right", True), round(answer.get("score", 0.0), 6)
-
-
-def by_worth(answers: list[dict]) -> list[list[dict]]:
-    """Different answers, grouped by worth, best first."""
-    different = {a["text"].strip(): a for a in answers if a["text"].strip()}
-    values = sorted({worth(a) for a in different.values()}, reverse=True)
-    return [[a for a in different.values() if worth(a) == value] for value in values]

@@ -9,6 +9,7 @@ from tritium.core.objectives.likelihood import DynamicFineTuning, Unlikelihood
 from tritium.core.select import (
     agreed_pairs,
     balanced,
+    by_worth,
     distinct_paths,
     rejection_sample,
     spread_out,
@@ -19,6 +20,12 @@ from tritium.kernels.linear_logprob import LogProb
 def test_answers_that_compute_the_same_are_one_path():
     texts = ["2+3=5, so 5", "First 2 + 3 = 5. The answer is 5", "3+2=5", "five", "five ", "it is 5"]
     assert distinct_paths(texts) == [0, 2, 3, 5]
+
+
+def test_different_answers_stand_in_levels_of_equal_worth():
+    answers = [("b", 1.0), ("a ", 2.0), (" ", 9.0), ("c", 1.0), ("a", 2.0)]
+    assert by_worth(answers, lambda a: a[0], lambda a: a[1]) == [[("a", 2.0)], [("b", 1.0), ("c", 1.0)]]
+    assert by_worth([], str, str) == []
 
 
 def test_rejection_sampling_draws_from_the_optimal_policy():
