@@ -260,6 +260,16 @@ def test_a_second_collect_counts_what_was_there_before_it(tmp_path):
     assert result.metrics == {"collected": 6.0, "kept": 6.0}
 
 
+def test_lines_of_another_encoding_are_read_in_it_where_it_is_named(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "plain"}\n' + '{"text": "日本語"}\n'.encode("shift_jis"))
+    collect = {"sources": [str(tmp_path / "a.jsonl")], "encoding": "shift_jis"}
+    run({"collect": collect}, tmp_path / "out")
+    lines = (tmp_path / "out/steps/00-collect/a-0000.jsonl").read_text().splitlines()
+    assert [json.loads(line)["text"] for line in lines] == ["plain", "日本語"]
+    with pytest.raises(ConfigError, match="encoding='latin-99'"):
+        run({"collect": collect | {"encoding": "latin-99"}}, tmp_path / "out")
+
+
 def test_a_long_text_is_read_in_pieces_and_its_endless_line_left_out(tmp_path):
     paragraphs = [f"Paragraph {i} of a long text.\nIts second line.\n" for i in range(300)]
     paragraphs[100] = "x" * 60_000
