@@ -39,7 +39,7 @@ class Embedder:
 
     def __post_init__(self):
         config = Path(self.folder) / "config.json"
-        family = json.loads(config.read_text())["model_type"] if config.is_file() else ""
+        family = json.loads(config.read_text()).get("model_type", "") if config.is_file() else ""
         self.encoder = "bert" in family or family in ("electra", "mpnet", "ernie", "nomic_bert")
         if self.encoder:
             need("transformers", f"{self.folder}, of BERT's family ({family}),")
