@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tritium.core.config import ConfigError, opt
+from tritium.core.config import ConfigError, check_ranges, opt
 from tritium.core.muon import directions
 from tritium.kernels import adamw_
 from tritium.model.transformer import full_shape
@@ -35,28 +35,23 @@ class OptimConfig:
     """AdamW (Loshchilov & Hutter, arXiv 1711.05101), or Muon for the layers' matrices and AdamW for the rest."""
 
     kind: str = opt("adamw", "what moves the layers' matrices; all else is AdamW's", choices=("adamw", "muon"))
-    momentum: float = opt(0.95, "Muon's decay of the gradient's running mean")
+    momentum: float = opt(0.95, "Muon's decay of the gradient's running mean", least=0, below=1)
     offload: bool = opt(False, "keep the optimizer's state in the host's memory, and step there")
-    lr: float = opt(3e-4, "peak learning rate")
-    beta1: float = opt(0.9, "decay of the gradient's running mean")
-    beta2: float = opt(0.95, "decay of the squared gradient's running mean")
-    eps: float = opt(1e-8, "added to the root of the second moment")
+    lr: float = opt(3e-4, "peak learning rate", above=0)
+    beta1: float = opt(0.9, "decay of the gradient's running mean", least=0, below=1)
+    beta2: float = opt(0.95, "decay of the squared gradient's running mean", least=0, below=1)
+    eps: float = opt(1e-8, "added to the root of the second moment", above=0)
     weight_decay: float = opt(0.1, "decoupled decay of matrices; norms and biases have none")
     lr_scale: dict[str, float] = opt(
         {}, "factors of lr by parameter, PATTERN=FACTOR, of which the first counts: *.b=16,embedding=0.1"
     )
     decay: dict[str, float] = opt({}, "other weight decays by parameter, PATTERN=DECAY, likewise: *norm=0.1,head=0")
     mup: bool = opt(False, "muP's rates: lr · dim_model_base / hidden_size for the layers' matrices (MiniCPM)")
-    ema: float = opt(0.0, "decay of a running mean of the weights, which is evaluated and exported (0: there is none)")
-    clip: float = opt(1.0, "largest global gradient norm")
+    ema: float = opt(0.0, "decay of a running mean of weights, evaluated and exported (0: none)", least=0, below=1)
+    clip: float = opt(1.0, "largest global gradient norm", above=0)
 
     def __post_init__(self):
-        for name in ("lr", "clip", "eps"):
-            if not getattr(self, name) > 0:
-                raise ConfigError(f"optim.{name}={getattr(self, name)} must be positive")
-        for name in ("beta1", "beta2", "momentum", "ema"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ConfigError(f"optim.{name}={getattr(self, name)} must be in [0, 1)")
+        check_ranges(self, "optim.")
         for name in ("lr_scale", "decay"):
             if odd := [pattern for pattern, value in getattr(self, name).items() if value < 0]:
                 raise ConfigError(f"optim.{name}: {odd[0]}={getattr(self, name)[odd[0]]} must not be negative")

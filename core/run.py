@@ -4,7 +4,7 @@ import tomllib
 from dataclasses import dataclass, field
 from typing import Any
 
-from tritium.core.config import ConfigError, opt
+from tritium.core.config import check_ranges, opt
 from tritium.core.data import DataConfig
 from tritium.core.optim import OptimConfig
 from tritium.core.schedule import ScheduleConfig
@@ -16,9 +16,9 @@ class LoopConfig:
     """Where a run writes, how long it is, and on what it runs."""
 
     out: str = opt("", "folder of the run: checkpoints, config.toml, metrics.jsonl (default: runs/STAGE)")
-    steps: int | None = opt(None, "optimizer steps (default: what `epochs` makes)")
-    epochs: float = opt(1.0, "passes over the data, where `steps` is not given (fewer with schedule.batch_patience)")
-    seed: int = opt(0, "seed of everything random")
+    steps: int | None = opt(None, "optimizer steps (default: what `epochs` makes)", least=1)
+    epochs: float = opt(1.0, "passes over the data, without `steps` (fewer with schedule.batch_patience)", above=0)
+    seed: int = opt(0, "seed of everything random", least=0)
     dtype: str = opt(
         "auto", "of the parameters (auto: bf16 where it is fast)", choices=("auto", "bf16", "fp16", "fp32", "fp64")
     )
@@ -28,27 +28,21 @@ class LoopConfig:
         "what a layer computes again in the backward, to save memory: its MLP (selective), or all of it",
         choices=("none", "selective", "full"),
     )
-    save_every: int = opt(200, "steps between checkpoints")
-    keep: int = opt(2, "checkpoints to keep")
-    check_every: int = opt(100, "steps between checks that all replicas hold the same parameters")
-    max_bad_steps: int = opt(10, "stop after so many steps in a row whose gradient is not finite")
+    save_every: int = opt(200, "steps between checkpoints", least=1)
+    keep: int = opt(2, "checkpoints to keep", least=1)
+    check_every: int = opt(100, "steps between checks that all replicas hold the same parameters", least=1)
+    max_bad_steps: int = opt(10, "stop after so many steps in a row whose gradient is not finite", least=1)
 
     def __post_init__(self):
-        if self.seed < 0:
-            raise ConfigError(f"run.seed={self.seed} must not be negative")
-        if not self.epochs > 0:
-            raise ConfigError(f"run.epochs={self.epochs} must be positive")
-        for name in ("steps", "save_every", "keep", "check_every", "max_bad_steps", "eval_every", "eval_bins"):
-            if (value := getattr(self, name, None)) is not None and value < 1:
-                raise ConfigError(f"run.{name}={value} must be at least 1")
+        check_ranges(self, "run.")
 
 
 @dataclass
 class RunConfig(LoopConfig):
     """The same, for a stage that holds data out to evaluate on."""
 
-    eval_every: int = opt(100, "steps between evaluations on held-out data")
-    eval_bins: int = opt(8, "bins of an evaluation, at most")
+    eval_every: int = opt(100, "steps between evaluations on held-out data", least=1)
+    eval_bins: int = opt(8, "bins of an evaluation, at most", least=1)
 
 
 @dataclass

@@ -5,7 +5,7 @@ from bisect import bisect_right
 from dataclasses import dataclass
 from statistics import fmean
 
-from tritium.core.config import ConfigError, opt
+from tritium.core.config import ConfigError, check_ranges, opt
 
 DECAYS = {
     "linear": lambda x: 1.0 - x,
@@ -19,21 +19,17 @@ class ScheduleConfig:
     """How the learning rate and the batch move over a run."""
 
     kind: str = opt("cosine", "shape after the warm-up", choices=("constant", "linear", "cosine", "wsd"))
-    warmup: float = opt(0.02, "warm-up, rising linearly from 0: steps if ≥ 1, else a share of the run")
-    floor: float = opt(0.1, "the rate at the end of the run, as a share of the peak")
-    decay: float = opt(0.2, "wsd: length of the final decay, steps if ≥ 1, else a share of the run")
+    warmup: float = opt(0.02, "warm-up, rising linearly from 0: steps if ≥ 1, else a share of the run", least=0)
+    floor: float = opt(0.1, "the rate at the end of the run, as a share of the peak", least=0)
+    decay: float = opt(0.2, "wsd: length of the final decay, steps if ≥ 1, else a share of the run", least=0)
     decay_shape: str = opt("1-sqrt", "wsd: shape of the final decay", choices=tuple(DECAYS))
 
-    batch_start: float = opt(1.0, "bins of the first steps, as a share of data.bins_per_step")
-    batch_ramp: float = opt(0.0, "the batch grows linearly to its full size: in so many steps if ≥ 1, else in a share")
-    batch_patience: int = opt(0, "it doubles instead when the loss of so many steps is no lower than of those before")
+    batch_start: float = opt(1.0, "bins of the first steps, as a share of data.bins_per_step", above=0, most=1)
+    batch_ramp: float = opt(0.0, "the batch grows linearly to its full size: in so many steps, if < 1 a share", least=0)
+    batch_patience: int = opt(0, "or it doubles when the loss of so many steps is no lower than before", least=0)
 
     def __post_init__(self):
-        for name in ("warmup", "floor", "decay", "batch_ramp", "batch_patience"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"schedule.{name}={getattr(self, name)} must not be negative")
-        if not 0 < self.batch_start <= 1:
-            raise ConfigError(f"schedule.batch_start={self.batch_start} must be in (0, 1]")
+        check_ranges(self, "schedule.")
         ways = bool(self.batch_ramp) + bool(self.batch_patience)
         if ways != (self.batch_start < 1):
             raise ConfigError("schedule.batch_start below 1 goes with one of schedule.batch_ramp and batch_patience")

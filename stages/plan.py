@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from tritium.core.config import ConfigError, UserError, load, opt
+from tritium.core.config import ConfigError, UserError, check_ranges, load, opt
 from tritium.core.machines import MACHINES, PRESETS, Machine, Work
 from tritium.core.metrics import matmul_rate
 from tritium.core.plan import GIB, Plan, best, last_rank, plans
@@ -38,21 +38,19 @@ class Config:
     stage: str = opt("pretrain", "what is trained: dpo and grpo have more passes and models", choices=STAGES)
     settings: str = opt("", "a TOML file of that stage: its model, mesh, batches and dtype are planned")
     machine: str = opt("h100", "what it runs on; here: this machine, measured", choices=(*MACHINES, "here"))
-    reached: float = opt(0.7, "share of the datasheet's rates that is counted on")
-    gpus: int = opt(8, "ranks")
-    context: int = opt(8192, "tokens of a document")
-    step_tokens: int = opt(1 << 22, "tokens of a step, over all ranks")
+    reached: float = opt(0.7, "share of the datasheet's rates that is counted on", above=0)
+    gpus: int = opt(8, "ranks", above=0)
+    context: int = opt(8192, "tokens of a document", above=0)
+    step_tokens: int = opt(1 << 22, "tokens of a step, over all ranks", above=0)
     bin_tokens: int = opt(0, "tokens of a micro-batch, on `mesh` (0: find the best meshes and micro-batches)")
     mesh: MeshConfig = opt(MeshConfig, "parallelism, where bin_tokens is given")
     muon: bool = opt(False, "Muon moves the layers' matrices")
     offload: bool = opt(False, "the optimizer's state is in the host's memory")
     dtype: str = opt("bf16", "of the parameters", choices=("bf16", "fp32"))
-    sequences: int = opt(256, "sequences that grpo samples together, of `context` tokens")
+    sequences: int = opt(256, "sequences that grpo samples together, of `context` tokens", above=0)
 
     def __post_init__(self):
-        for name in ("gpus", "context", "step_tokens", "sequences", "reached"):
-            if not getattr(self, name) > 0:
-                raise ConfigError(f"{name}={getattr(self, name)} must be positive")
+        check_ranges(self)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -164,9 +164,9 @@ def test_throughput_counts_what_is_trained_on_and_not_what_fills_the_stream(tmp_
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"seed": -1}, "run.seed=-1 must not be negative"),
+        ({"seed": -1}, "run.seed=-1 must be at least 0"),
         ({"steps": 0}, "run.steps=0 must be at least 1"),
-        ({"epochs": 0.0}, "run.epochs=0.0 must be positive"),
+        ({"epochs": 0.0}, "run.epochs=0.0 must be above 0"),
         ({"keep": 0}, "run.keep=0 must be at least 1"),
         ({"check_every": 0}, "run.check_every=0 must be at least 1"),
     ],
