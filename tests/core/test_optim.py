@@ -170,7 +170,7 @@ def test_the_state_of_another_model_is_refused(change, words):
 def test_settings_that_cannot_be_are_errors():
     with pytest.raises(ConfigError, match="optim.lr=0 must be above 0"):
         OptimConfig(lr=0)
-    with pytest.raises(ConfigError, match="optim.beta2=1.0 must be in"):
+    with pytest.raises(ConfigError, match="optim.beta2=1.0 must be below 1"):
         OptimConfig(beta2=1.0)
 
 
