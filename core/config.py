@@ -45,7 +45,12 @@ class _Required:
 REQUIRED: Any = _Required()
 
 
-BOUNDS = {"least": ("at least", ge), "above": ("above", gt), "most": ("at most", le), "below": ("below", lt)}
+BOUNDS = {  # name → in words, a sign, whether it holds
+    "least": ("at least", "≥", ge),
+    "above": ("above", ">", gt),
+    "most": ("at most", "≤", le),
+    "below": ("below", "<", lt),
+}
 
 
 def opt(default: Any, help: str, *, choices: Sequence | None = None, **bounds: float) -> Any:
@@ -73,7 +78,7 @@ def check_ranges(config: Any, section: str = "") -> None:
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         for name, bound in field.metadata.get("bounds", {}).items():
-            words, holds = BOUNDS[name]
+            words, _, holds = BOUNDS[name]
             if value is not None and not holds(value, bound):
                 raise ConfigError(f"{section}{field.name}={value} must be {words} {bound}")
 
@@ -149,12 +154,14 @@ class _Leaf:
     default: Any  # REQUIRED where there is none
     help: str
     choices: tuple | None
+    bounds: dict[str, float]
 
     def wanted(self) -> str:
         """What a value must be, in words."""
         words = _type_words(self.type)
         if self.choices is not None:
             words = ("list of " if get_origin(self.type) is list else "") + "|".join(map(str, self.choices))
+        words += "".join(f" {BOUNDS[name][1]} {bound}" for name, bound in self.bounds.items())
         return words + (" or none" if self.optional else "")
 
 
@@ -168,7 +175,7 @@ def _leaves(cls: type, prefix: str = "", default: Any = None) -> dict[str, _Leaf
             continue
         inner, optional = _without_none(hint, key)
         help, choices = field.metadata.get("help", ""), field.metadata.get("choices")
-        table[key] = _Leaf(key, inner, optional, value, help, choices)
+        table[key] = _Leaf(key, inner, optional, value, help, choices, field.metadata.get("bounds", {}))
     return table
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tritium.core.config import REQUIRED, ConfigError, UserError, from_dict, load, nearest, opt, to_toml
+from tritium.core.config import REQUIRED, ConfigError, UserError, check_ranges, from_dict, load, nearest, opt, to_toml
 
 
 @dataclass
@@ -15,9 +15,11 @@ class Optim:
     lr: float = opt(3e-4, "peak learning rate")
     name: str = opt("adamw", "which optimizer", choices=("adamw", "muon"))
     betas: list[float] = opt([0.9, 0.95], "decay rates of the moments")
-    clip: float | None = opt(1.0, "largest gradient norm")
+    clip: float | None = opt(1.0, "largest gradient norm", above=0)
+    ema: float = opt(0.0, "decay of the mean", least=0, below=1)
 
     def __post_init__(self):
+        check_ranges(self, "optim.")
         if self.lr < 0:
             raise ConfigError("optim.lr must not be negative")
 
@@ -203,12 +205,21 @@ def test_help_shows_every_field_with_type_default_and_meaning(capsys):
     for words in (
         ("--optim.lr", "float", "default 0.001", "peak learning rate"),
         ("--optim.name", "adamw|muon", "which optimizer"),
+        ("--optim.clip  (float > 0 or none; default 1.0)", "--optim.ema  (float ≥ 0 < 1; default 0.0)"),
         ("--data.sources", "list of str", "must be given", "files of training text"),
         ("--seed", "int or none", "default none"),
         ("--dtype", "bf16|fp32", "compute dtype"),
         ("[optim]", "how to train"),
     ):
         assert all(word in shown for word in words), words
+
+
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [("clip=0", "clip=0.0 must be above 0"), ("ema=1", "ema=1.0 must be below 1"), ("clip=none", "")],
+)
+def test_numbers_are_held_to_their_bounds(option, said):
+    assert error(f"--optim.{option}") == f"optim.{said}" if said else read(f"--optim.{option}").optim.clip is None
 
 
 def test_a_field_of_a_type_that_cannot_be_read_is_the_programmers_error():
