@@ -20,7 +20,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from tritium.kernels.backend import Target, operator, require_one_device, target_of, tl, triton, use_triton
+from tritium.kernels.backend import Target, graph_break, operator, require_one_device, target_of, tl, triton, use_triton
 from tritium.kernels.blocks import require_float
 from tritium.kernels.multi_tensor import find_block, groups, in_memory_order, load_pointer
 from tritium.kernels.registry import Launch, Shape, launch_of, register
@@ -195,7 +195,7 @@ def _round_stochastically_torch(x: Tensor, seed: Tensor, step: Tensor, place: in
     return torch.where(x.isnan(), x, bits.view(torch.float32)).bfloat16()
 
 
-@torch.compiler.disable  # already one fused kernel; tracing its in-place update of views fails in torch 2.13
+@graph_break  # already one fused kernel; tracing its in-place update of views fails in torch 2.13
 def _torch_adamw_(lists, step, grad_scale, found_inf, seed, options) -> None:
     step = step.to(torch.float32).reshape(())
     found_inf = None if found_inf is None else (found_inf != 0).to(torch.float32).reshape(())

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from tritium.kernels.attention_mask import Options, documents, visible
-from tritium.kernels.backend import without_autocast
+from tritium.kernels.backend import graph_break, without_autocast
 from tritium.kernels.wide import widened
 
 SCORE_BYTES = 2 << 20  # fp32 scores held at a time: they should stay in the cache
@@ -323,7 +323,7 @@ def _planned(q: Tensor, k: Tensor, cu_seqlens: Tensor | None, cu_seqlens_k: Tens
     return _plan(ends, ends_k, options.causal and ends == ends_k, str(q.device))
 
 
-@torch.compiler.disable  # the work depends on the documents' lengths: it cannot be traced once for all batches
+@graph_break  # the work depends on the documents' lengths: it cannot be traced once for all batches
 def attention(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, cu_seqlens_k: Tensor | None, options: Options
 ) -> tuple[Tensor, Tensor]:
@@ -333,7 +333,7 @@ def attention(
     return _Attention.apply(q, k, v, plan, options, keep)
 
 
-@torch.compiler.disable
+@graph_break
 def attention_backward(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor,
     cu_seqlens: Tensor | None, cu_seqlens_k: Tensor | None, options: Options,

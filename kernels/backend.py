@@ -146,6 +146,18 @@ def without_autocast(function: Callable) -> Callable:
     return run
 
 
+def graph_break(function: Callable) -> Callable:
+    """`function`, never traced by torch.compile: `torch.compiler.disable`, which takes a second to import, if needed."""
+
+    @functools.wraps(function)
+    def run(*arguments):
+        if torch.compiler.is_compiling():
+            return torch._dynamo.disable(function)(*arguments)
+        return function(*arguments)
+
+    return run
+
+
 def apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
     """`function.apply`, which torch.compile traces for distinct tensors only: a tensor that comes again, as in
     swiglu(x, x), comes as a view."""

@@ -74,6 +74,12 @@ def test_importing_the_package_or_the_command_line_loads_neither_torch_nor_trito
     assert done.returncode == 0, done.stderr
 
 
+def test_a_stage_starts_without_the_compiler():
+    """torch._dynamo takes a second to import, in each process of a run."""
+    done = run("import sys, tritium.stages.pretrain; assert 'torch._dynamo' not in sys.modules")
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize(
     "imports",
     [
