@@ -147,7 +147,7 @@ def without_autocast(function: Callable) -> Callable:
 
 
 def graph_break(function: Callable) -> Callable:
-    """`function`, never traced by torch.compile: `torch.compiler.disable`, which takes a second to import, if needed."""
+    """`function`, never traced: `torch.compiler.disable`, whose import takes a second, where something is compiled."""
 
     @functools.wraps(function)
     def run(*arguments):
