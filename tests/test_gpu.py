@@ -29,7 +29,7 @@ pytestmark = pytest.mark.usefixtures("quick")
 
 def made(device, dtype=torch.bfloat16, finetune="full"):
     """A model and a batch of six documents."""
-    return random_model(SHAPE, torch.device(device), dtype, finetune), documents(SHAPE, 640, 120).to(device)
+    return random_model(SHAPE, torch.device(device), dtype, finetune), documents(SHAPE.vocab_size, 640, 120).to(device)
 
 
 def after_steps(device, finetune, steps=3):
