@@ -4,7 +4,8 @@
 
 dpo and rft (rejection-sampling fine-tuning) train on answers that are sampled and verified first, outside the clock;
 grpo, rloo, ppo and distill (dual-level, from a teacher) sample as they go, within it. A short run measures how many
-steps fit into `seconds`.
+steps fit into `seconds`. Rows go to a file of JSON lines beside the table; a second run
+measures only what is not there.
 """
 
 import json
@@ -59,15 +60,24 @@ def main(argv: list[str]) -> int:
     if "distill" in config.methods and not config.teacher:
         raise UserError("--methods=distill needs --teacher=FOLDER")
     file, before = make_room_for(config.out, "--out"), exact_match(config.model, config)
-    rows: list[dict[str, Any]] = []
+    kept = file.with_suffix(".jsonl")
+    rows = [json.loads(line) for line in kept.read_text().splitlines()] if kept.exists() else []
+    done = {(row["method"], row["seed"]) for row in rows}
     with tempfile.TemporaryDirectory() as folder:
         for seed in range(config.seeds):
-            answers = sampled_answers(config, seed, Path(folder) / f"answers-{seed}")
+            answers = ""
             for method in config.methods:
+                if (method, seed) in done:
+                    continue
+                if method in ("dpo", "rft") and not answers:
+                    answers = sampled_answers(config, seed, Path(folder) / f"answers-{seed}")
                 rows.append(measured(method, config, seed, answers, Path(folder) / f"{method}-{seed}"))
                 print(json.dumps(rows[-1]), flush=True)
-    file.write_text(report(rows, before, config), encoding="utf-8")
-    return int(any(mean(rows, m, "after") <= before for m in config.methods))
+                with kept.open("a", encoding="utf-8") as lines:
+                    lines.write(json.dumps(rows[-1]) + "\n")
+    methods = [m for m in STAGES if any(row["method"] == m for row in rows)]
+    file.write_text(report(rows, methods, before, config), encoding="utf-8")
+    return int(any(mean(rows, m, "after") <= before for m in methods))
 
 
 def sampled_answers(config: Config, seed: int, out: Path) -> str:
@@ -135,15 +145,15 @@ def mean(rows: list[dict[str, Any]], method: str, name: str) -> float:
     return statistics.fmean(row[name] for row in rows if row["method"] == method)
 
 
-def report(rows: list[dict[str, Any]], before: float, config: Config) -> str:
+def report(rows: list[dict[str, Any]], methods: list[str], before: float, config: Config) -> str:
     """The table in Markdown: mean and standard deviation over the seeds."""
     facts = machine()
     lines = ["# `python -m tritium.bench alignment`", ""]
     lines += [f"{facts['cores']} cores of {facts['cpu']}, torch {facts['torch']}, commit {facts.get('commit', '?')}."]
     lines += [f"All start from one SFT model: {before:.1%} of the held-out problems. ≤ {config.seconds:g} s each, "]
-    lines[-1] += f"{config.seeds} seed(s); `grpo` is DAPO's form. KL(π ‖ SFT) per token (k3)."
+    lines[-1] += f"{len({row['seed'] for row in rows})} seed(s); `grpo` is DAPO's form. KL(π ‖ SFT) per token (k3)."
     lines += ["", "| method | before | after | spread | KL | steps | seconds |", "|---|---:|---:|---:|---:|---:|---:|"]
-    for method in config.methods:
+    for method in methods:
         after = [row["after"] for row in rows if row["method"] == method]
         shown = [before, statistics.fmean(after), statistics.pstdev(after), mean(rows, method, "kl")]
         numbers = f"{mean(rows, method, 'steps'):.0f} | {mean(rows, method, 'seconds'):.0f}"

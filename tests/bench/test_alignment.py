@@ -20,6 +20,10 @@ def test_a_table_of_two_methods(tiny, tmp_path, monkeypatch, capsys):
     lines = out.read_text().splitlines()
     assert [line.split(" | ")[0] for line in lines[-2:]] == ["| rft", "| rloo"] and "1 seed(s)" in out.read_text()
     assert bench.main(["alignment", *arguments, f"--teacher={tiny.model}", "--methods=distill"]) == 1
-    assert bench.main(["alignment", *arguments, "--methods=distill"]) == 2
+    measured = out.with_suffix(".jsonl").read_text()
+    assert bench.main(["alignment", *arguments]) == 1  # what was measured is not measured again, and stays in the table
+    assert out.with_suffix(".jsonl").read_text() == measured and measured.count("\n") == 3
+    assert [line.split(" | ")[0] for line in out.read_text().splitlines()[-3:]] == ["| rft", "| rloo", "| distill"]
+    assert bench.main(["alignment", *arguments, f"--out={tmp_path}/b.md", "--methods=distill"]) == 2
     assert bench.main(["alignment", *arguments[:1], "--problems=none", "--test=none"]) == 2
     assert "--problems=none does not exist" in capsys.readouterr().err

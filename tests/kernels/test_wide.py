@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from tritium.kernels import attention, backend, wide
+from tritium.kernels.linear_cross_entropy import linear_cross_entropy
 from tritium.kernels.linear_logprob import linear_logprob
 
 
@@ -45,7 +46,7 @@ def test_only_what_is_wanted_gets_a_gradient(faster):
     assert x.grad is not None and weight.grad is None
 
 
-@pytest.mark.parametrize("name", ["logprob", "attention"])
+@pytest.mark.parametrize("name", ["logprob", "cross_entropy", "attention"])
 def test_ops_agree_on_either_kind_of_cpu(monkeypatch, name):
     """The head and attention, forward and backward, by fp32 and by bf16 products."""
 
@@ -54,6 +55,10 @@ def test_ops_agree_on_either_kind_of_cpu(monkeypatch, name):
             x, weight = operands((150, 64), (300, 64))
             result = linear_logprob(x, weight, torch.arange(150))
             return result.logp, torch.autograd.grad(result.logp.sum() + result.entropy.sum(), (x, weight))
+        if name == "cross_entropy":
+            x, weight = operands((150, 64), (300, 64))
+            loss = linear_cross_entropy(x, weight, torch.arange(150))
+            return loss, torch.autograd.grad(loss, (x, weight))
         q, k, v = operands((150, 4, 16), (150, 2, 16), (150, 2, 16))
         out = attention(q, k, v, cu_seqlens=torch.tensor([0, 20, 120, 150], dtype=torch.int32))
         return out, torch.autograd.grad(out.float().square().sum(), (q, k, v))
