@@ -178,13 +178,13 @@ def from_hf_config(raw: dict, path: Path) -> ModelConfig:
 def shape_of(raw: dict) -> dict:
     """What every family has."""
     family, heads, width = raw["model_type"], raw["num_attention_heads"], raw["hidden_size"]
-    found = {"num_kv_heads": heads, "head_dim": 256 if family == "gemma2" else width // heads, "norm_eps": 1e-6}
+    found = {"num_kv_heads": heads, "head_dim": 256 if family == "gemma2" else width // (heads or 1), "norm_eps": 1e-6}
     found["tie_embeddings"] = family in ("gemma2", "minicpm")
     found |= {ours: raw[theirs] for ours, theirs in NAMES.items() if ours in NEEDED or raw.get(theirs) is not None}
     eos = raw.get("eos_token_id")
     eos = eos if isinstance(eos, list) and eos else [None if eos == [] else eos]
     found |= {"family": family, "qkv_bias": family == "qwen2", "qk_norm": family == "qwen3"}
-    return found | {"eos_id": eos[0], "more_eos_ids": tuple(eos[1:])}
+    return found | {"norm_eps": float(found["norm_eps"]), "eos_id": eos[0], "more_eos_ids": tuple(eos[1:])}
 
 
 def rope_of(raw: dict) -> dict:

@@ -153,6 +153,8 @@ def test_a_long_list_of_mistakes_is_cut(folder):
         ({"attention_bias": True}, "attention_bias=True"),
         ({"num_key_value_heads": 3}, "multiple of num_kv_heads=3"),
         ({"hidden_size": "wide"}, "config.json"),
+        ({"num_attention_heads": 0}, "num_heads=0 must be at least 1"),
+        ({"rms_norm_eps": "small"}, "config.json: could not convert string to float: 'small'"),
     ],
 )
 def test_a_configuration_that_this_decoder_does_not_compute(folder, changes, words):
