@@ -82,8 +82,8 @@ def train(config: Config) -> Result:
     heads = config.heads if config.loss == "score" else ["reward"]
     model = ScalarModel(decoder, heads, config.pooling).initialize(config.run.seed)
     networks, objective, convert = {"reward": model}, objective_of(config), converter_of(config, tokenizer)
-    convert = config.filter.around(convert, config.run.dtype, mesh)
-    trainer, bins = open_records(config, "reward", networks, objective, tokenizer, convert, KINDS[config.loss][1])
+    run = (config, "reward", networks, objective, tokenizer)
+    trainer, bins = open_records(*run, config.filter.around(convert, config.run.dtype, mesh), KINDS[config.loss][1])
     for step in trainer.steps():
         batches = bins.step(step, trainer.ramp)
         # ------------------------------------------------------------------------------------------------------

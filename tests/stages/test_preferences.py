@@ -3,11 +3,14 @@
 import json
 import math
 import shutil
+import weakref
 
 import pytest
 
 import tritium
 from tritium.core.rewards import Score
+from tritium.core.rewards.scorer import ModelReward
+from tritium.core.trainer import Trainer
 from tritium.model.surgery import with_wider_mlps
 from tritium.stages import cli, tokenizer
 
@@ -125,8 +128,9 @@ def test_what_rounds_have_no_use_for_is_refused(tiny, tmp_path, capsys, setting,
 
 
 @pytest.mark.parametrize("stage", ["dpo", "reward"])
-def test_noise_is_left_out_and_counted(tiny, tmp_path, capsys, stage):
-    """Three reward models that know the longer answer to be better, and one that was taught the contrary."""
+def test_noise_is_left_out_and_counted(tiny, tmp_path, capsys, monkeypatch, stage):
+    """Two reward models that know the longer answer to be better, and one that was taught the contrary. They have left
+    memory when training begins."""
     rows = [{"prompt": f"{i}?", "chosen": "1" * 8, "rejected": "1"} for i in range(40)]
     models = []
     for seed, teaches in enumerate((rows, rows, [r | {"chosen": "1", "rejected": "1" * 8} for r in rows])):
@@ -138,12 +142,26 @@ def test_noise_is_left_out_and_counted(tiny, tmp_path, capsys, stage):
     arguments = [stage, f"--model={tiny.model}", f"--data.sources={write(tmp_path / 'mixed.jsonl', *mixed)}", *QUICK]
     arguments += ["--run.steps=1", "--data.holdout=0"]
     capsys.readouterr()
+    asked_ones, held, step = [], [], Trainer.step
+
+    class Watched(ModelReward):
+        def __post_init__(self):
+            super().__post_init__()
+            asked_ones.append(weakref.ref(self))
+
+    def watched(*given):
+        held.append(sum(judge() is not None for judge in asked_ones))
+        step(*given)
+
+    monkeypatch.setattr("tritium.core.rewards.model.ModelReward", Watched)
+    monkeypatch.setattr(Trainer, "step", watched)
     for i, (asked, more, left_out) in enumerate(
         ((models[:2], [], 3), (models, ["--filter.margin=-100"], 3), (models, ["--filter.agreement=1"], 12))
     ):
         code = cli.main([*arguments, f"--filter.models={','.join(asked)}", *more, f"--run.out={tmp_path / f'run{i}'}"])
         assert code == (2 if left_out == 12 else 0)  # nothing is left
         assert f"{left_out} × a pair that the reward models of filter.models find" in capsys.readouterr().err
+    assert held == [0, 0] and len(asked_ones) == 2 + 3 + 3
     assert cli.main([*arguments, f"--filter.models={tiny.model}", f"--run.out={tmp_path / 'no'}"]) == 2
     assert "is a language model" in capsys.readouterr().err
 
