@@ -37,7 +37,7 @@ class ShapeConfig:
     """The decoder's shape, where it is not given by `init`. The vocabulary is the tokenizer's."""
 
     layers: int = opt(6, "decoder layers")
-    hidden_size: int = opt(256, "width of the residual stream")
+    hidden_size: int = opt(256, "width of the residual stream", least=1)
     intermediate_size: int = opt(704, "width of the SwiGLU")
     heads: int = opt(4, "query heads")
     kv_heads: int = opt(2, "key/value heads; each serves heads / kv_heads query heads")

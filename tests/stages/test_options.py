@@ -27,6 +27,7 @@ def pretrained(tiny, out: Path, **options) -> None:
     ("shape", "words"),
     [
         ({"layers": 0}, r"^model.layers=0 must be at least 1"),
+        ({"hidden_size": 0}, r"^model.hidden_size=0 must be at least 1"),
         ({"heads": 3, "kv_heads": 2}, r"^model.heads=3 must be a multiple of model.kv_heads=2"),
         ({"head_dim": 12}, r"^model.head_dim=12 must be a multiple of 8"),
     ],
