@@ -102,7 +102,7 @@ def cpu() -> dict[str, Any]:
     fields = dict(re.findall(r"^([\w ]+?)\s*: (.*)$", cpuinfo.read_text(), re.M)) if cpuinfo.exists() else {}
     flags = set(fields.get("flags", "").split())
     return {
-        "model": fields.get("model name", platform.processor()),
+        "model": fields.get("model name") or platform.processor() or platform.machine(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "fast_bf16": sorted(flags & {"avx512_bf16", "amx_bf16"}),

@@ -122,6 +122,13 @@ def test_backend_and_reason(monkeypatch, setting, cuda, expected):
     assert set(backends) == set(doctor.all_ops()) and all(why.startswith(expected) for why in backends.values())
 
 
+def test_a_processor_that_names_no_model_is_called_by_its_architecture(monkeypatch):
+    """As on Arm, where /proc/cpuinfo has no "model name"."""
+    monkeypatch.setattr(doctor.pathlib.Path, "read_text", lambda self: "processor\t: 0\nFeatures\t: fp asimd\n")
+    monkeypatch.setattr(doctor.platform, "processor", str)
+    assert doctor.cpu()["model"] == doctor.platform.machine()
+
+
 def test_command_prints_json_or_a_table_and_fails_with_a_problem(rows, monkeypatch, capsys):
     monkeypatch.setattr(doctor, "compile_kernels", lambda targets, ops: rows)
     assert command.main(["--targets=sm_90,gfx942", "--json"]) == 0
