@@ -139,12 +139,12 @@ def json_list(path: str) -> Iterator[tuple[str, Any]]:
                     continue
                 try:
                     item, at = decoder.raw_decode(buffer, at)
-                except RecursionError as error:
-                    raise malformed(error, at) from None
                 except json.JSONDecodeError as error:
                     if more and (error.pos > len(buffer) - TOKEN or "Unterminated" in error.msg):
                         break  # not all of it is there yet
                     raise malformed(error.msg, error.pos) from None
+                except (ValueError, RecursionError) as error:  # of numbers and lists without end
+                    raise malformed(error, at) from None
                 yield f"{path}: record {count}", item
                 count += 1
         if state in ("before", "within"):

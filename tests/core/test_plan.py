@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 from torch.profiler import ProfilerActivity, profile, record_function
 
 import tritium
@@ -83,10 +84,20 @@ class QuickTrainer(Trainer):
 
 
 def held_bytes() -> int:
-    """Of the memory of all tensors that there are."""
+    """Of the memory of all tensors that there are; those that other tests let torch.compile trace have none."""
     gc.collect()
-    tensors = [x for x in gc.get_objects() if issubclass(type(x), torch.Tensor) and x.device.type == "cpu"]
+    kinds = (torch.Tensor, torch.nn.Parameter)
+    tensors = [x for x in gc.get_objects() if type(x) in kinds and x.device.type == "cpu"]
+    tensors = [x for x in tensors if not torch._is_functional_tensor(x)]
     return sum({x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}.values())
+
+
+def test_tensors_without_memory_are_none():
+    with FakeTensorMode():
+        fake = torch.ones(1000)  # noqa: F841
+    functional, before = torch._to_functional_tensor(torch.ones(1000)), held_bytes()
+    real = torch.ones(1000)
+    assert held_bytes() - before == real.nbytes and functional is not None
 
 
 def step_of(
