@@ -42,7 +42,7 @@ class Config:
     gpus: int = opt(8, "ranks", above=0)
     context: int = opt(8192, "tokens of a document", above=0)
     step_tokens: int = opt(1 << 22, "tokens of a step, over all ranks", above=0)
-    bin_tokens: int = opt(0, "tokens of a micro-batch, on `mesh` (0: find the best meshes and micro-batches)")
+    bin_tokens: int = opt(0, "tokens of a micro-batch, on `mesh` (0: find the best meshes and micro-batches)", least=0)
     mesh: MeshConfig = opt(MeshConfig, "parallelism, where bin_tokens is given")
     muon: bool = opt(False, "Muon moves the layers' matrices")
     offload: bool = opt(False, "the optimizer's state is in the host's memory")
