@@ -62,6 +62,7 @@ def main(argv: list[str]) -> int:
     file, before = make_room_for(config.out, "--out"), exact_match(config.model, config)
     kept = file.with_suffix(".jsonl")
     rows = [json.loads(line) for line in kept.read_text().splitlines()] if kept.exists() else []
+    rows = [row for row in rows if (row["model"], row["budget"]) == (config.model, config.seconds)]
     done = {(row["method"], row["seed"]) for row in rows}
     with tempfile.TemporaryDirectory() as folder:
         for seed in range(config.seeds):
@@ -102,6 +103,7 @@ def measured(method: str, config: Config, seed: int, answers: str, out: Path) ->
     checkpoint = run("run", steps)
     seconds = time.perf_counter() - start
     numbers = {"method": method, "seed": seed, "steps": steps, "seconds": seconds}
+    numbers |= {"model": config.model, "budget": config.seconds}
     return numbers | {"after": exact_match(checkpoint, config), "kl": kl(checkpoint, config)}
 
 

@@ -57,9 +57,9 @@ class Handler(BaseHTTPRequestHandler):
     def read_json(self) -> Any:
         """The request's body. Raises: RequestError for one that isn't JSON, or is too long."""
         length = self.headers.get("Content-Length", "")
-        if not length.isdecimal() or int(length) > self.longest:
+        if not length.isdecimal() or len(length) > 15 or int(length) > self.longest:
             self.close_connection = True  # what follows can't be told from a next request
-            raise RequestError(f"Content-Length: {length or 'none'}; up to {self.longest} bytes are wanted", 413)
+            raise RequestError(f"Content-Length: {length[:20] or 'none'}; up to {self.longest} bytes are wanted", 413)
         try:
             return json.loads(self.rfile.read(int(length)))
         except (ValueError, RecursionError) as error:

@@ -62,6 +62,8 @@ class Config:
         check_ranges(self)
         if len(self.weights) != 3 or min(self.weights) < 0 or not any(self.weights):
             raise ConfigError(f"weights={self.weights} must be three numbers ≥ 0, not all 0")
+        if self.mode == "sequence" and (self.kind, self.temperature) != ("forward", 1.0):
+            raise ConfigError("kind and temperature are of a divergence: mode=sequence has draw.sampling.temperature")
         if self.top_k and (self.mode != "logit" or self.mesh.tp > 1 or self.mesh.cp > 1 or self.mesh.zero == 3):
             raise ConfigError(f"top_k={self.top_k} goes with --mode=logit, mesh.tp=1, mesh.cp=1 and mesh.zero < 3")
 

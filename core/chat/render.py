@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tritium.core.chat.templates import TEMPLATES, Template, find_template
+from tritium.core.chat.tools import LITERAL, literal
 from tritium.core.config import UserError
 from tritium.core.tokenizer import END_THINK, THINK, Tokenizer
 
@@ -50,7 +51,8 @@ class Rendered:
 
 @dataclass(frozen=True)
 class Part:
-    """A stretch of a conversation's text. In a `marker`, the text of control tokens means these tokens."""
+    """A stretch of a conversation's text. In a `marker`, the text of control tokens means these tokens, but where
+    it is `tools.literal`."""
 
     text: str
     marker: bool = True
@@ -95,7 +97,8 @@ def template_text(
     thinking: str = "",
 ) -> str:
     """The text that a template makes of the messages. Raises: ChatError, as `render`."""
-    return "".join(part.text for part in _parts(TEMPLATES[name], messages, bos, eos, generation_prompt, thinking))
+    parts = _parts(TEMPLATES[name], messages, bos, eos, generation_prompt, thinking)
+    return "".join(part.text.replace(LITERAL, "") if part.marker else part.text for part in parts)
 
 
 def _encode(tokenizer: Tokenizer, parts: Sequence[Part], rendered: Rendered) -> None:
@@ -113,7 +116,7 @@ def _encode(tokenizer: Tokenizer, parts: Sequence[Part], rendered: Rendered) -> 
         if (part.answer, part.weight) != kind:
             flush()
             pending, kind = "", (part.answer, part.weight)
-        for piece in tokenizer.split(part.text) if part.marker else (part.text,):
+        for piece in _pieces(tokenizer, part):
             if isinstance(piece, str):
                 pending += piece
                 continue
@@ -122,6 +125,12 @@ def _encode(tokenizer: Tokenizer, parts: Sequence[Part], rendered: Rendered) -> 
             rendered.ids.append(piece)
             rendered.weights.append(part.weight)
     flush()
+
+
+def _pieces(tokenizer: Tokenizer, part: Part) -> Iterator[str | int]:
+    """Ordinary text, and the ids of control tokens."""
+    for i, run in enumerate(part.text.split(LITERAL) if part.marker else ("", part.text)):
+        yield from (run,) if i % 2 else tokenizer.split(run)
 
 
 def _parts(
@@ -207,6 +216,7 @@ def _results(template: Template, messages: Sequence[Message]) -> str:
         if message["role"] != "tool":
             break
         content = json.dumps(message["content"], ensure_ascii=False) if style.quoted else message["content"]
+        content = literal(content) if template.tool == "{}" else content  # a text of markers; elsewhere there are none
         results.append(style.result(message) if callable(style.result) else style.result.format(content))
     return style.begin + style.between.join(results) + style.end
 

@@ -35,19 +35,28 @@ class Tools:
     resumes: bool = False  # the assistant goes on after results without a new header
 
 
+LITERAL = "\0"  # of what a tool's text holds, others wrote what stands between two of these: see `literal`
+
+
+def literal(text: str) -> str:
+    """The text, marked as no control token whatever it holds. (A NUL in it is lost.)"""
+    return f"{LITERAL}{text.replace(LITERAL, '')}{LITERAL}"
+
+
 def dumps(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def _hermes_calls(calls: Calls, before: str) -> str:
     lines = [
-        f'<tool_call>\n{{"name": "{c["name"]}", "arguments": {dumps(c["arguments"])}}}\n</tool_call>' for c in calls
+        f'<tool_call>\n{{"name": "{literal(c["name"])}", "arguments": {literal(dumps(c["arguments"]))}}}\n</tool_call>'
+        for c in calls
     ]
     return ("\n" if before else "") + "\n".join(lines)
 
 
 def _llama_calls(calls: Calls, before: str) -> str:
-    return "\n".join(f'{{"name": "{c["name"]}", "parameters": {dumps(c["arguments"])}}}' for c in calls)
+    return "\n".join(literal(f'{{"name": "{c["name"]}", "parameters": {dumps(c["arguments"])}}}') for c in calls)
 
 
 def _mistral(space: str) -> Tools:
@@ -59,7 +68,7 @@ def _mistral(space: str) -> Tools:
         for c in calls:
             id = f', "id": "{c["id"]}"' if "id" in c else ""
             listed.append(f'{{"name": "{c["name"]}", "arguments": {dumps(c["arguments"])}{id}}}')
-        return f"[TOOL_CALLS]{space}[{', '.join(listed)}]"
+        return f"[TOOL_CALLS]{space}{literal('[' + ', '.join(listed) + ']')}"
 
     def result(message: Mapping[str, Any]) -> str:
         content = message["content"]
@@ -68,17 +77,18 @@ def _mistral(space: str) -> Tools:
         except ValueError:
             content = json.dumps(content, ensure_ascii=False)
         id = f', "call_id": "{message["tool_call_id"]}"' if "tool_call_id" in message else ""
-        return f'[TOOL_RESULTS]{space}{{"content": {content}{id}}}[/TOOL_RESULTS]'
+        said = literal(f'{{"content": {content}{id}}}')
+        return f"[TOOL_RESULTS]{space}{said}[/TOOL_RESULTS]"
 
     def describe(tools: Sequence[Any]) -> str:
-        return f"[AVAILABLE_TOOLS]{space}{json.dumps(tools, ensure_ascii=False)}[/AVAILABLE_TOOLS]"
+        return f"[AVAILABLE_TOOLS]{space}{literal(json.dumps(tools, ensure_ascii=False))}[/AVAILABLE_TOOLS]"
 
     return Tools(describe, calls, result, between="", where="last", resumes=True)
 
 
 def _deepseek_calls(calls: Calls, before: str) -> str:
     form = "<｜tool▁call▁begin｜>function<｜tool▁sep｜>{}\n```json\n{}\n```<｜tool▁call▁end｜>"
-    listed = "\n".join(form.format(c["name"], dumps(c["arguments"])) for c in calls)
+    listed = "\n".join(form.format(literal(c["name"]), literal(dumps(c["arguments"]))) for c in calls)
     return f"<｜tool▁calls▁begin｜>{listed}<｜tool▁calls▁end｜>"
 
 

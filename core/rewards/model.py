@@ -55,6 +55,8 @@ class FilterConfig:
 
     def __post_init__(self):
         check_ranges(self, "filter.")
+        if not self.models and (self.margin, self.agreement) != (0.0, 0.5):
+            raise ConfigError("filter.margin and filter.agreement are of the scores of filter.models: name some")
 
     def around(self, convert: Callable[[dict], Group], dtype: str, mesh: Mesh) -> Callable[[dict], Group]:
         """`convert`, which raises RecordError for noise."""

@@ -7,9 +7,10 @@ import pytest
 import torch
 
 import tritium
+from tritium.core.config import ConfigError
 from tritium.core.rewards import Score
 from tritium.core.rewards.exact import ExactMatch
-from tritium.stages import cli, tokenizer
+from tritium.stages import cli, distill, tokenizer
 
 pytestmark = pytest.mark.usefixtures("quick")
 
@@ -61,6 +62,8 @@ def test_the_student_comes_closer_to_the_teacher_on_its_own_answers(tiny, tmp_pa
 def test_the_student_learns_what_the_teacher_answers(tiny, tmp_path, teacher):
     source = f"--data.sources={tiny.data('problems.jsonl')}"
     rows = run(tiny, tmp_path, teacher, source, "--mode=sequence", "--draw.prompts=6", "--draw.k=8", "--run.steps=10")
+    with pytest.raises(ConfigError, match="mode=sequence has draw.sampling.temperature"):
+        distill.Config(model="", teacher="", mode="sequence", temperature=0.5)
     losses = [row["loss"] for row in rows if "loss" in row]  # its answers' cross-entropy
     assert sum(losses[-3:]) < sum(losses[:3]) and all(0 <= row["right"] <= 1 for row in rows if "right" in row)
 

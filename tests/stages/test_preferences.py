@@ -164,6 +164,8 @@ def test_noise_is_left_out_and_counted(tiny, tmp_path, capsys, monkeypatch, stag
     assert held == [0, 0] and len(asked_ones) == 2 + 3 + 3
     assert cli.main([*arguments, f"--filter.models={tiny.model}", f"--run.out={tmp_path / 'no'}"]) == 2
     assert "is a language model" in capsys.readouterr().err
+    assert cli.main([*arguments, "--filter.margin=1", f"--run.out={tmp_path / 'no'}"]) == 2
+    assert "filter.models: name some" in capsys.readouterr().err
 
 
 def test_pairs_of_equal_answers_are_counted(tiny, tmp_path, capsys):

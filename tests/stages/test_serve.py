@@ -191,6 +191,7 @@ def test_what_cannot_be_served_gets_a_sentence_and_others_go_on(server, path, bo
         b"POST /v1/completions HTTP/1.1\r\n\r\n",
         b"POST /v1/completions HTTP/1.1\r\nContent-Length: -5\r\n\r\n",
         b"POST /v1/completions HTTP/1.1\r\nContent-Length: 99999999999\r\n\r\n",
+        b"POST /v1/completions HTTP/1.1\r\nContent-Length: " + b"9" * 5000 + b"\r\n\r\n",
         b"DELETE /v1/models HTTP/1.1\r\n\r\n",
         b"POST /v1/completions HTTP/1.1\r\n" + b"X: y\r\n" * 200 + b"\r\n",
     ],
