@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from tritium.core.batch import Document, pack, plan_bins
+from tritium.core.batch import Document, PackedBatch, pack, plan_bins
 from tritium.core.config import opt
 from tritium.core.kept import Kept
 from tritium.core.metrics import Metrics
@@ -55,7 +55,8 @@ class Work:
     kind: str  # a stage of bench/train.py
     folder: str  # the starting weights, a Hugging Face folder in fp32
     shape: ModelConfig
-    bin_tokens: int
+    bin_tokens: int  # of a step
+    micro_tokens: int  # of our micro-batches
     groups: list[list[list[int]]]
     prompts: list[int]
 
@@ -107,16 +108,20 @@ def tritium(work: Work, dtype: str = "bf16") -> Steps:
         else:
             groups = [_documents(work, i) for i in members]
         with loop.phase("data"):
-            pairs = {"pairs": float(len(members))}
-            batch = pack(groups, pairs, multiple_of=max(work.bin_tokens // 8, 1)).to(mesh.device)
+            batches = [batch.to(mesh.device) for batch in _micro_batches(groups, work.micro_tokens)]
         first = None
         if work.kind in SAMPLED:
-            loop.estimate([batch])
+            loop.estimate(batches)
         elif number == 0:
-            first = loop.evaluate([batch])["eval_loss"]
-        loop.step([batch])
+            first = loop.evaluate(batches)["eval_loss"]
+        loop.step(batches)
         times = {k.removeprefix("time/"): v for k, v in loop.pending[1].items() if k.startswith("time/")}
-        yield int(batch.counts["stream"]), first, times
+        yield int(sum(batch.counts["stream"] for batch in batches)), first, times
+
+
+def _micro_batches(groups: list[list[Document]], tokens: int) -> list[PackedBatch]:
+    bins = plan_bins([sum(map(len, group)) for group in groups], tokens)
+    return [pack([groups[i] for i in b], {"pairs": float(len(b))}, multiple_of=max(tokens // 8, 1)) for b in bins]
 
 
 def tritium_fp32(work: Work) -> Steps:

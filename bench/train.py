@@ -51,6 +51,7 @@ class Config:
     model: ShapeConfig = opt(SMALL, "the decoder's shape")
     vocab_size: int = opt(8192, "tokens of its vocabulary")
     bin_tokens: int = opt(4096, "tokens of a step")
+    micro_tokens: int = opt(0, "of our micro-batches, whose gradients a step adds (0: as many as bin_tokens)", least=0)
     context: int = opt(512, "tokens of a document of pretraining, and the most of any other")
     rounds: int = opt(5, "turns of each")
     steps: int = opt(3, "steps of a turn")
@@ -70,6 +71,7 @@ def main(argv: list[str]) -> int:
     rows: list[dict[str, Any]] = []
     for stage in config.stages:
         facts = run_facts(device) | {"stage": stage, "shape": asdict(_shape(config)), "bin_tokens": config.bin_tokens}
+        facts |= {"micro_tokens": config.micro_tokens or config.bin_tokens}
         found = [row | facts for row in measure(config, stage)]
         rows += found
         write_report(file, found)  # a run that is cut short keeps what it measured
@@ -108,7 +110,8 @@ def make_work(config: Config, stage: str, folder: Path) -> Work:
     for length, prompt in zip(lengths, prompts, strict=True):
         start = rng.integers(3, shape.vocab_size, prompt).tolist()  # 0 to 2 are control tokens of TRL's tokenizer
         groups.append([start + rng.integers(3, shape.vocab_size, length - prompt).tolist() for _ in range(copies)])
-    return Work(stage, str(folder), shape, config.bin_tokens, groups, prompts)
+    micro_tokens = config.micro_tokens or config.bin_tokens
+    return Work(stage, str(folder), shape, config.bin_tokens, micro_tokens, groups, prompts)
 
 
 def flops_per_token(work: Work) -> float:
@@ -261,7 +264,8 @@ def markdown(rows: list[dict[str, Any]]) -> list[str]:
         lines += [f"## {first['stage']}: " + ", ".join(f"{name} {shape[name]}" for name in size), ""]
         facts = " · ".join(f"{k} {v}" for k, v in first["machine"].items())
         lines += [f"{first.get('date', '')} · {facts} · matmul {first['matmul_tflops']:.3f} TFLOP/s · "
-                  f"{first['flops_per_token'] / 1e6:.1f} MFLOP a token", ""]  # fmt: skip
+                  f"{first['flops_per_token'] / 1e6:.1f} MFLOP a token · {first['bin_tokens']} tokens a step, "
+                  f"ours in micro-batches of {first.get('micro_tokens', first['bin_tokens'])}", ""]  # fmt: skip
         lines += [
             "| | tokens/s (p20 to p80) | of matmul | peak MB | ours / it | setting |",
             "|---|---:|---:|---:|---:|---|",

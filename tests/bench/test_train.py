@@ -1,6 +1,7 @@
 """The training bench: everyone does the same work, and who does not gets no ratio."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -41,6 +42,16 @@ def test_a_step_of_every_stage(tmp_path, stage):
     assert tokens > 0 and parts["forward"] > 0 and parts["backward"] > 0
     assert ("sample" in parts) == (stage in contenders.SAMPLED)
     assert train.flops_per_token(work) > 0
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward", "dpo"])
+def test_micro_batches_do_the_same_work(tmp_path, stage):
+    """The same tokens and mean loss of a step, in shorter streams."""
+    shape = train.ShapeConfig(layers=1, hidden_size=32, intermediate_size=64, heads=2, kv_heads=1, head_dim=16)
+    config = train.Config(model=shape, vocab_size=128, bin_tokens=512, context=64)
+    work = train.make_work(config, stage, tmp_path)
+    (tokens, loss, _), (again, same, _) = (next(contenders.tritium(replace(work, micro_tokens=n))) for n in (512, 128))
+    assert again == tokens and same == pytest.approx(loss, rel=1e-3)
 
 
 def test_rows_of_other_work_stay_and_those_of_the_same_are_replaced(tmp_path):
