@@ -45,7 +45,8 @@ class MathMatch:
     """1 where the answer means the same as the reference, 0 where not, `malformed` where there is no answer.
 
     The answer is what the last \\boxed{} holds, or follows "the answer is" or ####; else the last formula, the whole
-    text where it is one, or the last number. A percentage without its sign counts where the reference has none.
+    text where it is one, or the last number; a reference that is no formula is read likewise. A percentage without its
+    sign counts where the reference has none.
     """
 
     malformed: float = 0.0
@@ -54,7 +55,7 @@ class MathMatch:
     def __call__(self, ids: Sequence[int], text: str, *, prompt: str = "", reference: str = "") -> Score:
         if not reference.strip():
             raise ValueError("there is no reference answer to compare with")
-        wanted = boxed(reference) or reference
+        wanted = boxed(reference) or (reference if parsed(reference) else extract(reference))
         answer = extract(parse_reasoning(text)[1], wanted)
         if not answer:
             return Score(self.malformed, "no answer")
@@ -74,8 +75,8 @@ def boxed(text: str) -> str:
     return ""
 
 
-def extract(answer: str, reference: str) -> str:
-    """The final answer in a text; empty where there is none."""
+def extract(answer: str, reference: str = "") -> str:
+    """The final answer in a text; empty where there is none. An equation is one where the reference is."""
     if "\\boxed{" in answer:
         return boxed(answer)
     if said := SAID.findall(answer):

@@ -127,6 +127,13 @@ def test_what_needs_sympy_too_often_is_the_judges_failure_not_a_wrong_answer(mon
         ("2x + 3y = 6", "6y = 12 - 4x", True),
         ("2x + 3y = 6", "3x + 2y = 6", False),
         ("It is 1/2", "2", False),
+        ("The answer is 2", "The answer is 2", True),
+        (r"\boxed{18}", "She has 9 + 9 of them.\nThe total is 18 apples.", True),
+        ("#### 1/2", "So the answer is: $0.5$.", True),
+        ("The answer is 3", "The answer is 2", False),
+        ("x = 2", "so $x = 2$", True),
+        ("no solution", "No solution", True),
+        ("Evelyn", "the answer is Evelyn.", True),
     ],
 )
 def test_what_counts_as_the_answer(text, reference, right):
