@@ -325,6 +325,12 @@ def test_a_shard_without_documents_and_sources_of_one_name_pack(tmp_path, monkey
     assert packed.tolist() == [70_000] * 7 and starts.tolist() == [0, 3]
     shutil.rmtree(tmp_path / "out/scratch")  # who needs room may delete it
     run(steps | {"pack": {"tokenizer": str(tmp_path / "tokenizer")}}, tmp_path / "out")
+    steps["read0"]["source"] = "another"  # of the others, what was packed stays no longer than they do
+    steps.pop("read1")
+    run(steps | {"pack": {"tokenizer": str(tmp_path / "tokenizer")}}, tmp_path / "out")
+    assert sorted(f.name for f in (tmp_path / "out/pack").iterdir()) == [
+        f"another.{kind}" for kind in ("json", "starts.npy", "tokens.npy")
+    ]
 
 
 @pytest.mark.parametrize(
