@@ -16,15 +16,21 @@ from tritium.core.config import UserError
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, None)  # numpy tells no number
 
 
-def make_folder(folder: str | Path, option: str) -> Path:
-    """The folder, made where it is missing. Raises: UserError naming `option` where nothing can be written there."""
+def make_folder(folder: str | Path, option: str, now: bool = True) -> Path:
+    """The folder, made where it is missing; or, where that is not to be `now`, only tried.
+
+    Raises: UserError naming `option` where nothing can be written there.
+    """
+    path = Path(folder)
     try:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):  # the only honest answer: permissions, read-only mounts, quotas
+        if now:
+            path.mkdir(parents=True, exist_ok=True)
+        there = next(place for place in (path, *path.absolute().parents) if place.exists())
+        with tempfile.TemporaryFile(dir=there):  # the only honest answer: permissions, read-only mounts, quotas
             pass
     except OSError as error:
         raise UserError(f"{option}={folder} can't be written: {error.strerror}") from None
-    return Path(folder)
+    return path
 
 
 def make_room_for(file: str, option: str) -> Path:

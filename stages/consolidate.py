@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     if not Path(arguments.source).is_dir():
         raise UserError(f"RUN_OR_CHECKPOINT={arguments.source}: there is no such folder")
-    source, out = Path(model_folder(arguments.source)), make_folder(arguments.out, "OUT")
+    source, out = Path(model_folder(arguments.source)), make_folder(arguments.out, "OUT", now=False)
     if tensor_files(out, "model"):
         raise UserError(f"OUT={out} holds a model already: name another folder, or delete it")
     if (source / MANIFEST).exists() and (problem := damage(source, without="trainer")):
@@ -49,6 +49,7 @@ def consolidate(source: Path, out: Path, limit: float) -> None:
         files = list(cut(sizes, limit))
         names = [file_name("model", part, len(files)) for part in range(len(files))]
         places = {tensor: name for name, members in zip(names, files, strict=True) for tensor in members}
+        out.mkdir(parents=True, exist_ok=True)
         for name, members in zip(names, files, strict=True):
             share = Share(name, {tensor: tensors[tensor] for tensor in members}, places, sum(sizes.values()))
             share.write(out)

@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Do what is asked. Raises: UserError for what can't be."""
     arguments = parser().parse_args(argv)
     if "out" in arguments:
-        arguments.out = new_folder(arguments.out)  # before the work
+        arguments.out = new_folder(arguments.out)  # before the work; made when there is a model to write
     try:
         arguments.run(arguments)
     except ValueError as error:
@@ -82,7 +82,8 @@ def merge(arguments: argparse.Namespace) -> None:
     """Write the plain model, with the tokenizer's files, and say how exact it is."""
     source, out = Path(model_folder(arguments.adapter)), arguments.out
     if not (source / ADAPTER_CONFIG).exists():
-        raise UserError(f"{source} holds no adapter: there is no {ADAPTER_CONFIG}")
+        why = f"there is no {ADAPTER_CONFIG}" if source.is_dir() else "there is no such folder"
+        raise UserError(f"{source} holds no adapter: {why}")
     model = read_model(str(source), arguments.dtype, Mesh.single())
     before = probe(model)
     try:
@@ -125,8 +126,8 @@ def layers(arguments: argparse.Namespace) -> None:
         if not first.isdigit() or (last and not last.isdigit()):
             raise UserError(f"--order={arguments.order}: {part!r} is neither a layer nor a range such as 8-31")
         order += range(int(first), int(last or first) + 1)
-    tokenizer = load_tokenizer(arguments.model)
-    write(with_layers(opened(arguments.model, arguments.dtype), order), arguments.out, tokenizer)
+    model = opened(arguments.model, arguments.dtype)
+    write(with_layers(model, order), arguments.out, load_tokenizer(arguments.model))
 
 
 def vocabulary(arguments: argparse.Namespace) -> None:
@@ -177,7 +178,7 @@ def texts(file: str, folder: str, model: Transformer) -> list[torch.Tensor]:
 
 def new_folder(out: str) -> Path:
     """Raises: UserError where a model is there already, or nothing can be written."""
-    folder = make_folder(out, "OUT")
+    folder = make_folder(out, "OUT", now=False)
     if tensor_files(folder, "model"):
         raise UserError(f"OUT={folder} holds a model already: name another folder, or delete it")
     return folder

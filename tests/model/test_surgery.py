@@ -95,10 +95,16 @@ def test_the_commands(tiny, tmp_path, capsys):
         (["layers", tiny.model, str(tmp_path / "x"), "--order=0-7"], "layers are 0 to 1"),
         (["layers", tiny.model, str(tmp_path / "x"), "--order=a"], "neither a layer nor a range"),
         (["average", str(tmp_path / "x"), tiny.model, "--weights=1,2"], "one each"),
+        (["merge", str(tmp_path / "none"), str(tmp_path / "x")], "there is no such folder"),
+        (["merge", tiny.model, str(tmp_path / "x")], "holds no adapter"),
+        (["layers", str(tmp_path / "none"), str(tmp_path / "x"), "--order=0"], "does not exist"),
+        (["vocabulary", tiny.model, str(tmp_path / "x"), f"--text={tmp_path}/none"], "does not exist"),
+        (["layers", tiny.model, f"{text}/x", "--order=0"], "can't be written: Not a directory"),
         (same[1:], "holds a model already"),
     ):
         assert cli.main(["surgery", *command]) == 2
         assert words in capsys.readouterr().err
+        assert not (tmp_path / "x").exists()  # nothing is made of a mistake
 
 
 def test_wider_mlps_compute_the_same_and_learn_apart():

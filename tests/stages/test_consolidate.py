@@ -60,6 +60,9 @@ def test_a_source_without_a_model_and_one_that_is_damaged_are_sentences(tmp_path
     (damaged,) = (tmp_path / "run").glob("step-*")
     assert main(["consolidate", str(damaged), str(tmp_path / "out")]) == 2
     assert "is damaged: config.json" in capsys.readouterr().err
+    (tmp_path / "empty").mkdir()
+    assert main(["consolidate", str(tmp_path / "empty"), str(tmp_path / "out")]) == 2
+    assert "empty" in capsys.readouterr().err and not (tmp_path / "out").exists()  # nothing is made of a mistake
 
 
 def test_a_folder_with_a_model_is_left_alone(tmp_path, capsys):
