@@ -40,7 +40,7 @@ class Config:
     machine: str = opt("h100", "what it runs on; here: this machine, measured", choices=(*MACHINES, "here"))
     reached: float = opt(0.7, "share of the datasheet's rates that is counted on", above=0)
     gpus: int = opt(8, "ranks", above=0)
-    context: int = opt(8192, "tokens of a document", above=0)
+    context: int = opt(8192, "tokens of a document", least=8)
     step_tokens: int = opt(1 << 22, "tokens of a step, over all ranks", above=0)
     bin_tokens: int = opt(0, "tokens of a micro-batch, on `mesh` (0: find the best meshes and micro-batches)", least=0)
     mesh: MeshConfig = opt(MeshConfig, "parallelism, where bin_tokens is given")

@@ -322,6 +322,7 @@ def test_dpo_and_grpo_need_more(capsys):
     [
         (["--gpus=0"], "gpus=0 must be above 0"),
         (["--bin_tokens=-5"], "bin_tokens=-5 must be at least 0"),
+        (["--context=4"], "^context=4 must be at least 8"),
         (
             ["--preset=8b", "--gpus=6", "--mesh.tp=4", "--bin_tokens=8192"],
             "cp=1 × tp=4 does not divide the 6",
