@@ -30,6 +30,7 @@ from typing import IO
 
 LEVELS = ("namespaces", "confined", "limits")
 PYTHON = os.path.realpath(sys.executable)
+START = 30.0  # seconds for the sandbox itself, which come before the program's
 
 
 class SandboxError(RuntimeError):
@@ -38,7 +39,8 @@ class SandboxError(RuntimeError):
 
 @dataclass(frozen=True)
 class Limits:
-    """seconds of wall time (and of CPU time, per process); bytes of memory (per process), of files, of output."""
+    """seconds of wall time from the program's first instruction (and of CPU time, per process); bytes of memory (per
+    process), of files, of output."""
 
     seconds: float = 10.0
     memory: int = 512 << 20
@@ -101,7 +103,7 @@ class Sandbox:
 
     def __init__(self, argv: Sequence[str], files: dict[str, str], limits: Limits, at: str, **pipes: int | IO):
         self.namespaced = at == "namespaces"  # only there does the program's end have to be told
-        self.limits, self.deadline = limits, time.monotonic() + limits.seconds
+        self.limits, self.deadline, self.said = limits, time.monotonic() + START, b""
         self.folder = tempfile.TemporaryDirectory(prefix="tritium-sandbox-", ignore_cleanup_errors=True)
         spec = {"argv": list(argv), "files": files, "root": self.folder.name, "level": at, "prefix": prefix()}
         spec |= {name: getattr(limits, name) for name in ("seconds", "memory", "processes", "disk")}
@@ -143,10 +145,9 @@ class Sandbox:
         code = self.process.wait()
         self.kill()  # at the level "limits", children may be left
         os.set_blocking(self.status, False)
-        try:
-            said = os.read(self.status, 4096).decode(errors="replace")
-        except BlockingIOError:
-            said = ""
+        with suppress(BlockingIOError):
+            self.said += os.read(self.status, 4096)
+        said = self.said.decode(errors="replace").removeprefix("S")
         if said.startswith("E"):
             raise SandboxError(said[2:])
         return int(said[2:]) if said else -signal.SIGKILL if self.namespaced and not code else code
@@ -156,6 +157,7 @@ class Sandbox:
         outputs = [pipe for pipe in (self.process.stdout, self.process.stderr) if pipe]
         texts, killed = [bytearray() for _ in outputs], ""
         with selectors.DefaultSelector() as selector:
+            selector.register(self.status, selectors.EVENT_READ)
             for pipe, buffer in zip(outputs, texts, strict=True):
                 selector.register(pipe, selectors.EVENT_READ, buffer)
             if self.stdin is not None:
@@ -163,7 +165,10 @@ class Sandbox:
                 selector.register(self.stdin, selectors.EVENT_WRITE, None)
             while selector.get_map() and not killed:
                 for key, _ in selector.select(max(self.deadline - time.monotonic(), 0)):
-                    if key.data is None:
+                    if key.fd == self.status:  # it begins
+                        self.said, self.deadline = os.read(key.fd, 4096), time.monotonic() + self.limits.seconds
+                        selector.unregister(key.fd)
+                    elif key.data is None:
                         text = self.feed(text, selector)
                     elif chunk := os.read(key.fd, 1 << 16):
                         key.data.extend(chunk)

@@ -5,8 +5,8 @@
     confined     the program itself, after Landlock (files), seccomp (sockets, signals, no child processes), no caps
     limits       the program itself, with resource limits only
 
-Standard library only. What goes wrong before the program starts is written to the status pipe ("E …"), as is the
-program's end ("X code").
+Standard library only. The program's start is written to the status pipe ("S"), as are what goes wrong before it ("E …")
+and the program's end ("X code").
 """
 
 import ctypes
@@ -171,6 +171,7 @@ def no_capabilities() -> None:
 
 def execute(spec: dict) -> None:
     home = {"HOME": os.getcwd(), "TMPDIR": os.getcwd(), "PATH": "/usr/bin:/bin", "LANG": "C.UTF-8"}
+    os.write(int(sys.argv[1]), b"S")
     os.execve(spec["argv"][0], spec["argv"], home)
 
 

@@ -3,7 +3,7 @@
 The reference is JSON, which `formats.problem` makes of a problem's record:
 
     {"tests": ["assert f(2) == 4", …], "setup"?: "import math", "entry_point"?: "f", "prefix"?: "def f(x):"}
-    {"cases": [{"input": "1 2", "output": "3"}, …], "checker"?: "exact" | "tokens" | "float"}
+    {"cases": [{"input": "1 2", "output": "3"}, …], "checker"?: "exact" | "tokens" | "float" | a program in Python}
 """
 
 import json
@@ -18,7 +18,7 @@ from pathlib import Path
 
 from tritium.core.chat import parse_reasoning
 from tritium.core.rewards import Answer, Score, score_one
-from tritium.core.sandbox import PYTHON_ARGV, Limits, Sandbox, level, run_python
+from tritium.core.sandbox import PYTHON_ARGV, Limits, Outcome, Sandbox, level, run, run_python
 
 FENCED = re.compile(r"```(?:python|py)?[^\S\n]*\n(.*?)(?:```|\Z)", re.DOTALL | re.IGNORECASE)
 WHOLE, LONGEST = re.compile(r"[-+]?\d+"), 4000  # digits of an integer, which Python reads
@@ -95,10 +95,29 @@ def by_asserts(program: str, spec: dict, limits: Limits, at: str) -> list[bool]:
 
 
 def by_cases(program: str, spec: dict, limits: Limits, at: str) -> list[bool]:
-    """Which cases pass: the program is run once for each."""
-    same = CHECKERS[spec.get("checker", "tokens")]
-    runs = ((run_python(program, case["input"], limits, at), case["output"]) for case in spec["cases"])
-    return [outcome.ok and same(outcome.stdout, wanted) for outcome, wanted in runs]
+    """Which cases pass: the program is run once for each. Raises: ValueError for a checker that fails; SandboxError."""
+    checker = spec.get("checker", "tokens")
+    runs = ((run_python(program, case["input"], limits, at), case) for case in spec["cases"])
+    return [outcome.ok and accepts(checker, case, outcome.stdout, limits, at) for outcome, case in runs]
+
+
+def accepts(checker: str, case: dict, printed: str, limits: Limits, at: str) -> bool:
+    """Whether what was printed is right. A problem's own checker reads three files and prints 1 or 0 (Open-R1's).
+
+    Raises: ValueError where that fails on the right output, too.
+    """
+    if checker in CHECKERS:
+        return CHECKERS[checker](printed, case["output"])
+    files = {"checker.py": checker, "input.txt": case["input"], "correct_output.txt": case["output"]}
+
+    def judged(output: str) -> Outcome:
+        given = files | {"solution_output.txt": output}
+        return run([*PYTHON_ARGV, *given], "", given, limits, at)
+
+    if not (verdict := judged(printed)).ok and not (fails := judged(case["output"])).ok:
+        why = fails.killed or fails.stderr.strip().split("\n")[-1]
+        raise ValueError(f"the problem's checker fails: {why}")
+    return verdict.ok and verdict.stdout.strip() == "1"
 
 
 def exact(a: str, b: str) -> bool:

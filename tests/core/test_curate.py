@@ -54,7 +54,21 @@ def test_code_layouts_give_tests_that_their_solutions_pass():
         parse({"task_id": "H/1", "prompt": "def double(x):\n", "canonical_solution": "    return 2 * x\n",
                "test": "def check(f):\n    assert f(2) == 4\n", "entry_point": "double"}),
     ]  # fmt: skip
+    any_sum = "import sys\nn, right, said = [list(map(int, open(name).read().split())) for name in sys.argv[1:]]\n"
+    any_sum += "print(int(len(said) == 2 and sum(said) == n[0]))"
+    pair = {
+        "description": "Two numbers of this sum.",
+        "input_format": "n",
+        "generated_checker": any_sum,
+        "examples": [{"input": "5", "output": "2 3"}],
+        "editorial": "```python\nprint(int(input()), 0)\n```",
+    }
+    made.append(parse(pair))
     judge = make_reward("code")
+    assert judge((), "print(2, 4)", reference=made[-1]["reference"]).value == 0.0
+    for unfit in ({"interaction_format": "ask"}, {"input_mode": "file"}):
+        with pytest.raises(RecordError, match="standard input alone"):
+            parse(pair | unfit)
     for document in made:
         assert document["kind"] == "problem" and len(document["answers"]) == 1
         assert judge((), document["answers"][0]["text"], reference=document["reference"]).solved, document

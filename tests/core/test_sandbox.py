@@ -7,6 +7,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -56,6 +57,12 @@ def test_any_program_of_the_system_runs_and_one_that_is_not_there_is_the_sandbox
     assert run(["/bin/echo", "a b"]).stdout == "a b\n"
     with pytest.raises(sandbox.SandboxError, match="No such file"):
         run(["/no/such/program"])
+
+
+def test_a_programs_time_begins_with_the_program(monkeypatch):
+    clock = iter([0.0])  # then, the sandbox's own start has taken 20 seconds
+    monkeypatch.setattr(sandbox, "time", SimpleNamespace(monotonic=lambda: next(clock, 20.0)))
+    assert run_python("print('in')", limits=Limits(seconds=5), at=level()).stdout == "in\n"
 
 
 def test_a_user_without_privileges_has_the_same_walls(tmp_path):
@@ -161,6 +168,15 @@ def test_cases_are_compared_as_the_problem_wants(printed, checker, passes):
     cases = [{"input": "1 2\n", "output": "3\n"}]
     assert code(printed, cases=cases, checker=checker) == float(passes)
     assert code(a, cases=[*cases, {"input": "2 2", "output": "5"}]) == 0.5
+
+
+def test_a_checker_of_the_problems_own_judges_and_where_it_fails_nobody_is_wrong():
+    cases = [{"input": "", "output": "0"}]
+    careless = "import sys\nprint(int(open(sys.argv[3]).read()))"
+    assert code("print(1)", cases=cases, checker=careless) == 1.0
+    assert code("print(2)", cases=cases, checker=careless) == 0.0
+    assert code("print('no number')", cases=cases, checker=careless) == 0.0  # which ends the checker
+    assert str(code("print(1)", cases=cases, checker="exakt")).endswith("NameError: name 'exakt' is not defined")
 
 
 def test_whole_numbers_are_no_floats_and_what_shows_the_use_of_a_program_is_not_the_program():
