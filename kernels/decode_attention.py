@@ -262,7 +262,7 @@ def decode_attention(
     differentiable. Raises ValueError on shapes and dtypes that don't fit and (on a CPU) lengths that the page table
     cannot hold; on a GPU these are taken for what it can hold.
     """
-    require_heads("decode_attention", "P, page", q, k_pages, v_pages, window, softcap)
+    require_heads("decode_attention", "P, page", q, k_pages, v_pages, window, softcap, scale)
     require_integer("decode_attention", page_table=page_table, lengths=lengths)
     if page_table.dim() != 2 or page_table.shape[0] != len(q) or lengths.shape != (len(q),):
         shapes = f"{tuple(page_table.shape)}, {tuple(lengths.shape)}"

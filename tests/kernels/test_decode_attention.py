@@ -101,6 +101,7 @@ def test_a_window_over_everything_hides_nothing(window, backend):
         ({"window": 0}, "window must be an integer of at least 1"),
         ({"softcap": 0.0}, "softcap must be positive and finite or None, got 0.0"),
         ({"softcap": -2.0}, "softcap must be positive and finite or None, got -2.0"),
+        ({"scale": -0.5}, "scale must be positive and finite or None, got -0.5"),
         ({"page_table": torch.zeros(5, 3)}, "page_table is torch.float32, wanted torch.int32 or torch.int64"),
         ({"lengths": torch.ones(5)}, "lengths is torch.float32, wanted torch.int32 or torch.int64"),
         ({x: torch.ones(5, 4, 2, 8).int() for x in ("k_pages", "v_pages")} | {"q": torch.ones(5, 4, 8).int()}, "q is"),
@@ -139,7 +140,7 @@ CASES = [  # (N, page, R, D), options
     ((3, 127, 4, 128), {"window": 10_000, "softcap": 20.0}),
     ((2, 40, 2, 64), {"softcap": 1e3}),  # 1 - exp would cancel
     ((1, 20, 65, 64), {}),  # more query heads than a tile has rows
-    ((2, 129, 1, 256), {"scale": -0.2}),
+    ((2, 129, 1, 256), {"scale": 0.2}),
 ]
 
 
