@@ -40,6 +40,7 @@ from tritium.core.report import read_curves, write_report
 from tritium.core.run import Result
 from tritium.stages import evaluate
 from tritium.stages.cli import STAGES
+from tritium.stages.plan import aligned
 
 RECIPE_KEYS = {"title": str, "test": str, "stages": dict}
 STAGE_KEYS = {"kind": str, "metric": str, "higher_is_better": bool, "config": dict}
@@ -319,13 +320,12 @@ class Ladder:
 
     def table(self) -> str:
         """The stages, a line each."""
-        show = lambda value, digits: "–" if value is None else f"{value:.{digits}f}"  # noqa: E731
-        lines = [f"{'stage':<12}{'metric':<18}{'before':>8}{'after':>8}{'seconds':>9}{'tokens/s':>10}  checkpoint"]
+        digits = {"before": 3, "after": 3, "seconds": 0, "tokens_per_second": 0}
+        rows = [("stage", "metric", "before", "after", "seconds", "tokens/s", "checkpoint")]
         for row in self.rows:
-            scores = f"{show(row['before'], 3):>8}{show(row['after'], 3):>8}"
-            speed = f"{show(row['seconds'], 0):>9}{show(row['tokens_per_second'], 0):>10}"
-            lines.append(f"{row['name']:<12}{row['metric']:<18}{scores}{speed}  {row['checkpoint']}")
-        return "\n".join(lines)
+            numbers = ("–" if row[key] is None else f"{row[key]:.{n}f}" for key, n in digits.items())
+            rows.append((row["name"], row["metric"], *numbers, row["checkpoint"]))
+        return "\n".join(aligned(rows, left=(0, 1, 6)))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,8 @@ from tritium.core.config import ConfigError
 from tritium.stages import evaluate, run
 
 NAMES = ["corpus", "tokenizer", "pretrain", "cold", "sft", "sample", "reward", "dpo", "teach", "distill", "grpo", "ppo"]
-KEYS = {"name", "metric", "before", "after", "higher_is_better", "seconds", "tokens_per_second", "checkpoint"}
+ROW = ("name", "metric", "before", "after", "seconds", "tokens_per_second", "checkpoint")
+KEYS = {*ROW, "higher_is_better"}
 
 
 @pytest.fixture(scope="module")
@@ -145,6 +146,19 @@ def test_a_metric_that_the_stage_does_not_have(tiny, tmp_path, capsys):
     recipe.write_text(f'[stages.tokenizer]\nmetric = "bytes_per_token"\n{settings}')
     assert run.train(config).metrics["bytes_per_token"] > 1
     assert "already done" in capsys.readouterr().err  # what is shown of a stage is no reason to run it again
+
+
+def test_the_tables_columns_are_as_wide_as_what_is_in_them(tmp_path):
+    ladder = run.Ladder({"stages": {}}, tmp_path)
+    ladder.rows = [
+        dict(zip(ROW, ("sft", "eval_loss", 2.5, 1.25, 9.4, 12345.6, "runs/sft"), strict=True)),
+        dict(zip(ROW, ("reinforcement", "calibration_error_of_all", None, -1469.0, 1e6, None, "runs/r"), strict=True)),
+    ]
+    assert ladder.table().splitlines() == [
+        "stage          metric                    before      after  seconds  tokens/s  checkpoint",
+        "sft            eval_loss                  2.500      1.250        9     12346  runs/sft",
+        "reinforcement  calibration_error_of_all       –  -1469.000  1000000         –  runs/r",
+    ]
 
 
 def test_a_model_is_measured_once_and_anew_where_it_or_the_test_changed(tiny, tmp_path, monkeypatch, capsys, quick):
