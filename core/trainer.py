@@ -113,7 +113,6 @@ class Trainer:
         self.begun = self.index  # steps done before this process
         self.ramp = self.open_ramp(getattr(settings.data, "bins_per_step", None) if hasattr(settings, "data") else None)
         self.write_config()
-        self.say(self.skipped.summary())
 
     def open_ramp(self, bins: int | None) -> BatchRamp | None:
         """How the batch of `bins` grows, where it does. Raises: ConfigError in a stage whose batches are not bins."""
@@ -140,6 +139,7 @@ class Trainer:
         steps happens here: evaluation, checkpoints, and on SIGINT, SIGTERM or SIGUSR1 a checkpoint before it acts.
         """
         with self.signals(), self.watch:
+            self.say(self.skipped.summary())  # of all that a driver reads
             if self.index == 0:
                 self.before = self.log(self.evaluate(self.evaluation))
             self.pace.start()

@@ -8,7 +8,7 @@ Records are {"question", "answer"}: whatever is rewarded, a verifier measures ho
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from torch import nn
@@ -89,7 +89,8 @@ def train(config: Config) -> Result:
     objective = objective_of(config)
     experience = open_experience(config, "ppo", networks, objective, each)
     trainer, context = experience.trainer, networks["policy"].config.max_positions
-    text = open_text(config, experience.tokenizer, context, mesh, trainer.skipped)
+    skipped = replace(trainer.skipped, on_error=config.text.on_error)  # counted together
+    text = open_text(config, experience.tokenizer, context, mesh, skipped)
     for step in trainer.steps():
         number, done = divmod(step, each)
         objective.beta = trainer.notes.get("beta", options.beta)

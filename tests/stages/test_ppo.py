@@ -9,7 +9,7 @@ import torch
 
 import tritium
 from tritium.core.chat import render
-from tritium.core.config import ConfigError, from_dict
+from tritium.core.config import ConfigError, UserError, from_dict
 from tritium.core.files import Skipped
 from tritium.core.rewards import Answer, Score, judge
 from tritium.core.rewards.model import open_reward
@@ -238,6 +238,17 @@ def test_text_beside_answers_is_of_the_turns_that_were_asked_for(tiny, tmp_path)
         (batch,) = ppo.open_text(made, tokenizer, 256, Mesh.single(), Skipped()).step(0)
         counts.append(batch.counts["tokens"])
     assert counts[0] == 2 * counts[1] > 0
+
+
+def test_records_of_the_text_that_are_left_out_are_told_before_the_first_step(tiny, tmp_path, monkeypatch, capsys):
+    chats = Path(tiny.data("chats.jsonl")).read_text()
+    (tmp_path / "chats.jsonl").write_text('{"messages": [{"role": "user", "content": "no answer"}]}\n' + chats)
+    text, told, step = {"sources": [str(tmp_path / "chats.jsonl")], "bin_tokens": 256}, [], Trainer.step
+    monkeypatch.setattr(Trainer, "step", lambda *rest: (told.append(capsys.readouterr().err), step(*rest)))
+    ppo.train(config(tiny, tmp_path / "out", 1, ppo={"prompts": 2, "epochs": 1}, text=text))
+    assert f"skipped 1 × a record without an answer (first: {tmp_path}/chats.jsonl:1)" in told[0]
+    with pytest.raises(UserError, match="chats.jsonl:1: a record without an answer"):
+        ppo.train(config(tiny, tmp_path / "other", 1, text=text | {"on_error": "raise"}))
 
 
 def test_text_leaves_no_gradient_behind_where_no_answer_was_judged(tiny, tmp_path, monkeypatch):
