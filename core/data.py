@@ -98,8 +98,8 @@ def parse_sources(sources: Sequence[str], key: str = "data.sources") -> list[tup
             parsed.append((path, float(weight)))
         except ValueError:
             parsed.append((text, 1.0))  # an @ in the file's name
-        if not Path(parsed[-1][0]).is_file():
-            raise DataError(f"{key}: {parsed[-1][0]} does not exist")
+        if not (file := Path(parsed[-1][0])).is_file():
+            raise DataError(f"{key}: {file} {'is a folder: name its files' if file.is_dir() else 'does not exist'}")
         if not 0 < parsed[-1][1] < math.inf:
             raise ConfigError(f"{key}: the weight of {path} must be positive, not {weight}")
     return parsed

@@ -15,6 +15,7 @@ from tritium.core.chat import find_template
 from tritium.core.checkpoint import model_folder
 from tritium.core.config import ConfigError, UserError, opt, to_toml
 from tritium.core.data import parse_sources
+from tritium.core.output import make_folder
 from tritium.core.tokenizer import Tokenizer
 from tritium.kernels.backend import fp32_is_faster
 from tritium.model.adapters import Base, attach
@@ -112,10 +113,7 @@ def start(config: Any, stage: str) -> Mesh:
     config.run.out = config.run.out or f"runs/{stage}"
     mesh = join(config.mesh, config.run.device, to_toml(config))
     if mesh.main:
-        try:
-            Path(config.run.out).mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"run.out={config.run.out}: {error.strerror}") from None
+        make_folder(config.run.out, "run.out")
     mesh.barrier()
     return mesh
 

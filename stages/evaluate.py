@@ -90,7 +90,7 @@ def measure(config: Config) -> Result:
     for key in ("data", "text", "choices", "against"):
         file = getattr(config, key)
         if file and not Path(file).is_file():
-            raise DataError(f"{key}: {file} does not exist")
+            raise DataError(f"{key}: {file} does not exist, or is no file")
     if config.judge:
         open_judge(config.judge)  # a wrong place is told before the work
     if config.save:

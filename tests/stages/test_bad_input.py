@@ -54,6 +54,8 @@ def write(path: Path, *records: dict | str) -> Path:
 def test_a_missing_file(sft, tmp_path):
     code, shown = sft(tmp_path / "none.jsonl")
     assert code == 2 and f"data.sources: {tmp_path}/none.jsonl does not exist" in shown
+    code, shown = sft(tmp_path)
+    assert code == 2 and f"data.sources: {tmp_path} is a folder: name its files" in shown
 
 
 def test_an_empty_file(sft, tmp_path):
@@ -199,7 +201,7 @@ def test_a_full_disk_at_the_last_checkpoint(sft, tmp_path):
 def test_a_folder_that_cannot_be_written(sft, tmp_path):
     (tmp_path / "file").write_text("")
     code, shown = sft(write(tmp_path / "a.jsonl", *GOOD), f"--run.out={tmp_path}/file/out")
-    assert code == 2 and f"run.out={tmp_path}/file/out: Not a directory" in shown
+    assert code == 2 and f"run.out={tmp_path}/file/out can't be written: Not a directory" in shown
 
 
 @pytest.mark.parametrize("harm", ["bit flip", "truncation"])
