@@ -71,9 +71,8 @@ def train(config: Config) -> Result:
         except UserError as error:
             raise type(error)(f"[steps.{name}]: {error}") from None
     out = make_folder(config.out, "out")
-    old = (".*.[0-9]*", "scratch/*/.*", "pack/.*", "pack/*.npy", "pack/*.json")  # unfinished; packed, and written anew
-    for file in [file for pattern in old for file in out.glob(pattern)]:
-        file.unlink()
+    for unfinished in [*out.glob(".*.[0-9]*"), *out.glob("pack/.*"), *out.glob("scratch/*/.*")]:
+        unfinished.unlink()
     sizes = int(config.shard_mb * 1e6), int(config.memory_mb * 1e6)
     context = Context(out, out / "scratch", config.seed, *sizes, map=None, cache=out / "said.sqlite")
     done: list[dict[str, Any]] = []
@@ -97,6 +96,9 @@ def read_steps(tables: dict[str, dict]) -> dict[str, Step]:
             steps[name] = from_dict(STEPS[do], {k: v for k, v in table.items() if k != "do"})
         except ConfigError as error:
             raise ConfigError(f"{where}: {error}") from None
+    for do in ("reject", "pack"):
+        if len({frozenset(step.kinds) for step in steps.values() if type(step) is STEPS[do]}) > 1:
+            raise ConfigError(f"steps: two {do} documents of other kinds, and would overwrite each other's files")
     if tables and not isinstance(next(iter(steps.values())), Collect):
         raise ConfigError(f"[steps.{next(iter(tables))}]: the first step must be a collect")
     return steps

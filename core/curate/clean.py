@@ -14,15 +14,18 @@ from tritium.core.rewards.text import SCRIPTS, script
 
 CONTROLS = dict.fromkeys([*range(0x09), 0x0B, 0x0C, *range(0x0E, 0x20), *range(0x7F, 0xA0), 0xFEFF, 0x200B, 0x00AD])
 LETTERS = 2000  # of a text are looked at, to name its language
+FENCED = re.compile(r"```.*?(?:```|\Z)|^ *(?:assert|from|import|def) .*$", re.DOTALL | re.MULTILINE)
 WORD = re.compile(r"[^\W\d_]+(?:'[^\W\d_]+)?")
 SCRIPT_LANGUAGES = {SCRIPTS[language]: language for language in ("ko", "el", "ar", "he", "hi", "th")}
 
-EMAIL = re.compile(r"(?<![\w.+-])[\w.+-]{1,64}@(?:[\w-]{1,63}\.){1,5}[a-zA-Z]{2,24}\b")
+EMAIL = re.compile(r"(?<![\w.+-])[\w.+-]{1,64}@(?:[\w-]{1,63}\.){1,5}[a-zA-Z]{2,24}\b(?![(\[])")  # not X@W.mean(0)
 PHONE = re.compile(
     r"(?<![\w+.-])(?:\+\d{1,3}[ .-]?(?:\(\d{1,4}\)[ .-]?)?\d{1,4}(?:[ .-]?\d{2,4}){2,4}"  # with the country's code
     r"|\(\d{3}\) ?\d{3}-\d{4}|\d{3}[-.]\d{3}[-.]\d{4})(?![\w-]|\.\d)"  # North America's
 )
-ADDRESS = re.compile(r"(?<![\w.:])(?:\d{1,3}(?:\.\d{1,3}){3}|(?:[0-9a-fA-F]{1,4}:){3,7}[0-9a-fA-F]{1,4})(?![\w:]|\.\d)")
+ADDRESS = re.compile(
+    r"(?<![\w.:])(?:\d{1,3}(?:\.\d{1,3}){3}|[23][0-9a-fA-F]{3}:(?:[0-9a-fA-F]{0,4}:){1,6}[0-9a-fA-F]{0,4})(?![\w:]|\.\d)"
+)  # of those of version 6, the ones that are given out
 SECRET = re.compile(
     r"\b(?:AKIA|ASIA)[0-9A-Z]{16}\b|\bgh[pousr]_[A-Za-z0-9]{36,}\b|\bgithub_pat_\w{22,}|\bsk-[A-Za-z0-9_-]{20,}"
     r"|\bxox[abprs]-[A-Za-z0-9-]{10,}|\bAIza[\w-]{35}|\beyJ[\w-]{10,}\.[\w-]{10,}\.[\w-]{10,}"
@@ -34,7 +37,7 @@ SECRET = re.compile(
 
 @dataclass
 class Clean(Step):
-    """Texts made uniform; nothing is dropped but by language."""
+    """Texts made uniform; nothing is dropped but by language, or where no text is left."""
 
     pii: bool = opt(True, "replace mail addresses, phone numbers, IP addresses and keys by <EMAIL>, <PHONE>, …")
     identify: str = opt("words", "name languages by their frequent words and scripts, or by the library",
@@ -47,7 +50,9 @@ class Clean(Step):
         if found:
             note(document, **found)
         if self.identify != "none" and not document["language"]:
-            document["language"] = identified(text_of(document)[: 4 * LETTERS], self.identify)
+            document["language"] = identified(FENCED.sub("", text_of(document)[: 4 * LETTERS]), self.identify)
+        if document["kind"] == "text" and not document["text"].strip():
+            return Drop("no text")
         if self.languages and document["language"] not in self.languages:
             return Drop(f"language {document['language']}")
         return document

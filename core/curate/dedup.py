@@ -35,7 +35,7 @@ class Features:
     def __call__(self, piece: Piece) -> Path:
         path = self.scratch / f"{piece.name}-{digest(self.step.key(()), piece.key)[:16]}.npy"
         if not path.exists():
-            texts = (text_of(d).encode() if self.step.takes(d) else b"" for d in read_shard(piece.path))
+            texts = (text_of(d, calls=True).encode() if self.step.takes(d) else b"" for d in read_shard(piece.path))
             rows, first = [], 0
             for block in minhash.blocks(texts):
                 rows.append(self.step.features(block, first))

@@ -18,9 +18,10 @@ from tritium.core.chat import parse_reasoning
 from tritium.core.config import REQUIRED, ConfigError, UserError, opt
 from tritium.core.curate.kept import digest, remembered, state
 from tritium.core.curate.runner import priority
-from tritium.core.curate.step import Document, Drop, Job, Outcome, Step, note, prompt_text
+from tritium.core.curate.step import Document, Drop, Job, Outcome, Step, best_answer, note, prompt_text
 
 TASKS = ("answer", "chain", "counterfactual", "text", "facts", "self-instruct", "evolve", "revise")
+UNFIT = "the teacher's reply is not what was asked for"
 SLOT = re.compile(r"\{(\w+)\}")
 
 
@@ -49,7 +50,7 @@ class Distil(Step):
     n: int = opt(1, "samples for each (facts: for each fact)", least=1)
     model: str = opt("default", "endpoint: name of the model")
     temperature: float = opt(0.7, "of the sampling")
-    max_tokens: int = opt(512, "longest reply")
+    max_tokens: int = opt(512, "longest reply; one that is cut off there is none")
     batch: int = opt(64, "documents that are asked for together", least=1)
     seconds: float = opt(120.0, "endpoint: of one try")
     tries: int = opt(5, "endpoint: tries of a request", least=1)
@@ -73,7 +74,7 @@ class Distil(Step):
     def source(self) -> Any:
         from tritium.core.rewards.llm import Endpoint, LocalModel  # they load torch, which other processes need not
 
-        drawn = {"temperature": self.temperature, "max_tokens": self.max_tokens}
+        drawn = {"temperature": self.temperature, "max_tokens": self.max_tokens, "whole": True}
         if not self.remote:
             return LocalModel(self.teacher, **drawn)
         return Endpoint(self.teacher, self.model, seconds=self.seconds, tries=self.tries, wait=self.wait, **drawn)
@@ -116,6 +117,8 @@ class Distil(Step):
                 if call.get("lines"):
                     ((name, text),) = found.items()
                     rows = [(f"{s.path}.{i}", {name: line}) for i, line in enumerate(bulleted(text))]
+                    if not rows:
+                        drops.setdefault(s.document, []).append(Drop(UNFIT, f"no list: {text[:300]}"))
                 states += [State(s.document, s.values | values, path) for path, values in rows]
         return states, drops
 
@@ -146,7 +149,7 @@ class Distil(Step):
         answers = [{"text": filled(task["answer"], s.values), "by": by} for s in states]
         if task.get("makes") != "document":
             document["answers"] += answers
-            return [document, *drops] if document["answers"] or not drops else drops[0]
+            return [document, *drops] if document["answers"] or not drops else drops
         labels = {key: document[key] for key in ("source", "licence", "language")}
         labels |= {"kind": "chat", "reference": "", "scores": {}}
         history = [*document["provenance"], {"step": by, "of": document["id"]}]
@@ -164,8 +167,7 @@ def known(document: Document, prompts: list[str], i: int) -> dict[str, str]:
     values = {"prompt": prompts[i], "examples": "\n\n".join(f"Task: {text}" for text in others)}
     if document["kind"] == "text":
         return values | {"text": document["text"]}
-    best = next((a for a in document["answers"] if a.get("right", True)), {"text": ""})
-    return values | {"answer": best["text"], "reference": document["reference"]}
+    return values | {"answer": best_answer(document), "reference": document["reference"]}
 
 
 def filled(template: str, values: dict[str, str]) -> str:
@@ -187,7 +189,7 @@ def extracted(reply: str | Exception, fields: Sequence[str]) -> dict[str, str] |
         found = {fields[0]: said.strip()}
     missing = [name for name in fields if not found.get(name)]
     why = f"no {', '.join(missing)}: {reply[:300]}"
-    return Drop("the teacher's reply is not what was asked for", why) if missing else found
+    return Drop(UNFIT, why) if missing else found
 
 
 def bulleted(text: str) -> list[str]:

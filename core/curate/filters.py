@@ -19,7 +19,7 @@ from typing import ClassVar, NamedTuple
 import numpy as np
 
 from tritium.core.config import ConfigError, listed, opt
-from tritium.core.curate.step import Document, Drop, Outcome, Step, scored, text_of
+from tritium.core.curate.step import KINDS, Document, Drop, Outcome, Step, scored, text_of
 from tritium.core.rewards.text import UNSPACED, WORD, Words
 
 STOP_WORDS = {form: word for word in ("the", "be", "to", "of", "and", "that", "have", "with")
@@ -77,8 +77,12 @@ RULES = {
 
 @dataclass
 class Filter(Step):
-    """Documents whose text breaks a rule are dropped, with the first rule that they break."""
+    """Documents whose text breaks a rule are dropped, with the first rule that they break.
 
+    The papers' rules are for pages of the web: of right solutions in maths and code they take a third and more.
+    """
+
+    kinds: list[str] = opt(["text"], "only documents of these kinds; others pass ([]: all)", choices=KINDS)
     rules: list[str] = opt(["gopher"], "sets of rules", choices=("gopher", "c4", "yi"))
     limits: dict[str, float] = opt({}, "limits by rule, over the sets' own")
     words: list[str] = opt([], "files of words and phrases that must not occur, one a line")

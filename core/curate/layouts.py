@@ -67,10 +67,10 @@ def fenced(program: str | None) -> str:
     return f"```python\n{program}\n```" if program else ""
 
 
-def cases(pairs: Sequence[tuple[str, str]], checker: str | None = None) -> str:
+def cases(pairs: Sequence[tuple[str, str]]) -> str:
     """The reference of a program that reads and prints."""
     rows = [{"input": given, "output": wanted} for given, wanted in dict.fromkeys(pairs)]
-    return json.dumps({"cases": rows} | ({"checker": checker} if checker else {})) if rows else ""
+    return json.dumps({"cases": rows}) if rows else ""
 
 
 def apps(record: dict) -> Document:
@@ -97,14 +97,11 @@ def code_contests(record: dict) -> Document:
 
 
 def codeforces(record: dict) -> Document:
-    if record.get("interaction_format") or record.get("input_mode") == "file":
-        raise RecordError("a problem whose program does not read its standard input alone")
     tests = [*(record.get("examples") or []), *(record.get("official_tests") or [])]
     parts = {"": record["description"], "Input\n": record["input_format"], "Output\n": record.get("output_format")}
     parts |= {"Example input\n": tests[0]["input"], "Example output\n": tests[0]["output"]} if tests else {}
     prompt = "\n\n".join(name + text for name, text in parts.items() if text)
-    reference = cases([(t["input"], t["output"]) for t in tests], record.get("generated_checker"))
-    return asked(prompt, record.get("editorial"), reference)
+    return asked(prompt, record.get("editorial"), cases([(t["input"], t["output"]) for t in tests]))
 
 
 def orca(record: dict) -> Document:
@@ -136,8 +133,10 @@ def other(record: dict) -> Document:
 def chat(record: dict) -> Document:
     """A conversation; its last answer is the gold one."""
     messages = conversation(record)
-    while messages[-1]["role"] != "assistant":
+    while messages and (messages[-1]["role"] != "assistant" or messages[-1].get("weight") == 0):
         messages = messages[:-1]
+    if not messages:
+        raise RecordError("a conversation of which nothing is to be learned")
     *before, last = messages
     if last.get("tool_calls"):
         raise RecordError("a conversation that ends with a tool call")
@@ -147,8 +146,10 @@ def chat(record: dict) -> Document:
 
 # ── HTML ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-SKIPPED_TAGS = {"script", "style", "title", "nav", "footer", "noscript", "template", "svg", "form"}
+SKIPPED_TAGS = {"script", "style", "title", "nav", "footer", "noscript", "template", "svg", "button", "select"}
 BLOCKS = {"p", "div", "br", "li", "tr", "h1", "h2", "h3", "h4", "h5", "h6", "pre", "blockquote", "section", "article"}
+BLOCKS |= {"table", "dl", "dt", "dd", "figcaption", "main", "header", "form", "hr"}
+KEPT = {ord(" "): "\ue000", ord("\t"): "\ue001"}  # the white space of code, until lines are put together
 
 
 class TextOnly(html.parser.HTMLParser):
@@ -156,23 +157,25 @@ class TextOnly(html.parser.HTMLParser):
 
     def __init__(self):
         super().__init__(convert_charrefs=True)
-        self.parts, self.hidden = [], []
+        self.parts, self.hidden, self.code = [], [], 0
 
     def handle_starttag(self, tag: str, attributes: Any) -> None:
         if tag in SKIPPED_TAGS:
             self.hidden.append(tag)
-        elif tag in BLOCKS:
-            self.parts.append("\n")
+        elif tag in BLOCKS or tag in ("td", "th"):
+            self.parts.append("\n" if tag in BLOCKS else " ")
+        self.code += tag == "pre"
 
     def handle_endtag(self, tag: str) -> None:
         if tag in self.hidden:
             del self.hidden[self.hidden.index(tag) :]
         elif tag in BLOCKS:
             self.parts.append("\n")
+        self.code -= tag == "pre"
 
     def handle_data(self, data: str) -> None:
         if not self.hidden:
-            self.parts.append(data)
+            self.parts.append(data.translate(KEPT) if self.code > 0 else re.sub(r"\s+", " ", data))
 
 
 def html_text(page: str) -> str:
@@ -180,7 +183,8 @@ def html_text(page: str) -> str:
     parser.feed(page)
     parser.close()
     lines = (" ".join(line.split()) for line in "".join(parser.parts).split("\n"))
-    return re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).strip()
+    text = re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).strip()
+    return text.translate({ord(sign): white for white, sign in KEPT.items()})
 
 
 LAYOUTS: list[tuple[set[str], Callable[[dict], Document]]] = [

@@ -3,7 +3,8 @@
     bytes ─ prefix sums of b_j·Bʲ mod 2⁶⁴ ─> a hash per word ─ n in a row ─> shingles ─ min of P permutations ─> [D, P]
 
 A word's hash is (prefix[end] − prefix[start]) · B^(−start): two subtractions instead of a loop over its characters.
-Words are runs of letters and digits (ASCII case folded); each character of a script without spaces is one.
+Words are runs of letters and digits (ASCII case folded); each character of a script without spaces is one, and each
+sign of calculation, so that x + 1 and x - 1 are two.
 MinHash: Broder 1997. Permutations of 32-bit shingles are a·x + b mod 2³² with odd a (multiply-shift, Dietzfelbinger et
 al. 1997), of which a minimum sees the high bits, those that all bits of x reach.
 """
@@ -17,6 +18,8 @@ import numpy as np
 BASE = 0x9E3779B97F4A7C15 | 1
 MIX = np.uint64(0xFF51AFD7ED558CCD)
 BLOCK = 1 << 20  # bytes of text that are hashed at once
+SIGNS = np.frombuffer(b"+-*/=<>^%", np.uint8)
+LATIN = np.array([0xA0, 0xA1, 0xAB, 0xAD, 0xB7, 0xBB, 0xBF], np.uint8)  # no-break space, ¡ « soft hyphen · » ¿
 EMPTY = np.uint32(0xFFFFFFFF)  # in the signature of a document without words
 
 
@@ -52,13 +55,18 @@ def word_hashes(texts: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray, np.ndar
     data = np.frombuffer(b"\0".join([*texts, b""]), np.uint8)
     offsets = np.cumsum([0, *(len(t) + 1 for t in texts)])
     letters = value[data]
+    letters[marks(data)] = 0
+    signs = calculations(data)
+    letters[signs] = data[signs]
     inside = letters > 0
-    single = alone[data]
+    single = alone[data] & inside
     before = np.concatenate([[False], inside[:-1]])
     begins = inside & ~before
     if single.any():  # what stands alone begins a word, and so does what follows it
         leads = np.flatnonzero(inside & ((data & 0xC0) != 0x80))
         begins[leads] |= single[leads] | np.concatenate([[False], single[leads[:-1]]])
+    begins[signs] = True
+    begins[signs + 1] |= inside[signs + 1]
     starts = np.flatnonzero(begins)
     stops = np.flatnonzero(inside & ~np.concatenate([inside[1:], [False]])) + 1  # of runs
     run_end = stops[np.searchsorted(stops, starts, side="right")] if len(starts) else starts
@@ -69,6 +77,24 @@ def word_hashes(texts: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray, np.ndar
     hashes = mixed((prefix[ends] - prefix[starts]) * down[starts])
     owners = np.searchsorted(offsets, starts, side="right") - 1
     return hashes, owners, starts - offsets[owners], ends - offsets[owners]
+
+
+def marks(data: np.ndarray) -> np.ndarray:
+    """The places of the bytes of punctuation outside ASCII, which parts words as ASCII's does: quotes, dashes and
+    spaces of print (U+2000 … U+203F), of Latin-1, and of Chinese and Japanese (U+3000 … U+303F)."""
+    if data.max(initial=0) < 0x80:
+        return np.zeros(0, np.int64)
+    latin = np.flatnonzero((data[:-1] == 0xC2) & np.isin(data[1:], LATIN))
+    wide = np.flatnonzero(((data[:-1] == 0xE2) | (data[:-1] == 0xE3)) & (data[1:] == 0x80))
+    return np.concatenate([latin, latin + 1, wide, wide + 1, wide + 2])
+
+
+def calculations(data: np.ndarray) -> np.ndarray:
+    """The places of signs that calculate, and are no hyphen, bullet or emphasis: before a digit, or between spaces."""
+    places = np.flatnonzero(np.isin(data, SIGNS))
+    before, after, then = (data[np.clip(places + i, 0, len(data) - 1)] for i in (-1, 1, 2))
+    digit, space = (after >= 48) & (after < 58), after == 32
+    return places[digit | space & ((then >= 48) & (then < 58) | (before == 32))]
 
 
 def grams(hashes: np.ndarray, owners: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:
@@ -94,7 +120,7 @@ def shingles(texts: Sequence[bytes], n: int) -> tuple[np.ndarray, np.ndarray]:
     return found[order], at[order]
 
 
-def signatures(texts: Sequence[bytes], n: int, permutations: int, seed: int = 0) -> np.ndarray:
+def signatures(texts: Sequence[bytes], n: int, permutations: int) -> np.ndarray:
     """MinHash signatures of word n-grams, [D, P] uint32: the share of equal entries estimates Jaccard similarity."""
     found, at = shingles(texts, n)
     result = np.full((len(texts), permutations), EMPTY, np.uint32)
@@ -102,7 +128,7 @@ def signatures(texts: Sequence[bytes], n: int, permutations: int, seed: int = 0)
         return result
     x = (found >> np.uint64(32)).astype(np.uint32)
     edges = np.flatnonzero(np.diff(at, prepend=-1))
-    rng = np.random.default_rng([1997, seed])
+    rng = np.random.default_rng([1997, 0])
     factors = rng.integers(0, 1 << 31, permutations, np.uint32) * np.uint32(2) + np.uint32(1)
     shifts = rng.integers(0, 1 << 32, permutations, np.uint32)
     columns, buffer = np.empty((permutations, len(edges)), np.uint32), np.empty_like(x)

@@ -20,7 +20,7 @@ import numpy as np
 
 from tritium.core.config import REQUIRED, opt
 from tritium.core.curate.runner import outputs, write_atomically
-from tritium.core.curate.step import Context, Document, Job, Outcome, Piece, Step, read_shard, scored
+from tritium.core.curate.step import Context, Document, Job, Outcome, Piece, Step, best_answer, read_shard, scored
 from tritium.core.data import DataConfig, encode_documents
 from tritium.core.output import whole_file, write_array
 from tritium.core.tokenizer import Tokenizer
@@ -63,6 +63,9 @@ class Pack(Step):
                 tokens[document["language"] or "?"] += count
                 size[document["language"] or "?"] += len(whole_text(document).encode())
             packed.append(np.array(rows, np.int64).reshape(-1, 2))  # [documents, (source, tokens)]
+        for stale in (context.out / "pack").glob("*.*"):  # of a source that is no more
+            if stale.name.partition(".")[0] not in numbers:
+                stale.unlink()
         for source, number in numbers.items():
             self.join(context.out / "pack" / source, [(p[:, 0] == number, p[:, 1]) for p in packed], shards)
         facts = {f"tokens of {source}": n for source, n in by_source.items()}
@@ -98,5 +101,4 @@ def whole_text(document: Document) -> str:
     """A text; or a conversation's turns and the first answer that is not wrong, between empty lines."""
     if document["kind"] == "text":
         return document["text"]
-    answer = next((a["text"] for a in document["answers"] if a.get("right", True) and "rejected" not in a), "")
-    return "\n\n".join(filter(None, (*(m["content"] for m in document["messages"]), answer)))
+    return "\n\n".join(filter(None, (*(m["content"] for m in document["messages"]), best_answer(document))))

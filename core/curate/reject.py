@@ -5,6 +5,9 @@
     score    a judge that ranks what is left: a reward model's heads, a language model, any sum of core/rewards
 
 What a judge says is kept in OUT/said.sqlite: a run that was killed goes on with the same scores, and asks nobody twice.
+Of an answer that a judge failed on nothing is learned, neither that it is good nor that it is worse than another.
+
+The files hold what the pipeline leaves: steps that come after this one may drop documents, or take them twice.
 
     sft.jsonl        at most `keep` of the best right answers, that compute differently, as conversations
     pairs.jsonl      a right (or best) answer and a wrong (or worse) one
@@ -95,7 +98,7 @@ class Reject(Step):
             answer["score"] = value
 
     def ask(self, spec: str, documents: list[Document], job: Job) -> Iterator[tuple[dict, float, bool]]:
-        """(answer, a judge's value of it, whether that is right) for all answers; where it fails is counted."""
+        """(answer, a judge's value of it, whether that is right); an answer that it fails on is counted and marked."""
         pairs = [(d, a) for d in documents for a in d["answers"]]
         by = digest(tritium.__version__, spec, [state(file) for file in self.files()])
 
@@ -109,7 +112,11 @@ class Reject(Step):
 
         keys = [digest(by, d["messages"], d["reference"], a["text"]) for d, a in pairs]
         said = remembered(job.context.cache, keys, say)
-        return ((a, *score) for (_, a), score in zip(pairs, said, strict=True) if score is not None)
+        for (_, answer), score in zip(pairs, said, strict=True):
+            if score is None:
+                answer["unjudged"] = spec
+            else:
+                yield answer, *score
 
     def verdict(self, document: Document) -> Outcome:
         answers = document["answers"]
@@ -120,6 +127,8 @@ class Reject(Step):
             scored(document, "best_score", max(a["score"] for a in answers if "score" in a))
         if not answers:
             return Drop("no answer")
+        if not (answers := judged(document)):
+            return Drop("no answer that could be judged", document["answers"][0]["unjudged"])
         if not any(map(self.learnable, answers)):
             worst = next((a["rejected"] for a in answers if "rejected" in a), "")
             wrong = any(a.get("right") is False for a in answers)
@@ -133,7 +142,7 @@ class Reject(Step):
         good = answer.get("right", True) and "rejected" not in answer and answer.get("score", 0.0) >= self.least
         return good and (self.gold or answer["by"] != "gold")
 
-    def finish(self, context: Context, shards: list[Piece]) -> dict[str, Any]:
+    def publish(self, context: Context, shards: list[Piece]) -> dict[str, Any]:
         files = {"sft": self.sft, "pairs": self.preferred, "rankings": self.ranked}
         counts = {}
         for name, rows in files.items():
@@ -144,7 +153,7 @@ class Reject(Step):
         return counts
 
     def sft(self, document: Document) -> Iterator[dict]:
-        best = sorted(filter(self.learnable, document["answers"]), key=worth, reverse=True)
+        best = sorted(filter(self.learnable, judged(document)), key=worth, reverse=True)
         for i in distinct_paths([a["text"] for a in best])[: self.keep]:
             yield {
                 "messages": [*document["messages"], {"role": "assistant", "content": best[i]["text"]}],
@@ -152,14 +161,14 @@ class Reject(Step):
             }
 
     def preferred(self, document: Document) -> Iterator[dict]:
-        found = by_worth(document["answers"], itemgetter("text"), worth)
+        found = by_worth(judged(document), itemgetter("text"), worth)
         better = [a["text"] for a in found[0] if self.learnable(a)] if found else []
         worse = [a["text"] for level in found[1:] for a in level]
         for chosen, rejected in list(zip(better, worse, strict=False))[: self.pairs]:
             yield {"prompt": document["messages"], "chosen": chosen, "rejected": rejected}
 
     def ranked(self, document: Document) -> Iterator[dict]:
-        found = by_worth(document["answers"], itemgetter("text"), worth)
+        found = by_worth(judged(document), itemgetter("text"), worth)
         if len(found) > 1:
             yield {"prompt": document["messages"], "ranked": [level[0]["text"] for level in found]}
 
@@ -172,7 +181,13 @@ def math_verify(ids: Sequence, text: str, *, prompt: str = "", reference: str = 
 
 
 def verifier(document: Document) -> str:
-    return "code" if document["reference"].startswith("{") else "math"
+    """By which a reference is compared: tests are a JSON object, a set such as {1, 2} is not."""
+    return "code" if document["reference"].startswith('{"') else "math"
+
+
+def judged(document: Document) -> list[dict]:
+    """The answers that no judge failed on."""
+    return [answer for answer in document["answers"] if "unjudged" not in answer]
 
 
 def words(text: str) -> list[str]:

@@ -80,7 +80,10 @@ def run_steps(
             metas, shards = run_step(step, name, here, shards, folder)
             summary = summarise(name, type(step).__name__.lower(), metas)
             summary |= {key: sum(getattr(shard, key) for shard in shards) for key in ("rows", "characters")}
-            yield summary | {"facts": step.finish(here, shards), "twins": twin_texts(summary, shards)}
+            facts = step.finish(here, shards)
+            for each in steps.values() if number == len(steps) - 1 else ():
+                facts |= each.publish(context, shards)
+            yield summary | {"facts": facts, "twins": twin_texts(summary, shards)}
     finally:
         pool.close()
 
@@ -129,9 +132,11 @@ def work(job: Job) -> None:
     ledger, hashed, size = Ledger(job), hashlib.sha256(), 0
     with whole_file(shard) as out, whole_file(dropped) as reasons:
         for document, outcome in job.step.run(entering(job, ledger), job):
-            for item in outcome if isinstance(outcome, list) else [outcome]:
+            items = outcome if isinstance(outcome, list) else [outcome]
+            gone = all(isinstance(item, Drop) for item in items)
+            for i, item in enumerate(items):
                 if isinstance(item, Drop):
-                    ledger.drop(document, item, alone=item is outcome)
+                    ledger.drop(document, item, alone=gone and i == 0)
                     row = {"id": document["id"], "reason": item.reason} | ({"twin": item.twin} if item.twin else {})
                     reasons.write(json.dumps(row).encode() + b"\n")
                     continue
@@ -168,7 +173,7 @@ class Ledger:
         self.sample("", document, Drop(""))
 
     def drop(self, document: Document, drop: Drop, alone: bool = True) -> None:
-        """`alone`: it is all that became of the document; else something that was to be made of it failed."""
+        """`alone`: it is why the document ends here; else something that was to be made of it failed."""
         (self.dropped if alone else self.job.notes)[drop.reason] += 1
         self.sample(drop.reason, document, drop)
 

@@ -7,6 +7,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -82,7 +83,9 @@ class Select(Step):
         firsts = np.cumsum([0, *(shard.rows for shard in shards)])
         times, sizes, orders = (np.zeros(firsts[-1], np.int64) for _ in range(3))
         taken, sources, tags = np.zeros(firsts[-1], bool), [], []
-        with Vectors(self.model, context.scratch / "vectors") as vectors:
+        file = context.scratch / "vectors"
+
+        def embeddable() -> Iterator[str]:
             for i, document in enumerate(d for shard in shards for d in read_shard(shard.path)):
                 said = text_of(document)
                 taken[i], sizes[i] = self.takes(document), len(said)
@@ -91,12 +94,15 @@ class Select(Step):
                 sources.append(sys.intern(document["source"]))
                 tags.append(sys.intern(str(document.get(self.tag))))
                 if self.model and taken[i] and times[i] > 0:
-                    vectors.add(said)
-            left = np.flatnonzero((times > 0) & taken)
-            order = np.argsort(orders[left], kind="stable")
-            if self.count:
-                times[left] = 0
-                order = self.chosen(order, [tags[i] for i in left], vectors)
+                    yield said[:CHARACTERS]
+
+        vectors = embedded(embeddable(), self.model, file)
+        left = np.flatnonzero((times > 0) & taken)
+        order = np.argsort(orders[left], kind="stable")
+        if self.count:
+            times[left] = 0
+            order = self.chosen(order, [tags[i] for i in left], vectors)
+        file.unlink()
         left = left[order]
         times[left] = 1
         mixture = self.wanted
@@ -108,13 +114,13 @@ class Select(Step):
         for i, shard in enumerate(shards):
             write_array(context.scratch / f"{shard.name}.plan.npy", times[firsts[i] : firsts[i + 1]])
 
-    def chosen(self, order: np.ndarray, tags: list[str], vectors: "Vectors") -> np.ndarray:
+    def chosen(self, order: np.ndarray, tags: list[str], vectors: np.ndarray) -> np.ndarray:
         """Which `count` of the documents, of which `order` is one by chance."""
         if self.by == "random":
             return order[: self.count]
         if self.by == "diverse":
-            return np.array(spread_out(vectors.rows(), self.count), np.int64)
-        piles = tags if self.by == "tag" else clusters(vectors.rows(), self.clusters)
+            return np.array(spread_out(vectors, self.count), np.int64)
+        piles = tags if self.by == "tag" else clusters(vectors, self.clusters)
         return order[balanced([piles[i] for i in order], str, self.count)]
 
     def finish(self, context: Context, shards: list[Piece]) -> dict[str, Any]:
@@ -155,38 +161,15 @@ def mixed(mixture: dict[str, float], sources: list[str], sizes: np.ndarray) -> n
     return times
 
 
-class Vectors:
-    """Embeddings of texts, which are added one at a time, in a file that lives as long as the `with`."""
-
-    def __init__(self, model: str, file: Path):
-        self.embed, self.file, self.waiting = Embedder(model) if model else None, file, []
-
-    def __enter__(self) -> "Vectors":
-        self.out = self.file.open("wb")
-        return self
-
-    def __exit__(self, *_) -> None:
-        self.out.close()
-        self.file.unlink()
-
-    def add(self, text: str) -> None:
-        self.waiting.append(text[:CHARACTERS])
-        if len(self.waiting) == BATCH:
-            self.write()
-
-    def write(self) -> None:
-        vectors = self.embed(self.waiting)
-        vectors.tofile(self.out)
-        self.width, self.waiting = vectors.shape[1], []
-
-    def rows(self) -> np.ndarray:
-        """All of them, [n, E], mapped."""
-        if self.waiting:
-            self.write()
-        self.out.flush()
-        if not self.out.tell():
-            return np.zeros((0, 1), np.float32)
-        return np.memmap(self.file, np.float32, "r").reshape(-1, self.width)
+def embedded(texts: Iterator[str], model: str, file: Path) -> np.ndarray:
+    """Embeddings of texts, which are read all where there is none to embed, [n, E]; mapped from `file`."""
+    width = 1
+    with file.open("wb") as out:
+        while batch := list(islice(texts, BATCH)):
+            rows = Embedder(model)(batch)
+            width = rows.shape[1]
+            rows.tofile(out)
+    return np.memmap(file, np.float32, "r").reshape(-1, width) if file.stat().st_size else np.zeros((0, 1), np.float32)
 
 
 def clusters(vectors: np.ndarray, count: int, rounds: int = 10) -> list[int]:

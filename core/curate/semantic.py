@@ -8,23 +8,26 @@ are in memory at a time.
 
 import json
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
 from tritium.core.config import REQUIRED, ConfigError, UserError, opt
 from tritium.core.curate.dedup import Twins, rows_at
-from tritium.core.curate.minhash import shingles, word_hashes
+from tritium.core.curate.layouts import parse
+from tritium.core.curate.minhash import grams, word_hashes
 from tritium.core.curate.sources import Collect
-from tritium.core.curate.step import Context, Document, Drop, Job, Outcome, Step, need, prompt_text, text_of
+from tritium.core.curate.step import Context, Document, Drop, Job, Outcome, Piece, Step, need, prompt_text, text_of
 from tritium.core.files import Skipped, read_records
 
 TOKENS = 256  # of a text are embedded
 BATCH = 256  # texts that are embedded together
-ITEMS = ("question", "prompt", "problem", "context", "text", "Body")  # of a record of an evaluation set
+ITEMS = ("question", "prompt", "problem", "context", "text")  # of a record of an evaluation set
+ANYWHERE = 8  # words of a short item that is looked for within texts; of fewer, only a whole turn is one
 ROWS = 512  # of a block of dot products
 
 
@@ -144,20 +147,31 @@ class Semantic(Twins):
 
 
 @cache
-def evaluation_texts(sources: tuple[str, ...]) -> list[str]:
-    """What is asked in evaluation files: the first of ITEMS that a record has."""
-    records = (r for path in Collect(sources=list(sources)).paths() for _, r in read_records(path, Skipped()))
-    found = (next((r[key] for key in ITEMS if isinstance(r.get(key), str)), "") for r in records)
-    texts = [text for text in found if text.strip()]
+def evaluation_texts(sources: tuple[str, ...]) -> tuple[list[str], int]:
+    """(what is asked in evaluation files, how many records ask nothing that is known). Raises: UserError."""
+    texts, silent, skipped = {}, 0, Skipped()
+    for _, record in (r for path in Collect(sources=list(sources)).paths() for r in read_records(path, skipped)):
+        found = [text for text in asked_in(record) if text.strip()]
+        texts |= dict.fromkeys(found)
+        silent += not found
     if not texts:
         raise UserError(f"against={list(sources)}: none of {', '.join(ITEMS)} in them")
-    return texts
+    return list(texts), silent + skipped.reasons.total()
+
+
+def asked_in(record: dict) -> list[str]:
+    """The first of ITEMS that a record has, and the prompt that `collect` would make of it."""
+    found = [record[key] for key in ITEMS if isinstance(record.get(key), str)][:1]
+    with suppress(KeyError, TypeError, ValueError, AttributeError, IndexError):  # an evaluation set may lack answers
+        found.append(prompt_text(parse(record)))
+    return found
 
 
 @dataclass
 class Decontaminate(Step):
     """Drop documents that share a passage of `words` words with an evaluation set (Brown et al., arXiv 2005.14165,
-    appendix C: 13), or, with a model, mean what one of its items does. Items of fewer words are met by their whole."""
+    appendix C: 13), or, with a model, mean what one of its items does. Items of fewer words are met by their whole: of
+    ANYWHERE or more anywhere in a text, of fewer where they are a turn by themselves."""
 
     against: list[str] = opt([], "files of the evaluation sets")
     words: int = opt(13, "of a passage", least=2)
@@ -190,27 +204,38 @@ class Decontaminate(Step):
         return outcomes
 
     def by_words(self, document: Document) -> Drop | None:
-        known, short = evaluation_grams(tuple(self.against), self.words)
-        found, _ = shingles([text_of(document).encode()], self.words)
-        shared = np.isin(found, known).any() or whole_hash(prompt_text(document)) in short
-        return Drop("shares a passage with an evaluation set") if shared else None
+        known = evaluation_grams(tuple(self.against), self.words)
+        turns = [m["content"] for m in document.get("messages", ())] or [document["text"]]
+        anywhere = {size for size in known if size >= min(ANYWHERE, self.words)}
+        for texts, sizes in (([text_of(document)], anywhere), (turns, known.keys() - anywhere)):
+            hashes, owners, *_ = word_hashes([text.encode() for text in texts])
+            counts = np.bincount(owners, minlength=len(texts))
+            for size in sizes:
+                found, first = grams(hashes, owners, size)
+                place = np.searchsorted(known[size], found).clip(max=len(known[size]) - 1)
+                whole = sizes is anywhere or counts[owners[first]] == size
+                if ((known[size][place] == found) & whole).any():
+                    return Drop("shares a passage with an evaluation set")
+        return None
 
-
-def whole_hash(text: str) -> bytes:
-    """Of all its words."""
-    return word_hashes([text.encode()])[0].tobytes()
+    def finish(self, context: Context, shards: list[Piece]) -> dict[str, Any]:
+        texts, silent = evaluation_texts(tuple(self.against))
+        return {"items of evaluation sets": len(texts)} | ({"records that ask nothing": silent} if silent else {})
 
 
 @cache
-def evaluation_grams(sources: tuple[str, ...], n: int) -> tuple[np.ndarray, frozenset[bytes]]:
-    """(sorted hashes of the n-grams, the whole hashes of shorter items)."""
-    texts = evaluation_texts(sources)
-    found, at = shingles([text.encode() for text in texts], n)
-    counts = np.bincount(word_hashes([text.encode() for text in texts])[1], minlength=len(texts))
-    short = frozenset(whole_hash(text) for text, count in zip(texts, counts, strict=True) if 0 < count < n)
-    return np.unique(found[counts[at] >= n]), short
+def evaluation_grams(sources: tuple[str, ...], n: int) -> dict[int, np.ndarray]:
+    """Words → the sorted hashes of passages of so many: of n from anywhere in an item, and of all of a shorter one."""
+    texts, _ = evaluation_texts(sources)
+    hashes, owners, *_ = word_hashes([text.encode() for text in texts])
+    counts, result = np.bincount(owners, minlength=len(texts)), {}
+    for size in np.unique(np.minimum(counts[counts > 0], n)).tolist():
+        found, first = grams(hashes, owners, size)
+        count = counts[owners[first]]
+        result[size] = np.unique(found[count >= n if size == n else count == size])
+    return result
 
 
 @cache
 def embedded(sources: tuple[str, ...], folder: str) -> np.ndarray:
-    return Embedder(folder)(evaluation_texts(sources))
+    return Embedder(folder)(evaluation_texts(sources)[0])

@@ -135,7 +135,11 @@ class Step:
             yield from ((d, outcomes.get(id(d), d)) for d in batch)
 
     def finish(self, context: Context, shards: list[Piece]) -> dict[str, Any]:
-        """After the last job: write what the pipeline is for, from the shards. Returns facts for the report."""
+        """After the last job, from the shards that it made. Returns facts for the report."""
+        return {}
+
+    def publish(self, context: Context, shards: list[Piece]) -> dict[str, Any]:
+        """After the last step: write what the pipeline is for, from what is left. Returns facts for the report."""
         return {}
 
     def key(self, shards: Sequence[Piece]) -> str:
@@ -164,16 +168,24 @@ def scored(document: Document, name: str, value: float) -> None:
     note(document, **{name: value})
 
 
-def text_of(document: Document) -> str:
-    """All that is said in a document."""
+def text_of(document: Document, calls: bool = False) -> str:
+    """All that is said in a document; and, with `calls`, what tools are called with: no rule on prose is for that."""
     if document["kind"] == "text":
         return document["text"]
-    return "\n".join([*(m["content"] for m in document["messages"]), *(a["text"] for a in document["answers"])])
+    said = [m["content"] for m in document["messages"]] + [a["text"] for a in document["answers"]]
+    called = [json.dumps(m["tool_calls"]) for m in document["messages"] if calls and "tool_calls" in m]
+    return "\n".join(said + called)
 
 
 def prompt_text(document: Document) -> str:
     """What is asked: the last message; of a text, its beginning."""
     return document["text"] if document["kind"] == "text" else document["messages"][-1]["content"]
+
+
+def best_answer(document: Document) -> str:
+    """The first answer of which nothing speaks against it; "" where there is none."""
+    good = (a for a in document["answers"] if a.get("right", True) and not {"rejected", "unjudged"} & a.keys())
+    return next(good, {"text": ""})["text"]
 
 
 def map_texts(document: Document, change: Callable[[str], str]) -> None:
@@ -182,9 +194,22 @@ def map_texts(document: Document, change: Callable[[str], str]) -> None:
         document["text"] = change(document["text"])
         return
     for message in document["messages"]:
-        message["content"] = change(message["content"])
+        for key in ("content", "reasoning_content"):
+            if key in message:
+                message[key] = change(message[key])
+        for call in message.get("tool_calls", ()):
+            call["arguments"] = changed(call["arguments"], change)
     for answer in document["answers"]:
         answer["text"] = change(answer["text"])
+
+
+def changed(value: Any, change: Callable[[str], str]) -> Any:
+    """Lists and objects of JSON with every text in them changed."""
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, list):
+        return [changed(item, change) for item in value]
+    return {key: changed(item, change) for key, item in value.items()} if isinstance(value, dict) else value
 
 
 def need(library: str, option: str) -> None:

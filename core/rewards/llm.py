@@ -23,7 +23,7 @@ from tritium.core.config import ConfigError, UserError
 from tritium.core.rewards import Answer, Composed, Score
 from tritium.core.rewards.scorer import FolderModel
 from tritium.core.rewards.words import WORDS
-from tritium.model.generate import generate
+from tritium.model.generate import Completion, generate
 from tritium.model.sampling import Options
 
 RUBRIC = "how correct, helpful and clear it is"
@@ -88,6 +88,7 @@ class LocalModel(FolderModel):
 
     max_tokens: int = 512
     temperature: float = 0.0
+    whole: bool = False  # a reply that a limit cuts off is none
 
     def __post_init__(self):
         super().__post_init__()
@@ -102,8 +103,13 @@ class LocalModel(FolderModel):
         )
         drawn = [seeds[i] for i in fits] if seeds else 0
         made = generate(self.model, [prompts[i] for i in fits], options=options, seed=drawn)
-        found = {i: self.tokenizer.decode(c.tokens) for i, c in zip(fits, made, strict=True)}
-        return [found.get(i, prompt) for i, prompt in enumerate(prompts)]
+        found = dict(zip(fits, made, strict=True))
+        return [self.said(found[i]) if i in found else prompt for i, prompt in enumerate(prompts)]
+
+    def said(self, completion: Completion) -> str | Exception:
+        if self.whole and completion.finish_reason != "stop":
+            return RuntimeError(f"a reply cut off after {len(completion.tokens)} tokens")
+        return self.tokenizer.decode(completion.tokens)
 
     def prompt(self, question: Question) -> list[int] | Exception:
         try:
@@ -131,6 +137,7 @@ class Endpoint:
     parallel: int = 8
     temperature: float = 0.0
     max_tokens: int = 0  # of a reply (0: as many as the endpoint gives)
+    whole: bool = False  # a reply that a limit cuts off is none
 
     def replies(self, questions: Sequence[Question], seeds: Sequence[int] | None = None) -> list[str | Exception]:
         with ThreadPoolExecutor(self.parallel) as pool:
@@ -154,7 +161,11 @@ class Endpoint:
             if number:
                 time.sleep(self.wait * 2 ** (number - 1))
             try:
-                return str(json.loads(self.read(request))["choices"][0]["message"]["content"])
+                choice = json.loads(self.read(request))["choices"][0]
+                if self.whole and choice.get("finish_reason") == "length":
+                    problem = "it was cut off by max_tokens"
+                    break
+                return str(choice["message"]["content"])
             except urllib.error.HTTPError as error:
                 problem = f"HTTP {error.code}"
                 if error.code not in TRANSIENT:
