@@ -71,8 +71,9 @@ def train(config: Config) -> Result:
         except UserError as error:
             raise type(error)(f"[steps.{name}]: {error}") from None
     out = make_folder(config.out, "out")
-    for unfinished in [*out.glob(".*.[0-9]*"), *out.glob("pack/.*"), *out.glob("scratch/*/.*")]:
-        unfinished.unlink()
+    old = (".*.[0-9]*", "scratch/*/.*", "pack/.*", "pack/*.npy", "pack/*.json")  # unfinished; packed, and written anew
+    for file in [file for pattern in old for file in out.glob(pattern)]:
+        file.unlink()
     sizes = int(config.shard_mb * 1e6), int(config.memory_mb * 1e6)
     context = Context(out, out / "scratch", config.seed, *sizes, map=None, cache=out / "said.sqlite")
     done: list[dict[str, Any]] = []

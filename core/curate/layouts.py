@@ -67,10 +67,10 @@ def fenced(program: str | None) -> str:
     return f"```python\n{program}\n```" if program else ""
 
 
-def cases(pairs: Sequence[tuple[str, str]]) -> str:
+def cases(pairs: Sequence[tuple[str, str]], checker: str | None = None) -> str:
     """The reference of a program that reads and prints."""
     rows = [{"input": given, "output": wanted} for given, wanted in dict.fromkeys(pairs)]
-    return json.dumps({"cases": rows}) if rows else ""
+    return json.dumps({"cases": rows} | ({"checker": checker} if checker else {})) if rows else ""
 
 
 def apps(record: dict) -> Document:
@@ -97,11 +97,14 @@ def code_contests(record: dict) -> Document:
 
 
 def codeforces(record: dict) -> Document:
+    if record.get("interaction_format") or record.get("input_mode") == "file":
+        raise RecordError("a problem whose program does not read its standard input alone")
     tests = [*(record.get("examples") or []), *(record.get("official_tests") or [])]
     parts = {"": record["description"], "Input\n": record["input_format"], "Output\n": record.get("output_format")}
     parts |= {"Example input\n": tests[0]["input"], "Example output\n": tests[0]["output"]} if tests else {}
     prompt = "\n\n".join(name + text for name, text in parts.items() if text)
-    return asked(prompt, record.get("editorial"), cases([(t["input"], t["output"]) for t in tests]))
+    reference = cases([(t["input"], t["output"]) for t in tests], record.get("generated_checker"))
+    return asked(prompt, record.get("editorial"), reference)
 
 
 def orca(record: dict) -> Document:

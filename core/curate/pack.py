@@ -63,9 +63,6 @@ class Pack(Step):
                 tokens[document["language"] or "?"] += count
                 size[document["language"] or "?"] += len(whole_text(document).encode())
             packed.append(np.array(rows, np.int64).reshape(-1, 2))  # [documents, (source, tokens)]
-        for stale in (context.out / "pack").glob("*.*"):  # of a source that is no more
-            if stale.name.partition(".")[0] not in numbers:
-                stale.unlink()
         for source, number in numbers.items():
             self.join(context.out / "pack" / source, [(p[:, 0] == number, p[:, 1]) for p in packed], shards)
         facts = {f"tokens of {source}": n for source, n in by_source.items()}

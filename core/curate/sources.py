@@ -181,14 +181,17 @@ class Unpack:
 
 
 def over_lines(path: str) -> bool:
-    """Whether JSON is not a record a line: a list, or an object over several lines."""
+    """Whether JSON is not a record a line: a list, or an object over several lines. A record that is cut off may look
+    like the beginning of one, but no other line goes on with it."""
     try:
         with opened(path) as file:
             line = next((part for part in iter(lambda: file.readline(CHUNK), "") if part.strip()), "\n")
+        first, spread = line.strip()[:1], line.endswith("\n") and line.strip()[-1:] in ("[", "{", ",")
+        if first == "[" and Path(path.removesuffix(".gz")).suffix == ".json" or line.strip() in ("[", "{"):
+            return True
+        return spread and first in "[{" and next(json_list(path), None) is not None
     except DataError:  # not UTF-8, or damaged: read as lines, which can take it
         return False
-    first, spread = line.strip()[:1], line.endswith("\n") and line.strip()[-1:] in ("[", "{", ",")
-    return spread and first in "[{" or first == "[" and Path(path.removesuffix(".gz")).suffix == ".json"
 
 
 def listed_lines(path: str) -> Iterator[bytes]:

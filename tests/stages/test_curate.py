@@ -244,6 +244,18 @@ def test_json_over_several_lines_is_read_as_what_it_is(tmp_path):
     assert [record["text"] for _, record in read_records(str(tmp_path / "one.json"), Skipped())] == ["row 0"]
 
 
+@pytest.mark.parametrize(
+    "cut", ['{"text": "cut", "id": 1,', '{"messages": [{"role": "user", "content": "cut"},', '{"a": {']
+)
+def test_a_first_line_that_is_cut_off_takes_no_other_with_it(tmp_path, cut):
+    rows = "".join(json.dumps({"text": f"row {i}"}) + "\n" for i in range(3))
+    (tmp_path / "a.jsonl").write_text(f"{cut}\n{rows}")
+    run({"collect": {"sources": [str(tmp_path / "a.jsonl")]}}, tmp_path / "out")
+    (step,) = json.loads((tmp_path / "out/curate.json").read_text())["steps"]
+    assert step["rows"] == 3 and step["dropped"] == {"malformed JSON": 1}
+    assert cut[:10] in step["samples"]["malformed JSON"][0]["text"]
+
+
 def test_only_the_first_records_of_a_file_are_taken(tmp_path):
     files = [write(tmp_path / f"{i}.jsonl", [{"text": f"row {i} {k}"} for k in range(5)]) for i in range(2)]
     run({"collect": {"sources": files, "limit": 2}}, tmp_path / "out")
@@ -313,6 +325,12 @@ def test_a_shard_without_documents_and_sources_of_one_name_pack(tmp_path, monkey
     assert packed.tolist() == [70_000] * 7 and starts.tolist() == [0, 3]
     shutil.rmtree(tmp_path / "out/scratch")  # who needs room may delete it
     run(steps | {"pack": {"tokenizer": str(tmp_path / "tokenizer")}}, tmp_path / "out")
+    steps["read0"]["source"] = "another"  # of the others, what was packed stays no longer than they do
+    steps.pop("read1")
+    run(steps | {"pack": {"tokenizer": str(tmp_path / "tokenizer")}}, tmp_path / "out")
+    assert sorted(f.name for f in (tmp_path / "out/pack").iterdir()) == [
+        f"another.{kind}" for kind in ("json", "starts.npy", "tokens.npy")
+    ]
 
 
 @pytest.mark.parametrize(
