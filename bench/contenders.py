@@ -115,7 +115,7 @@ def tritium(work: Work, dtype: str = "bf16") -> Steps:
         elif number == 0:
             first = loop.evaluate(batches)["eval_loss"]
         loop.step(batches)
-        times = {k.removeprefix("time/"): v for k, v in loop.pending[1].items() if k.startswith("time/")}
+        times = {k.removeprefix("time/"): v for k, v in loop.pending[1].values.items() if k.startswith("time/")}
         yield int(sum(batch.counts["stream"] for batch in batches)), first, times
 
 

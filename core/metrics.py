@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TextIO
 
 import torch
+from torch import Tensor
 
 import tritium
 from tritium.core.config import UserError
@@ -142,6 +143,25 @@ def read_lines(path: Path) -> Iterator[tuple[str, dict]]:
             except json.JSONDecodeError:
                 continue
             yield line, {k: float(v) if isinstance(v, str) else v for k, v in values.items()}  # see `_json_number`
+
+
+class Numbers:
+    """Metrics of a step, on their way to the host: `read` waits for their copy, and not for what a GPU was given to do
+    since. float(tensor) would wait for all of that."""
+
+    def __init__(self, values: Mapping[str, float | Tensor]):
+        self.values = dict(values)
+        self.names = [name for name, value in values.items() if isinstance(value, Tensor) and value.is_cuda]
+        if self.names:
+            stacked = torch.stack([values[name].detach().double().reshape(()) for name in self.names])
+            self.host, self.copied = stacked.to("cpu", non_blocking=True), torch.cuda.Event()  # to pinned memory
+            self.copied.record()
+
+    def read(self) -> dict[str, float]:
+        if self.names:
+            self.copied.synchronize()
+            self.values |= dict(zip(self.names, self.host.tolist(), strict=True))
+        return {name: float(value) for name, value in self.values.items()}
 
 
 class Clock:

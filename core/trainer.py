@@ -29,7 +29,7 @@ from tritium.core.checkpoint import CheckpointError, Save, checkpoints, latest, 
 from tritium.core.config import ConfigError, UserError, to_toml
 from tritium.core.files import Skipped
 from tritium.core.health import IDLE
-from tritium.core.metrics import Clock, Metrics, Pace, matmul_rate
+from tritium.core.metrics import Clock, Metrics, Numbers, Pace, matmul_rate
 from tritium.core.objectives.base import Objective
 from tritium.core.optim import LossScale, OptimConfig, Optimizer
 from tritium.core.reference import Follower
@@ -100,7 +100,7 @@ class Trainer:
         self.index = self.bad_steps = 0  # steps done; steps skipped in a row
         self.saved = -1  # the step of the newest checkpoint
         self.saving: tuple[int, Save] | None = None  # the step of the one that is being written
-        self.pending: tuple[int, dict[str, Any]] | None = None  # the last step's metrics, not yet read
+        self.pending: tuple[int, Numbers, Numbers] | None = None  # the last step's metrics, not yet read
         self.before: dict[str, float] = {}  # the evaluation at step 0
         self.notes: dict[str, Any] = {}  # what a driver wants to find again after a resume; JSON
         self.lr_scale = dict.fromkeys(self.optimizers, 1.0)  # by network, of the learning rate; 0 leaves it where it is
@@ -185,7 +185,7 @@ class Trainer:
         values |= self.pace.step(counts.get("stream", 0.0), counts["work"], self.clock.take()) | (extra or {})
         self.index += 1
         self.flush_metrics()
-        self.pending = (self.index, values | {"sums": sums})
+        self.pending = (self.index, Numbers(values), Numbers(sums))
 
     def micro_loss(self, batch: PackedBatch, counts: dict[str, float], sums: dict[str, Tensor]) -> Tensor | None:
         """The micro-batch's share of the step's loss; adds its terms and metrics to `sums`. None if it is empty."""
@@ -285,22 +285,21 @@ class Trainer:
             self.objective.prepare(self.networks, batches)
             for batch in batches:
                 self.micro_loss(batch, counts, sums)
-            return {f"eval_{k}": v for k, v in self.reduce(sums).items()}
+            return {f"eval_{k}": v for k, v in self.reduce(Numbers(sums)).items()}
 
     # ------------------------------------------------------------------------------------------ numbers
 
-    def reduce(self, sums: dict[str, Tensor]) -> dict[str, float]:
+    def reduce(self, sums: Numbers) -> dict[str, float]:
         with self.phase("metrics"):
-            return all_reduce_counts({k: float(v) for k, v in sums.items()}, self.mesh)
+            return all_reduce_counts(sums.read(), self.mesh)
 
     def flush_metrics(self) -> None:
         """Read and log the metrics of the step before: by now they are there without waiting for them."""
         if self.pending is None:
             return
-        step, values = self.pending
+        step, values, sums = self.pending
         self.pending = None
-        values |= self.reduce(values.pop("sums"))
-        numbers = {k: float(v) for k, v in values.items()}
+        numbers = values.read() | self.reduce(sums)
         self.last |= numbers
         self.metrics.log(step, numbers)
         if self.ramp and "loss" in numbers:

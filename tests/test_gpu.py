@@ -11,12 +11,15 @@ import numpy as np
 import pytest
 import torch
 
+from tritium.bench.contenders import Loop, Settings
 from tritium.bench.step import WARM, documents, random_model, training_step
 from tritium.core.batch import Document, pack
 from tritium.core.data import DataConfig
 from tritium.core.objectives.base import supervised_logprob
+from tritium.core.objectives.likelihood import CrossEntropy
 from tritium.core.run import RunConfig
 from tritium.core.trainer import Trainer
+from tritium.kernels.backend import HAS_TRITON
 from tritium.model.config import ModelConfig
 from tritium.model.generate import generate
 from tritium.stages import sft
@@ -69,6 +72,38 @@ def test_the_host_does_not_wait_in_a_training_step(device, finetune):
     with no_waiting(device):
         after = step()
     assert after < before
+
+
+def trainer_of(device, finetune, out):
+    """The trainer of a stage, with a batch."""
+    model, batch = made(device, finetune=finetune)
+    return Loop({"policy": model}, CrossEntropy(), Settings(RunConfig(out=str(out))), model.mesh), batch
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed")
+@pytest.mark.parametrize("finetune", ["full", "lora"])
+def test_without_a_gpu_no_number_is_read_in_a_step_for_one(monkeypatch, tmp_path, finetune):
+    """On tensors with shapes and no numbers, whose kernels are not launched: what would make a host wait for a value (a
+    condition on one, item, nonzero, tolist, a copy to the CPU) is an error."""
+    monkeypatch.setenv("TRITIUM_BACKEND", "triton")
+    trainer, batch = trainer_of("meta", finetune, tmp_path)
+    for _ in range(2):
+        trainer.step([batch])
+        _, values, sums = trainer.pending
+        trainer.pending = None  # read a step later
+    with pytest.raises(RuntimeError, match="meta"):
+        (values.read() if finetune == "full" else sums.read())
+
+
+@pytest.mark.parametrize("device", [pytest.param("cuda", marks=needs_gpu)])
+def test_the_trainer_waits_for_the_step_before_and_not_for_its_own(tmp_path, device):
+    trainer, batch = trainer_of(device, "full", tmp_path)
+    for _ in range(WARM):
+        trainer.step([batch])
+    with no_waiting(device):
+        trainer.step([batch])
+    trainer.flush_metrics()
+    assert trainer.last["loss"] > 0 and trainer.last["grad_norm"] > 0
 
 
 @pytest.mark.parametrize("device", [pytest.param("cuda", marks=needs_gpu)])
