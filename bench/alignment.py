@@ -12,12 +12,16 @@ import json
 import statistics
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from tritium.bench.chart import svg_bars
+from tritium.bench.kernels import chosen_device, run_facts
+from tritium.bench.rows import Row, full
 from tritium.core.batch import pack
 from tritium.core.config import REQUIRED, UserError, from_dict, load, opt
 from tritium.core.files import Skipped
@@ -78,6 +82,7 @@ def main(argv: list[str]) -> int:
                     lines.write(json.dumps(rows[-1]) + "\n")
     methods = [m for m in STAGES if any(row["method"] == m for row in rows)]
     file.write_text(report(rows, methods, before, config), encoding="utf-8")
+    file.with_suffix(".svg").write_text(svg_bars(bars(rows, methods, before, config)), encoding="utf-8")
     return int(any(mean(rows, m, "after") <= before for m in methods))
 
 
@@ -102,7 +107,9 @@ def measured(method: str, config: Config, seed: int, answers: str, out: Path) ->
     start = time.perf_counter()
     checkpoint = run("run", steps)
     seconds = time.perf_counter() - start
-    numbers = {"method": method, "seed": seed, "steps": steps, "seconds": seconds}
+    numbers = full(run_facts(chosen_device()) | {"op": "alignment", "provider": method, "pass": "held out"})
+    numbers |= {"shape": {"steps": steps}, "dtype": "exact match", "rounds": steps, "ms": 1e3 * seconds / steps}
+    numbers |= {"method": method, "seed": seed, "steps": steps, "seconds": seconds}
     numbers |= {"model": config.model, "budget": config.seconds}
     return numbers | {"after": exact_match(checkpoint, config), "kl": kl(checkpoint, config)}
 
@@ -145,6 +152,15 @@ def kl(checkpoint: str, config: Config, prompts: int = 100) -> float:
 
 def mean(rows: list[dict[str, Any]], method: str, name: str) -> float:
     return statistics.fmean(row[name] for row in rows if row["method"] == method)
+
+
+def bars(rows: list[dict[str, Any]], methods: list[str], before: float, config: Config) -> Iterator[Row]:
+    """The share of held-out problems that each solves, beside that of what all start from."""
+    found = {"SFT": (before, "")} | {m: (mean(rows, m, "after"), f", KL {mean(rows, m, 'kl'):.3f}") for m in methods}
+    for name, (share, cost) in found.items():
+        row = {"op": "alignment", "provider": name, "pass": "of held-out problems", "dtype": "exact match"}
+        row |= {"shape": {"seconds": config.seconds}, "machine": machine(), "label": f"{share:.1%}{cost}"}
+        yield full(row | {"of_ceiling": share})
 
 
 def report(rows: list[dict[str, Any]], methods: list[str], before: float, config: Config) -> str:

@@ -23,13 +23,16 @@ import resource
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 
+from tritium.bench.growth import slope
+from tritium.bench.kernels import rows_file, run_facts
+from tritium.bench.rows import Row, full, heading, leave
 from tritium.core.config import UserError, load, opt
 from tritium.core.corpus import library_texts
 from tritium.core.curate.dedup import Near
@@ -57,6 +60,8 @@ class Config:
     workers: int = opt(2, "processes")
     memory_mb: float = opt(256.0, "as `curate`'s")
     folder: str = opt("", "where the shards are made (default: a temporary folder)")
+    out: str = opt("bench/results", "folder for data.jsonl, or encoding.jsonl, in a folder for the device")
+    jsonl: str = opt("", "file for the rows, in place of these")
 
 
 def main(argv: list[str]) -> int:
@@ -77,31 +82,52 @@ def factory(config: Config, folder: Path) -> int:
     text = "\n".join(read_text(p) for p in config.texts) if config.texts else "\n".join(library_texts(8_000_000, 0))
     pool = [line for line in dict.fromkeys(text.splitlines()) if len(line) > 20]
     made = [shards(pool, folder / f"{size:g}", int(size * 1e9)) for size in config.sizes]
-    missed, rows = [], [("step", "GB", "documents", "seconds", "MB/s", "peak MB, main", "of a worker", "")]
-    print(f"{peak(resource.RUSAGE_SELF)} MB before the first step")
+    missed, rows = [], []
+    print(f"{peak(resource.RUSAGE_SELF):.0f} MB before the first step")
     filter = Filter(rules=[], limits=LENIENT)
     steps = [(filter, made[0], config.sizes[0]), *((Near(), m, s) for m, s in zip(made, config.sizes, strict=True))]
     for step, sources, size in steps:
         name, bar = type(step).__name__.lower(), 10.0 if step is filter else 5.0
         seconds, summary, dropped = timed(step, sources, folder / "out", config)
-        rate, said = size * 1e3 / seconds, ""
+        rate = size * 1e3 / seconds
+        row = measured(name, {"GB": size, "documents": summary["read"]}, "tritium", seconds) | {"mb_per_second": rate}
+        row |= {"peak_mb": peak(resource.RUSAGE_SELF), "worker_peak_mb": peak(resource.RUSAGE_CHILDREN)}
+        row |= {"workers": config.workers, "memory_mb": config.memory_mb, "label": f"{rate:.1f} MB/s", "reason": ""}
+        row["of_ceiling"] = rate / bar / 10  # the bar is a tenth of the chart
         if step is not filter:
-            recall, wrong = judged(dropped, summary["read"])
-            said = f"recall {recall:.4f}, false {wrong:.5f}"
-            missed += ["recall"] * (recall < 0.95) + ["false positives"] * (wrong > 0.01)
+            row["recall"], row["false"] = judged(dropped, summary["read"])
+            row["reason"] = f"recall {row['recall']:.4f}, false {row['false']:.5f}"
+            missed += ["recall"] * (row["recall"] < 0.95) + ["false positives"] * (row["false"] > 0.01)
         missed += [f"{name} at {size:g} GB"] * (rate < bar)
-        memory = peak(resource.RUSAGE_SELF), peak(resource.RUSAGE_CHILDREN)
-        rows.append((name, f"{size:g}", f"{summary['read']:,}", f"{seconds:.1f}", f"{rate:.1f}", *memory, said))
-    print("\n".join(aligned(rows, left=(0, 7))))
-    exponent(rows)
-    missed += searched()
-    print(f"{os.cpu_count()} cores, {config.workers} processes, memory_mb={config.memory_mb:g}"
-          + (f"; missed: {', '.join(missed)}" if missed else "; every bar is met"))  # fmt: skip
+        rows.append(row)
+    found, late = searched()
+    said = [*table(rows), exponent(rows), *(f"search: {row['provider']} {row['ms']:.0f} ms" for row in found)]
+    missed += late
+    said.append(f"{os.cpu_count()} cores, {config.workers} processes, memory_mb={config.memory_mb:g}"
+                + (f"; missed: {', '.join(missed)}" if missed else "; every bar is met"))  # fmt: skip
+    print("\n".join(said))
+    leave(rows_file(config, "cpu", "data"), rows + found, [*heading("The data factory", rows[0]), "```", *said, "```"])
     return int(bool(missed))
 
 
-def peak(who: int) -> str:
-    return f"{resource.getrusage(who).ru_maxrss / 1e3:.0f}"
+def measured(op: str, shape: dict[str, float], provider: str, seconds: float) -> Row:
+    facts = run_facts("cpu") | {"op": op, "shape": shape, "provider": provider, "dtype": "utf-8", "pass": "forward"}
+    return full(facts | {"ms": 1e3 * seconds})
+
+
+def table(rows: Sequence[Row]) -> list[str]:
+    cells = [("step", "GB", "documents", "seconds", "MB/s", "peak MB, main", "of a worker", "")]
+    for row in rows:
+        sizes = f"{row['shape']['GB']:g}", f"{row['shape']['documents']:,}"
+        numbers = f"{row['ms'] / 1e3:.1f}", f"{row['mb_per_second']:.1f}"
+        memory = f"{row['peak_mb']:.0f}", f"{row['worker_peak_mb']:.0f}"
+        cells.append((row["op"], *sizes, *numbers, *memory, row["reason"]))
+    return aligned(cells, left=(0, 7))
+
+
+def peak(who: int) -> float:
+    """MB."""
+    return resource.getrusage(who).ru_maxrss / 1e3
 
 
 def shards(pool: list[str], folder: Path, size: int) -> Path:
@@ -156,28 +182,31 @@ def judged(dropped: list[str], documents: int) -> tuple[float, float]:
     return min(found / planted, 1.0), (len(dropped) - found) / documents
 
 
-def exponent(rows: list[tuple]) -> None:
-    """Print the growth of `near`'s time, seconds ∝ GBᵉ."""
-    points = [(math.log(float(row[1])), math.log(float(row[3]))) for row in rows[2:]]
-    if len(points) > 1:
-        slope = np.polyfit(*np.array(points).T, 1)[0]
-        print(f"near: seconds grow with the size to the power {slope:.2f}")
+def exponent(rows: Sequence[Row]) -> str:
+    """The growth of `near`'s time, seconds ∝ documentsᵉ."""
+    sizes, times = zip(*((row["shape"]["documents"], row["ms"]) for row in rows if row["op"] == "near"), strict=True)
+    if len(sizes) < 2:
+        return "near: give several --sizes for its growth"
+    return f"near: seconds grow with the documents to the power {slope(sizes, times):.2f} (theory: 1)"
 
 
-def searched() -> list[str]:
-    """Print the time of a similarity search beside faiss's; what of it missed its bar."""
+def searched() -> tuple[list[Row], list[str]]:
+    """A similarity search beside faiss's; and what of it missed its bar."""
     rng = np.random.default_rng(0)
     rows, queries = (rng.normal(size=(n, 256)).astype(np.float32) for n in (20_000, 2_000))
     engines = ["torch", *(["faiss"] if find_spec("faiss") else [])]
     found = {engine: most_similar(queries, rows, 10, engine)[1] for engine in engines}
     seconds = {e: best_of_three(lambda e=e: most_similar(queries, rows, 10, e)) for e in engines}
-    print("search: " + ", ".join(f"{engine} {1e3 * s:.0f} ms" for engine, s in seconds.items()))
+    rows = [measured("search", {"N": 20_000, "Q": 2_000, "E": 256}, "tritium" if e == "torch" else e, s) for e, s in
+            seconds.items()]  # fmt: skip
+    rows = [row | {"dtype": "float32", "of_ceiling": 1e3 * min(seconds.values()) / row["ms"],
+                   "label": f"{row['ms']:.0f} ms"} for row in rows]  # fmt: skip
     if "faiss" not in engines:
         print("faiss is not installed: nothing to compare with")
-        return []
+        return rows, []
     if not (found["torch"] == found["faiss"]).mean() > 0.999:
-        return ["search finds other rows than faiss"]
-    return ["search"] * (seconds["torch"] > 1.5 * seconds["faiss"])
+        return rows, ["search finds other rows than faiss"]
+    return rows, ["search"] * (seconds["torch"] > 1.5 * seconds["faiss"])
 
 
 # ── tokenizers ───────────────────────────────────────────────────────────────────────────────────────────────────
@@ -187,7 +216,7 @@ def encoding(config: Config) -> int:
     """Print the rates of tokenizers; 1 where one is under the bar."""
     if not config.texts:
         raise UserError("name the texts to encode: --texts=book.txt")
-    rows, slow = [("tokenizer", "text", "bytes/token", "encode MB/s", "encode_batch MB/s")], False
+    cells, rows, slow = [("tokenizer", "text", "bytes/token", "encode MB/s", "encode_batch MB/s")], [], False
     for folder in config.tokenizers:
         tokenizer = Tokenizer.load(folder)
         for path in config.texts:
@@ -201,9 +230,15 @@ def encoding(config: Config) -> int:
             many = size / best_of_three(lambda tokenizer=tokenizer, parts=parts: tokenizer.encode_batch(parts))
             slow = slow or one < BAR * 1e6
             rates = f"{one / 1e6:.1f}", f"{many / 1e6:.1f}"
-            rows.append((Path(folder).name, Path(path).name, f"{size / tokens:.2f}", *rates))
-    print("\n".join(aligned(rows, left=(0, 1))))
-    print(f"{os.cpu_count()} cores; the bar is {BAR:g} MB/s of one{': missed' if slow else ''}")
+            cells.append((Path(folder).name, Path(path).name, f"{size / tokens:.2f}", *rates))
+            for op, rate in (("encode", one), ("encode_batch", many)):
+                row = measured(op, {"MB": round(size / 1e6, 3)}, Path(folder).name, size / rate)
+                row |= {"mb_per_second": rate / 1e6, "bytes_per_token": size / tokens, "pass": Path(path).name}
+                rows.append(row | {"of_ceiling": rate / BAR / 1e7, "label": f"{rate / 1e6:.1f} MB/s"})
+    said = [*aligned(cells, left=(0, 1)), f"{os.cpu_count()} cores; the bar is {BAR:g} MB/s of one"]
+    said[-1] += ": missed" * slow
+    print("\n".join(said))
+    leave(rows_file(config, "cpu", "encoding"), rows, [*heading("Encoding", rows[0]), "```", *said, "```"])
     return int(slow)
 
 

@@ -8,7 +8,6 @@
 Tokens drawn are counted, at temperature 1, and nothing else; speedup is of the medians.
 """
 
-import json
 import statistics
 import tempfile
 import time
@@ -21,6 +20,7 @@ import torch
 
 from tritium.bench.kernels import chosen_device, rows_file, run_facts
 from tritium.bench.measure import Ceilings, Stopwatch, timing
+from tritium.bench.rows import full, heading, leave
 from tritium.bench.step import random_model
 from tritium.core.config import UserError, load, opt
 from tritium.core.machines import PRESETS
@@ -62,8 +62,9 @@ def main(argv: list[str]) -> int:
     rows = [row for name in ("equal", "varied") for row in whole(config, providers, name)] + steps(
         config, model, device
     )
-    common = {"dtype": str(dtype).removeprefix("torch."), "pass": "forward", "status": "ok", "reason": None}
-    file.write_text("".join(json.dumps(row | common | facts) + "\n" for row in rows), encoding="utf-8")
+    common = {"dtype": str(dtype).removeprefix("torch."), "pass": "forward"} | facts
+    rows = [full(row | common) for row in rows]
+    leave(file, rows, [*heading("Generation", rows[0]), *table(rows)])
     print("\n".join(table(rows)) + f"\n{file}: {len(rows)} rows")
     return 0
 
@@ -95,6 +96,8 @@ def whole(config: Config, providers: dict[str, Callable], name: str) -> list[dic
             **timing(found)._asdict(),
             "tokens_per_second": 1e3 * sum(new) / statistics.median(found),
             "speedup": slowest / statistics.median(found) if len(providers) > 1 else None,
+            "of_ceiling": min(map(statistics.median, times.values())) / statistics.median(found),
+            "label": f"{1e3 * sum(new) / statistics.median(found):,.0f} tokens/s",
         }
         for provider, found in times.items()
     ]
@@ -172,6 +175,8 @@ def steps(config: Config, model: Transformer, device: str) -> list[dict[str, Any
             "shape": {"B": size, "length": 100},
             "provider": "tritium",
             **timing(times[size])._asdict(),
+            "of_ceiling": reading / statistics.median(times[size]),
+            "bound": "memory",
             "copy_gbps": copy / 1e9,
             "weight_bytes": weight_bytes,
             "of_reading": statistics.median(times[size]) / reading,

@@ -1,12 +1,12 @@
 """How the time and the memory of a training step grow: with the tokens, the vocabulary, the layers, the width, and how
 the tokens are cut into documents. A slope is that of log(measured) by log(size), fitted over the sizes; beside it is
-that of the FLOPs that the step needs (`ModelConfig.flops`), and for memory that of what must be held.
+the theory's: for time that of the FLOPs that the step needs (`ModelConfig.flops`), for memory that of the activations
+and of what the backward makes (`core/plan.py`).
 
 Memory is the most that the step's new tensors take together, counted where torch makes and frees them: weights, their
 gradients and the optimizer's state are not in it.
 """
 
-import json
 import statistics
 import tempfile
 import time
@@ -21,15 +21,19 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from tritium.bench import train
-from tritium.bench.contenders import tritium
+from tritium.bench import contenders, train
 from tritium.bench.kernels import chosen_device, rows_file, run_facts
+from tritium.bench.rows import Row, full, heading, leave
 from tritium.core.config import load, opt
+from tritium.core.machines import MACHINES, Work
+from tritium.core.plan import Plan
+from tritium.parallel.mesh import Mesh
 
 BASE = train.Config(
     model=replace(train.SMALL, layers=4, hidden_size=256, intermediate_size=768, heads=4, kv_heads=2),
     vocab_size=4096, bin_tokens=2048, context=256,
 )  # fmt: skip
+KINDS = {"ms": "time", "flops": "its FLOPs", "mb": "memory", "held": "what is held"}  # measured, and by theory
 # What grows: its sizes, and the step's config at one of them.
 GROWTH: dict[str, tuple[tuple[int, ...], Callable[[int], train.Config]]] = {
     "tokens T": ((1024, 2048, 4096), lambda n: replace(BASE, bin_tokens=n)),
@@ -87,28 +91,29 @@ def main(argv: list[str]) -> int:
     for name in GROWTH:
         rows.append(measure(name, config.steps) | facts)
         print(line(rows[-1]), flush=True)
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    machine = " · ".join(f"{k} {v}" for k, v in facts["machine"].items())
-    head = ["# Growth of a training step", "", machine, "", *" ".join(__doc__.split("\n\n")).splitlines(), ""]
-    head += ["| grows | sizes | ms | slope | of the FLOPs | MB | slope |", "|---|---|---|---:|---:|---|---:|"]
-    file.with_suffix(".md").write_text("\n".join([*head, *map(line, rows)]) + "\n", encoding="utf-8")
+    lines = [*heading("Growth of a training step", rows[0]), *" ".join(__doc__.split("\n\n")).splitlines(), ""]
+    lines += ["| grows | sizes | ms | slope | of the FLOPs | MB | slope | of what is held |"]
+    lines += ["|---|---|---|---:|---:|---|---:|---:|", *map(line, rows)]
+    leave(file, [by for row in rows for by in by_size(row)], lines, [bar for row in rows for bar in bars(row)])
     return 0
 
 
-def measure(name: str, steps: int) -> dict[str, Any]:
-    """Seconds and bytes of a step at each size of GROWTH[name], and their slopes."""
+def measure(name: str, steps: int) -> Row:
+    """Milliseconds and bytes of a step at each size of GROWTH[name], and their slopes."""
     sizes, config_of = GROWTH[name]
-    row: dict[str, Any] = {"grows": name, "sizes": sizes, "ms": [], "mb": [], "flops": []}
+    row = full({"op": "growth", "provider": "tritium", "pass": name, "dtype": "bf16", "shape": {"sizes": sizes}})
+    row |= {key: [] for key in KINDS}
     with tempfile.TemporaryDirectory() as folder:
         runs = []
         for size in sizes:
             work = train.make_work(config_of(size), "pretrain", Path(folder) / str(size))
-            runs.append(tritium(work))
+            runs.append(contenders.tritium(work))
             next(runs[-1])
             with Live() as live:
                 next(runs[-1])
             row["mb"].append(live.peak / 1e6)
             row["flops"].append(train.flops_per_token(work) * work.bin_tokens)
+            row["held"].append(held(work) / 1e6)
         times: list[list[float]] = [[] for _ in sizes]
         for _ in range(steps):
             for run, found in zip(runs, times, strict=True):
@@ -117,7 +122,27 @@ def measure(name: str, steps: int) -> dict[str, Any]:
                 found.append(1e3 * (time.perf_counter() - start))
         row["ms"] = [min(found) for found in times]
         row["spread"] = [statistics.median(found) / min(found) for found in times]
-    return row | {f"{kind}_slope": slope(sizes, row[kind]) for kind in ("ms", "mb", "flops")}
+    return row | {"rounds": steps} | {f"{kind}_slope": slope(sizes, row[kind]) for kind in KINDS}
+
+
+def by_size(row: Row) -> list[Row]:
+    """A row for each size, in the schema of all benches."""
+    sizes = row["shape"]["sizes"]
+    return [row | {"shape": {"size": n}} | {key: row[key][i] for key in KINDS} for i, n in enumerate(sizes)]
+
+
+def held(work: contenders.Work) -> int:
+    """Bytes that a step must hold beside parameters, gradients and the optimizer's state, by the planner."""
+    machine = MACHINES["h100"] if contenders.DEVICE == "cuda" else replace(MACHINES["h100"], device="cpu")
+    sizes = Work(work.micro_tokens, len(work.groups[0][0]))
+    memory = Plan(work.shape, Mesh.single(torch.device("cpu")), sizes, machine).memory
+    return memory["activations"] + memory["working"]
+
+
+def bars(row: Row) -> list[Row]:
+    """The slopes, measured and by theory, as bars."""
+    slopes = {name: row[f"{kind}_slope"] for kind, name in KINDS.items()}
+    return [row | {"provider": n, "shape": {}, "of_ceiling": max(s, 0), "label": f"{s:.2f}"} for n, s in slopes.items()]
 
 
 def slope(sizes: tuple[int, ...], values: list[float]) -> float:
@@ -127,7 +152,8 @@ def slope(sizes: tuple[int, ...], values: list[float]) -> float:
 
 def line(row: dict[str, Any]) -> str:
     texts = [
-        ", ".join(f"{x:{form}}" for x in row[key]) for key, form in (("sizes", ""), ("ms", ",.0f"), ("mb", ",.0f"))
+        ", ".join(f"{x:{form}}" for x in values)
+        for values, form in ((row["shape"]["sizes"], ""), (row["ms"], ",.0f"), (row["mb"], ",.0f"))
     ]
-    slopes = [f"{row[f'{kind}_slope']:.2f}" for kind in ("ms", "flops", "mb")]
-    return f"| {row['grows']} | {texts[0]} | {texts[1]} | {slopes[0]} | {slopes[1]} | {texts[2]} | {slopes[2]} |"
+    time, flops, memory, held = (f"{row[f'{kind}_slope']:.2f}" for kind in KINDS)
+    return f"| {row['pass']} | {texts[0]} | {texts[1]} | {time} | {flops} | {texts[2]} | {memory} | {held} |"

@@ -18,6 +18,8 @@ import torch
 from tritium.bench.case import Case, Row, measure
 from tritium.bench.chart import svg_bars
 from tritium.bench.providers import BARE, COMPILED, OURS, providers
+from tritium.bench.rows import heading
+from tritium.bench.summary import table_of_ops
 from tritium.core.config import UserError, load, nearest, opt
 from tritium.core.metrics import machine
 from tritium.core.output import make_folder, make_room_for
@@ -85,6 +87,7 @@ def main(argv: list[str]) -> int:
             print("\n".join(["", case.title, *_table(found)]), flush=True)
             of_op = [row for row in rows if row["op"] == case.spec.name]
             (charts / f"{case.spec.name}.svg").write_text(svg_bars(of_op), encoding="utf-8")
+    file.with_suffix(".md").write_text("\n".join([*heading("Kernels", rows[0]), *table_of_ops(rows)]) + "\n")
     wrong = sorted({row["op"] for row in rows if row["provider"] == OURS and row["status"] in ("failed", "error")})
     print(f"\n{file}: {len(rows)} rows" + (f"\nFAILED: {', '.join(wrong)}" if wrong else ""))
     return 1 if wrong else 0

@@ -27,6 +27,7 @@ from torch.profiler import ProfilerActivity, profile
 from tritium.bench.contenders import Loop, Settings
 from tritium.bench.kernels import chosen_device, rows_file, run_facts
 from tritium.bench.measure import timing
+from tritium.bench.rows import full, heading, leave
 from tritium.bench.step import documents
 from tritium.core.config import UserError, load, opt
 from tritium.core.objectives.likelihood import CrossEntropy
@@ -71,8 +72,8 @@ def main(argv: list[str]) -> int:
         facts = run_facts(device) | {"threads": 1 if device == "cpu" else None, "bin_tokens": config.bin_tokens}
         rows += [row | facts for row in _measured(config, device, ranks, max(worlds))]
     _relate(rows)
-    with file.open("w", encoding="utf-8") as lines:
-        lines.writelines(json.dumps(row, allow_nan=False) + "\n" for row in rows)
+    rows = [full(row | schema(row)) for row in rows]
+    leave(file, rows, [*heading("What parallelism costs and gains", rows[0]), "```", *_table(rows), "```"])
     loads = ", ".join(f"{load:.1f}" for load in dict.fromkeys(row["load"] for row in rows) if load is not None)
     print("\n".join([*_table(rows), "", f"{file}: {len(rows)} rows; load before each number of ranks: {loads}"]))
     return 1 if any(row["kind"] == "overhead" and row["zero"] and row["ratio"] > BAR for row in rows) else 0
@@ -132,6 +133,15 @@ def _rank(rank: int, config: Config, device: str, ranks: int, bins: int, folder:
     if ranks > 1:
         dist.barrier()
         dist.destroy_process_group()
+
+
+def schema(row: dict[str, Any]) -> dict[str, Any]:
+    """A row's place in the schema of all benches; its bar is its efficiency, or the plain loop's share of its time."""
+    places = {axis: row[axis] for axis in ("ranks", "dp", "cp", "tp", "zero")}
+    share = row["efficiency"] or 1 / row["ratio"]
+    label = f"{row['tokens_per_second']:,.0f} tokens/s · {share:.0%}"
+    facts = {"op": "parallel", "provider": "tritium", "pass": row["kind"], "shape": places}
+    return facts | {"of_ceiling": share, "label": label}
 
 
 def _ratio(ms: Sequence[float], plain: Sequence[float]) -> float:

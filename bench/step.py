@@ -21,6 +21,7 @@ from torch import Tensor
 
 from tritium.bench.kernels import chosen_device, rows_file, run_facts
 from tritium.bench.measure import timing
+from tritium.bench.rows import Row, full, heading, leave
 from tritium.core.batch import Document, PackedBatch, pack
 from tritium.core.config import UserError, load, opt
 from tritium.core.machines import PRESETS
@@ -71,8 +72,9 @@ def main(argv: list[str]) -> int:
         rows = []
         for finetune in config.finetune:
             for recompute in config.recompute:
-                rows.append(measured(config, device, finetune, recompute) | facts)
+                rows.append(full(measured(config, device, finetune, recompute) | facts))
                 print(json.dumps(rows[-1], allow_nan=False), file=lines, flush=True)
+    leave(file, rows, [*heading("A training step", rows[0]), "```", *table(rows), "```"], map(bar, rows))
     print("\n".join([*table(rows), f"{file}: {len(rows)} rows"]))
     return int(any(row["status"] != "ok" for row in rows))
 
@@ -157,6 +159,14 @@ def training_step(model: Transformer, batch: PackedBatch, lr: float = 1e-5) -> C
         return loss.detach()
 
     return step
+
+
+def bar(row: Row) -> Row:
+    shape = {"T": row["bin_tokens"], "context": row["context"], "model": row["preset"] or row["shape"]["hidden_size"]}
+    label = f"{row['tokens_per_second']:,.0f} tokens/s · {row['mfu']:.0%}" if row["status"] == "ok" else row["reason"]
+    way = f"{row['finetune']}, recompute {row['recompute']}"
+    bound = "matmul" if row["status"] == "ok" else None
+    return row | {"shape": shape, "provider": way, "label": label, "of_ceiling": row["mfu"], "bound": bound}
 
 
 def table(rows: list[dict[str, Any]]) -> list[str]:

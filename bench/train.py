@@ -10,21 +10,23 @@ Where a CPU multiplies fp32 faster than bf16 (kernels/wide.py), the rate is fp32
 Beside the rows there are tables (Markdown) and bars (SVG). Rows of other stages and sizes in the file stay.
 """
 
+import itertools
 import json
 import statistics
 import subprocess
 import sys
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from tritium.bench.chart import svg_bars
 from tritium.bench.contenders import CONTENDERS, NEW, SAMPLED, Work
 from tritium.bench.kernels import chosen_device, rows_file, run_facts
+from tritium.bench.measure import timing
+from tritium.bench.rows import Row, full, leave
 from tritium.core.config import UserError, load, opt
 from tritium.core.metrics import matmul_rate
 from tritium.model.config import ModelConfig
@@ -33,7 +35,23 @@ from tritium.parallel.mesh import Mesh
 from tritium.stages.plan import aligned, shape_of
 from tritium.stages.pretrain import ShapeConfig
 
+
+def sized(layers: int, width: int, inner: int, heads: int, kv_heads: int, vocab_size: int) -> dict[str, Any]:
+    """A decoder's shape, as Config has it."""
+    shape = ShapeConfig(layers=layers, hidden_size=width, intermediate_size=inner, heads=heads, kv_heads=kv_heads)
+    return {"model": shape, "vocab_size": vocab_size}
+
+
 SMALL = ShapeConfig(hidden_size=384, intermediate_size=1024, heads=6, kv_heads=3)
+# What --sizes names: Llamas, by their parameters. What does not fit is a row with its reason.
+SIZES: dict[str, dict[str, Any]] = {
+    "1m": sized(3, 128, 384, 2, 1, 4096),
+    "13m": sized(6, 384, 1024, 6, 3, 8192),
+    "29m": sized(6, 384, 1024, 6, 3, 49152),
+    "123m": sized(12, 768, 2048, 12, 12, 49152),
+    "405m": sized(24, 1024, 4096, 16, 4, 49152),
+    "1b": sized(16, 2048, 8192, 32, 8, 49152),
+}
 # Forward passes' worth of FLOPs of a token: of the whole model, and of the decoder without head. Sampling (grpo, ppo),
 # and the log-probs before an update, are one each; ppo has a reference and a critic (3, and 1 for the old values).
 PASSES = {"pretrain": (3, 0), "sft": (3, 0), "lora": (2, 0), "reward": (3, 0), "dpo": (4, 0), "distill": (4, 0)}
@@ -51,6 +69,7 @@ class Config:
     model: ShapeConfig = opt(SMALL, "the decoder's shape")
     vocab_size: int = opt(8192, "tokens of its vocabulary")
     bin_tokens: int = opt(4096, "tokens of a step")
+    sizes: list[str] = opt([], "models in place of --model and --vocab_size, one after another", choices=tuple(SIZES))
     micro_tokens: int = opt(0, "of our micro-batches, whose gradients a step adds (0: as many as bin_tokens)", least=0)
     context: int = opt(512, "tokens of a document of pretraining, and the most of any other")
     rounds: int = opt(5, "turns of each")
@@ -69,13 +88,14 @@ def main(argv: list[str]) -> int:
     file = rows_file(config, device, "train")
     torch.set_num_threads(config.threads)
     rows: list[dict[str, Any]] = []
-    for stage in config.stages:
-        facts = run_facts(device) | {"stage": stage, "shape": asdict(_shape(config)), "bin_tokens": config.bin_tokens}
-        facts |= {"micro_tokens": config.micro_tokens or config.bin_tokens}
-        found = [row | facts for row in measure(config, stage)]
+    works = [replace(config, **SIZES[size]) for size in config.sizes] or [config]
+    for work, stage in itertools.product(works, config.stages):
+        facts = run_facts(device) | {"stage": stage, "shape": asdict(_shape(work)), "bin_tokens": work.bin_tokens}
+        facts |= {"micro_tokens": work.micro_tokens or work.bin_tokens}
+        found = [row | facts for row in measure(work, stage)]
         rows += found
         write_report(file, found)  # a run that is cut short keeps what it measured
-        print("\n".join(["", f"{stage}  {_title(config)}", *_table(found)]), flush=True)
+        print("\n".join(["", f"{stage}  {_title(work)}", *_table(found), *_settings(found)]), flush=True)
     print(f"\n{file}: {len(rows)} rows")
     return 1 if any(row["status"] != "ok" for row in rows) else 0
 
@@ -182,7 +202,7 @@ def measure(config: Config, stage: str) -> list[dict[str, Any]]:
                 contender.turns.append(contender.take(config.steps))
         ours = every[0]
         rate, cost = statistics.median(rates), flops_per_token(work)
-        return [_row(contender, ours, rate, cost) for contender in every]
+        return [_row(contender, ours, rate, cost, config.steps) | {"pass": stage} for contender in every]
 
 
 def _warm(contender: Contender) -> bool:
@@ -190,10 +210,11 @@ def _warm(contender: Contender) -> bool:
     return contender.first is not None
 
 
-def _row(contender: Contender, ours: Contender, rate: float, cost: float) -> dict[str, Any]:
-    said, turns = contender.close(), contender.turns
-    row: dict[str, Any] = {"contender": contender.name, "setting": CONTENDERS[contender.name].__doc__}
-    row |= {"matmul_tflops": rate / 1e12, "flops_per_token": cost, "status": "ok", "reason": ""}
+def _row(contender: Contender, ours: Contender, rate: float, cost: float, steps: int) -> Row:
+    said, turns, name = contender.close(), contender.turns, contender.name
+    row = full({"op": "train", "provider": name, "dtype": "fp32" if name.endswith("fp32") else "bf16"})
+    row |= {"contender": name, "setting": CONTENDERS[name].__doc__, "bound": "matmul", "reason": ""}
+    row |= {"matmul_tflops": rate / 1e12, "flops_per_token": cost}
     if not turns or None in turns:
         return row | {"status": "failed", "reason": said} | dict.fromkeys(_NUMBERS)
     speeds = [turn["tokens"] / turn["seconds"] for turn in turns]
@@ -211,6 +232,7 @@ def _row(contender: Contender, ours: Contender, rate: float, cost: float) -> dic
         parts = {name: parts.get(name, 0.0) + seconds for name, seconds in turn["parts"].items()}
     seconds = sum(turn["seconds"] for turn in turns)
     row["share"] = {name: spent / seconds for name, spent in parts.items() if name != "step"}
+    row |= timing([1e3 * turn["seconds"] / steps for turn in turns])._asdict() | {"of_ceiling": middle * cost / rate}
     return row | dict(zip(_NUMBERS, numbers, strict=True))
 
 
@@ -222,8 +244,19 @@ def _table(rows: list[dict[str, Any]]) -> list[str]:
     for row in rows:
         form = ("{:,.0f}", "{:,.0f}", "{:,.0f}", "{:.0%}", "{:,.0f}", "{:.4g}", "{:.2f}")
         numbers = ["–" if row[key] is None else text.format(row[key]) for key, text in zip(_NUMBERS, form, strict=True)]
-        cells.append((row["contender"], *numbers, row["reason"] or row["setting"].split("\n")[0][:80]))
-    return [f"matmul {rows[0]['matmul_tflops']:.3g} TFLOP/s", *aligned(cells, left=(0, 8))]
+        cells.append((row["contender"], *numbers, row["reason"]))
+    cost, rate = rows[0]["flops_per_token"] / 1e6, rows[0]["matmul_tflops"]
+    mfu = f"of matmul (MFU) = {cost:.1f} MFLOP a token × tokens/s / {rate:.3g} TFLOP/s, the peak: bare matmuls' rate"
+    return [mfu, *aligned(cells, left=(0, 8))]
+
+
+def _settings(rows: list[dict[str, Any]]) -> list[str]:
+    """What each contender is set to, and where the time of our step went."""
+    lines = [f"{row['contender']}: {' '.join(row['setting'].split())}" for row in rows]
+    if share := rows[0].get("share"):
+        parts = sorted(share.items(), key=lambda item: -item[1])
+        lines.append("Our step: " + ", ".join(f"{name} {part:.0%}" for name, part in parts if part >= 0.005))
+    return lines
 
 
 # ---------------------------------------------------------------------------------------------- what is left of it
@@ -235,9 +268,7 @@ def write_report(file: Path, rows: list[dict[str, Any]]) -> None:
     before = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
     rows = [row for row in before if _work(row) not in measured] + rows
     rows.sort(key=lambda row: STAGES.index(row["stage"]))
-    file.write_text("".join(json.dumps(row, allow_nan=False) + "\n" for row in rows), encoding="utf-8")
-    file.with_suffix(".svg").write_text(svg_bars(map(_bar, rows)), encoding="utf-8")
-    file.with_suffix(".md").write_text("\n".join(markdown(rows)) + "\n", encoding="utf-8")
+    leave(file, rows, markdown(rows), map(_bar, rows))
 
 
 def _work(row: dict[str, Any]) -> tuple:
@@ -278,8 +309,5 @@ def markdown(rows: list[dict[str, Any]]) -> list[str]:
             speed = f"{row['tokens_per_second']:,.0f} ({row['p20']:,.0f} to {row['p80']:,.0f})"
             cells = (row["contender"], speed, f"{row['of_matmul']:.0%}", f"{row['peak_mb']:,.0f}", ratio)
             lines.append(f"| {' | '.join(cells)} | {' '.join(row['setting'].split())} |")
-        if share := first.get("share"):
-            parts = sorted(share.items(), key=lambda item: -item[1])
-            lines += ["", "Our step: " + ", ".join(f"{name} {part:.0%}" for name, part in parts if part >= 0.005)]
-        lines.append("")
+        lines += ["", _settings(mine)[-1] if first.get("share") else "", ""]
     return lines

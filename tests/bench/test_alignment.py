@@ -1,8 +1,11 @@
 """The comparison of alignment methods, at the smallest size: each runs, and the table says what was measured."""
 
+import json
+
 import pytest
 
 from tritium.bench import __main__ as bench
+from tritium.bench.rows import SCHEMA
 from tritium.core.rewards import Score
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -21,6 +24,8 @@ def test_a_table_of_two_methods(tiny, tmp_path, monkeypatch, capsys):
     assert [line.split(" | ")[0] for line in lines[-2:]] == ["| rft", "| rloo"] and "1 seed(s)" in out.read_text()
     assert bench.main(["alignment", *arguments, f"--teacher={tiny.model}", "--methods=distill"]) == 1
     measured = out.with_suffix(".jsonl").read_text()
+    assert all(json.loads(line).keys() >= SCHEMA for line in measured.splitlines())
+    assert "rloo" in (chart := out.with_suffix(".svg").read_text()) and "SFT" in chart
     assert bench.main(["alignment", *arguments]) == 1  # what was measured is not measured again, and stays in the table
     assert out.with_suffix(".jsonl").read_text() == measured and measured.count("\n") == 3
     assert [line.split(" | ")[0] for line in out.read_text().splitlines()[-3:]] == ["| rft", "| rloo", "| distill"]

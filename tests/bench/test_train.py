@@ -4,8 +4,12 @@ import json
 from dataclasses import replace
 
 import pytest
+import torch
 
 from tritium.bench import contenders, train
+from tritium.bench.rows import SCHEMA
+from tritium.model.transformer import Transformer
+from tritium.parallel.mesh import Mesh
 
 TINY = ["--model.layers=1", "--model.hidden_size=32", "--model.intermediate_size=64", "--model.heads=2"]
 TINY += ["--model.kv_heads=1", "--model.head_dim=16", "--vocab_size=128", "--bin_tokens=128", "--context=32"]
@@ -23,7 +27,10 @@ def test_ours_and_transformers_do_the_same_work(tmp_path, capsys):
     assert code == 0 and (ours["contender"], theirs["contender"]) == ("tritium", "hf")
     assert theirs["loss"] == pytest.approx(ours["loss"], rel=train.SAME)
     assert ours["ours_over_it"] == 1.0 and theirs["ours_over_it"] > 0
-    assert "hf" in capsys.readouterr().out
+    assert all(row.keys() >= SCHEMA and row["pass"] == "pretrain" and row["ms"] > 0 for row in (ours, theirs))
+    said = capsys.readouterr().out
+    assert "MFLOP a token × tokens/s" in said and "Our step: " in said
+    assert all(f"{row['contender']}: {row['setting'].split()[0]}" in said for row in (ours, theirs))
 
 
 def test_pairs_train_too(tmp_path):
@@ -71,3 +78,24 @@ def test_other_work_gets_no_ratio(tmp_path, monkeypatch):
     monkeypatch.setattr(train, "SAME", -1.0)  # nothing is close enough
     code, (_, theirs) = rows_of(tmp_path, "--against=hf")
     assert code == 1 and theirs["status"] == "other work" and theirs["ours_over_it"] is None
+
+
+@pytest.mark.parametrize("size", train.SIZES)
+def test_sizes_have_the_parameters_that_they_are_named_after(size):
+    wanted = float(size[:-1]) * {"m": 1e6, "b": 1e9}[size[-1]]
+    config = train.Config(**train.SIZES[size])
+    found = sum(p.numel() for p in Transformer(train._shape(config), Mesh.single(torch.device("meta"))).parameters())
+    assert found == pytest.approx(wanted, rel=0.25), f"{found:,}"
+
+
+def test_sizes_are_trained_one_after_another(tmp_path, monkeypatch):
+    config = train.load(train.Config, TINY, "", "")
+    tiny = {str(v): {"model": config.model, "vocab_size": v} for v in (128, 64)}
+    monkeypatch.setattr(train, "SIZES", tiny)
+    rows = []
+    monkeypatch.setattr(train, "measure", lambda c, stage: rows.append((c.vocab_size, stage)) or [])
+    monkeypatch.setattr(train, "write_report", lambda *_: None)
+    monkeypatch.setattr(train, "_table", lambda found: [])
+    monkeypatch.setattr(train, "_settings", lambda found: [])
+    monkeypatch.setattr(train, "load", lambda *_: train.replace(config, sizes=["128", "64"], out=str(tmp_path)))
+    assert train.main([]) == 0 and rows == [(128, "pretrain"), (64, "pretrain")]
