@@ -229,14 +229,20 @@ def invert(weights: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
     Each search is for less than the last sum: so it ends on a token with a weight, whatever was rounded.
     """
     sums = weights.unflatten(-1, (-1, BLOCK)).sum(-1)  # [B, V' / BLOCK]
-    through = sums.cumsum(-1)
+    through = rising(sums)
     total = through[:, -1:]
     target = (uniforms[:, None] * total).minimum(torch.nextafter(total, total.new_zeros(())))
     block = torch.searchsorted(through, target, right=True).clamp_max_(sums.shape[1] - 1)  # [B, 1]
     target = target - (through.gather(1, block) - sums.gather(1, block))
     inner = weights.unflatten(-1, (-1, BLOCK))[torch.arange(len(block), device=block.device), block[:, 0]]
-    through = inner.cumsum(-1)  # [B, BLOCK]
+    through = rising(inner)  # [B, BLOCK]
     target = target.clamp_min_(0).minimum(torch.nextafter(through[:, -1:], total.new_zeros(())))
     place = torch.searchsorted(through, target, right=True).clamp_max_(BLOCK - 1)
     logps = (inner.gather(1, place) / total).log()
     return (block * BLOCK + place)[:, 0], logps[:, 0]
+
+
+def rising(weights: Tensor) -> Tensor:
+    """The cumulative sums [B, N] of weights ≥ 0, above the one before only where there is a weight: a GPU adds up each
+    in an order of its own, so that its sums over zeros differ, and a draw between them took a token that was cut."""
+    return weights.cumsum(-1).masked_fill_(weights == 0, 0.0).cummax(-1).values

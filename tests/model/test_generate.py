@@ -17,7 +17,7 @@ from tritium.model.config import ModelConfig
 from tritium.model.generate import Engine, generate, run
 from tritium.model.lora import LoraConfig, merge
 from tritium.model.packed import PackedWeights
-from tritium.model.sampling import History, Options, Sampler
+from tritium.model.sampling import History, Options, Sampler, invert
 from tritium.model.stops import Text
 from tritium.model.transformer import Transformer
 
@@ -436,6 +436,28 @@ def test_drawn_tokens_follow_the_distribution_in_two_levels():
     drawn = Sampler([Options(temperature=1.5)] * 20000)(logits.expand(20000, -1), (torch.arange(20000) + 0.5) / 20000)
     observed = torch.bincount(drawn.tokens, minlength=600) / 20000
     assert (observed - (logits[0] / 1.5).softmax(-1)).abs().max() < 2.5 / 20000  # the uniforms are a grid
+
+
+def scan(x: Tensor, dim: int) -> Tensor:
+    """Cumulative sums as a GPU makes them (Hillis and Steele 1986): each place has an order of its own."""
+    for step in (1 << i for i in range(x.shape[dim].bit_length())):
+        x = x + torch.nn.functional.pad(x[:, : max(x.shape[dim] - step, 0)], (min(step, x.shape[dim]), 0))
+    return x
+
+
+def test_a_token_that_was_cut_is_not_drawn_whatever_order_sums_are_made_in(monkeypatch):
+    torch.manual_seed(0)
+    weights = torch.rand(1, 5 * 256).masked_fill(torch.rand(1, 5 * 256) < 0.9, 0.0)
+    weights[:, 300:700] = 0.0
+    monkeypatch.setattr(Tensor, "cumsum", scan)
+    places = weights.cumsum(-1)
+    assert ((places.diff() != 0) & (weights[:, 1:] == 0)).any()  # what a draw fell between
+    exact = (places[0].double() / places[0, -1].double()).float()
+    uniforms = torch.cat([exact.nextafter(torch.tensor(x)) for x in (0.0, 1.0)] + [exact, torch.rand(4000)]).clamp(
+        0, 1 - 2**-24
+    )
+    tokens, logps = invert(weights.expand(len(uniforms), -1), uniforms)
+    assert (weights[0, tokens] > 0).all() and logps.isfinite().all()
 
 
 @pytest.mark.parametrize("u", [0.0, 1 - 2**-24])
