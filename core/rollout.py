@@ -18,6 +18,7 @@ from tritium.core.tools import TOOLS, Tool, ToolUse
 from tritium.model.cache import PagedCache, cache_pages
 from tritium.model.generate import Completion, Engine, generate
 from tritium.model.sampling import Options
+from tritium.model.stops import Text
 from tritium.model.transformer import Transformer
 from tritium.parallel.mesh import Mesh, local_device
 
@@ -93,7 +94,7 @@ class AskConfig:
 
 @dataclass
 class Sample:
-    """One answer: what was drawn, its text, and what the judge made of it (None: the judge failed)."""
+    """One answer: what was drawn, its text (no stop string), and what the judge made of it (None: the judge failed)."""
 
     problem: Problem
     completion: Completion
@@ -143,7 +144,8 @@ def roll_out(
     where that is not what is rewarded. With a `tool` (default: that of `sampling`) see core/tools.py.
 
     A sample's randomness depends on `seed`, its problem's place among those of all ranks, and its number: neither on
-    the number of ranks, nor the same for a problem that comes twice.
+    the number of ranks, nor the same for a problem that comes twice. The ranks of a replica have what the first of them
+    drew and judged: tools, time limits and endpoints may say something else to each.
     """
     places = [model.mesh.dp_rank + model.mesh.dp * i for i in range(len(problems))]  # as `share` dealt them
     tool = tool or TOOLS.get(sampling.tool)
@@ -159,13 +161,15 @@ def roll_out(
         decoder=tokenizer.incremental if sampling.stop else None,
         extend=ToolUse(tokenizer, tool, sampling.max_calls) if tool else None,
     )
-    samples = [Sample(problems[i // n], c, tokenizer.decode(c.tokens)) for i, c in enumerate(completions)]
+    texts = [Text.of(tokenizer.incremental(), sampling.stop, c.tokens) for c in completions]
+    samples = [Sample(problems[i // n], *both) for i, both in enumerate(zip(completions, texts, strict=True))]
     answers = [sample.shown(tokenizer.incremental) for sample in samples]
     judged = judge(reward, answers)
     verdicts = judge(verifier, answers) if verifier else Judged([None] * len(answers))
     for sample, score, verdict in zip(samples, judged.scores, verdicts.scores, strict=True):
         sample.score, sample.verified = score, verdict
-    return Rollout([samples[i : i + n] for i in range(0, len(samples), n)], judged.failures + verdicts.failures)
+    groups = [samples[i : i + n] for i in range(0, len(samples), n)]
+    return model.mesh.broadcast_object(Rollout(groups, judged.failures + verdicts.failures), ("tp", "cp"))
 
 
 def sample_seed(*parts: int) -> int:

@@ -7,9 +7,9 @@ followed by the header of the assistant's next. The model's tokens stay as they 
 
 import json
 import re
-from collections import Counter
 from collections.abc import Callable
 from functools import partial
+from weakref import WeakKeyDictionary
 
 from tritium.core.chat import render, stop_ids
 from tritium.core.sandbox import run_python
@@ -62,15 +62,16 @@ class ToolUse:
 
     def __init__(self, tokenizer: Tokenizer, tool: Tool, max_calls: int = 4):
         self.tokenizer, self.tool, self.max_calls = tokenizer, tool, max_calls
-        self.calls: Counter[Running] = Counter()
+        self.calls: WeakKeyDictionary[Running, int] = WeakKeyDictionary()
 
     def __call__(self, sequence: Running) -> Callable[[], list[int]] | None:
         completion = sequence.completion
         start = max((i + 1 for i, w in enumerate(completion.weights) if not w), default=0)
         call = find_call(self.tokenizer.decode(completion.tokens[start:]))
-        if call is None or self.calls[sequence] >= self.max_calls:
+        made = self.calls.get(sequence, 0)
+        if call is None or made >= self.max_calls:
             return None
-        self.calls[sequence] += 1
+        self.calls[sequence] = made + 1
         return partial(self.say, call)
 
     def say(self, call: str) -> list[int]:

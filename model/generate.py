@@ -115,7 +115,8 @@ class Engine:
         self.waiting: deque[Running] = deque()
         self.running: list[Running] = []  # the oldest first
         self.calling: dict[Running, Future] = {}  # those that wait for a tool, with their pages
-        self.threads = ThreadPoolExecutor(thread_name_prefix="tool") if extend else None
+        self.calls = model.mesh.tp_rank == 0  # whether tools run here: the other ranks are told
+        self.threads = ThreadPoolExecutor(thread_name_prefix="tool") if extend and self.calls else None
         self.groups: list[Group] = []  # those that hold pages
         self.sampled: tuple[list[Running], Sampler | None] = [], None
         packed = PackedWeights.of(model)
@@ -179,7 +180,7 @@ class Engine:
         """Advance: read waiting prompts, or give every running sequence one more token."""
         ended = self.hear() if self.calling else []
         self.admit()
-        if self.calling and not self.running:
+        if self.calling and not self.running and self.calls:
             wait(self.calling.values(), return_when=FIRST_COMPLETED)
         unread = [s for s in self.running if len(s.ids) - s.cached > 1]
         rows, logits = self.prefill(unread) if unread else self.decode()
@@ -208,7 +209,7 @@ class Engine:
         if ask and (call := self.extend(sequence)) is not None:
             completion.finish_reason = ""
             self.running.remove(sequence)
-            self.calling[sequence] = self.threads.submit(call)
+            self.calling[sequence] = self.threads.submit(call) if self.calls else Future()
         elif completion.finish_reason:
             text += self.end(sequence)
         top = tuple(zip(top, top_logps, strict=True))[: sequence.options.top_logprobs]
@@ -221,9 +222,10 @@ class Engine:
 
     def hear(self) -> list[Event]:
         """Let those go on whose tools have spoken; the ends of those that can't."""
-        ended = []
-        for sequence in [s for s, call in self.calling.items() if call.done()]:
-            more = list(self.calling[sequence].result())
+        ended, calling = [], list(self.calling)
+        said = {i: list(call.result()) for i, call in enumerate(self.calling.values()) if call.done()}
+        for i, more in self.model.mesh.broadcast_object(said, ("tp",)).items():
+            sequence = calling[i]
             if not more or len(sequence.ids) + len(more) >= self.capacity:
                 sequence.completion.finish_reason = "context" if more else "stop"
                 ended.append(Event(sequence, None, self.end(sequence), 0.0, sequence.completion.finish_reason))

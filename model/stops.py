@@ -19,6 +19,15 @@ class Text:
         self.shown, more, self.held = self.shown + self.held, more + self.held, ""
         return more
 
+    @classmethod
+    def of(cls, decoder, stops: Sequence[str], tokens: Sequence[int]) -> str:
+        """The text of a whole answer, as it was shown."""
+        text = cls(decoder, stops)
+        for token in tokens:
+            text.push(token)
+        text.finish()
+        return text.shown
+
     def _show(self, text: str) -> str:
         text = self.held + text
         found = [at for stop in self.stops if (at := text.find(stop)) >= 0]

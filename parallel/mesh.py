@@ -84,13 +84,14 @@ class Mesh:
         if self.world_size > 1:
             dist.barrier()
 
-    def broadcast_object(self, value: Any) -> Any:
-        """Rank 0's `value` (any picklable object), on every rank."""
-        if self.world_size == 1:
-            return value
-        box = [value]
-        dist.broadcast_object_list(box, src=0)
-        return box[0]
+    def broadcast_object(self, value: Any, axes: tuple[str, ...] = AXES) -> Any:
+        """The `value` (any picklable object) of the first rank along `axes`, rank 0 where these are all, on all ranks
+        along them. ("tp", "cp") are a replica's: on what a clock or a foreign program says they may differ."""
+        for group in filter(None, (getattr(self, f"{axis}_group") for axis in axes)):
+            box = [value]
+            dist.broadcast_object_list(box, src=dist.get_global_rank(group, 0), group=group)
+            value = box[0]
+        return value
 
     def gather_objects(self, value: Any) -> list[Any]:
         """Every rank's `value` (any picklable object), in rank order, on every rank."""

@@ -9,6 +9,7 @@ from tritium.core.config import ConfigError
 from tritium.core.files import Skipped
 from tritium.core.problems import Problem, load_problems, share
 from tritium.core.rewards import Score
+from tritium.core.rewards.make import make_reward
 from tritium.core.rollout import Sample, SamplingConfig, roll_out, sample_document
 from tritium.core.tokenizer import Tokenizer
 from tritium.model.generate import Completion
@@ -38,6 +39,18 @@ def test_a_problem_that_comes_twice_is_answered_anew_and_the_same_on_any_number_
     for rank in range(2):
         mesh = Mesh(rank=rank, world_size=2, dp=2, dp_rank=rank)
         assert drawn(tiny, tokenizer, problems, mesh) == alone[rank::2]
+
+
+def test_a_stop_string_is_no_part_of_the_answer_that_is_judged_and_learned(tiny, tokenizer):
+    (problem,) = load_problems([tiny.data("problems.jsonl")], tokenizer, 96, Skipped())[:1]
+    model, exact = load(tiny.model, torch.float32), make_reward("exact")
+    (free,) = roll_out(model, tokenizer, [problem], exact, SamplingConfig(max_tokens=20, temperature=0)).samples
+    problem.reference, stop = free.text[:4], free.text[4:7]
+    sampling = SamplingConfig(max_tokens=20, temperature=0, stop=["~", stop])
+    (sample,) = roll_out(model, tokenizer, [problem], exact, sampling).samples
+    assert sample.text == free.text[: free.text.index(stop)] and sample.completion.finish_reason == "stop"
+    assert sample.right == (free.text.index(stop) == 4)
+    assert sample.completion.tokens == free.completion.tokens[: len(sample.completion.tokens)]
 
 
 def test_problems_have_no_weights(tmp_path, tokenizer):

@@ -1,16 +1,22 @@
 """Rollouts that call a tool: what the model wrote stays, what the tool said is not learned."""
 
+import gc
+
 import numpy as np
 import pytest
 import torch
 
+from tritium.core import tools
 from tritium.core.chat import render, stop_ids
 from tritium.core.problems import Problem
 from tritium.core.rewards import Score
 from tritium.core.rollout import SamplingConfig, roll_out, sample_document
 from tritium.core.tokenizer import Tokenizer
 from tritium.core.tools import find_call, observation_ids, python
+from tritium.model.generate import Engine, run
 from tritium.model.hf import load
+from tritium.model.sampling import Options
+from tritium.parallel.mesh import init_mesh
 
 pytestmark = pytest.mark.usefixtures("quick")
 
@@ -43,6 +49,39 @@ def test_an_observation_is_a_turn_of_the_models_format(tiny):
     before = render(tokenizer, turns[:2]).ids
     end = max(i for i, t in enumerate(before) if t in stop_ids(tokenizer))
     assert whole == before[: end + 1] + observation_ids(tokenizer, "12")
+
+
+def rolled_out(folder: str, tp: int, cp: int) -> list:
+    """The answers of a rank on which everything that is not the model's differs from the others'."""
+    mesh = init_mesh(tp, cp)
+    model, tokenizer = load(folder, torch.float32, mesh=mesh), Tokenizer.load(folder)
+    tools.find_call = lambda text: text
+    ids = render(tokenizer, [{"role": "user", "content": "1 + 2"}], generation_prompt=True).ids
+    problem = Problem(0, [{"role": "user", "content": "1 + 2"}], ids, "3")
+    judge = lambda ids, text, **_: Score(float(mesh.rank))  # noqa: E731
+    sampling = SamplingConfig(max_tokens=30, temperature=2.0, max_calls=1)
+    rollout = roll_out(model, tokenizer, [problem], judge, sampling, n=12, tool=lambda code: "12" * (1 + mesh.rank))
+    return [(s.completion, s.text, s.score.value) for s in rollout.samples]
+
+
+@pytest.mark.parametrize(("tp", "cp"), [(2, 1), (1, 2)])
+def test_the_ranks_of_a_replica_agree_on_what_a_tool_and_a_judge_said(tiny, pool2, tp, cp):
+    """A verifier that was late on one of them only, and they trained on different batches, or waited for ever."""
+    first, second = pool2.run(rolled_out, tiny.model, tp, cp)
+    assert first == second and {value for _, _, value in first} == {0.0}
+    assert any(0.0 in completion.weights for completion, _, _ in first)
+
+
+def test_sequences_that_called_are_forgotten_when_they_have_ended(tiny):
+    """A file of a million prompts kept each of them."""
+    tokenizer, model = Tokenizer.load(tiny.model), load(tiny.model, torch.float32)
+    use = tools.ToolUse(tokenizer, lambda code: "12")
+    engine = Engine(model, 100, extend=lambda sequence: use.calls.update({sequence: 1}))
+    engine.submit([1, 2, 3], Options(max_tokens=3, stop_ids=range(340)), [(0, 0)])
+    list(run(engine))
+    del engine
+    gc.collect()
+    assert len(use.calls) == 0
 
 
 @pytest.mark.parametrize("fails", [False, True])
