@@ -21,6 +21,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -81,9 +82,17 @@ def run(
         return Outcome(box.end(), *(text.decode("utf-8", "replace") for text in texts), killed)
 
 
-@functools.cache
 def level() -> str:
     """The strongest level that works here; tried once. Says so on standard error where it is not namespaces."""
+    with _trying:
+        return strongest()
+
+
+_trying = threading.Lock()  # a judge's threads, or a tool's, would each have tried, and said so
+
+
+@functools.cache
+def strongest() -> str:
     reasons = []
     for name in LEVELS:
         try:
