@@ -168,14 +168,14 @@ class Session:
         return [self.items[place].answers[i] for i in self.order(place, who)]
 
     def next(self, who: str) -> dict:
-        """What the page shows `who`: the first item left, and how many there are."""
+        """What the page shows `who`: the first item left, how many there are, and for whom this is."""
         left = self.left(who)
         item = (
             {"id": left[0], "messages": self.items[left[0]].messages, "answers": self.shown(left[0], who)}
             if left
             else {}
         )
-        return item | {"left": len(left)}
+        return item | {"left": len(left), "who": who}
 
     def record(self, place: int, who: str, verdict: str) -> None:
         """Add a verdict on the answers as `shown`. Raises: UserError."""

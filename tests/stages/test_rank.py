@@ -152,7 +152,7 @@ def test_the_page_gives_an_item_and_takes_its_verdict(session, ask_page):
     assert ask_page("POST", "/rank", json.dumps(body)) == (200, {"left": 1})
     assert rankings(session) == [[[item["answers"][i]] for i in (1, 0, 2)]]
     _, other = ask_page("GET", "/next?who=anna&skip=1")
-    assert other == {"left": 0}
+    assert other == {"left": 0, "who": "anna"} and ask_page("GET", "/next")[1]["who"] == "someone"
 
 
 @pytest.mark.parametrize(
