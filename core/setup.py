@@ -206,6 +206,7 @@ def load_tokenizer(folder: str, model: Transformer | ScalarModel | None = None, 
     if template:
         tokenizer = tokenizer.with_template(template)
         find_template(tokenizer)
+    tokenizer.rows = model.config.vocab_size if model is not None else 0
     return tokenizer
 
 

@@ -20,6 +20,7 @@ class Server(ThreadingHTTPServer):
     """Listens once made. Raises: UserError where the address can't be had."""
 
     daemon_threads = True
+    request_queue_size = 128  # clients that connect at once; the base class lets 5 in, the next ones wait for seconds
 
     def __init__(self, host: str, port: int, handler: type["Handler"]):
         try:
@@ -76,7 +77,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def send_failure(self, message: str, status: int) -> None:
         kind = "server_error" if status >= 500 else "invalid_request_error"
-        self.send(status, {"error": {"message": message[:1000], "type": kind}})
+        self.send(status, {"error": {"message": message[:1000], "type": kind, "param": None, "code": None}})
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
         """What the base class says of malformed HTTP and of methods that are not here."""

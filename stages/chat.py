@@ -12,6 +12,8 @@ import re
 import sys
 import time
 from dataclasses import dataclass
+from importlib import import_module
+from importlib.util import find_spec
 from itertools import groupby, zip_longest
 
 from tritium.core.chat import render, stop_ids
@@ -42,6 +44,8 @@ def train(config: Config) -> Result:
     model, tokenizer = config.open()
     opening = [{"role": "system", "content": config.system}] if config.system else []
     messages, turn = list(opening), 0
+    if sys.stdin.isatty():
+        print("(/reset, /save FILE, /adapter FOLDER, /quit; Ctrl-C ends an answer)", file=sys.stderr)
     if hasattr(sys.stdin, "reconfigure"):
         sys.stdin.reconfigure(errors="surrogateescape")  # what is no UTF-8 is not the end of the session
     while (question := ask()) is not None:
@@ -89,9 +93,13 @@ COMMANDS = {"/save": save, "/adapter": switch}
 
 def ask() -> str | None:
     """The next line from the user; None at the end."""
+    terminal = sys.stdin.isatty()
+    if terminal and find_spec("readline"):
+        import_module("readline")  # keys that edit, a history, and lines longer than the 4096 bytes of a terminal
     try:
-        line = input("you> " if sys.stdin.isatty() else "").strip()
+        line = input("you> " if terminal else "").strip()
     except EOFError:
+        print("\n" * terminal, end="")
         return None
     return None if line == "/quit" else line
 

@@ -15,9 +15,11 @@ import socket
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
 from functools import partial
+from itertools import accumulate
 from typing import Any
 
 from tritium.core.chat import render, stop_ids
@@ -296,7 +298,7 @@ class Connection(Handler):
         """Raises: ValueError where a prompt is impossible; ConnectionError where the client has gone."""
         worker, made, choices = self.server.worker, [], []
         head = {
-            "id": f"cmpl-{secrets.token_hex(8)}",
+            "id": f"{'chatcmpl' if asked.chat else 'cmpl'}-{secrets.token_hex(8)}",
             "object": "chat.completion" if asked.chat else "text_completion",
             "created": int(time.time()),
             "model": self.server.name,
@@ -323,19 +325,29 @@ class Connection(Handler):
         own = [event for event in events if event.sequence is sequence]
         return {**said, "finish_reason": reason, "logprobs": self.logprobs(asked, own)}
 
-    def logprobs(self, asked: Asked, events: list[Event]) -> dict[str, Any] | None:
+    def logprobs(self, asked: Asked, events: list[Event], before: int = 0) -> dict[str, Any] | None:
+        """Of these tokens, `before` characters into the answer."""
         if not asked.logprobs:
             return None
-        piece = self.server.tokenizer.piece
-        tops = [[(piece(token), logp) for token, logp in event.top] for event in events]
-        if not asked.chat:
-            top = [dict(pairs) for pairs in tops] if asked.options.top_logprobs else None
-            values = [event.logp for event in events]
-            return {"tokens": [piece(e.token) for e in events], "token_logprobs": values, "top_logprobs": top}
-        content = [{"token": piece(event.token), "logprob": event.logp} for event in events]
-        for entry, pairs in zip(content, tops, strict=True):
-            entry["top_logprobs"] = [{"token": token, "logprob": logp} for token, logp in pairs]
-        return {"content": content}
+        if asked.chat:
+            tops = [{"top_logprobs": [self.told(*pair) for pair in event.top]} for event in events]
+            return {"content": [self.told(e.token, e.logp) | top for e, top in zip(events, tops, strict=True)]}
+        texts = [self.spelled(event.token) for event in events]
+        tops = [
+            {self.spelled(token): logp for token, logp in event.top[::-1]} for event in events
+        ]  # the likelier of twins
+        return {
+            "tokens": texts,
+            "token_logprobs": [event.logp for event in events],
+            "top_logprobs": tops if asked.options.top_logprobs else None,
+            "text_offset": list(accumulate(map(len, texts[:-1]), initial=before)),
+        }
+
+    def told(self, token: int, logp: float) -> dict[str, Any]:
+        return {"token": self.spelled(token), "logprob": logp, "bytes": [*self.server.tokenizer.token_bytes(token)]}
+
+    def spelled(self, token: int) -> str:
+        return self.server.tokenizer.token_bytes(token).decode("utf-8", "backslashreplace")
 
     def stream(self, asked: Asked, made: list[Samples], head: dict[str, Any]) -> None:
         """Server-sent events, a prompt's samples as they come; what goes wrong on the way is an event, too."""
@@ -346,7 +358,8 @@ class Connection(Handler):
         self.end_headers()
         self.started = self.close_connection = True
         head["object"] += ".chunk" * asked.chat
-        first = 0
+        head |= {"usage": None} if asked.usage else {}
+        first, shown = 0, Counter()  # characters, of each sequence
         for samples in made:
             places = {sequence: first + i for i, sequence in enumerate(samples.sequences)}
             first += len(places)
@@ -355,7 +368,9 @@ class Connection(Handler):
             for event in samples.events(self.connection):
                 said = {"delta": {"content": event.text}} if asked.chat else {"text": event.text}
                 reason = REASONS.get(event.finish_reason)
-                found = chunk(places[event.sequence], said, reason) | {"logprobs": self.logprobs(asked, [event])}
+                logprobs = self.logprobs(asked, [event], shown[event.sequence])
+                shown[event.sequence] += len(self.spelled(event.token))
+                found = chunk(places[event.sequence], said, reason) | {"logprobs": logprobs}
                 self.send_event({**head, "choices": [found]})
         if asked.usage:
             self.send_event({**head, "choices": [], "usage": usage(asked, made)})

@@ -48,6 +48,7 @@ class Tokenizer:
         self._control = {token.id for token in special}
         self.template = parts.config.get("tritium_template", "")
         self.bos_id, self.eos_id, self.pad_id, self.unk_id = map(parts.names.get, NAMES)  # None where there is none
+        self.rows = 0  # of its model, which may have more than there are tokens, and draw one: it has no text
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "Tokenizer":
@@ -170,16 +171,20 @@ class Tokenizer:
 
     def piece(self, id: int) -> str:
         """The piece as the vocabulary writes it: for SentencePiece, ▁ for a space and <0x0A> for a byte."""
-        if not 0 <= id < self.vocab_size:
-            raise ValueError(f"token id {id} is outside the vocabulary of {self.vocab_size}")
-        if isinstance(self._engine, Pieces) and id < len(self._engine.pieces):
+        if isinstance(self._engine, Pieces) and 0 <= id < len(self._engine.pieces):
             return self._engine.pieces[id]
-        return self._shown_bytes[id].decode("utf-8", "backslashreplace")
+        return self.token_bytes(id).decode("utf-8", "backslashreplace")
+
+    def token_bytes(self, id: int) -> bytes:
+        """What the token is in a text; of a control token, its name. Raises: ValueError, as `decode`."""
+        if not 0 <= id < len(self._shown_bytes):
+            raise ValueError(f"token id {id} is outside the vocabulary of {self.vocab_size}")
+        return self._shown_bytes[id]
 
     @cached_property
     def _shown_bytes(self) -> list[bytes]:  # [V]
         added = {token.id: token.content.encode() for token in self._parts.added.values()}
-        return [added.get(i, self._engine.surface.get(i, b"")) for i in range(self.vocab_size)]
+        return [added.get(i, self._engine.surface.get(i, b"")) for i in range(max(self.vocab_size, self.rows))]
 
     @cached_property
     def _bytes(self) -> list[bytes]:  # [V]

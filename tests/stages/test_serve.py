@@ -3,13 +3,18 @@
 import http.client
 import io
 import json
+import os
+import pty
 import re
 import signal
 import socket
+import socketserver
 import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
+from importlib.util import find_spec
 from itertools import islice
 
 import pytest
@@ -18,6 +23,8 @@ import torch
 from tritium.core.config import ConfigError, UserError, from_dict
 from tritium.core.rollout import SamplingConfig
 from tritium.core.setup import load_model, load_tokenizer
+from tritium.core.web import Server
+from tritium.model.transformer import Transformer
 from tritium.parallel.mesh import Mesh
 from tritium.stages import chat, generate, serve, sft
 
@@ -85,6 +92,7 @@ def test_the_likeliest_tokens_are_told_with_each(server):
         assert entry["top_logprobs"][0] == {
             "token": entry["token"],
             "logprob": pytest.approx(entry["logprob"], abs=1e-5),
+            "bytes": entry["bytes"],
         }
     del body["top_logprobs"]
     for k in (0, 2):
@@ -133,6 +141,70 @@ def test_a_text_goes_on_with_its_space_and_an_answer_begins_without(server, monk
     body = {"max_tokens": 1, "temperature": 0, "logit_bias": {str(space): 1000}}
     assert ask(server, TEXT, body | {"prompt": "2 +"})[1]["choices"][0]["text"] == f" {word}"
     assert ask(server, CHAT, body | {"messages": HELLO})[1]["choices"][0]["message"]["content"] == word
+
+
+def test_replies_have_the_keys_of_openais(server):
+    """What its own client reads with strict validation, and what others look for."""
+    body = {"max_tokens": 4, "temperature": 0, "logprobs": True}
+    chat = ask(server, CHAT, body | {"messages": HELLO, "top_logprobs": 2})[1]
+    assert chat.keys() == {"id", "object", "created", "model", "choices", "usage"} and chat["id"].startswith(
+        "chatcmpl-"
+    )
+    choice = chat["choices"][0]
+    assert choice.keys() == {"index", "message", "finish_reason", "logprobs"}
+    for entry in (told := choice["logprobs"]["content"]):
+        assert entry.keys() == {"token", "logprob", "bytes", "top_logprobs"}
+        assert all(top.keys() == {"token", "logprob", "bytes"} for top in entry["top_logprobs"])
+    assert (
+        b"".join(bytes(x["bytes"]) for x in told)
+        .decode("utf-8", "replace")
+        .lstrip()
+        .startswith(choice["message"]["content"].rstrip("\ufffd").lstrip())
+    )
+    text = ask(server, TEXT, body | {"prompt": "1 + 2", "logprobs": 1})[1]
+    logprobs = text["choices"][0]["logprobs"]
+    assert text["id"].startswith("cmpl-") and text["object"] == "text_completion"
+    assert logprobs["text_offset"] == [len("".join(logprobs["tokens"][:i])) for i in range(4)]
+    for path, more in ((CHAT, {"messages": HELLO}), (TEXT, {"prompt": "1 + 2", "logprobs": 1})):
+        *chunks, last = stream(server, path, body | more | {"stream_options": {"include_usage": True}})
+        assert last["choices"] == [] and last["usage"]["total_tokens"] > 4 and {c["usage"] for c in chunks} == {None}
+        assert {c["object"] for c in chunks} == {"chat.completion.chunk" if path == CHAT else "text_completion"}
+        assert [c["choices"][0]["finish_reason"] for c in chunks][-2:] == [None, "length"]
+    offsets = [x for c in chunks for x in c["choices"][0]["logprobs"]["text_offset"]]
+    assert offsets == logprobs["text_offset"]
+    error = ask(server, CHAT, {"messages": []})[1]["error"]
+    assert error.keys() == {"message", "type", "param", "code"} and error["type"] == "invalid_request_error"
+
+
+def test_a_token_beyond_the_tokenizer_is_no_text_and_no_failure(tiny, tmp_path):
+    """Models have rows for more: Qwen's are padded to a multiple. One was drawn, and all requests failed."""
+    small = load_model(tiny.model, "fp32", Mesh.single(), frozen=True)
+    model = Transformer(replace(small.config, vocab_size=352)).initialize(0).requires_grad_(False)
+    tokenizer = load_tokenizer(tiny.model, model)
+    running = serve.ModelServer(serve.Config(model=tiny.model, port=0), model, tokenizer)
+    threading.Thread(target=running.serve_forever, daemon=True).start()
+    body = {"max_tokens": 3, "temperature": 0, "logit_bias": {"351": 1000}, "logprobs": True, "top_logprobs": 20}
+    status, found = ask(running, CHAT, body | {"messages": HELLO})
+    running.shutdown()
+    running.server_close()
+    assert status == 200 and found["choices"][0]["message"]["content"] == ""
+    assert [x["token"] for x in found["choices"][0]["logprobs"]["content"]] == [""] * 3
+    assert tokenizer.decode([351]) == tokenizer.piece(351) == ""
+    with pytest.raises(ValueError, match="token id 352 is outside"):
+        tokenizer.decode([352])
+
+
+def test_many_clients_may_connect_at_once(server):
+    """Beyond five at a time the system let them wait, for a second and then for longer."""
+
+    class Idle(socketserver.BaseRequestHandler):
+        pass
+
+    idle = Server("127.0.0.1", 0, Idle)  # accepts nobody
+    clients = [socket.create_connection(("127.0.0.1", idle.server_port), timeout=0.5) for _ in range(64)]
+    for client in clients:
+        client.close()
+    idle.server_close()
 
 
 def test_models_are_listed(server):
@@ -308,6 +380,27 @@ def test_a_chat_switches_to_an_adapter_and_back(tiny, tmp_path, monkeypatch, cap
     first, second, third = seen
     assert torch.equal(first, third) and not torch.allclose(first, second, atol=1e-3)
     assert f"(adapters: {adapter})" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(not find_spec("readline"), reason="this Python has no readline")
+def test_a_line_in_a_terminal_may_be_long_and_edited():
+    """A terminal itself ends a line at 4096 bytes, and an arrow key was a question."""
+    ours, theirs = pty.openpty()
+    code = "from tritium.stages.chat import ask\nfor _ in range(3): print('heard', str(ask())[-6:])"
+    typed, shown = [b"x" * 6000 + b"yend\n", b"\x1b[A" + b"\x7f" * 3 + b"END\n", b"\x04"], b""
+
+    def read(mark: bytes) -> bytes:
+        nonlocal shown
+        while mark not in shown:
+            shown += os.read(ours, 1 << 16)
+        before, _, shown = shown.partition(mark)
+        return before
+
+    with subprocess.Popen([sys.executable, "-c", code], stdin=theirs, stdout=theirs, stderr=theirs):
+        os.close(theirs)
+        heard = [(read(b"you> "), os.write(ours, keys), read(b"heard "), read(b"\r\n"))[-1] for keys in typed]
+    os.close(ours)
+    assert heard == [b"xxyend", b"xxyEND", b"None"]
 
 
 def test_what_is_no_text_does_not_end_a_chat(tiny, tmp_path, monkeypatch, capsys):
