@@ -12,6 +12,8 @@ line, with "error".
 import json
 import sys
 import time
+from collections import deque
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import islice, zip_longest
@@ -20,17 +22,23 @@ from typing import Any
 
 from tritium.core.chat import render, stop_ids
 from tritium.core.config import ConfigError, UserError, opt
+from tritium.core.data import parse_sources
 from tritium.core.files import Skipped, read_records
 from tritium.core.formats import listed_messages
 from tritium.core.output import make_room_for
-from tritium.core.rollout import AskConfig, sample_seed
+from tritium.core.rollout import AskConfig, SamplingConfig, sample_seed
 from tritium.core.run import Result
 from tritium.core.tokenizer import Tokenizer
-from tritium.model.generate import Engine, Running
+from tritium.core.tokenizer.tokenizer import StreamDecoder
+from tritium.model.beam import beam_search
+from tritium.model.generate import Completion, Engine, Running, check_prompt
 from tritium.model.transformer import Transformer
 from tritium.parallel.data import fingerprint
 
 ONE_PROCESS = True
+SEARCHED = ("max_tokens", "max_batch")  # what a beam search asks of the sampling
+Coming = Iterator[tuple[int, dict]]  # records, by their numbers
+Answered = tuple[dict, list[tuple[Completion, str]] | str]  # a record, and its answers with their texts, or an error
 
 
 @dataclass
@@ -39,63 +47,108 @@ class Config(AskConfig):
     out: str = opt("answers.jsonl", "file to write, or to go on with")
     n: int = opt(1, "answers to each", least=1)
     logprobs: bool = opt(False, "write the log-probability of each token, too")
+    beams: int = opt(1, "more: search for the likeliest answer with so many, and draw none", least=1)
+    length_penalty: float = opt(1.0, "of beams: they are compared by Σ log-prob / tokens ** length_penalty")
 
     def __post_init__(self):
         super().__post_init__()
+        self.check_beams()
         if not self.sources:
             raise ConfigError("sources is empty: name a file of prompts, --sources=prompts.jsonl")
+
+    def check_beams(self) -> None:
+        """Raises: ConfigError for what a search has no use for."""
+        if self.beams == 1 and self.length_penalty != 1:
+            raise ConfigError(f"length_penalty={self.length_penalty} is of a search: give beams=4, say")
+        usual = asdict(SamplingConfig())
+        given = [f"sampling.{k}={v}" for k, v in asdict(self.sampling).items() if v != usual[k] and k not in SEARCHED]
+        given += [f"n={self.n}"] if self.n > 1 else []
+        if self.beams > 1 and given:
+            raise ConfigError(f"beams={self.beams} search for one answer, and draw none: leave out {given[0]}")
 
 
 def train(config: Config) -> Result:
     """Write `config.out`. Metrics: `answers`, `failed` records, and `tokens_per_second` of this call."""
+    parse_sources(config.sources, "sources")  # what is not there is told before the work
     file = make_room_for(config.out, "out")
     (model, tokenizer), skipped = config.open(), Skipped()
     records = (record for path in config.sources for _, record in read_records(path, skipped))
     done = resume(file, config, settings(config, model))
-    engine = config.engine(model, tokenizer)
+    answer, coming = searched if config.beams > 1 else drawn, islice(enumerate(records), done, None)
     start, tokens, answers, failed = time.perf_counter(), 0, 0, 0
     with file.open("a", encoding="utf-8", errors="backslashreplace") as lines:
-        queue: list[tuple[dict[str, Any], list[Running] | str]] = []
-        coming = islice(enumerate(records), done, None)
-        while True:
-            for number, record in islice(coming, max(0, 2 * engine.max_batch - len(queue) * config.n)):
-                queue.append((record, submit(engine, tokenizer, record, number, config)))
-            if not queue:
-                break
-            engine.step()
-            while queue and is_done(queue[0][1]):
-                record, made = queue.pop(0)
-                if wrong := isinstance(made, str):
-                    row = {"error": made}
-                else:
-                    row = {"answers": [shown(s, tokenizer, config) for s in made]}
-                    tokens += sum(len(s.completion.tokens) for s in made)
-                lines.write(json.dumps(record | row, ensure_ascii=False) + "\n")
-                lines.flush()
-                answers, failed = answers + (not wrong), failed + wrong
-    if skipped.reasons:
-        print(skipped.summary(), file=sys.stderr)
+        for record, made in answer(model, tokenizer, coming, config):
+            if wrong := isinstance(made, str):
+                row = {"error": made}
+            else:
+                row = {"answers": [shown(*one, tokenizer, config) for one in made]}
+                tokens += sum(len(completion.tokens) for completion, _ in made)
+            lines.write(json.dumps(record | row, ensure_ascii=False) + "\n")
+            lines.flush()
+            answers, failed = answers + (not wrong), failed + wrong
+    skipped.tell()
     if failed:
         print(f'{failed} records could not be answered: their lines have an "error"', file=sys.stderr)
     rate = tokens / (time.perf_counter() - start)
     return Result(str(file), {"answers": float(answers), "failed": float(failed), "tokens_per_second": rate})
 
 
-def submit(engine: Engine, tokenizer: Tokenizer, record: Any, number: int, config: Config) -> list[Running] | str:
-    """The samples of a record; or what is wrong with it."""
+def drawn(model: Transformer, tokenizer: Tokenizer, coming: Coming, config: Config) -> Iterator[Answered]:
+    """The records in their order, each as soon as it and those before it are answered."""
+    engine, queue = config.engine(model, tokenizer), deque()
+    while True:
+        for number, record in islice(coming, max(0, 2 * engine.max_batch - len(queue) * config.n)):
+            queue.append((record, told(submit, engine, tokenizer, record, number, config)))
+        if not queue:
+            return
+        engine.step()
+        while queue and is_done(queue[0][1]):
+            record, made = queue.popleft()
+            yield record, made if isinstance(made, str) else [(s.completion, s.text.shown) for s in made]
+
+
+def searched(model: Transformer, tokenizer: Tokenizer, coming: Coming, config: Config) -> Iterator[Answered]:
+    """As `drawn`, by beam search: together as many prompts as have room for their beams, before and after a step."""
+    together = max(1, config.sampling.max_batch // (2 * config.beams))
+    options = config.beams, config.sampling.max_tokens, config.length_penalty, stop_ids(tokenizer)
+    while some := [record for _, record in islice(coming, together)]:
+        asked = [told(checked_ids, model, tokenizer, record) for record in some]
+        found = iter(beam_search(model, [ids for ids in asked if not isinstance(ids, str)], *options))
+        for record, ids in zip(some, asked, strict=True):
+            if isinstance(ids, str):
+                yield record, ids
+            else:
+                completion, decoder = next(found), decoder_of(tokenizer, record)
+                yield record, [(completion, "".join(map(decoder.push, completion.tokens)) + decoder.finish())]
+
+
+def told(work: Callable, *given: Any) -> Any:
+    """What `work` makes of a record; or what is wrong with it."""
     try:
-        ids = prompt_ids(tokenizer, record)
-        seeds = [(sample_seed(config.seed, number, i), 0) for i in range(config.n)]
-        decoder = partial(tokenizer.incremental, first=not isinstance(record.get("prompt"), str))
-        return engine.submit(ids, config.sampling.options(stop_ids(tokenizer)), seeds, decoder)
+        return work(*given)
     except (UserError, ValueError) as error:
         return str(error)
 
 
-def prompt_ids(tokenizer: Tokenizer, record: Any) -> list[int]:
+def submit(engine: Engine, tokenizer: Tokenizer, record: dict, number: int, config: Config) -> list[Running]:
+    """The samples of a record."""
+    ids, options = prompt_ids(tokenizer, record), config.sampling.options(stop_ids(tokenizer))
+    seeds = [(sample_seed(config.seed, number, i), 0) for i in range(config.n)]
+    return engine.submit(ids, options, seeds, partial(decoder_of, tokenizer, record))
+
+
+def checked_ids(model: Transformer, tokenizer: Tokenizer, record: dict) -> list[int]:
+    check_prompt(ids := prompt_ids(tokenizer, record), model.config.max_positions, model.config.vocab_size)
+    return ids
+
+
+def decoder_of(tokenizer: Tokenizer, record: dict) -> StreamDecoder:
+    """Of a record's answers: a prompt goes on in the middle of a text."""
+    return tokenizer.incremental(first=not isinstance(record.get("prompt"), str))
+
+
+def prompt_ids(tokenizer: Tokenizer, record: dict) -> list[int]:
     """Raises: ValueError or UserError for a record that is no prompt, conversation or question."""
-    if not isinstance(record, dict):
-        raise ValueError(f"a record must be an object, not {type(record).__name__}")
     if isinstance(record.get("prompt"), str):
         return tokenizer.encode(record["prompt"], bos=tokenizer.adds_bos)
     messages = record.get("messages")
@@ -110,9 +163,8 @@ def is_done(made: list[Running] | str) -> bool:
     return isinstance(made, str) or all(s.completion.finish_reason for s in made)
 
 
-def shown(sequence: Running, tokenizer: Tokenizer, config: Config) -> dict[str, Any]:
-    completion = sequence.completion
-    row = {"text": sequence.text.shown, "finish_reason": completion.finish_reason, "tokens": len(completion.tokens)}
+def shown(completion: Completion, text: str, tokenizer: Tokenizer, config: Config) -> dict[str, Any]:
+    row = {"text": text, "finish_reason": completion.finish_reason, "tokens": len(completion.tokens)}
     if config.logprobs:
         row["logprobs"] = [[tokenizer.piece(t), p] for t, p in zip(completion.tokens, completion.logps, strict=True)]
     return row
@@ -120,7 +172,7 @@ def shown(sequence: Running, tokenizer: Tokenizer, config: Config) -> dict[str, 
 
 def settings(config: Config, model: Transformer) -> dict[str, Any]:
     """What decides the answers to a record: the options, and the weights by their bits."""
-    given = {name: asdict(config)[name] for name in ("n", "logprobs", "seed", "dtype")}
+    given = {name: asdict(config)[name] for name in ("n", "logprobs", "seed", "dtype", "beams", "length_penalty")}
     sampling = {f"sampling.{k}": v for k, v in asdict(config.sampling).items() if k not in ("max_batch", "cache_mb")}
     return given | sampling | {"model": f"{fingerprint(model.parameters()):x}"}
 

@@ -20,10 +20,12 @@ from itertools import islice
 import pytest
 import torch
 
+from tritium.core.chat import stop_ids
 from tritium.core.config import ConfigError, UserError, from_dict
 from tritium.core.rollout import SamplingConfig
 from tritium.core.setup import load_model, load_tokenizer
 from tritium.core.web import Server
+from tritium.model.beam import beam_search
 from tritium.model.transformer import Transformer
 from tritium.parallel.mesh import Mesh
 from tritium.stages import chat, generate, serve, sft
@@ -437,6 +439,35 @@ def test_a_file_of_prompts_becomes_a_file_of_answers_in_order_and_goes_on(tiny, 
         assert [[a["text"] for a in row.get("answers", [])] for row in again] == [
             [a["text"] for a in row.get("answers", [])] for row in found
         ]
+
+
+def test_beams_search_for_one_answer_and_what_draws_is_refused(tiny, tmp_path):
+    rows = [{"prompt": f"{i} + 1"} for i in range(4)] + [{"nothing": 1}, {"question": "What is 3 + 4?"}]
+    (source := tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    given = {"model": tiny.model, "sources": [str(source)], "out": str(tmp_path / "out.jsonl"), "dtype": "fp32"}
+    config = generate.Config(**given, beams=4, length_penalty=0.5, logprobs=True)
+    config.sampling.max_tokens, config.sampling.max_batch = 8, 16  # of two prompts' beams
+    assert generate.train(config).metrics["answers"] == 5
+    found = list(map(json.loads, (text := (tmp_path / "out.jsonl").read_text()).splitlines()))
+    model, tokenizer = config.open()
+    for row in found[:4]:
+        prompt = tokenizer.encode(row["prompt"], bos=tokenizer.adds_bos)
+        (best,) = beam_search(model, [prompt], 4, 8, 0.5, stop_ids(tokenizer))
+        (answer,) = row["answers"]
+        assert [piece for piece, _ in answer["logprobs"]] == [tokenizer.piece(token) for token in best.tokens]
+        assert tokenizer.decode(prompt + best.tokens) == row["prompt"] + answer["text"]
+    assert 'needs "prompt"' in found[4]["error"]
+    (tmp_path / "out.jsonl").write_text(text[: len(text) // 2])
+    generate.train(config)
+    assert (tmp_path / "out.jsonl").read_text() == text
+    for options, words in (
+        ({"beams": 4, "n": 2}, "leave out n=2"),
+        ({"beams": 4, "sampling": SamplingConfig(top_p=0.5)}, "leave out sampling.top_p=0.5"),
+        ({"beams": 4, "sampling": SamplingConfig(stop=["\n"])}, "leave out sampling.stop"),
+        ({"length_penalty": 0.5}, "give beams=4, say"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            generate.Config(**given, **options)
 
 
 def test_answers_of_another_model_or_other_options_are_not_gone_on_with(tiny, tmp_path):
