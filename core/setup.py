@@ -18,9 +18,10 @@ from tritium.core.data import parse_sources
 from tritium.core.output import make_folder
 from tritium.core.tokenizer import Tokenizer
 from tritium.kernels.backend import fp32_is_faster
-from tritium.model.adapters import Base, attach
+from tritium.model.adapters import Base, attach, base_folder
+from tritium.model.config import ModelConfig
 from tritium.model.heads import ScalarModel
-from tritium.model.hf import ModelFolderError, load
+from tritium.model.hf import ADAPTER_CONFIG, ModelFolderError, from_hf_config, load, read_json
 from tritium.model.lora import LoraConfig, merge
 from tritium.model.prompts import PEFT_TYPES, PromptConfig
 from tritium.model.transformer import Transformer
@@ -191,6 +192,17 @@ def read_model(folder: str, dtype: str, mesh: Mesh, streamed: bool = False) -> T
         raise UserError(str(error)) from None
     except ValueError as error:  # a mesh that does not divide the model
         raise ConfigError(str(error)) from None
+
+
+def read_shape(folder: str) -> ModelConfig:
+    """The shape of a folder's model, or of its adapter's base. Raises: UserError."""
+    path = Path(model_folder(folder))
+    try:
+        while (path / ADAPTER_CONFIG).exists():
+            path = base_folder(path, read_json(path / ADAPTER_CONFIG))
+        return from_hf_config(read_json(path / "config.json"), path / "config.json")
+    except ModelFolderError as error:
+        raise UserError(str(error)) from None
 
 
 def load_tokenizer(folder: str, model: Transformer | ScalarModel | None = None, template: str = "") -> Tokenizer:

@@ -22,16 +22,13 @@ import numpy as np
 
 from tritium.core.batch import Document, Group, PackedBatch, pack, plan_bins
 from tritium.core.chat import find_template, render
-from tritium.core.checkpoint import model_folder
 from tritium.core.config import ConfigError, UserError, listed, load
 from tritium.core.data import encode_documents, fit, parse_sources
 from tritium.core.files import Skipped, opened, read_documents, read_records
 from tritium.core.formats import RecordError, problem
 from tritium.core.groups import conversation_group, feedback_group, preference_group
-from tritium.core.setup import load_tokenizer
+from tritium.core.setup import load_tokenizer, read_shape
 from tritium.core.tokenizer import Tokenizer
-from tritium.model.adapters import base_folder
-from tritium.model.hf import ADAPTER_CONFIG, ModelFolderError, from_hf_config, read_json
 from tritium.stages import reward
 
 GREEN, YELLOW, GREY, BOLD, OFF = "\x1b[32m", "\x1b[33m", "\x1b[90m", "\x1b[1m", "\x1b[0m"
@@ -85,26 +82,14 @@ def inspect(stage: str, config: Any) -> Inspected:
             "pretrain trains a tokenizer first: name one with --tokenizer, as made by `tritium tokenizer`"
         )
     tokenizer, skipped = load_tokenizer(folder, template=config.data.template), Glance(config.data.on_error)
-    context = context_of(model_folder(folder) if stage != "pretrain" or config.init else None, config)
+    model = config.init if stage == "pretrain" else config.model
+    context = read_shape(model).max_positions if model else config.model.context
     groups = first_groups(stage, config, tokenizer, context, skipped)
     if not groups:
         raise UserError(f"{', '.join(config.data.sources)}: no usable record at the beginning\n{skipped.summary()}")
     members = plan_bins([sum(map(len, group)) for group in groups], config.data.bin_tokens)[0]
     batch = pack([groups[i] for i in members])
     return Inspected(batch, tokenizer, skipped, "" if stage == "pretrain" else find_template(tokenizer))
-
-
-def context_of(folder: str | None, config: Any) -> int:
-    """The longest document, by the model's config.json (an adapter's base's), or the shape of the new one."""
-    if folder is None:
-        return config.model.context
-    path = Path(folder)
-    try:
-        while (path / ADAPTER_CONFIG).exists():
-            path = base_folder(path, read_json(path / ADAPTER_CONFIG))
-        return from_hf_config(read_json(path / "config.json"), path / "config.json").max_positions
-    except ModelFolderError as error:
-        raise UserError(str(error)) from None
 
 
 def first_groups(stage: str, config: Any, tokenizer: Tokenizer, context: int, skipped: Skipped) -> list[Group]:

@@ -12,16 +12,15 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib import import_module
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from tritium.core.config import ConfigError, UserError, check_ranges, load, opt
+from tritium.core.config import ConfigError, check_ranges, load, opt
 from tritium.core.machines import MACHINES, PRESETS, Machine, Work
 from tritium.core.metrics import matmul_rate
 from tritium.core.plan import GIB, Plan, best, last_rank, plans
-from tritium.core.setup import MeshConfig
+from tritium.core.setup import MeshConfig, read_shape
 from tritium.model.config import ModelConfig
 from tritium.parallel.mesh import check_grid
 from tritium.stages.pretrain import ShapeConfig
@@ -98,8 +97,6 @@ def from_settings(config: Config) -> tuple[Config, ModelConfig, dict[str, bool]]
 
     Raises: ConfigError as the stage would; UserError where there is no such model.
     """
-    from tritium.model.hf import from_hf_config, read_json
-
     folder, shape, vocab_size, context = config.folder, config.model, config.vocab_size, config.context
     kept = {"muon": config.muon, "offload": config.offload}
     if config.settings:
@@ -113,10 +110,7 @@ def from_settings(config: Config) -> tuple[Config, ModelConfig, dict[str, bool]]
         return config, replace(PRESETS[config.preset], max_positions=context), kept
     if not folder:
         return replace(config, context=context), shape_of(shape, vocab_size, context), kept
-    path = Path(folder) / "config.json"
-    if not path.is_file():
-        raise UserError(f"{path} does not exist: a model's folder is wanted")
-    model = from_hf_config(read_json(path), path)
+    model = read_shape(folder)
     return replace(config, context=min(context, model.max_positions)), model, kept
 
 

@@ -18,7 +18,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 import tritium
 from tritium.bench.scaling import scaling_table
 from tritium.core.batch import Document, pack
-from tritium.core.config import ConfigError, opt
+from tritium.core.config import ConfigError, UserError, opt
 from tritium.core.machines import MACHINES, PRESETS, Machine, Work
 from tritium.core.objectives.likelihood import CrossEntropy
 from tritium.core.optim import OptimConfig
@@ -335,6 +335,14 @@ def test_dpo_and_grpo_need_more(capsys):
 def test_impossible_plans_are_refused_in_a_sentence(argv, said):
     with pytest.raises(ConfigError, match=said):
         stage.main(argv)
+
+
+def test_a_folder_that_holds_no_model_is_a_sentence(tmp_path):
+    for text, words in ((None, "config.json does not exist"), ("[1]", "must hold a JSON object"), ("{}", "model_type")):
+        if text:
+            (tmp_path / "config.json").write_text(text)
+        with pytest.raises(UserError, match=words):
+            stage.main([f"--folder={tmp_path}"])
 
 
 @pytest.mark.usefixtures("quick")

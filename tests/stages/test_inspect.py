@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -58,7 +59,9 @@ def test_pairs_and_prompts_and_text(model, tmp_path, capsys):
     out = shown(capsys, "grpo", f"--model={model}", f"--data.sources={problems}")
     assert "⟦" not in out and out.split("assistant\n")[0].endswith("<|im_start|>")
     (text := tmp_path / "a.txt").write_text("ask tell " * 100)
-    out = shown(capsys, "pretrain", f"--init={model}", f"--data.sources={text}", "--data.bin_tokens=100")
+    other = shutil.copytree(model, tmp_path / "other", ignore=shutil.ignore_patterns("config.json"))
+    given = [f"--init={model}", f"--tokenizer={other}", f"--data.sources={text}", "--data.bin_tokens=100"]
+    out = shown(capsys, "pretrain", *given)
     assert "── document 0: stream 0–63, 64 tokens, 63 learned" in out
 
 
