@@ -3,6 +3,7 @@
 import gzip
 import json
 import re
+import sys
 import zlib
 from collections import Counter
 from collections.abc import Iterator
@@ -43,6 +44,11 @@ class Skipped:
     def summary(self) -> str:
         """One line per reason; empty when nothing was skipped."""
         return "\n".join(f"skipped {n} × {reason} (first: {self.places[reason]})" for reason, n in self.reasons.items())
+
+    def tell(self) -> None:
+        """The summary on standard error: standard output is for results."""
+        if self.reasons:
+            print(self.summary(), file=sys.stderr)
 
 
 def open_text(path: Path):

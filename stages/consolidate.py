@@ -27,6 +27,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("out", metavar="OUT", help="folder to write")
     parser.add_argument("--gigabytes", type=float, default=5.0, help="size of a file, about (default: 5)")
     arguments = parser.parse_args(argv)
+    if not arguments.gigabytes > 0:
+        raise UserError(f"--gigabytes={arguments.gigabytes} must be positive")
     if not Path(arguments.source).is_dir():
         raise UserError(f"RUN_OR_CHECKPOINT={arguments.source}: there is no such folder")
     source, out = Path(model_folder(arguments.source)), make_folder(arguments.out, "OUT", now=False)

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from tritium.core.arithmetic import Problem, chat_answer, equation, problems
-from tritium.core.config import opt
+from tritium.core.config import check_ranges, opt
 from tritium.core.corpus import SAYINGS, library_questions, library_texts, small_talk, turns, worked_or_terse
 from tritium.core.output import make_folder
 from tritium.core.run import Result
@@ -32,15 +32,18 @@ ONE_PROCESS = True  # others would write the same files
 @dataclass
 class Config:
     out: str = opt("runs/corpus", "folder to write")
-    library_characters: int = opt(6_000_000, "characters of the standard library")
-    arithmetic: int = opt(60_000, "worked problems for pretraining")
-    cold: int = opt(1_500, "problems of the cold start")
-    chat: int = opt(4_000, "conversations of the overall SFT")
-    worked: int = opt(4_000, "problems that a teacher learns, all with their working")
-    sample: int = opt(800, "problems to sample answers to")
-    rl: int = opt(6_000, "problems for reinforcement learning")
-    test: int = opt(500, "held-out problems")
-    seed: int = opt(0, "seed of everything generated")
+    library_characters: int = opt(6_000_000, "characters of the standard library", least=0)
+    arithmetic: int = opt(60_000, "worked problems for pretraining", least=0)
+    cold: int = opt(1_500, "problems of the cold start", least=0)
+    chat: int = opt(4_000, "conversations of the overall SFT", least=0)
+    worked: int = opt(4_000, "problems that a teacher learns, all with their working", least=0)
+    sample: int = opt(800, "problems to sample answers to", least=0)
+    rl: int = opt(6_000, "problems for reinforcement learning", least=0)
+    test: int = opt(500, "held-out problems", least=0)
+    seed: int = opt(0, "seed of everything generated", least=0)
+
+    def __post_init__(self):
+        check_ranges(self)
 
 
 def train(config: Config) -> Result:

@@ -16,7 +16,6 @@ Wilson's.
 import json
 import math
 import os
-import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -119,7 +118,8 @@ def solve(config: Config, model: Transformer, tokenizer: Tokenizer) -> Rollout:
     context = model.config.max_positions
     problems = load_problems([config.data], tokenizer, context, skipped, key="data")
     problems = with_shots(problems, config.shots, tokenizer, context, skipped)[: config.limit]
-    tell(skipped, model.mesh)
+    if model.mesh.main:
+        skipped.tell()
     mine, reward = share(problems, model.mesh), make_reward(config.reward)
     rollout = roll_out(model, tokenizer, mine, reward, config.sampling, n=config.samples, seed=(config.seed,))
     return gather(rollout, model.mesh)
@@ -148,11 +148,6 @@ def with_shots(
     if not made:
         raise ConfigError(f"shots={shots}: no problem fits the context of {context} tokens with them; take fewer")
     return made
-
-
-def tell(skipped: Skipped, mesh: Mesh) -> None:
-    if skipped.reasons and mesh.main:
-        print(skipped.summary(), file=sys.stderr)  # standard output is for the numbers
 
 
 def problem_metrics(rollout: Rollout) -> dict[str, float]:
@@ -207,7 +202,8 @@ def choice_metrics(config: Config, model: Transformer, tokenizer: Tokenizer) -> 
     """Accuracy by the likelihood of each choice, and by that per byte; of a single one, whether it is the likeliest."""
     skipped = Skipped()
     choices = read_choices(config.choices, config.shots, skipped)[: config.limit]
-    tell(skipped, model.mesh)
+    if model.mesh.main:
+        skipped.tell()
     if not choices:
         raise DataError(f"choices: {config.choices} holds no usable question\n{skipped.summary()}")
     mine = choices[model.mesh.dp_rank :: model.mesh.dp]
@@ -247,7 +243,8 @@ def text_metrics(model: Transformer, tokenizer: Tokenizer, path: str) -> dict[st
         for window in (ids[i : i + context] for i in range(0, len(ids) - 1, context - 1)):
             batch = pack([[Document(window, np.ones(len(window), np.float32))]]).to(model.mesh.device)
             found.append((-float(supervised_logprob(model, batch).logp.sum()), len(batch.supervised)))
-    tell(skipped, model.mesh)
+    if model.mesh.main:
+        skipped.tell()
     nats, tokens = np.array(found or [(0.0, 0)], float).T  # of each window
     total, n = max(tokens.sum(), 1.0), len(nats)
     rate = nats.sum() / total

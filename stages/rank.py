@@ -195,8 +195,7 @@ def train(config: Config) -> Result:
     """Serve the page until Ctrl-C, or ask in the terminal until nothing is left; `ranked` counts the new rankings."""
     skipped = Skipped()
     session = Session(read_items(config.data, skipped), make_room_for(config.out, "out"))
-    if skipped.reasons:
-        print(skipped.summary(), file=sys.stderr)
+    skipped.tell()
     before, who = len(session.done), config.who or getpass.getuser()
     if config.terminal:
         ask(session, who)

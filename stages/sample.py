@@ -72,18 +72,18 @@ def train(config: Config) -> Result:
     (model, tokenizer), skipped = config.open(mesh), Skipped()
     context = model.config.max_positions
     problems = load_problems(config.sources, tokenizer, context, skipped, key="sources")[: config.limit]
+    for folder in config.others:  # before the work
+        check_same_vocabulary(config.model, folder, "others")
     mine, reward, start = share(problems, mesh), make_reward(config.reward, malformed=-0.5), time.perf_counter()
     rollouts = [roll_out(model, tokenizer, mine, reward, config.sampling, n=config.k, seed=(config.seed,))]
     for i, folder in enumerate(config.others, 1):
-        check_same_vocabulary(config.model, folder, "others")
         model = load_model(folder, config.dtype, mesh, frozen=True)
         rollouts.append(roll_out(model, tokenizer, mine, reward, config.sampling, n=config.k, seed=(config.seed, i)))
     groups = [list(chain(*same)) for same in zip(*(r.groups for r in rollouts), strict=True)]  # of a problem
     rollout = gather(Rollout(groups, sum((r.failures for r in rollouts), Counter())), mesh)
     seconds = time.perf_counter() - start
     if mesh.main:
-        if skipped.reasons:
-            print(skipped.summary(), file=sys.stderr)
+        skipped.tell()
         written = write(config, rollout)
     mesh.close()
     right = [[s.right for s in group] for group in rollout.groups]

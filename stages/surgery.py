@@ -135,8 +135,9 @@ def vocabulary(arguments: argparse.Namespace) -> None:
     tokenizer = load_tokenizer(arguments.model, model)
     kept = range(min(arguments.size, model.config.vocab_size))
     if arguments.text:
-        documents = read_documents(arguments.text, Skipped())
+        documents = read_documents(arguments.text, skipped := Skipped())
         tokenizer, kept = prune(tokenizer, {i for text in documents for i in tokenizer.encode(text)})
+        skipped.tell()
     size = max(arguments.size, len(kept)) if arguments.text else arguments.size
     if size < tokenizer.vocab_size:
         raise UserError(f"--size={size}: the tokenizer has {tokenizer.vocab_size} tokens")
@@ -165,12 +166,13 @@ def opened(folder: str, dtype: str) -> Transformer:
 
 def texts(file: str, folder: str, model: Transformer) -> list[torch.Tensor]:
     """The first documents of a file, cut to the model's context."""
-    tokenizer, size, pieces = load_tokenizer(folder), model.config.max_positions, []
-    for text in read_documents(file, Skipped()):
+    tokenizer, size, pieces, skipped = load_tokenizer(folder), model.config.max_positions, [], Skipped()
+    for text in read_documents(file, skipped):
         ids = tokenizer.encode(text[: 8 * DOCUMENTS * size])
         pieces += [piece for piece in torch.tensor(ids).split(size) if len(piece) > 1]
         if len(pieces) >= DOCUMENTS:
             break
+    skipped.tell()
     if not pieces:
         raise UserError(f"{file} has no text")
     return pieces[:DOCUMENTS]

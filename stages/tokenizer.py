@@ -40,8 +40,7 @@ def train(config: Config) -> Result:
             room -= len(text)
             if room <= 0:
                 break
-    if skipped.reasons:
-        print(skipped.summary(), file=sys.stderr)
+    skipped.tell()
     tokenizer = train_tokenizer(texts, config.vocab_size, config.out, (*SPECIAL, *config.special))
     if config.vocab_size is None and tokenizer.vocab_size < DEFAULT_SIZE:
         print(f"a vocabulary of {tokenizer.vocab_size}: there is little text for {DEFAULT_SIZE}", file=sys.stderr)

@@ -1,5 +1,7 @@
 """Models made of models."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -75,9 +77,10 @@ def test_fisher_is_the_mean_of_squared_gradients():
 
 
 def test_the_commands(tiny, tmp_path, capsys):
-    text = tiny.data("text.jsonl")
+    (text := tmp_path / "text.jsonl").write_text('{"text": 3}\n' + Path(tiny.data("text.jsonl")).read_text())
     assert cli.main(["surgery", "similarity", tiny.model, f"--text={text}"]) == 0
-    found = capsys.readouterr().out
+    found, told = capsys.readouterr()
+    assert 'skipped 1 × a record without a "text"' in told
     assert found.count("changes least") == 1 and found.startswith("layer 0  ")
     assert cli.main(["surgery", "similarity", tiny.model, f"--text={text}", "--span=2", "--dtype=bf16"]) == 0
     assert capsys.readouterr().out.startswith("layers 0-1  ")

@@ -198,6 +198,16 @@ def test_a_full_disk_at_the_last_checkpoint(sft, tmp_path):
     assert not checkpoints(tmp_path / "out") and not list((tmp_path / "out").glob("*.tmp"))
 
 
+def test_what_can_be_known_to_be_wrong_leaves_nothing_behind(tiny, tmp_path, capsys):
+    asked = [f"--model={tiny.model}", f"--sources={tmp_path}/none.jsonl", f"--out={tmp_path}/out/answers.jsonl"]
+    for command, words in (
+        (["generate", *asked], f"sources: {tmp_path}/none.jsonl does not exist"),
+        (["corpus", f"--out={tmp_path}/out", "--test=-1"], "test=-1 must be at least 0"),
+    ):
+        code, shown = run(capsys, *command)
+        assert code == 2 and words in shown and not (tmp_path / "out").exists()
+
+
 def test_a_folder_that_cannot_be_written(sft, tmp_path):
     (tmp_path / "file").write_text("")
     code, shown = sft(write(tmp_path / "a.jsonl", *GOOD), f"--run.out={tmp_path}/file/out")

@@ -60,6 +60,8 @@ def test_a_source_without_a_model_and_one_that_is_damaged_are_sentences(tmp_path
     (damaged,) = (tmp_path / "run").glob("step-*")
     assert main(["consolidate", str(damaged), str(tmp_path / "out")]) == 2
     assert "is damaged: config.json" in capsys.readouterr().err
+    assert main(["consolidate", str(tmp_path), str(tmp_path / "out"), "--gigabytes=0"]) == 2
+    assert "--gigabytes=0.0 must be positive" in capsys.readouterr().err
     (tmp_path / "empty").mkdir()
     assert main(["consolidate", str(tmp_path / "empty"), str(tmp_path / "out")]) == 2
     assert "empty" in capsys.readouterr().err and not (tmp_path / "out").exists()  # nothing is made of a mistake
