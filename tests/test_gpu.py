@@ -5,6 +5,7 @@ test fails for a mistake of its own.
 """
 
 import contextlib
+import importlib
 from pathlib import Path
 
 import numpy as np
@@ -16,12 +17,16 @@ from tritium.bench.step import WARM, documents, random_model, training_step
 from tritium.core.batch import Document, pack
 from tritium.core.data import DataConfig
 from tritium.core.objectives.base import supervised_logprob
+from tritium.core.objectives.distill import Distill
 from tritium.core.objectives.likelihood import CrossEntropy
+from tritium.core.objectives.policy import ALGORITHMS, PPO, PolicyGradient
+from tritium.core.objectives.reward import Pairwise, Process, Scoring
 from tritium.core.run import RunConfig
 from tritium.core.trainer import Trainer
 from tritium.kernels.backend import HAS_TRITON
 from tritium.model.config import ModelConfig
 from tritium.model.generate import generate
+from tritium.model.heads import ScalarModel
 from tritium.stages import sft
 
 SHAPE = ModelConfig(512, 128, 256, 2, 4, 2, 64, max_positions=256, init_std=0.1)
@@ -93,6 +98,38 @@ def test_without_a_gpu_no_number_is_read_in_a_step_for_one(monkeypatch, tmp_path
         trainer.pending = None  # read a step later
     with pytest.raises(RuntimeError, match="meta"):
         (values.read() if finetune == "full" else sums.read())
+
+
+OBJECTIVES = {
+    "pairwise": (Pairwise(), ["reward"]),
+    "process": (Process(), ["reward"]),
+    "scoring": (Scoring(), ["reward"]),
+    "distill": (Distill(), ["policy", "teacher"]),
+    "grpo": (PolicyGradient(), ["policy"]),
+    "gspo": (ALGORITHMS["gspo"], ["policy"]),
+    "ppo": (PPO(), ["policy", "critic"]),
+}
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed")
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_without_a_gpu_no_number_is_read_by_an_objective(monkeypatch, name):
+    """As the trainer's step above, for what else is learned; what `estimate` notes for policies is there."""
+    monkeypatch.setenv("TRITIUM_BACKEND", "triton")
+    monkeypatch.setattr(
+        importlib.import_module("tritium.kernels.segment_sum"), "check_segments", lambda *_: None
+    )  # CPUs'
+    objective, names = OBJECTIVES[name]
+    networks = {key: made("meta")[0] for key in names}
+    networks |= {key: ScalarModel(networks[key]) for key in ("reward", "critic") if key in networks}
+    weights = (np.arange(20) > 5).astype(np.float32)
+    fields = {"score": 0.5, "label": np.ones(20, np.float32)}
+    documents = [Document(np.arange(20, dtype=np.int32), weights, fields) for _ in range(2)]
+    batch = pack([documents], {"pairs": 1.0}).to("meta")
+    noted = ("old_logp", "advantages", "sampler_logp", "old_values", "returns")
+    batch.fields.update({key: torch.zeros(len(batch.supervised), device="meta") for key in noted})
+    terms, _ = objective.loss(objective.outputs(networks, batch), batch)
+    sum(term.sum for term in terms.values()).backward()
 
 
 @pytest.mark.parametrize("device", [pytest.param("cuda", marks=needs_gpu)])

@@ -97,8 +97,10 @@ def divergence(
     with torch.no_grad():
         taught = teacher.hidden(batch.tokens, batch.cu_seqlens, positions=batch.positions)
     split, index = Split.of(len(batch.tokens), policy.mesh), batch.supervised
-    own = index if split.group is None else split.place(index)
-    own = own[own >= 0]
+    own = index
+    if split.group is not None:
+        own = split.place(index)
+        own = own[own >= 0]  # here the host waits for their number
     padded = F.pad(own, (0, -len(own) % HEAD_ROWS))  # few shapes, as in `Transformer.local_logprob`
     heads = hidden.index_select(0, padded), policy.head_weight, taught.index_select(0, padded), teacher.head_weight
     kl = linear_kl(*heads, temperature=temperature, kind=kind, group=policy.mesh.tp_group)[: len(own)]
