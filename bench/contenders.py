@@ -144,8 +144,9 @@ def _networks(work: Work, mesh: Mesh, dtype: str) -> tuple[dict[str, torch.nn.Mo
         "dpo": lambda: Preference(options=PairOptions(), kept=Kept()),
         "distill": Distill,
         "ppo": lambda: PPO(beta=0.05),
+        "grpo": lambda: PolicyGradient(on_policy=True),
     }
-    return networks, made.get(work.kind, PolicyGradient if work.kind == "grpo" else CrossEntropy)()
+    return networks, made.get(work.kind, CrossEntropy)()
 
 
 def _sampled(work: Work, loop: Trainer, members: list[int], number: int) -> list[list[Document]]:

@@ -52,10 +52,10 @@ SIZES: dict[str, dict[str, Any]] = {
     "405m": sized(24, 1024, 4096, 16, 4, 49152),
     "1b": sized(16, 2048, 8192, 32, 8, 49152),
 }
-# Forward passes' worth of FLOPs of a token: of the whole model, and of the decoder without head. Sampling (grpo, ppo),
-# and the log-probs before an update, are one each; ppo has a reference and a critic (3, and 1 for the old values).
+# Forward passes' worth of FLOPs of a token: of the whole model, and of the decoder without head. Sampling (grpo, ppo)
+# is one, and of ppo the log-probs before an update; ppo has a reference and a critic (3, and 1 for the old values).
 PASSES = {"pretrain": (3, 0), "sft": (3, 0), "lora": (2, 0), "reward": (3, 0), "dpo": (4, 0), "distill": (4, 0)}
-PASSES |= {"grpo": (5, 0), "ppo": (6, 4)}
+PASSES |= {"grpo": (4, 0), "ppo": (6, 4)}
 STAGES = tuple(PASSES)
 PEERS = {"nanogpt": ("pretrain",), "trl": ("pretrain", "sft", "lora", "reward", "dpo", "grpo")}
 WARM = 3  # steps before any is timed: compilation, oneDNN's kernels

@@ -75,7 +75,7 @@ def train(config: Config) -> Result:
         rollout, numbers = experience.collect(number)
         batches = experience.batches(rollout, updates, varied_only=grouped)
         # ------------------------------------------------------------------------------------------------------
-        numbers |= experience.estimate(batches)  # log-probs before the first update, KL, advantages
+        numbers |= experience.estimate(batches)  # advantages; log-probs before the first of several updates, KL
         for i in range(done, min(updates, trainer.total_steps - number * updates)):
             trainer.step(batches[i::updates], numbers)  # −min(ρA, clip(ρ)A) + β KL
             numbers = {}  # a rollout's: with its first update
@@ -87,7 +87,7 @@ def train(config: Config) -> Result:
 def objective_of(options: GRPOConfig, sampling: SamplingConfig) -> PolicyGradient:
     """The algorithm, with the options that were given in place of its own."""
     constant = options.constant or (sampling.max_tokens if options.algorithm == "dr_grpo" else None)
-    given = options.given("clip_low", "clip_high", "normalization", "scale")
+    given = options.given("clip_low", "clip_high", "normalization", "scale") | {"on_policy": options.updates == 1}
     return algorithm(options.algorithm, **given, constant=constant, temperature=sampling.temperature)
 
 

@@ -62,6 +62,8 @@ class PolicyGradient(Objective):
                      their sums / `constant`
     `beta`, `kl`     weight and estimator of the KL to the reference, `kl_in` the "loss" or the "reward"
     `importance`     weigh each token by min(π_old / π_sampler, importance): what the sampler did otherwise (0: don't)
+    `on_policy`      a rollout gets one update: π_old is what that update finds, and needs no pass of its own unless a
+                     KL to a reference is asked for before it
     """
 
     baseline: str = "mean"
@@ -78,6 +80,7 @@ class PolicyGradient(Objective):
     entropy: float = 0.0
     temperature: float = 1.0
     ptx: float = 0.0
+    on_policy: bool = False
 
     # ------------------------------------------------------------------------------------------ once for a rollout
 
@@ -94,6 +97,8 @@ class PolicyGradient(Objective):
 
     def observe(self, networks: Networks, batches: Sequence[PackedBatch]) -> None:
         """The log-probs before the first update, of the policy and of the reference, [N]."""
+        if self.on_policy and "reference" not in networks:
+            return
         for batch in batches:
             batch.fields["old_logp"] = supervised_logprob(networks["policy"], batch, self.temperature).logp
             if "reference" in networks:
@@ -113,14 +118,14 @@ class PolicyGradient(Objective):
         A KL in the reward is part of an answer's score (Ahmadian et al., arXiv 2402.14740), or without a baseline of
         each token's reward (REINFORCE++, arXiv 2501.03262).
         """
-        old = batch.fields["old_logp"]
-        rewards, scored = (supervised(batch.fields[name], batch, old) for name in ("rewards", "scored"))  # [N]
+        like = batch.fields.get("old_logp", batch.fields["rewards"])
+        rewards, scored = (supervised(batch.fields[name], batch, like) for name in ("rewards", "scored"))  # [N]
         cu, kl = answer_cu(batch), self.penalty(batch)
         if self.baseline == "none":
             return returns_to_go(rewards - kl, cu)
         last = scored * (returns_to_go(scored, cu) == 1)  # an answer's end, or that of its last step
         if self.baseline == "greedy":
-            rewards = rewards - last * per_token(batch.fields["greedy"], batch).to(old.dtype)
+            rewards = rewards - last * per_token(batch.fields["greedy"], batch).to(like.dtype)
         if torch.is_tensor(kl):
             rewards = rewards - last * per_token(sequence_sum(kl, batch), batch)
         if self.baseline != "greedy":
@@ -149,10 +154,13 @@ class PolicyGradient(Objective):
     def rollout_numbers(self, batches: Sequence[PackedBatch], mesh: Mesh) -> dict[str, float]:
         """Means over the rollout's tokens: KL to the reference, and how far the sampler's log-probs are from ours.
 
-        The sampler's are those at temperature 1: only then both are of the same distribution.
+        The sampler's are those at temperature 1: only then both are of the same distribution. Without a pass before
+        the update, `loss` measures that.
         """
         sums = {"tokens": 0.0}
         for batch in batches:
+            if "old_logp" not in batch.fields:
+                continue
             old = batch.fields["old_logp"]
             sums["tokens"] += len(old)
             if "reference_logp" in batch.fields:
@@ -164,7 +172,7 @@ class PolicyGradient(Objective):
                 sums["sampler_gap"] = sums.get("sampler_gap", 0.0) + float(gap.sum())
         total = all_reduce_counts(sums, mesh)
         tokens = total.pop("tokens")
-        return {name: value / tokens for name, value in total.items()}
+        return {name: value / tokens for name, value in total.items()} if tokens else {}
 
     # ------------------------------------------------------------------------------------------ in each update
 
@@ -179,13 +187,14 @@ class PolicyGradient(Objective):
         weights, denominator = self.weights(batch, outputs.logp)
         each = supervised(batch.weights, batch, outputs.logp)
         mean = lambda values: Metric((each * values).sum().detach(), "tokens")  # noqa: E731
-        token_log_ratio = outputs.logp - batch.fields["old_logp"]  # [N]
+        old = batch.fields.get("old_logp", outputs.logp.detach())  # [N]
+        token_log_ratio = outputs.logp - old  # [N]
         log_ratio = self.log_ratio(token_log_ratio, batch)
         ratio, advantages = log_ratio.exp(), batch.fields["advantages"]
         clipped = ratio.clamp(1.0 - self.clip_low, 1.0 + self.clip_high) * advantages
         surrogate = torch.minimum(ratio * advantages, clipped)
         if self.importance:
-            gap = batch.fields["old_logp"] - supervised(batch.fields["sampler_logp"], batch, outputs.logp)
+            gap = old - supervised(batch.fields["sampler_logp"], batch, outputs.logp)
             surrogate = surrogate * gap.exp().clamp_max(self.importance)
         terms = {"loss": Term(-(weights * surrogate).sum(), denominator)}
         if self.beta and self.kl_in == "loss":
@@ -196,6 +205,8 @@ class PolicyGradient(Objective):
         metrics = {"entropy": mean(outputs.entropy), "ratio": mean(ratio)}
         metrics["clip_fraction"] = mean(ratio * advantages > clipped)
         metrics["old_kl"] = mean(kl_estimate(-token_log_ratio, torch.zeros_like(ratio), "k3"))
+        if "old_logp" not in batch.fields and self.temperature == 1:
+            metrics["sampler_gap"] = mean((old - supervised(batch.fields["sampler_logp"], batch, old)).abs())
         return terms, metrics
 
     def weights(self, batch: PackedBatch, like: Tensor) -> tuple[Tensor, str]:

@@ -150,6 +150,24 @@ def test_nothing_is_clipped_before_the_first_update(name, dtype):
     torch.testing.assert_close(batch.fields["old_logp"], objective.outputs(nets, batch).logp, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_one_update_on_a_rollout_needs_no_pass_before_it(name):
+    """The same loss, gradient and gap to the sampler as with log-probs that were asked for first."""
+    (_, batch), (_, again), first, second = rollout(), rollout(), model(), model()
+    asked = algorithm(name, importance=1.1)
+    numbers = asked.estimate(networks(first), [batch], Mesh.single())
+    objective = algorithm(name, importance=1.1, on_policy=True)
+    assert objective.estimate({}, [again], Mesh.single()) == {}, "no network is asked"
+    loss, same = total(asked, networks(first), batch), total(objective, networks(second), again)
+    loss.backward(), same.backward()
+    torch.testing.assert_close(same, loss, rtol=1e-5, atol=1e-7)  # scores are kept in fp32
+    for p, q in zip(first.parameters(), second.parameters(), strict=True):
+        torch.testing.assert_close(q.grad, p.grad, rtol=1e-5, atol=1e-7)
+    _, metrics = objective.loss(objective.outputs(networks(second), again), again)
+    gap = metrics["sampler_gap"]
+    assert gap.sum.item() / again.counts[gap.denominator] == pytest.approx(numbers["sampler_gap"], rel=1e-6)
+
+
 def test_rlo_and_the_group_mean_differ_by_n_over_n_minus_1():
     (_, batch), nets = rollout(), networks(model())
     found = {}
