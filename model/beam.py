@@ -44,14 +44,12 @@ def beam_search(
     engine = Engine(model, cache_pages(2 * beams * len(prompts), longest), max_batch=len(prompts))
     searches = [Search([(0.0, engine.submit(prompt, options, [(0, 0)])[0])]) for prompt in prompts]
     engine.admit()
-    owner = {sequence: search for search in searches for _, sequence in search.beams}
     while engine.running:
         unread = [s for s in engine.running if len(s.ids) - s.cached > 1]
         rows, logits = engine.prefill(unread) if unread else engine.decode()
         logps = dict(zip(rows, logits.float().log_softmax(-1), strict=True))  # [V] each
-        for search in {id(owner[row]): owner[row] for row in rows}.values():
+        for search in [s for s in searches if s.beams and s.beams[0][1] in logps]:
             advance(engine, search, logps, beams, length_penalty)
-            owner |= {sequence: search for _, sequence in search.beams}
     return [max(search.ended, key=lambda found: found[0])[1] for search in searches]
 
 

@@ -1,5 +1,6 @@
 """Sampling: the same tokens in any company, options that cut what they say, and how a sequence ends."""
 
+import gc
 import itertools
 import threading
 from dataclasses import replace
@@ -14,7 +15,7 @@ from tritium.model.adapters import attach
 from tritium.model.beam import beam_search
 from tritium.model.cache import PagedCache
 from tritium.model.config import ModelConfig
-from tritium.model.generate import Engine, generate, run
+from tritium.model.generate import Engine, Running, generate, run
 from tritium.model.lora import LoraConfig, merge
 from tritium.model.packed import PackedWeights
 from tritium.model.sampling import History, Options, Sampler, invert
@@ -544,3 +545,18 @@ def test_one_beam_is_greedy_and_more_are_no_worse(model):
     assert tokens(beam_search(model, asked, beams=1, max_tokens=20, stop_ids=[])) == tokens(greedy)
     for one, more in zip(greedy, beam_search(model, asked, beams=8, max_tokens=20, stop_ids=[]), strict=True):
         assert sum(more.logps) >= sum(one.logps) - 1e-4 and len(more.tokens) == 20
+
+
+def test_beams_that_were_dropped_are_forgotten(model, monkeypatch):
+    """Each kept its tokens until the end: gigabytes, of a few long answers."""
+    alive, decode = [], Engine.decode
+
+    def counting(engine):
+        alive.append(sum(type(o) is Running for o in gc.get_objects()))
+        return decode(engine)
+
+    gc.collect()
+    before = sum(type(o) is Running for o in gc.get_objects())
+    monkeypatch.setattr(Engine, "decode", counting)
+    beam_search(model, prompts(2), beams=3, max_tokens=30, stop_ids=[])
+    assert len(alive) == 29 and max(alive) - before <= 2 * 2 * 3
