@@ -23,7 +23,7 @@ from tritium.core.rollout import AskConfig, SamplingConfig
 from tritium.core.run import Result
 from tritium.core.tokenizer import Tokenizer
 from tritium.core.tools import TOOLS
-from tritium.model.adapters import load_adapter, use
+from tritium.model.adapters import key_of, load_adapter, use
 from tritium.model.generate import run
 from tritium.model.transformer import Transformer
 
@@ -85,7 +85,8 @@ def switch(folder: str, messages: list[dict], model: Transformer) -> str:
         load_adapter(model, model_folder(folder), name=folder)
     elif folder:
         use(model, None if folder == "none" else folder)
-    return f"(adapters: {', '.join(model.adapters) or 'none'})"
+    acting = next((name for name in model.adapters if key_of(name) == model.active), "none")
+    return f"(adapters: {', '.join(model.adapters) or 'none'}; acting: {acting})"
 
 
 COMMANDS = {"/save": save, "/adapter": switch}

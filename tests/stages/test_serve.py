@@ -381,7 +381,8 @@ def test_a_chat_switches_to_an_adapter_and_back(tiny, tmp_path, monkeypatch, cap
     chat.train(config)
     first, second, third = seen
     assert torch.equal(first, third) and not torch.allclose(first, second, atol=1e-3)
-    assert f"(adapters: {adapter})" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"(adapters: {adapter}; acting: {adapter})" in said and f"(adapters: {adapter}; acting: none)" in said
 
 
 @pytest.mark.skipif(not find_spec("readline"), reason="this Python has no readline")
