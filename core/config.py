@@ -53,14 +53,16 @@ BOUNDS = {  # name → in words, a sign, whether it holds
 }
 
 
-def opt(default: Any, help: str, *, choices: Sequence | None = None, **bounds: float) -> Any:
+def opt(default: Any, help: str, *, choices: Sequence | None = None, only: Sequence = (), **bounds: float) -> Any:
     """A dataclass field that knows its meaning.
 
     `default` is a value, a dataclass type or instance (a nested section), or REQUIRED (must be given; keyword-only
     in Python). Mutable defaults are copied for each instance. `choices` lists the values that are allowed;
-    `bounds` (least, above, most, below) hold for numbers, once the class's __post_init__ asks `check_ranges`.
+    `bounds` (least, above, most, below) hold for numbers, once the class's __post_init__ asks `check_ranges`; `only`
+    says with which values of another option this one has a use, which `check_used` asks.
     """
-    metadata = {"help": help, "choices": tuple(choices) if choices is not None else None, "bounds": bounds}
+    choices = None if choices is None else tuple(choices)
+    metadata = {"help": help, "choices": choices, "bounds": bounds, "only": only}
     if default is REQUIRED:
         return dataclasses.field(kw_only=True, metadata=metadata)
     if isinstance(default, type) and dataclasses.is_dataclass(default):
@@ -81,6 +83,21 @@ def check_ranges(config: Any, section: str = "") -> None:
             words, _, holds = BOUNDS[name]
             if value is not None and not holds(value, bound):
                 raise ConfigError(f"{section}{field.name}={value} must be {words} {bound}")
+
+
+def check_used(config: Any, by: str) -> None:
+    """Hold the fields of a dataclass to their defaults where the value of its field `by` is not `only` one of theirs.
+
+    Raises: ConfigError.
+    """
+    chosen = getattr(config, by)
+    for field in dataclasses.fields(config):
+        only, value = field.metadata.get("only", ()), getattr(config, field.name)
+        if only and chosen not in only:
+            default = field.default_factory() if field.default is MISSING else field.default
+            if value != default:
+                own = f"{by}={chosen} has none; these do: {', '.join(only)}"
+                raise ConfigError(f"{field.name}={_shown(value)}: {own}")
 
 
 def load(cls: type[T], argv: Sequence[str], prog: str, description: str) -> T:

@@ -8,7 +8,7 @@ pack                a group is never split; what was not judged, or teaches noth
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -102,14 +102,19 @@ class PolicyStage:
     mesh: MeshConfig = opt(MeshConfig, "parallelism")
     finetune: FinetuneConfig = opt(FinetuneConfig, "what of the policy is trained")
 
-    def check_objective(self, beta: float, importance: float, name: str) -> None:
+    def check_objective(self, options: PolicyOptions, name: str) -> None:
         """Raises: ConfigError for answers that teach nothing, or whose log-probs are not those of what drew them, and
-        for a reference that nothing would ask. `name` is that of the objective's section."""
-        sampling, given = self.sampling, asdict(self.reference)
-        if not beta and given != asdict(ReferenceConfig()):
-            raise ConfigError(f"reference is for the KL to it, which {name}.beta=0 leaves out: give {name}.beta")
+        for a reference or a KL that nothing would ask for. `name` is that of the objective's section."""
+        sampling, importance = self.sampling, options.importance
+        if not options.beta and (self.reference != ReferenceConfig() or options.kl or options.kl_in):
+            told = "reference" if self.reference != ReferenceConfig() else f"{name}.kl" + "_in" * bool(options.kl_in)
+            raise ConfigError(
+                f"{told} is for the KL to the reference, which {name}.beta=0 leaves out: give {name}.beta"
+            )
         if not sampling.temperature:
             raise ConfigError("sampling.temperature=0: a group of equal answers teaches nothing; it must be positive")
+        if self.data.band != [0.0, 1.0] and not self.reward and not self.verifier:
+            raise ConfigError("data.band is of right answers, which no reward model tells: give a --verifier")
         cut = sampling.top_k or sampling.top_p < 1 or sampling.min_p
         if importance and (sampling.temperature != 1 or cut or sampling.options().edits):
             needs = "sampling.temperature=1, no top_k, top_p, min_p, penalties or no_repeat_ngram"
@@ -176,6 +181,8 @@ class Experience:
         seconds = time.perf_counter() - start
         numbers = summary(rollout, *self.shaping, mesh)
         numbers["sampled_tokens_per_second"] = numbers["length"] * numbers.pop("samples") / seconds
+        if not self.settings.reward and not self.verifier:
+            del numbers["right"]  # a reward model does not say so
         self.remember(rollout, number)
         self.warn(numbers)
         rollout.greedy = greedy
@@ -208,6 +215,7 @@ class Experience:
         """The shaped score of the likeliest answer to each group's problem (0 where the judge failed)."""
         likeliest = replace(self.settings.sampling, temperature=0.0)
         found = self.answers([group[0].problem for group in rollout.groups], likeliest, 1, (number,))
+        rollout.failures.update(found.failures)
         return [sum(shaped(s, *self.shaping)) if s.score else 0.0 for (s,) in found.groups]
 
     @property
@@ -240,7 +248,8 @@ class Experience:
         """Note each problem's share of right answers, and the draw that it was of: checkpoints keep it."""
         if self.settings.data.band != [0.0, 1.0]:
             last = number * self.rounds + self.rounds - 1
-            rates = {str(g[0].problem.index): [float(np.mean([s.right for s in g])), last] for g in rollout.groups}
+            judged = [[s for s in group if s.score is not None] for group in rollout.groups]
+            rates = {str(g[0].problem.index): [float(np.mean([s.right for s in g])), last] for g in judged if g}
             notes = self.trainer.notes.setdefault("pass_rates", {})
             for part in self.trainer.mesh.gather_objects(rates):
                 notes |= part

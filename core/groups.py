@@ -89,17 +89,18 @@ def comparison_text(prompt: list[dict], first: str, second: str) -> str:
     return f"{said}\n\nAnswer A:\n{first}\n\nAnswer B:\n{second}\n\nWhich answer is better, A or B?"
 
 
+def comparison_document(tokenizer: Tokenizer, prompt: list[dict], first: str, second: str) -> Document:
+    message = {"role": "user", "content": comparison_text(prompt, first, second)}
+    ids = render(tokenizer, [message], generation_prompt=True).ids
+    return Document(np.array(ids, np.int32), np.ones(len(ids), np.float32))
+
+
 def comparison_group(tokenizer: Tokenizer) -> Callable[[dict], Group]:
     """record → both answers in one document, the chosen one first; and again, the rejected one first."""
 
     def convert(record: dict) -> Group:
         prompt, chosen, rejected = preference(record)
-        documents = []
-        for pair in ((chosen, rejected), (rejected, chosen)):
-            message = {"role": "user", "content": comparison_text(prompt, *pair)}
-            ids = render(tokenizer, [message], generation_prompt=True).ids
-            documents.append(Document(np.array(ids, np.int32), np.ones(len(ids), np.float32)))
-        return documents
+        return [comparison_document(tokenizer, prompt, *pair) for pair in ((chosen, rejected), (rejected, chosen))]
 
     return convert
 

@@ -166,8 +166,9 @@ def roll_out(
     answers = [sample.shown(tokenizer.incremental) for sample in samples]
     judged = judge(reward, answers)
     verdicts = judge(verifier, answers) if verifier else Judged([None] * len(answers))
+    unknown = Score(0.0, "the verifier failed", right=False) if verifier else None
     for sample, score, verdict in zip(samples, judged.scores, verdicts.scores, strict=True):
-        sample.score, sample.verified = score, verdict
+        sample.score, sample.verified = score, verdict or unknown
     groups = [samples[i : i + n] for i in range(0, len(samples), n)]
     return model.mesh.broadcast_object(Rollout(groups, judged.failures + verdicts.failures), ("tp", "cp"))
 

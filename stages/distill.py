@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from tritium.core.checkpoint import model_folder
-from tritium.core.config import REQUIRED, ConfigError, UserError, check_ranges, opt
+from tritium.core.config import REQUIRED, ConfigError, UserError, check_ranges, check_used, opt
 from tritium.core.data import DataConfig
 from tritium.core.groups import conversation_group
 from tritium.core.kept import Kept, kept_file
@@ -29,43 +29,39 @@ from tritium.core.objectives.preference import LOSSES, REFERENCE_FREE, PairOptio
 from tritium.core.online import PAIRS, DrawConfig, open_rounds
 from tritium.core.optim import OptimConfig
 from tritium.core.records import open_records
-from tritium.core.run import Result, RunConfig
-from tritium.core.schedule import ScheduleConfig
-from tritium.core.setup import MeshConfig, check_same_vocabulary, load_model, load_tokenizer, start
+from tritium.core.run import Result, TrainingConfig
+from tritium.core.setup import check_same_vocabulary, load_model, load_reference, load_tokenizer, start
 from tritium.kernels.linear_kl import KINDS as DIVERGENCES
 from tritium.parallel.mesh import Mesh
 
 MODES = ("logit", "on_policy", "sequence", "dual")
+DIVERGING = ("logit", "on_policy", "dual")  # with a divergence from the teacher
 
 
 @dataclass
-class Config:
+class Config(TrainingConfig):
     model: str = opt(REQUIRED, "folder of the student, with its tokenizer")
     teacher: str = opt(REQUIRED, "folder of the teacher, with the same tokenizer")
     mode: str = opt("logit", "what is learned on", choices=MODES)
-    kind: str = opt("forward", "the divergence: KL(teacher ‖ student), its reverse, or JSD", choices=DIVERGENCES)
-    temperature: float = opt(1.0, "of both distributions (dual: 1)", above=0)
-    sft: float = opt(0.0, "logit: weight of the answers' cross-entropy")
-    top_k: int = opt(0, "logit: the teacher's tokens that are kept over epochs (0: it runs each step)", least=0)
-    positive_from: str = opt("best", "dual: who gives the better answer", choices=PAIRS)
-    pairs: str = opt("dpo", "dual: the loss of pairs", choices=tuple(LOSSES))
-    beta: float = opt(0.1, "dual: how strongly the student is held to the reference", above=0)
-    weights: list[float] = opt([1.0, 1.0, 1.0], "dual: of the pairs, of KL on the better answers, and on the worse")
+    kind: str = opt("forward", "KL(teacher ‖ student), its reverse, or JSD", choices=DIVERGENCES, only=DIVERGING)
+    temperature: float = opt(1.0, "of both distributions (dual: 1)", only=("logit", "on_policy"), above=0)
+    sft: float = opt(0.0, "logit: weight of the answers' cross-entropy", only=("logit",))
+    top_k: int = opt(0, "logit: the teacher's tokens kept over epochs (0: it runs each step)", only=("logit",), least=0)
+    positive_from: str = opt("best", "dual: who gives the better answer", choices=PAIRS, only=("dual",))
+    pairs: str = opt("dpo", "dual: the loss of pairs", choices=tuple(LOSSES), only=("dual",))
+    beta: float = opt(0.1, "dual: how strongly the student is held to the reference", only=("dual",), above=0)
+    weights: list[float] = opt([1.0, 1.0, 1.0], "dual: of pairs, KL on better, KL on worse answers", only=("dual",))
     draw: DrawConfig = opt(DrawConfig, "all but logit: how answers come about, and who judges them")
     data: DataConfig = opt(DataConfig, "logit: conversations; else problems")
     optim: OptimConfig = opt(OptimConfig(lr=5e-5), "optimizer")
-    schedule: ScheduleConfig = opt(ScheduleConfig, "learning rate over the run")
-    run: RunConfig = opt(RunConfig, "the run itself")
-    mesh: MeshConfig = opt(MeshConfig, "parallelism")
 
     def __post_init__(self):
         check_ranges(self)
         if len(self.weights) != 3 or min(self.weights) < 0 or not any(self.weights):
             raise ConfigError(f"weights={self.weights} must be three numbers ≥ 0, not all 0")
-        if self.mode == "sequence" and (self.kind, self.temperature) != ("forward", 1.0):
-            raise ConfigError("kind and temperature are of a divergence: mode=sequence has draw.sampling.temperature")
-        if self.top_k and (self.mode != "logit" or self.mesh.tp > 1 or self.mesh.cp > 1 or self.mesh.zero == 3):
-            raise ConfigError(f"top_k={self.top_k} goes with --mode=logit, mesh.tp=1, mesh.cp=1 and mesh.zero < 3")
+        check_used(self, "mode")
+        if self.top_k and (self.mesh.tp > 1 or self.mesh.cp > 1 or self.mesh.zero == 3):
+            raise ConfigError(f"top_k={self.top_k} goes with mesh.tp=1, mesh.cp=1 and mesh.zero < 3")
 
 
 def train(config: Config) -> Result:
@@ -88,9 +84,10 @@ def train(config: Config) -> Result:
 
 def open_networks(config: Config, mesh: Mesh) -> dict[str, nn.Module]:
     """Student, teacher and, for a loss of pairs that wants one, the reference. Raises: UserError where the teacher has
-    another vocabulary."""
+    another vocabulary, or one of the two cuts its logits."""
     dtype = config.run.dtype
-    networks = {"policy": load_model(config.model, dtype, mesh)}
+    policy = load_model(config.model, dtype, mesh, finetune=config.finetune, seed=config.run.seed)
+    networks = {"policy": policy}
     check_same_vocabulary(config.model, config.teacher, "teacher")
     networks["teacher"] = load_model(config.teacher, dtype, mesh, frozen=True)
     sizes = [networks[name].config.vocab_size for name in ("policy", "teacher")]
@@ -98,8 +95,13 @@ def open_networks(config: Config, mesh: Mesh) -> dict[str, nn.Module]:
         raise UserError(
             f"teacher={config.teacher} has {sizes[1]} logits, {config.model} {sizes[0]}: they must be equal"
         )
+    if config.mode != "sequence" and any(networks[name].config.head_softcap for name in ("policy", "teacher")):
+        raise UserError(
+            "a divergence does not know the softcap of Gemma 2's logits, of model or teacher: take --mode=sequence, "
+            "which learns the teacher's answers"
+        )
     if config.mode == "dual" and config.pairs not in REFERENCE_FREE:
-        networks["reference"] = load_model(config.model, dtype, mesh, frozen=True)
+        networks["reference"] = load_reference(config.model, dtype, mesh, policy)
     return networks
 
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from tritium.core.checkpoint import model_folder
-from tritium.core.config import REQUIRED, ConfigError, check_ranges, opt
+from tritium.core.config import REQUIRED, ConfigError, check_ranges, check_used, opt
 from tritium.core.data import DataConfig
 from tritium.core.groups import feedback_group, preference_group
 from tritium.core.kept import Kept, kept_file
@@ -32,35 +32,31 @@ from tritium.core.run import Result, TrainingConfig
 from tritium.core.setup import check_same_vocabulary, load_model, load_reference, load_tokenizer, start
 from tritium.parallel.mesh import Mesh
 
+WITH_REFERENCE = tuple(name for name in (*LOSSES, "kto") if name not in REFERENCE_FREE)
 SMOOTHED = ("dpo", "dpo_norm", "robust", "simpo", "cpo")  # the losses that know wrong labels
 
 
 @dataclass
 class Config(TrainingConfig):
     model: str = opt(REQUIRED, "folder of the model to start from, with its tokenizer")
-    reference: str = opt("", "folder of the reference, of the same vocabulary (default: the model)")
+    reference: str = opt("", "folder of the reference, same vocabulary (default: the model)", only=WITH_REFERENCE)
     loss: str = opt("dpo", "the objective", choices=(*LOSSES, "kto"))
     beta: float = opt(0.1, "how strongly the policy is held to the reference; a scale where there is none", above=0)
     online: bool = opt(False, "draw the pairs from the policy: data.sources are problems")
     draw: DrawConfig = opt(DrawConfig, "online: how answers come about, and who judges them")
-    label_smoothing: float = opt(0.0, f"share of labels taken to be wrong ({', '.join(SMOOTHED)})", least=0, below=0.5)
-    margin: float = opt(1.0, "simpo's γ, slic's δ")
-    penalty: float = opt(5.0, "dpop's λ, of a chosen answer that loses")
-    desirable: float = opt(1.0, "kto: weight of good answers")
-    undesirable: float = opt(1.0, "kto: weight of bad answers")
-    sft: float | None = opt(None, "weight of the chosen answer's −log-prob (default: the paper's; dpo: 0)")
+    label_smoothing: float = opt(0.0, f"share of wrong labels: {SMOOTHED}", only=SMOOTHED, least=0, below=0.5)
+    margin: float = opt(1.0, "simpo's γ, slic's δ", only=("simpo", "slic"))
+    penalty: float = opt(5.0, "dpop's λ, of a chosen answer that loses", only=("dpop",))
+    desirable: float = opt(1.0, "kto: weight of good answers", only=("kto",))
+    undesirable: float = opt(1.0, "kto: weight of bad answers", only=("kto",))
+    sft: float | None = opt(None, "weight of the chosen answer's −log-prob (default: the paper's; dpo: 0)", only=LOSSES)
     data: DataConfig = opt(DataConfig, "preference pairs; kto: also answers with a label")
     filter: FilterConfig = opt(FilterConfig, "pairs: which are left out as noise")
     optim: OptimConfig = opt(OptimConfig(lr=2e-5), "optimizer")
 
     def __post_init__(self):
         check_ranges(self)
-        if self.label_smoothing and self.loss not in SMOOTHED:
-            raise ConfigError(f"label_smoothing={self.label_smoothing}: {self.loss} has none; these do: {SMOOTHED}")
-        if self.sft is not None and self.loss == "kto":
-            raise ConfigError(f"sft={self.sft}: kto has no chosen answers; leave it out")
-        if self.reference and self.loss in REFERENCE_FREE:
-            raise ConfigError(f"reference={self.reference}: {self.loss} has no reference; leave it out")
+        check_used(self, "loss")
         if self.online and self.loss == "kto":
             raise ConfigError("online draws pairs: not with loss=kto")
         if self.filter.models and (self.online or self.loss == "kto"):

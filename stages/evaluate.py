@@ -55,7 +55,9 @@ class Config(AskConfig):
     samples: int = opt(1, "answers to each problem: more give pass@k", least=1)
     against: str = opt("", "another's answers to the same problems, as `save` writes them: gives win_rate")
     reward_model: str = opt("", "folder of a reward model that says which answer wins (default: `reward`)")
-    judge: str = opt("", "folder or address of a language model that says it instead, shown both in either order")
+    judge: str = opt(
+        "", "language model (folder, address), or one of comparisons, that says it, shown both in either order"
+    )
     limit: int | None = opt(None, "use only the first problems", least=1)
     sampling: SamplingConfig = opt(SamplingConfig(temperature=0.0), "how answers are drawn")
     json: bool = opt(False, "print one JSON object")
@@ -91,7 +93,7 @@ def measure(config: Config) -> Result:
         if file and not Path(file).is_file():
             raise DataError(f"{key}: {file} does not exist, or is no file")
     if config.judge:
-        open_judge(config.judge)  # a wrong place is told before the work
+        open_judge(config.judge, pairwise=True)  # a wrong place is told before the work
     if config.save:
         make_room_for(config.save, "save")
     mesh = join(config.mesh, config.device, to_toml(config))

@@ -4,7 +4,8 @@
     tritium grpo --model=… --grpo.algorithm=rloo --grpo.beta=0.02
 
 Records are {"question", "answer"}. The sampler is the policy itself; token in, token out. Groups whose answers all
-score the same teach nothing and are left out. Several phases (first mathematics, then code, …) are several stages of a
+score the same teach nothing and are left out, of the loss and of what it is divided by; but a KL or an entropy bonus,
+which holds for them, too, keeps them. Several phases (first mathematics, then code, …) are several stages of a
 recipe, each with its own prompts, rewards and KL: see stages/recipes/ladder.toml.
 """
 
@@ -57,7 +58,7 @@ class Config(PolicyStage):
     optim: OptimConfig = opt(OptimConfig(lr=5e-5, weight_decay=0.0), "optimizer")
 
     def __post_init__(self):
-        self.check_objective(self.grpo.beta, self.grpo.importance, "grpo")
+        self.check_objective(self.grpo, "grpo")
 
 
 def train(config: Config) -> Result:
@@ -67,13 +68,13 @@ def train(config: Config) -> Result:
     reference = config.reference if options.beta else None
     networks = open_policy(config.model, config.run.dtype, mesh, config.finetune, config.run.seed, reference)
     objective = objective_of(options, config.sampling)
-    grouped = objective.baseline in ("mean", "others")
+    varied = objective.baseline in ("mean", "others") and not (options.beta or options.entropy)
     experience = open_experience(config, "grpo", networks, objective, updates)
     trainer = experience.trainer
     for step in trainer.steps():
         number, done = divmod(step, updates)
         rollout, numbers = experience.collect(number)
-        batches = experience.batches(rollout, updates, varied_only=grouped)
+        batches = experience.batches(rollout, updates, varied_only=varied)
         # ------------------------------------------------------------------------------------------------------
         numbers |= experience.estimate(batches)  # advantages; log-probs before the first of several updates, KL
         for i in range(done, min(updates, trainer.total_steps - number * updates)):

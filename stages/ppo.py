@@ -24,7 +24,7 @@ from tritium.core.objectives.policy import PPO, adapted, algorithm
 from tritium.core.optim import OptimConfig
 from tritium.core.reference import open_policy
 from tritium.core.run import Result
-from tritium.core.setup import FinetuneConfig, check_same_vocabulary, read_model, start
+from tritium.core.setup import FinetuneConfig, check_same_vocabulary, load_tokenizer, read_model, start
 from tritium.core.tokenizer import Tokenizer
 from tritium.core.trainer import Trainer
 from tritium.model.adapters import twin
@@ -70,7 +70,7 @@ class TextConfig(DataConfig):
 
 @dataclass
 class Config(PolicyStage):
-    critic: str = opt("", "folder that the critic starts from (default: the reward model, else the model)")
+    critic: str = opt("", "folder that the critic starts from (default: the reward model, if it can, else the model)")
     verifier: str = opt("exact", "judge that only measures which answers are right (empty: none)")
     ppo: PPOConfig = opt(PPOConfig, "the objective")
     text: TextConfig = opt(TextConfig, "text whose cross-entropy joins each step")
@@ -78,7 +78,7 @@ class Config(PolicyStage):
     finetune: FinetuneConfig = opt(FinetuneConfig, "what is trained of the policy, and an adapter of the critic, too")
 
     def __post_init__(self):
-        self.check_objective(self.ppo.beta, self.ppo.importance, "ppo")
+        self.check_objective(self.ppo, "ppo")
 
 
 def train(config: Config) -> Result:
@@ -124,12 +124,15 @@ def objective_of(config: Config) -> PPO:
 
 def open_networks(config: Config, mesh: Mesh) -> dict[str, nn.Module]:
     """Policy, critic, and the reference where the KL to it counts. The critic's head starts at 0; where adapters are
-    trained and it starts from the same base, or from an adapter of it, that base is here once for all.
+    trained and it starts from the same base, or from an adapter of it, that base is here once for all. A reward model
+    with another tokenizer can't be its start.
 
     Raises: UserError where reference or critic have another vocabulary: they read the policy's tokens."""
     dtype, reference = config.run.dtype, config.reference if config.ppo.beta else None
     networks = open_policy(config.model, dtype, mesh, config.finetune, config.run.seed, reference)
-    folder = config.critic or config.reward_model or config.model
+    judge = config.reward_model
+    same = judge and load_tokenizer(judge).fingerprint == load_tokenizer(config.model).fingerprint
+    folder = config.critic or (judge if same else config.model)
     check_same_vocabulary(config.model, folder, "critic")
     critic = twin(networks["policy"], model_folder(folder), config.run.seed + 1) or read_model(folder, dtype, mesh)
     networks["critic"] = ScalarModel(decoder_of(critic))

@@ -7,7 +7,8 @@
     listwise     rankings, which may hold equal answers (Plackett-Luce); all_pairs: their pairs
     score        answers with a "score" in [0, 1], which σ of the model's approaches; or several, `heads`
     process      the steps of an answer, each right or wrong: the model's value at a step's last token
-    comparison   pairs, both answers shown at once: the model says how far the first is better
+    comparison   pairs, both answers shown at once: the model says how far the first is better; it filters pairs
+                 (filter.models), and judges against a reference: --reward='judge("runs/reward", pairwise=True)'
 
 The score of an answer is read at its last token; it depends on nothing else in the batch.
 """
@@ -19,7 +20,7 @@ from dataclasses import dataclass
 import torch
 
 from tritium.core.batch import Group, PackedBatch
-from tritium.core.config import REQUIRED, ConfigError, check_ranges, opt
+from tritium.core.config import REQUIRED, ConfigError, check_ranges, check_used, opt
 from tritium.core.data import DataConfig
 from tritium.core.groups import comparison_group, preference_group, ranking_group, score_group, step_group
 from tritium.core.objectives.base import Objective
@@ -27,6 +28,7 @@ from tritium.core.objectives.reward import Comparison, Listwise, Pairwise, Proce
 from tritium.core.optim import OptimConfig
 from tritium.core.records import open_records
 from tritium.core.rewards.model import FilterConfig
+from tritium.core.rewards.scorer import COMPARISON, STEPS
 from tritium.core.run import Result, TrainingConfig
 from tritium.core.setup import load_model, load_tokenizer, start
 from tritium.core.tokenizer import Tokenizer
@@ -43,17 +45,20 @@ KINDS: dict[str, tuple[Callable, str]] = {  # loss → what makes a group of a r
     "process": (step_group, "groups"),
     "comparison": (comparison_group, "pairs"),
 }
+WHOLE = tuple(loss for loss in KINDS if loss != "process")  # the losses of whole answers
 
 
 @dataclass
 class Config(TrainingConfig):
     model: str = opt(REQUIRED, "folder of the model to start from, with its tokenizer")
     loss: str = opt("pairwise", "what is learned from", choices=tuple(KINDS))
-    centering: float = opt(0.01, "pairwise: weight of (chosen + rejected)², which keeps scores around 0")
-    label_smoothing: float = opt(0.0, "pairwise: share of labels taken to be wrong", least=0, below=0.5)
-    heads: list[str] = opt(["score"], "score: the keys of the scores, a head each, e.g. helpfulness,verbosity")
-    highest: float = opt(1.0, "score: the best score that a record can have; the worst is 0", above=0)
-    pooling: str = opt("last", "an answer's score: of its last token, or all tokens' mean", choices=("last", "mean"))
+    centering: float = opt(0.01, "pairwise: weight of (chosen + rejected)²: scores stay around 0", only=("pairwise",))
+    label_smoothing: float = opt(0.0, "pairwise: share of wrong labels", only=("pairwise",), least=0, below=0.5)
+    heads: list[str] = opt(["score"], "score: keys of the scores, e.g. helpfulness,verbosity", only=("score",))
+    highest: float = opt(1.0, "score: the best score that a record can have; the worst is 0", only=("score",), above=0)
+    pooling: str = opt(
+        "last", "score of an answer: its last token's, or the mean", choices=("last", "mean"), only=WHOLE
+    )
     data: DataConfig = opt(DataConfig, "records of the form that the loss wants")
     filter: FilterConfig = opt(FilterConfig, "pairs: which are left out as noise")
     optim: OptimConfig = opt(OptimConfig(lr=1e-4), "optimizer")
@@ -62,16 +67,11 @@ class Config(TrainingConfig):
         if self.finetune.kind in PEFT_TYPES:
             raise ConfigError(f"finetune.kind={self.finetune.kind} is for language models: take lora, freeze or full")
         check_ranges(self)
-        if self.label_smoothing and self.loss != "pairwise":
-            raise ConfigError(f"label_smoothing={self.label_smoothing}: only --loss=pairwise knows wrong labels")
+        check_used(self, "loss")
         if not self.heads or len(set(self.heads)) < len(self.heads) or not all(h.isidentifier() for h in self.heads):
             raise ConfigError(f"heads={','.join(self.heads)}: give one name or more, all different, each a word")
-        if (self.heads != ["score"] or self.highest != 1) and self.loss != "score":
-            raise ConfigError(f"heads and highest are for --loss=score, not --loss={self.loss}")
         if self.filter.models and KINDS[self.loss][1] != "pairs":
             raise ConfigError(f"filter.models is for pairs, not --loss={self.loss}")
-        if self.pooling == "mean" and self.loss == "process":
-            raise ConfigError("--loss=process pools nothing: --pooling=last")
 
 
 def train(config: Config) -> Result:
@@ -79,7 +79,7 @@ def train(config: Config) -> Result:
     mesh = start(config, "reward")
     decoder = load_model(config.model, config.run.dtype, mesh, finetune=config.finetune, seed=config.run.seed)
     tokenizer = load_tokenizer(config.model, decoder, config.data.template)
-    heads = config.heads if config.loss == "score" else ["reward"]
+    heads = {"score": config.heads, "comparison": [COMPARISON], "process": [STEPS]}.get(config.loss, ["reward"])
     model = ScalarModel(decoder, heads, config.pooling).initialize(config.run.seed)
     networks, objective, convert = {"reward": model}, objective_of(config), converter_of(config, tokenizer)
     run = (config, "reward", networks, objective, tokenizer)

@@ -112,11 +112,8 @@ def write(config: Config, rollout: Rollout) -> Counter:
             prompt = group[0].problem.messages
             for messages in to_learn(config, prompt, levels):
                 put("sft", {"messages": messages})
-            best, *worse = rso_levels(config, levels, group[0].problem.index) if config.rso else levels
-            if best[0].right or config.chosen == "best":
-                wrong = [sample for level in (worse if config.chosen == "right" else worse[::-1]) for sample in level]
-                for chosen, rejected in list(zip(best, wrong, strict=False))[: config.pairs]:
-                    put("pairs", {"prompt": prompt, "chosen": chosen.text, "rejected": rejected.text})
+            for chosen, rejected in pairs_of(config, levels, group[0].problem.index):
+                put("pairs", {"prompt": prompt, "chosen": chosen.text, "rejected": rejected.text})
             if len(levels) > 1:
                 put("rankings", {"prompt": prompt, "ranked": [level[0].text for level in levels]})
     return written
@@ -135,7 +132,7 @@ def tell(config: Config, written: Counter, solved: int, problems: int) -> None:
 def to_learn(config: Config, prompt: list[dict], levels: list[list[Sample]]) -> list[list[dict]]:
     """What sft.jsonl holds of a problem: conversations."""
     if config.learn == "right":
-        right = [s.text for s in levels[0] if s.right]
+        right = [s.text for level in levels for s in level if s.right]
         return [[*prompt, {"role": "assistant", "content": right[i]}] for i in distinct_paths(right)[: config.paths]]
     answers = [sample for level in levels for sample in level]
     if config.learn == "condition":
@@ -149,6 +146,18 @@ def to_learn(config: Config, prompt: list[dict], levels: list[list[Sample]]) -> 
         [*prompt, {"role": "assistant", "content": s.text, "weight": weight}]
         for s, weight in zip(answers, weights, strict=True)
     ]
+
+
+def pairs_of(config: Config, levels: list[list[Sample]], index: int) -> list[tuple[Sample, Sample]]:
+    """(chosen, rejected) of problem `index`: its best right answers and its best wrong ones; or best and worst."""
+    levels = rso_levels(config, levels, index) if config.rso else levels
+    if config.chosen == "best":
+        best, *worse = levels
+        pairs = zip(best, chain(*worse[::-1]), strict=False)
+    else:
+        right, wrong = ([s for level in levels for s in level if s.right == wanted] for wanted in (True, False))
+        pairs = zip(right, wrong, strict=False)
+    return list(pairs)[: config.pairs]
 
 
 def rso_levels(config: Config, levels: list[list[Sample]], index: int) -> list[list[Sample]]:

@@ -21,7 +21,7 @@ from pathlib import Path
 from tritium.core.chat import parse_reasoning, render, stop_ids
 from tritium.core.config import ConfigError, UserError
 from tritium.core.rewards import Answer, Composed, Score
-from tritium.core.rewards.scorer import FolderModel
+from tritium.core.rewards.scorer import COMPARISON, ComparisonReward, FolderModel
 from tritium.core.rewards.words import WORDS
 from tritium.model.generate import Completion, generate
 from tritium.model.sampling import Options
@@ -73,12 +73,15 @@ class LLMJudge(Composed):
         return Score(value, right=value == 1)
 
 
-def open_judge(place: str, rubric: str = RUBRIC, pairwise: bool = False, **settings) -> LLMJudge:
-    """The judge at an address or in a folder; `settings` are those of `Endpoint` or `LocalModel`."""
+def open_judge(place: str, rubric: str = RUBRIC, pairwise: bool = False, **settings) -> LLMJudge | ComparisonReward:
+    """The judge at an address or in a folder; `settings` are those of `Endpoint` or `LocalModel`. Of pairs, it may be a
+    model that `tritium reward --loss=comparison` trained."""
     kind = Endpoint if re.match(r"https?://", place) else LocalModel
     if kind is LocalModel and not Path(place).is_dir():
         raise ConfigError(f"reward: judge({place!r}): give the address of an endpoint, e.g. http://127.0.0.1:8000/v1, "
                           "or the folder of a model")  # fmt: skip
+    if kind is LocalModel and pairwise and FolderModel(place).heads == (COMPARISON,):
+        return ComparisonReward(place)
     return LLMJudge(kind(place, **settings), rubric, pairwise)
 
 

@@ -11,7 +11,7 @@ from tritium.core.config import ConfigError, check_ranges, opt
 from tritium.core.formats import RecordError, preference
 from tritium.core.rewards import Answer, Reward, Score, scores
 from tritium.core.rewards.make import WeightedSum, make_reward
-from tritium.core.rewards.scorer import ModelReward
+from tritium.core.rewards.scorer import ModelReward, open_scorer
 from tritium.core.select import agreed_pairs
 from tritium.model.adapters import twin
 from tritium.model.transformer import Transformer
@@ -40,8 +40,8 @@ def open_reward(
     scorer = ModelReward(folder, dtype, mesh)
     if policy is not None and (shared := twin(policy, model_folder(folder))):
         scorer.model = shared.requires_grad_(False)
-    judges: dict[str, Reward] = {"reward_model": scorer}
-    judges |= {"reward": judge} if judge else {}
+    judges: dict[str, Reward] = {"reward": judge} if judge else {}  # first: it says which answers are right
+    judges |= {"reward_model": scorer}
     return WeightedSum(judges, {"reward_model": weight, "reward": 1.0})
 
 
@@ -60,11 +60,12 @@ class FilterConfig:
 
     def around(self, convert: Callable[[dict], Group], dtype: str, mesh: Mesh) -> Callable[[dict], Group]:
         """`convert`, which raises RecordError for noise."""
-        judges = [ModelReward(folder, dtype, mesh) for folder in self.models]
+        judges = [open_scorer(folder, dtype, mesh) for folder in self.models]
 
         def checked(record: dict) -> Group:
             prompt, *texts = preference(record)
-            answers = [Answer((), text, messages=prompt) for text in texts]
+            both = zip(texts, texts[::-1], strict=True)
+            answers = [Answer((), text, reference=other, messages=prompt) for text, other in both]
             given = [scores(judge, answers) for judge in judges]  # [models, 2]
             if not all(isinstance(score, Score) for row in given for score in row):
                 raise RecordError("a pair that a reward model of filter.models can't read")

@@ -4,7 +4,7 @@ tokenizer and template."""
 import math
 from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 from tritium.core.batch import Document, PackedBatch, pack, plan_bins
 from tritium.core.checkpoint import CheckpointError, model_folder
 from tritium.core.config import ConfigError
-from tritium.core.groups import answer_document, split_steps, step_document
+from tritium.core.groups import answer_document, comparison_document, split_steps, step_document
 from tritium.core.rewards import Answer, Composed, Score
 from tritium.core.setup import load_tokenizer, read_model
 from tritium.core.tokenizer import Tokenizer
@@ -23,6 +23,8 @@ from tritium.model.transformer import Transformer
 from tritium.parallel.mesh import Mesh
 
 BIN_TOKENS = 8192
+COMPARISON, STEPS = "comparison", "steps"  # the heads of models that see two answers, or judge each step
+USES = {COMPARISON: "judge({!r}, pairwise=True)", STEPS: "process({!r})"}
 
 
 @dataclass
@@ -58,11 +60,16 @@ class ModelReward(FolderModel, Composed):
     """
 
     weights: dict[str, float] = field(default_factory=dict)
+    head = ""  # of the models that this class alone reads
 
     def __post_init__(self):
         super().__post_init__()
         if not self.heads:
             raise ConfigError(f"reward: {self.folder} is a language model: train one with `tritium reward`")
+        if self.heads[0] in USES and self.heads[0] != self.head:
+            raise ConfigError(
+                f"reward: {self.folder} scores no whole answers: {USES[self.heads[0]].format(self.folder)}"
+            )
         if (len(self.heads) > 1 and not self.weights) or not set(self.weights) <= set(self.heads):
             example = ", ".join(f"{name}={1 / len(self.heads):.2g}" for name in self.heads)
             raise ConfigError(f"reward: weigh the heads of {self.folder}: model({self.folder!r}, {example})")
@@ -94,6 +101,34 @@ class ModelReward(FolderModel, Composed):
         return Score(sum(w * parts[name] for name, w in self.weights.items()), parts=parts, right=False)
 
 
+class ComparisonReward(ModelReward):
+    """How likely an answer is better than the reference, by a model of `tritium reward --loss=comparison` that sees
+    both, in either order."""
+
+    head = COMPARISON
+
+    def batch(self, answers: Sequence[Answer]) -> list[Score | Exception]:
+        shown = super().batch([*answers, *(replace(a, text=a.reference, reference=a.text) for a in answers)])
+        return [self.verdict(*both) for both in zip(answers, shown[: len(answers)], shown[len(answers) :], strict=True)]
+
+    def verdict(self, answer: Answer, first: Score | Exception, second: Score | Exception) -> Score | Exception:
+        if not answer.reference:
+            return ValueError("there is no reference answer to compare with")
+        if failed := [score for score in (first, second) if isinstance(score, Exception)]:
+            return failed[0]
+        better = (1.0 + math.tanh((first.value - second.value) / 4.0)) / 2.0  # σ of the mean log-odds
+        return Score(better, right=better > 0.5)
+
+    def document(self, answer: Answer) -> Document:
+        return comparison_document(self.tokenizer, conversation_of(answer), answer.text, answer.reference)
+
+
+def open_scorer(folder: str, dtype: str = "auto", mesh: Mesh | None = None) -> ModelReward:
+    """The reward model in a folder, of answers or of comparisons. Raises: ConfigError where there is none."""
+    kind = ComparisonReward if FolderModel(folder).heads == (COMPARISON,) else ModelReward
+    return kind(folder, dtype, mesh)
+
+
 def conversation_of(answer: Answer) -> list[dict]:
     return list(answer.messages) or [{"role": "user", "content": answer.prompt}]
 
@@ -108,6 +143,7 @@ class ProcessReward(ModelReward):
     """
 
     over: str = "min"
+    head = STEPS
 
     def __post_init__(self):
         super().__post_init__()

@@ -78,6 +78,16 @@ def test_the_divergence_by_its_definition(kind):
     assert_same(student, total(Distill(kind, 1.5), networks, pack([[d] for d in documents])), kl.mean())
 
 
+def test_the_answers_cross_entropy_is_added():
+    networks, documents, nll = networks_on(), [d for pair in pairs_of() for d in pair], []
+    student, batch = networks["policy"], pack([[d] for d in documents])
+    for d in documents:
+        ids, on = torch.from_numpy(d.ids).long(), torch.from_numpy(d.weights[1:] > 0)
+        nll.append(-student.logits(ids)[:-1][on].softmax(-1).gather(-1, ids[1:][on, None]).log()[:, 0])
+    expected = total(Distill(), networks, batch) + 0.5 * torch.cat(nll).mean()
+    assert_same(student, total(Distill(sft=0.5), networks, batch), expected)
+
+
 @pytest.mark.parametrize(("kind", "beta"), [("forward", 0), ("reverse", 1), ("jsd", 0.5)])
 def test_the_divergence_is_that_of_trls_gkd(kind, beta):
     from trl.experimental.gkd.gkd_trainer import GKDTrainer

@@ -46,6 +46,25 @@ def test_a_trouble_is_named(trouble, words):
     assert len(found) == 1 and re.search(words, found[0]), found
 
 
+@pytest.mark.parametrize(
+    "near",
+    [
+        {"reward": (0.2, 0.2), "right": (0.5, 0.3)},  # accuracy falls, but no reward rises
+        {"kl_k3": (0.6, 0.9)},  # far from the reference from the start: another phase's policy
+        {"entropy": (1.0, 0.3)},
+        {"sampler_gap": (0.0, 0.08)},
+        {"clip_fraction": (0.05, 0.25)},
+        {"ended": (0.95, 0.75)},
+        {"ended": (0.3, 0.3)},  # low, but it does not fall
+        {"varied_groups": (0.5, 0.2)},
+        {"explained_variance": (0.0, -0.05)},
+        {"verifier_failures": (0.0, 0.0)},
+    ],
+)
+def test_what_is_near_a_trouble_is_not_named(near):
+    assert diagnose(history(noise=0.0, **HEALTHY | near)) == {}
+
+
 def test_failures_of_the_judge_are_counted():
     rows = [{"verifier_failures": 0.0}] * 3 + [{"verifier_failures": 2.0}] * 2
     assert list(diagnose(rows).values()) == ["the judge failed 4 times: these answers took part in nothing"]

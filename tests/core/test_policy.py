@@ -281,6 +281,32 @@ def test_ppo_is_its_formula_token_by_token_whatever_lies_in_slots_of_no_token():
     assert numbers["explained_variance"] == pytest.approx(explained.item(), abs=1e-6)
 
 
+def test_without_whitening_and_value_clipping():
+    (_, batch), value, old = rollout(), critic(away=0.05), critic()
+    objective, nets = PPO(scale="none", value_clip=0.0), networks(model(), critic=value)
+    objective.estimate(networks(model(), critic=old), [batch], Mesh.single())
+    fields = batch.fields
+    torch.testing.assert_close(fields["advantages"], fields["returns"] - fields["old_values"], rtol=0, atol=1e-12)
+    terms, metrics = objective.loss(objective.outputs(nets, batch), batch)
+    error = value.values(batch.tokens, batch.cu_seqlens, batch.positions)[batch.supervised] - fields["returns"]
+    assert terms["value_loss"].sum.item() == pytest.approx((error**2).sum().item() / 2)
+    assert "value_clip_fraction" not in metrics
+
+
+@pytest.mark.parametrize("kind", ["k1", "k2", "k3"])
+def test_a_kl_of_any_kind_and_an_entropy_bonus_in_the_loss(kind):
+    (groups, batch), policy, reference, added = rollout(), model(away=0.05), model(9), 0.0
+    objective = algorithm("dapo", beta=0.3, kl=kind, kl_in="loss", entropy=0.2)
+    objective.estimate(networks(model(), reference), [batch], Mesh.single())
+    for d in (d for group in groups for d in group):
+        logp = policy.logits(torch.from_numpy(d.ids).long()).log_softmax(-1)[2:-1]  # of a prompt of three tokens
+        ratio = answer_logps(policy, d) - answer_logps(reference, d).detach()
+        kl = {"k1": ratio, "k2": ratio**2 / 2, "k3": torch.exp(-ratio) - 1 + ratio}[kind]
+        added = added + (0.3 * kl + 0.2 * (logp.exp() * logp).sum(-1)).sum() / batch.counts["tokens"]
+    nets = networks(policy, reference)
+    assert_same(policy, total(objective, nets, batch), total(algorithm("dapo"), nets, batch) + added, 1e-7)
+
+
 def test_whitening_is_over_all_batches_and_ranks(pool2):
     expected = white([0, 1], Mesh.single())
     assert expected.mean().item() == pytest.approx(0, abs=1e-6) and expected.var(unbiased=False).item() > 0.99

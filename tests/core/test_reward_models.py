@@ -7,8 +7,10 @@ import torch
 
 from tritium.core.chat import render
 from tritium.core.config import ConfigError
+from tritium.core.formats import RecordError
 from tritium.core.rewards import Answer, Score, judge
 from tritium.core.rewards.make import Ensemble, WeightedSum, make_reward
+from tritium.core.rewards.model import FilterConfig
 from tritium.core.setup import read_model
 from tritium.core.tokenizer import Tokenizer
 from tritium.parallel.mesh import Mesh
@@ -74,6 +76,35 @@ def test_grpo_learns_from_steps(tiny, steps_judge, tmp_path):
     assert 0 < row[f"reward/process({steps_judge!r})"] < 1 and row["verifier_failures"] == 0
 
 
+@pytest.fixture(scope="module")
+def comparison(tiny, tmp_path_factory) -> str:
+    rows = [{"prompt": f"{i}?", "chosen": "1" * 8, "rejected": "2"} for i in range(9)]
+    return train(tiny, tmp_path_factory.mktemp("compares"), rows, "--loss=comparison", "--run.steps=40")
+
+
+def test_a_model_of_comparisons_judges_against_a_reference_and_filters_pairs(tiny, comparison):
+    reward, better, worse = make_reward(f"judge({comparison!r}, pairwise=True)"), "1" * 8, "2"
+    answers = [Answer([], better, "3?", worse), Answer([], worse, "3?", better), Answer([], better, "3?")]
+    judged = judge(reward, answers)
+    won, lost, alone = judged.scores
+    assert won.value > 0.6 and won.solved and not lost.solved and alone is None
+    assert won.value + lost.value == pytest.approx(1.0) and "no reference answer" in str(judged.failures)
+    keep = FilterConfig([comparison], margin=0.1).around(lambda record: [record], "fp32", Mesh.single())
+    record = {"prompt": "3?", "chosen": better, "rejected": worse}
+    assert keep(record) == [record]
+    with pytest.raises(RecordError, match="too close, or disagree"):
+        keep({"prompt": "3?", "chosen": worse, "rejected": better})
+
+
+def test_a_model_of_comparisons_is_not_taken_for_one_of_answers(tiny, comparison, steps_judge):
+    with pytest.raises(ConfigError, match=r"scores no whole answers: judge\(.*pairwise=True\)"):
+        make_reward(f"model({comparison!r})")
+    with pytest.raises(ConfigError, match=r"scores no whole answers: process\("):
+        make_reward(f"model({steps_judge!r})")
+    with pytest.raises(ConfigError, match="is a reward model, which can't speak"):
+        make_reward(f"judge({steps_judge!r}, pairwise=True)")
+
+
 HEADS = ("helpfulness", "verbosity")
 
 
@@ -132,8 +163,8 @@ def test_an_ensemble_doubts_what_its_members_disagree_on():
     ("options", "told"),
     [
         (["--heads=a,a", "--loss=score"], "all different"),
-        (["--heads=a,b"], "heads and highest are for --loss=score"),
-        (["--loss=process", "--pooling=mean"], "pools nothing"),
+        (["--heads=a,b"], "heads=a,b: loss=pairwise has none; these do: score"),
+        (["--loss=process", "--pooling=mean"], "pooling=mean: loss=process has none"),
     ],
 )
 def test_heads_that_can_not_be_are_explained(tiny, capsys, options, told):

@@ -1,6 +1,8 @@
 """Objectives of reward models: formulas in fp64, TRL's own loss, ties and partial orders."""
 
+import contextlib
 import itertools
+import math
 from collections import defaultdict
 from types import SimpleNamespace
 
@@ -16,6 +18,8 @@ from tritium.core.tokenizer import Tokenizer
 from tritium.model.config import ModelConfig
 from tritium.model.heads import ScalarModel
 from tritium.model.transformer import Transformer
+from tritium.parallel.mesh import Mesh
+from tritium.stages.reward import calibration
 
 SHAPE = ModelConfig(40, 16, 24, 2, 2, 1, 8, max_positions=32, init_std=0.3)
 pytestmark = pytest.mark.usefixtures("quick")
@@ -112,6 +116,30 @@ def test_a_score_that_somebody_gave():
     network = scorer()
     expected = sum((1 / (1 + torch.exp(-value(network, d))) - d.fields["score"]) ** 2 for d in documents) / 3
     assert_same(network, found(Scoring(), network, pack([[d] for d in documents])), expected)
+
+
+def test_scores_of_several_qualities():
+    rng, heads = np.random.default_rng(4), ("a", "b")
+    documents = [document(rng, n, a=float(np.float32(s)), b=0.5) for n, s in ((3, 0.0), (6, 0.75), (4, 1.0))]
+    network = ScalarModel(Transformer(SHAPE, dtype=torch.float64).initialize(0), heads).initialize(1)
+    errors = [1 / (1 + torch.exp(-value(network, d)[i])) - d.fields[k] for d in documents for i, k in enumerate(heads)]
+    expected = sum(error**2 for error in errors) / 6
+    assert_same(network, found(Scoring(heads), network, pack([[d] for d in documents])), expected)
+
+
+def test_the_calibration_table_says_how_often_the_surer_answer_is_right():
+    rng, network = np.random.default_rng(6), scorer()
+    pairs = [[document(rng, n), document(rng, n + 1)] for n in range(2, 18)]
+    parts = {"networks": torch.nn.ModuleDict({"reward": network}), "mesh": Mesh.single(), "in_step": list}
+    trainer = SimpleNamespace(**parts, averaged=contextlib.nullcontext, whole=contextlib.nullcontext)
+    _, *lines = calibration(trainer, [pack(pairs[:5]), pack(pairs[5:])]).splitlines()
+    margins = [float(value(network, a) - value(network, b)) for a, b in pairs]
+    sure, expected = [1 / (1 + math.exp(-abs(m))) for m in margins], []
+    for low in (0.5, 0.6, 0.7, 0.8, 0.9):
+        if own := [i for i, s in enumerate(sure) if low <= s < low + 0.1]:
+            right = sum(margins[i] > 0 for i in own) / len(own)
+            expected.append(f"  {sum(sure[i] for i in own) / len(own):6.1%} {right:6.1%} {len(own):6.0f}")
+    assert len(lines) > 2 and lines == expected
 
 
 def test_a_comparison_has_no_favourite_place():

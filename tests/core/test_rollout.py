@@ -53,6 +53,16 @@ def test_a_stop_string_is_no_part_of_the_answer_that_is_judged_and_learned(tiny,
     assert sample.completion.tokens == free.completion.tokens[: len(sample.completion.tokens)]
 
 
+def test_where_the_verifier_fails_what_is_rewarded_does_not_say_what_is_right(tiny, tokenizer):
+    problems = load_problems([tiny.data("problems.jsonl")], tokenizer, 96, Skipped())[:1]
+    judge, broken = (lambda ids, text, value=v, **_: Score(1 / value) for v in (1, 0))
+    given = (load(tiny.model, torch.float32), tokenizer, problems, judge, SamplingConfig(max_tokens=2))
+    (sample,) = roll_out(*given).samples
+    assert sample.score.value == 1.0 and sample.right
+    rollout = roll_out(*given, verifier=broken)
+    assert rollout.samples[0].score.value == 1.0 and not rollout.samples[0].right and rollout.failures.total() == 1
+
+
 def test_problems_have_no_weights(tmp_path, tokenizer):
     (file := tmp_path / "a.jsonl").write_text(json.dumps({"question": "What is 1 + 1?", "answer": "2"}) + "\n")
     assert len(load_problems([str(file)], tokenizer, 96, Skipped())) == 1

@@ -31,7 +31,9 @@ def test_different_answers_stand_in_levels_of_equal_worth():
 def test_rejection_sampling_draws_from_the_optimal_policy():
     rewards, beta = [0.0, 0.5, 1.0], 0.5
     first = np.bincount([rejection_sample(rewards, beta, 3, (i,))[0] for i in range(3000)], minlength=3) / 3000
-    assert first[0] < first[1] < first[2] or first[0] == pytest.approx(np.exp(-2), abs=0.05)
+    accepted = np.exp((np.array(rewards) - 1.0) / beta)  # in the first sweep; the first of them in order comes first
+    expected = accepted * np.append(1.0, np.cumprod(1 - accepted)[:-1])
+    assert first == pytest.approx(expected, abs=0.03)
     included = np.zeros(3)
     for i in range(3000):
         once = rejection_sample(rewards, beta, 3, (7, i))

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import tritium
 from tritium.core.config import ConfigError
 from tritium.core.rewards import Score
 from tritium.core.rewards.exact import ExactMatch
+from tritium.core.setup import load_model
 from tritium.stages import cli, distill, tokenizer
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -62,10 +64,45 @@ def test_the_student_comes_closer_to_the_teacher_on_its_own_answers(tiny, tmp_pa
 def test_the_student_learns_what_the_teacher_answers(tiny, tmp_path, teacher):
     source = f"--data.sources={tiny.data('problems.jsonl')}"
     rows = run(tiny, tmp_path, teacher, source, "--mode=sequence", "--draw.prompts=6", "--draw.k=8", "--run.steps=10")
-    with pytest.raises(ConfigError, match="mode=sequence has draw.sampling.temperature"):
-        distill.Config(model="", teacher="", mode="sequence", temperature=0.5)
     losses = [row["loss"] for row in rows if "loss" in row]  # its answers' cross-entropy
     assert sum(losses[-3:]) < sum(losses[:3]) and all(0 <= row["right"] <= 1 for row in rows if "right" in row)
+
+
+def test_an_adapter_of_the_student_learns_from_the_teacher(tiny, tmp_path, teacher):
+    lora = ("--finetune.kind=lora", "--finetune.rank=4", "--optim.lr=1e-2")
+    rows = run(tiny, tmp_path / "a", teacher, *lora, f"--data.sources={tiny.data('chats.jsonl')}", "--run.epochs=3")
+    before, *_, after = [row["eval_loss"] for row in rows if "eval_loss" in row]
+    assert 0 < after < before and list((tmp_path / "a").glob("*/adapter_config.json"))
+    dual = ("--mode=dual", "--draw.reward=length(0, 3)", "--draw.prompts=6", "--run.steps=1")
+    (row,) = run(tiny, tmp_path / "b", teacher, *lora, f"--data.sources={tiny.data('problems.jsonl')}", *dual)
+    assert row["pairs_kept"] > 0 and row["margin"] == pytest.approx(0.0, abs=1e-5)  # the base is the reference
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ({"mode": "sequence", "temperature": 0.5}, "temperature=0.5: mode=sequence has none"),
+        ({"mode": "dual", "temperature": 2.0}, "temperature=2.0: mode=dual has none"),
+        ({"mode": "on_policy", "sft": 1.0}, "sft=1.0: mode=on_policy has none; these do: logit"),
+        ({"positive_from": "teacher"}, "positive_from=teacher: mode=logit has none; these do: dual"),
+        ({"weights": [1.0, 0.0, 0.0]}, "weights=1.0,0.0,0.0: mode=logit has none"),
+    ],
+)
+def test_what_a_mode_would_ignore_is_refused(setting, words):
+    with pytest.raises(ConfigError, match=words):
+        distill.Config(model="", teacher="", **setting)
+
+
+def test_logits_that_are_cut_are_refused_by_a_divergence(tiny, tmp_path, monkeypatch, capsys):
+    def capped(*given, **options):
+        model = load_model(*given, **options)
+        model.config = replace(model.config, head_softcap=30.0)
+        return model
+
+    monkeypatch.setattr(distill, "load_model", capped)
+    arguments = [f"--model={tiny.model}", f"--teacher={tiny.model}", f"--data.sources={tiny.data('chats.jsonl')}"]
+    assert cli.main(["distill", *arguments, f"--run.out={tmp_path / 'run'}"]) == 2
+    assert "does not know the softcap of Gemma 2's logits" in capsys.readouterr().err
 
 
 def test_pairs_and_both_kls_together(tiny, tmp_path, teacher, monkeypatch):

@@ -1,6 +1,7 @@
 """What a run of GRPO says about its rollouts, whatever the ranks, and what it does at the end of the context."""
 
 import json
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,7 +11,7 @@ from tritium.core.config import ConfigError, from_dict
 from tritium.core.experience import Experience, ShapingConfig, summary
 from tritium.core.problems import Problem, problems_of
 from tritium.core.rewards import Score
-from tritium.core.rollout import Rollout, Sample
+from tritium.core.rollout import Rollout, Sample, SamplingConfig
 from tritium.core.tokenizer import Tokenizer
 from tritium.model.generate import Completion
 from tritium.parallel.mesh import Mesh, init_mesh
@@ -103,6 +104,34 @@ def test_a_problem_outside_the_band_stays_away_as_long_with_several_rounds():
     problems = [Problem(i, [], [], "") for i in range(3)]
     rates = trainer.notes["pass_rates"]
     assert all(p.index for n in range(88, 96) for p in problems_of(n, problems, 2, 0, rates, [0.1, 0.9]))
+
+
+def test_a_failure_of_the_judge_is_no_problem_that_is_never_solved():
+    settings = SimpleNamespace(data=SimpleNamespace(band=[0.1, 0.9]))
+    trainer = SimpleNamespace(mesh=Mesh.single(), out=Path("none"), notes={})
+    experience = Experience(trainer, None, [], None, settings, 1)
+    experience.remember(Rollout([group(None, None)]), 0)
+    assert trainer.notes["pass_rates"] == {}
+    experience.remember(Rollout([group(1, None, 0)]), 1)
+    assert trainer.notes["pass_rates"] == {"0": [0.5, 1]}
+
+
+def test_failures_on_the_likeliest_answers_are_counted(monkeypatch):
+    settings = SimpleNamespace(shaping=ShapingConfig(), sampling=SamplingConfig())
+    experience = Experience(SimpleNamespace(out=Path("none")), None, [], None, settings, 1, greedy=True)
+    likeliest = Rollout([group(None), group(0.5)], Counter(broken=1))
+    monkeypatch.setattr(Experience, "answers", lambda *_: likeliest)
+    rollout = Rollout([group(1, 0), group(1, 1)])
+    assert experience.greedy_scores(rollout, 0) == [0.0, 0.5] and rollout.failures.total() == 1
+
+
+@pytest.mark.parametrize("options", [{"beta": 0.5}, {"entropy": 0.1}, {}])
+def test_what_holds_for_every_answer_acts_also_where_none_is_better(tiny, trained, monkeypatch, options):
+    """A KL to the reference pulls the policy back when all problems are solved."""
+    monkeypatch.setattr("tritium.core.experience.open_reward", lambda *_: lambda ids, text, **_: Score(1.0))
+    steps = trained(tiny.data("problems.jsonl"), grpo={"prompts": 2, "group": 3} | options)
+    assert all((step["tokens"] > 0) == bool(options) and step["varied_groups"] == 0 for step in steps)
+    assert all(("kl_k3" in step) == ("beta" in options) for step in steps)
 
 
 def scored_document(score: Score, weights: list[float], shaping: dict) -> dict[str, list[float]]:

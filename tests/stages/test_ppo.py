@@ -11,6 +11,7 @@ import tritium
 from tritium.core.chat import render
 from tritium.core.config import ConfigError, UserError, from_dict
 from tritium.core.files import Skipped
+from tritium.core.health import PANEL, TROUBLES
 from tritium.core.rewards import Answer, Score, judge
 from tritium.core.rewards.model import open_reward
 from tritium.core.tokenizer import Tokenizer
@@ -87,18 +88,32 @@ def test_a_reward_model_judges_each_answer_by_itself_and_counts_what_it_cannot_r
     assert failed.scores == [None] and "longer than the reward model's context of 96" in str(failed.failures)
     total = judge(open_reward("exact", scorer, 0.0, "fp32", Mesh.single(), 0.5), answers).scores[1]
     assert total.value == pytest.approx(0.5 * both[1].value + total.parts["reward"])
+    assert total.solved  # as exact says: a reward model knows nothing of that
 
 
 def test_with_a_reward_model_and_text_beside(tiny, scorer, tmp_path):
     text = {"sources": [tiny.data("chats.jsonl")], "bin_tokens": 256}
-    more = {"reward_model": scorer, "reward": "", "text": text, "shaping": {"clip": 2.0, "missing_eos": 1.0}}
-    settings = {"prompts": 4, "group": 2, "epochs": 2, "target_kl": 0.01, "beta": 0.1}
+    more = {
+        "reward_model": scorer,
+        "reward": "",
+        "model_weight": 0.5,
+        "text": text,
+        "shaping": {"clip": 2.0, "missing_eos": 1.0},
+    }
+    settings = {"prompts": 4, "group": 2, "epochs": 2, "target_kl": 0.01, "beta": 0.1, "critic_lr": 0.0}
     ppo.train(config(tiny, tmp_path, 6, ppo=settings, **more))
     steps = [m for m in rows(tmp_path) if "loss" in m]
     assert len(steps) == 6 and all(m["ptx"] > 0 for m in steps)
     found = [m for m in steps if "reward" in m]  # each rollout's numbers once
-    assert len(found) == 3 and all(m["reward/reward_model"] == pytest.approx(m["reward"]) for m in found)
+    assert len(found) == 3 and all(m["reward/reward_model"] == pytest.approx(2 * m["reward"]) for m in found)
+    assert all("grad_norm.policy" in m and "grad_norm.critic" not in m for m in steps)
     assert all(m["shaped_reward"] < m["reward"] for m in found)  # hardly an answer ends within six tokens
+    watched = {name for names in PANEL.values() for name in names} | {name for name, *_ in TROUBLES.values()}
+    assert watched <= {name for m in steps for name in m}  # what the panel shows and warns of is there
+    assert all("right" in m for m in found)  # PPO's verifier by default; else nobody knows
+    blind = config(tiny, tmp_path / "b", 1, reward_model=scorer, reward="", verifier="", ppo={"prompts": 2})
+    ppo.train(blind)
+    assert "right" not in rows(tmp_path / "b")[-1]
     assert found[-1]["beta"] < 0.1 * 0.98 + 1e-9  # the policy is nearer than it may be
     assert len({m["tokens"] for m in found}) > 1 and all(m["right"] <= 1 for m in found)
 
@@ -185,7 +200,12 @@ def test_a_reward_that_also_pays_for_length_is_named(tiny, tmp_path, monkeypatch
         (["--ppo.importance=2", "--sampling.min_p=0.1"], "needs sampling.temperature=1"),
         (["--ppo.importance=2", "--sampling.repetition_penalty=1.1"], "needs sampling.temperature=1"),
         (["--data.band=0.5"], "must be two shares"),
-        (["--ppo.beta=0", "--reference.every=2"], "reference is for the KL to it, which ppo.beta=0 leaves out"),
+        (["--data.band=0.1,0.9", "--reward=", "--verifier="], "which no reward model tells: give a --verifier"),
+        (
+            ["--ppo.beta=0", "--reference.every=2"],
+            "reference is for the KL to the reference, which ppo.beta=0 leaves out",
+        ),
+        (["--ppo.beta=0", "--ppo.kl_in=loss"], "ppo.kl_in is for the KL to the reference"),
         (["--reference.model={other}"], "has another vocabulary (330 tokens)"),
         (["--critic={other}"], "critic={other} has another vocabulary"),
         (["--shaping.clip=-1"], "shaping.clip=-1.0 must be at least 0"),
@@ -198,7 +218,7 @@ def test_what_cannot_be_is_told(tiny, other, tmp_path, capsys, arguments, words)
     assert words.format(other=other) in capsys.readouterr().err
 
 
-def test_a_reward_model_may_have_another_base_and_tokenizer(other, tmp_path):
+def test_a_reward_model_may_have_another_base_and_tokenizer(tiny, other, tmp_path, monkeypatch):
     """It reads the text, not the policy's tokens."""
     ScalarModel(tritium.load(other, dtype=torch.float32)).initialize(0).save(str(tmp_path / "scorer"))
     for file in Path(other).glob("tokenizer*"):
@@ -208,6 +228,10 @@ def test_a_reward_model_may_have_another_base_and_tokenizer(other, tmp_path):
     chat = [{"role": "user", "content": "What is 5 + 7?"}, {"role": "assistant", "content": "it is 12"}]
     ids, model = torch.tensor(render(tokenizer, chat).ids), judged.judges["reward_model"].model
     assert score.value == pytest.approx(float(model.values(ids)[-1]), abs=1e-5)
+    read, read_model = [], ppo.read_model
+    monkeypatch.setattr(ppo, "read_model", lambda *given: (read.append(given[0]), read_model(*given))[1])
+    ppo.open_networks(config(tiny, tmp_path, 1, reward_model=str(tmp_path / "scorer")), Mesh.single())
+    assert read == [tiny.model]  # the critic reads the policy's tokens
 
 
 def test_a_group_of_one_has_nothing_to_compare_with():
@@ -224,6 +248,16 @@ def test_a_kl_in_the_loss_has_a_gradient_unless_k1_is_asked_for():
         assert ppo.objective_of(ppo.Config(model="", ppo=ppo.PPOConfig(kl_in=where))).kl == kind
         assert grpo.objective_of(grpo.GRPOConfig(algorithm="rloo", kl_in=where), grpo.SamplingConfig()).kl == kind
     assert ppo.objective_of(ppo.Config(model="", ppo=ppo.PPOConfig(kl_in="loss", kl="k1"))).kl == "k1"
+
+
+def test_options_reach_the_objective():
+    given = {"gamma": 0.9, "lam": 0.8, "value_clip": 0.0, "value_coefficient": 0.1, "beta": 0.2, "ptx": 3.0}
+    objective = ppo.objective_of(ppo.Config(model="", ppo=ppo.PPOConfig(whiten=False, clip=0.1, **given)))
+    assert vars(objective) | given | {"scale": "none", "clip_low": 0.1, "clip_high": 0.1} == vars(objective)
+    given = {"clip_low": 0.1, "clip_high": 0.3, "normalization": "constant", "constant": 7.0, "scale": "none"}
+    objective = grpo.objective_of(grpo.GRPOConfig(entropy=0.01, **given), grpo.SamplingConfig(temperature=0.8))
+    assert vars(objective) | given | {"entropy": 0.01, "temperature": 0.8} == vars(objective)
+    assert grpo.objective_of(grpo.GRPOConfig(algorithm="dr_grpo"), grpo.SamplingConfig(max_tokens=9)).constant == 9
 
 
 def test_text_beside_answers_is_of_the_turns_that_were_asked_for(tiny, tmp_path):

@@ -96,7 +96,10 @@ def test_a_reference_with_another_vocabulary_is_refused(tiny, tmp_path, capsys):
     [
         (["--loss=ipo", "--label_smoothing=0.1"], "ipo has none"),
         (["--label_smoothing=0.5"], "label_smoothing=0.5 must be below 0.5"),
-        (["--loss=simpo", "--reference=x"], "simpo has no reference"),
+        (["--loss=simpo", "--reference=x"], "reference=x: loss=simpo has none"),
+        (["--margin=2"], "margin=2.0: loss=dpo has none; these do: simpo, slic"),
+        (["--sft=1", "--loss=kto"], "sft=1.0: loss=kto has none"),
+        (["--desirable=2"], "desirable=2.0: loss=dpo has none"),
         (["--beta=0"], "beta=0.0 must be above 0"),
         (["--online", "--loss=kto"], "not with loss=kto"),
         (["--online", "--draw.prompts=0"], "draw.prompts=0 must be at least 1"),
@@ -153,7 +156,7 @@ def test_noise_is_left_out_and_counted(tiny, tmp_path, capsys, monkeypatch, stag
         held.append(sum(judge() is not None for judge in asked_ones))
         step(*given)
 
-    monkeypatch.setattr("tritium.core.rewards.model.ModelReward", Watched)
+    monkeypatch.setattr("tritium.core.rewards.scorer.ModelReward", Watched)
     monkeypatch.setattr(Trainer, "step", watched)
     for i, (asked, more, left_out) in enumerate(
         ((models[:2], [], 3), (models, ["--filter.margin=-100"], 3), (models, ["--filter.agreement=1"], 12))
@@ -207,6 +210,23 @@ def test_the_best_and_the_worst_of_many_make_a_pair(tiny, tmp_path, monkeypatch)
     )
     ends = [(row["ranked"][0], row["ranked"][-1]) for row in rankings]
     assert len(pairs) > 3 and [(pair["chosen"], pair["rejected"]) for pair in pairs] == ends
+
+
+def test_right_answers_are_learned_and_preferred_whatever_else_their_scores_are_made_of(tiny, tmp_path, monkeypatch):
+    """A score of several parts is another for each answer: the best one is not the only right one, and a right one that
+    scores lower is not rejected."""
+    right = lambda text: sum(map(ord, text)) % 2 == 1  # noqa: E731
+    judge = lambda ids, text, **_: Score(sum(map(ord, text)) / 1e4, right=right(text))  # noqa: E731
+    monkeypatch.setattr("tritium.stages.sample.make_reward", lambda spec, malformed=0.0: judge)
+    arguments = [f"--model={tiny.model}", f"--sources={tiny.data('problems.jsonl')}", f"--out={tmp_path}", "--k=8"]
+    assert cli.main(["sample", *arguments, "--paths=4", "--sampling.max_tokens=4", "--dtype=fp32"]) == 0
+    learned, pairs = (
+        [json.loads(line) for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()]
+        for name in ("sft", "pairs")
+    )
+    asked = [row["messages"][0]["content"] for row in learned]
+    assert max(map(asked.count, asked)) > 1 and all(right(row["messages"][-1]["content"]) for row in learned)
+    assert len(pairs) > 3 and all(right(p["chosen"]) and not right(p["rejected"]) for p in pairs)
 
 
 @pytest.mark.parametrize("learn", ["right", "reward", "advantage", "condition"])
