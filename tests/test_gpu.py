@@ -20,7 +20,7 @@ from tritium.core.objectives.base import supervised_logprob
 from tritium.core.objectives.distill import Distill
 from tritium.core.objectives.likelihood import CrossEntropy
 from tritium.core.objectives.policy import ALGORITHMS, PPO, PolicyGradient
-from tritium.core.objectives.reward import Pairwise, Process, Scoring
+from tritium.core.objectives.reward import Listwise, Pairwise, Process, Scoring
 from tritium.core.run import RunConfig
 from tritium.core.trainer import Trainer
 from tritium.kernels.backend import HAS_TRITON
@@ -104,6 +104,8 @@ OBJECTIVES = {
     "pairwise": (Pairwise(), ["reward"]),
     "process": (Process(), ["reward"]),
     "scoring": (Scoring(), ["reward"]),
+    "listwise": (Listwise(), ["reward"]),
+    "all_pairs": (Listwise(pairs=True), ["reward"]),
     "distill": (Distill(), ["policy", "teacher"]),
     "grpo": (PolicyGradient(), ["policy"]),
     "gspo": (ALGORITHMS["gspo"], ["policy"]),
@@ -124,7 +126,7 @@ def test_without_a_gpu_no_number_is_read_by_an_objective(monkeypatch, name):
     networks |= {key: ScalarModel(networks[key]) for key in ("reward", "critic") if key in networks}
     weights = (np.arange(20) > 5).astype(np.float32)
     fields = {"score": 0.5, "label": np.ones(20, np.float32)}
-    documents = [Document(np.arange(20, dtype=np.int32), weights, fields) for _ in range(2)]
+    documents = [Document(np.arange(20, dtype=np.int32), weights, fields | {"rank": float(i)}) for i in range(2)]
     batch = pack([documents], {"pairs": 1.0}).to("meta")
     noted = ("old_logp", "advantages", "sampler_logp", "old_values", "returns")
     batch.fields.update({key: torch.zeros(len(batch.supervised), device="meta") for key in noted})

@@ -102,31 +102,32 @@ class Listwise(RewardObjective):
     pairs: bool = False
 
     def loss(self, outputs: Tensor, batch: PackedBatch) -> Loss:
-        ranks, one = batch.fields["rank"], plackett_luce
-        starts = [i for i, rank in enumerate(ranks.tolist()) if rank == 0 and (i == 0 or ranks[i - 1] != 0)]
-        spans = [slice(s, e) for s, e in zip(starts, [*starts[1:], len(outputs)], strict=True)]
-        if self.pairs:
-            one = all_pairs
-        losses = [one(outputs[span], ranks[span]) for span in spans]
-        best = [outputs[s][ranks[s] == 0].max() >= outputs[s].max() for s in spans]
-        zero = outputs.sum() * 0.0
-        metrics = {"accuracy": Metric(sum((b.to(zero.dtype) for b in best), zero.detach()), "rankings")}
-        return {"loss": Term(sum(losses, zero), "rankings")}, metrics
+        ranks = batch.fields["rank"]
+        first = (ranks == 0) & (F.pad(ranks, (1, 0), value=1.0)[:-1] != 0)  # of a ranking
+        together = first.cumsum(0)
+        same = together[:, None] == together[None, :]  # [S, S]
+        worse = same & (ranks[:, None] < ranks[None, :])
+        scores = outputs.detach()[None]
+        best, most = (scores.masked_fill(~of, -torch.inf).amax(1) for of in (same & (ranks == 0), same))  # [S]
+        metrics = {"accuracy": Metric((first & (best >= most)).sum().to(outputs.dtype), "rankings")}
+        loss = all_pairs(outputs, worse, same) if self.pairs else luce(outputs, worse)
+        return {"loss": Term(loss, "rankings")}, metrics
 
 
 def plackett_luce(scores: Tensor, ranks: Tensor | None = None) -> Tensor:
-    """Negative log-likelihood of the order of `ranks` [n], ascending (default: 0, 1, 2, …), of `scores` [n]:
-    −Σ_k [r_k − log(exp r_k + Σ_j exp r_j)] over the answers j that are worse than k (Luce 1959; Cao et al. 2007).
-
-    Equal answers are not compared: each is drawn from itself and what is worse (a partial order).
-    """
+    """Negative log-likelihood of the order of `ranks` [n], ascending (default: 0, 1, 2, …), of `scores` [n]."""
     ranks = torch.arange(len(scores), device=scores.device) if ranks is None else ranks
-    worse = ranks[:, None] < ranks[None, :]  # [n, n]
+    return luce(scores, ranks[:, None] < ranks[None, :])
+
+
+def luce(scores: Tensor, worse: Tensor) -> Tensor:
+    """−Σ_k [r_k − log(exp r_k + Σ_j exp r_j)] over the answers j that are worse than k, `worse` [k, j] (Luce 1959; Cao
+    et al. 2007). Equal answers are not compared: each is drawn from itself and what is worse (a partial order)."""
     seen = worse | torch.eye(len(scores), dtype=torch.bool, device=scores.device)
     return (scores[None].masked_fill(~seen, -torch.inf).logsumexp(1) - scores).sum()
 
 
-def all_pairs(scores: Tensor, ranks: Tensor) -> Tensor:
-    """The mean of −log σ(r_i − r_j) over the pairs where i is better than j."""
-    better = ranks[:, None] < ranks[None, :]  # [n, n]
-    return -F.logsigmoid(scores[:, None] - scores[None, :])[better].mean()
+def all_pairs(scores: Tensor, worse: Tensor, same: Tensor) -> Tensor:
+    """Σ over rankings of the mean of −log σ(r_i − r_j) over their pairs where i is better than j."""
+    pairs = (same * worse.sum(1)).sum(1, keepdim=True).clamp(min=1)  # [S, 1]: of the ranking that i is in
+    return (-F.logsigmoid(scores[:, None] - scores[None, :]) * worse / pairs).sum()
