@@ -76,13 +76,11 @@ def train(config: Config) -> Result:
 
 def read_recipe(name: str, seen: tuple[str, ...] = ()) -> dict[str, Any]:
     """The recipe of that name or file, merged over what it extends. Raises: ConfigError."""
-    built_in = resources.files("tritium.stages.recipes") / f"{name}.toml"
-    path = Path(name) if name.endswith(".toml") else built_in
+    built_in = resources.files("tritium.stages.recipes")
+    path = Path(name) if name.endswith(".toml") else built_in / f"{name}.toml"
     if not path.is_file() or name in seen:
-        known = ", ".join(
-            sorted(p.name.removesuffix(".toml") for p in built_in.parent.iterdir() if p.suffix == ".toml")
-        )
-        raise ConfigError(f"recipe: {name!r} is not a file, and not one of {known}")
+        known = sorted(p.name.removesuffix(".toml") for p in built_in.iterdir() if p.name.endswith(".toml"))
+        raise ConfigError(f"recipe: {name!r} is not a file, and not one of {', '.join(known)}")
     try:
         recipe = tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:

@@ -97,6 +97,7 @@ def test_an_interrupted_stage_is_resumed_and_a_changed_one_run_anew(tiny, tmp_pa
         ("stages = 3\n", "must be a table"),
         ('tests = "a.jsonl"\n[stages.corpus]\n', "tests"),
         ("[stages.sft\n", "mine.toml"),
+        ('extends = "no/such.toml"\n', "'no/such.toml' is not a file, and not one of"),
         ('extends = "nothing"\n', "nothing"),
     ],
 )
