@@ -81,7 +81,11 @@ class AskConfig:
 
     def open(self, mesh: Mesh | None = None) -> tuple[Transformer, Tokenizer]:
         """The model, frozen, and its tokenizer; by default on one process's device."""
-        model = load_model(self.model, self.dtype, mesh or Mesh.single(local_device(self.device)), frozen=True)
+        try:
+            mesh = mesh or Mesh.single(local_device(self.device))
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
+        model = load_model(self.model, self.dtype, mesh, frozen=True)
         return model, load_tokenizer(self.model, model, self.template)
 
     def engine(self, model: Transformer, tokenizer: Tokenizer, tool: Tool | None = None) -> Engine:

@@ -121,7 +121,12 @@ def averaged(
 
 
 def ema_weights(count: int, decay: float) -> list[float]:
-    """An exponential moving average over `count` checkpoints, the newest last: it begins with the first of them."""
+    """An exponential moving average over `count` checkpoints, the newest last: it begins with the first of them.
+
+    Raises: ValueError for a decay outside of [0, 1).
+    """
+    if not 0 <= decay < 1:
+        raise ValueError(f"ema={decay} must be at least 0 and below 1")
     return [decay ** (count - 1)] + [(1 - decay) * decay ** (count - 1 - i) for i in range(1, count)]
 
 

@@ -98,6 +98,7 @@ def test_the_commands(tiny, tmp_path, capsys):
         (["layers", tiny.model, str(tmp_path / "x"), "--order=0-7"], "layers are 0 to 1"),
         (["layers", tiny.model, str(tmp_path / "x"), "--order=a"], "neither a layer nor a range"),
         (["average", str(tmp_path / "x"), tiny.model, "--weights=1,2"], "one each"),
+        (["average", str(tmp_path / "x"), tiny.model, tiny.model, "--ema=2"], "ema=2.0 must be at least 0 and below 1"),
         (["merge", str(tmp_path / "none"), str(tmp_path / "x")], "there is no such folder"),
         (["merge", tiny.model, str(tmp_path / "x")], "holds no adapter"),
         (["layers", str(tmp_path / "none"), str(tmp_path / "x"), "--order=0"], "does not exist"),

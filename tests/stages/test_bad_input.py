@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from tritium.core.checkpoint import checkpoints
 from tritium.model.config import ModelConfig
@@ -196,6 +197,12 @@ def test_a_full_disk_at_the_last_checkpoint(sft, tmp_path):
     assert code == 2 and "step-00000002 could not be written: " in shown and "free some space" in shown
     assert "step-00000001 could not be written" in shown and "the run goes on" in shown
     assert not checkpoints(tmp_path / "out") and not list((tmp_path / "out").glob("*.tmp"))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there(tiny, capsys):
+    code, shown = run(capsys, "chat", f"--model={tiny.model}", "--device=cuda")
+    assert code == 2 and "torch sees no GPU here" in shown
 
 
 def test_what_can_be_known_to_be_wrong_leaves_nothing_behind(tiny, tmp_path, capsys):
