@@ -32,6 +32,7 @@ from tritium.core.tokenizer import Tokenizer
 from tritium.core.tokenizer.tokenizer import StreamDecoder
 from tritium.model.beam import beam_search
 from tritium.model.generate import Completion, Engine, Running, check_prompt
+from tritium.model.stops import Text
 from tritium.model.transformer import Transformer
 from tritium.parallel.data import fingerprint
 
@@ -118,8 +119,8 @@ def searched(model: Transformer, tokenizer: Tokenizer, coming: Coming, config: C
             if isinstance(ids, str):
                 yield record, ids
             else:
-                completion, decoder = next(found), decoder_of(tokenizer, record)
-                yield record, [(completion, "".join(map(decoder.push, completion.tokens)) + decoder.finish())]
+                completion = next(found)
+                yield record, [(completion, Text.of(decoder_of(tokenizer, record), (), completion.tokens))]
 
 
 def told(work: Callable, *given: Any) -> Any:

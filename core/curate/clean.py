@@ -14,18 +14,20 @@ from tritium.core.rewards.text import SCRIPTS, script
 
 CONTROLS = dict.fromkeys([*range(0x09), 0x0B, 0x0C, *range(0x0E, 0x20), *range(0x7F, 0xA0), 0xFEFF, 0x200B, 0x00AD])
 LETTERS = 2000  # of a text are looked at, to name its language
-FENCED = re.compile(r"```.*?(?:```|\Z)|^ *(?:assert|from|import|def) .*$", re.DOTALL | re.MULTILINE)
+FENCED = re.compile(r"```.*?(?:```|\Z)|^ *(?:assert|from|import|def) [^\n]*", re.DOTALL | re.MULTILINE)
 WORD = re.compile(r"[^\W\d_]+(?:'[^\W\d_]+)?")
 SCRIPT_LANGUAGES = {SCRIPTS[language]: language for language in ("ko", "el", "ar", "he", "hi", "th")}
 
-EMAIL = re.compile(r"(?<![\w.+-])[\w.+-]{1,64}@(?:[\w-]{1,63}\.){1,5}[a-zA-Z]{2,24}\b(?![(\[])")  # not X@W.mean(0)
+# What a call or an index follows is no mail address but a product of matrices, X@W.mean(0).
+EMAIL = re.compile(r"(?<![\w.+-])[\w.+-]{1,64}@(?:[\w-]{1,63}\.){1,5}[a-zA-Z]{2,24}\b(?!(?:\.\w+)*[(\[])")
 PHONE = re.compile(
     r"(?<![\w+.-])(?:\+\d{1,3}[ .-]?(?:\(\d{1,4}\)[ .-]?)?\d{1,4}(?:[ .-]?\d{2,4}){2,4}"  # with the country's code
     r"|\(\d{3}\) ?\d{3}-\d{4}|\d{3}[-.]\d{3}[-.]\d{4})(?![\w-]|\.\d)"  # North America's
 )
-ADDRESS = re.compile(
-    r"(?<![\w.:])(?:\d{1,3}(?:\.\d{1,3}){3}|[23][0-9a-fA-F]{3}:(?:[0-9a-fA-F]{0,4}:){1,6}[0-9a-fA-F]{0,4})(?![\w:]|\.\d)"
-)  # of those of version 6, the ones that are given out
+ADDRESS = re.compile(  # of version 6 those that are given out, whole or with two groups before the ::, as no slice is
+    r"(?<![\w.:])(?:\d{1,3}(?:\.\d{1,3}){3}|(?=[\da-fA-F:]*::|(?:[\da-fA-F]+:){7})"
+    r"[23][\da-fA-F]{3}:[\da-fA-F]{1,4}:(?:[\da-fA-F]{0,4}:){1,5}[\da-fA-F]{0,4})(?![\w:]|\.\d)"
+)
 SECRET = re.compile(
     r"\b(?:AKIA|ASIA)[0-9A-Z]{16}\b|\bgh[pousr]_[A-Za-z0-9]{36,}\b|\bgithub_pat_\w{22,}|\bsk-[A-Za-z0-9_-]{20,}"
     r"|\bxox[abprs]-[A-Za-z0-9-]{10,}|\bAIza[\w-]{35}|\beyJ[\w-]{10,}\.[\w-]{10,}\.[\w-]{10,}"

@@ -174,11 +174,11 @@ class TextOnly(html.parser.HTMLParser):
             del self.hidden[self.hidden.index(tag) :]
         elif tag in BLOCKS:
             self.parts.append("\n")
-        self.code -= tag == "pre"
+        self.code = max(self.code - (tag == "pre"), 0)  # pages close what they did not open
 
     def handle_data(self, data: str) -> None:
         if not self.hidden:
-            self.parts.append(data.translate(KEPT) if self.code > 0 else re.sub(r"\s+", " ", data))
+            self.parts.append(data.translate(KEPT) if self.code else re.sub(r"\s+", " ", data))
 
 
 def html_text(page: str) -> str:

@@ -185,3 +185,27 @@ def test_rules_for_prose_take_no_maths_and_no_code(tmp_path):
     documents, summary = run(tmp_path, rows, {"filter": {"rules": ["gopher", "c4", "yi"]}})
     assert [d["kind"] for d in documents] == ["problem", "problem"] and summary["dropped"] == {"min_words": 1}
     assert run(tmp_path, rows, {"filter": {"rules": ["gopher"], "kinds": []}}, out="all")[0] == []
+
+
+@pytest.mark.parametrize(
+    "text", ["2023:08:14 12:30:00", "x = rows[2000::2]", "3000:10:20", "y = x@W.weight.t()", "X@W.mean(0)"]
+)
+def test_dates_slices_and_products_are_no_addresses(text):
+    assert anonymised(text, Counter()) == text
+
+
+@pytest.mark.parametrize("address", ["2a00:1450::1", "2606:4700:4700::1111", "2a00:1450:4001:0081:0000:0000:0000:200e"])
+def test_what_is_an_address_of_version_6_is_replaced(address):
+    assert anonymised(f"ping {address}, then", Counter()) == "ping <IP>, then"
+
+
+def test_a_line_of_code_hides_no_language_of_the_lines_after_it(tmp_path):
+    german = (
+        "Der Mann ging mit dem Hund in den Wald und die Frau war nicht da, weil sie auf das Kind gewartet hat. " * 5
+    )
+    documents, _ = run(tmp_path, [{"text": "from x import y\n" + german}], {"clean": {}})
+    assert documents[0]["language"] == "de"
+
+
+def test_a_pre_that_is_closed_and_was_not_open_spoils_no_other():
+    assert html_text("a</pre><pre>if x:\n    y</pre>").endswith("if x:\n    y")
