@@ -38,9 +38,7 @@ class MeshConfig:
     tp: int = opt(1, "tensor-parallel ranks that hold one model together")
     cp: int = opt(1, "context-parallel ranks that share the tokens of one batch")
     zero: int = opt(0, "what data-parallel ranks share: 1 the optimizer's state, 2 also gradients, 3 also parameters")
-    ring: bool = opt(
-        False, "context-parallel ranks pass keys and values round, and gather only those of layers with a window"
-    )
+    ring: bool = opt(False, "context-parallel ranks pass keys and values round; only layers with a window gather them")
     shard: int = opt(0, "ranks over which zero cuts, of one host, say; more hold copies (0: all data-parallel ranks)")
     timeout: float = opt(600.0, "seconds after which a rank that is waited for is given up, and the run ends")
 

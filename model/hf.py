@@ -155,9 +155,7 @@ def from_hf_config(raw: dict, path: Path) -> ModelConfig:
     if not isinstance(family, str) or family not in FAMILIES:
         near = difflib.get_close_matches(str(family), FAMILIES, n=1, cutoff=0.3)
         hint = f" (the nearest is {near[0]})" if near else ""
-        raise ModelFolderError(
-            f"{path}: model_type {family!r} is not supported; these are: {', '.join(FAMILIES)}{hint}"
-        )
+        raise ModelFolderError(f"{path}: model_type {family!r} is not supported; there are {', '.join(FAMILIES)}{hint}")
     wrong = {key: raw.get(key) for key in ("attention_bias", "mlp_bias") if raw.get(key)}
     key, wanted = ("hidden_activation", "gelu_pytorch_tanh") if family == "gemma2" else ("hidden_act", "silu")
     if raw.get(key) not in (wanted, None):

@@ -115,9 +115,7 @@ class Mesh:
 def check_grid(world_size: int, cp: int, tp: int, zero: int, shard: int, ring: bool) -> None:
     """Raise ValueError for a mesh that so many processes can't be."""
     if min(cp, tp) < 1 or world_size % (cp * tp):
-        raise ValueError(
-            f"cp={cp} × tp={tp} does not divide the {world_size} processes of this run: start a multiple of it"
-        )
+        raise ValueError(f"cp={cp} × tp={tp} does not divide the {world_size} processes of this run: start a multiple")
     if ring and cp == 1:
         raise ValueError("ring goes with context parallelism: cp of at least 2")
     if zero not in range(4):
@@ -173,9 +171,7 @@ def _check_agreement(mine: str) -> None:
     dist.all_gather_object(answers, mine)
     for rank, answer in enumerate(answers):
         if answer != answers[0]:
-            raise ValueError(
-                f"rank 0 has {answers[0]}, rank {rank} {answer}: start every process with the same command"
-            )
+            raise ValueError(f"rank 0 has {answers[0]}, rank {rank} {answer}: start all processes with one command")
 
 
 def _place(cp: int, tp: int, shard: int, device: torch.device, timeout: timedelta) -> Mesh:

@@ -126,9 +126,7 @@ class Sharding:
         if sum(sections) != whole:
             raise ValueError(f"sections {sections} add up to {sum(sections)}, the dimension is {whole}")
         if any(n % tp for n, common in zip(sections, replicated, strict=True) if not common):
-            raise ValueError(
-                f"tp={tp} does not divide {' + '.join(map(str, sections))}: choose sizes that are multiples"
-            )
+            raise ValueError(f"tp={tp} does not divide {' + '.join(map(str, sections))}: choose multiples of it")
         return [(n, n if common else n // tp) for n, common in zip(sections, replicated, strict=True)]
 
     def whole_size(self, local: int, tp: int) -> int:

@@ -34,9 +34,7 @@ ONE_PROCESS = True  # there is one terminal
 @dataclass
 class Config(AskConfig):
     system: str = opt("", "system prompt")
-    sampling: SamplingConfig = opt(
-        SamplingConfig(temperature=0.4, max_tokens=256, max_batch=1), "how answers are drawn"
-    )
+    sampling: SamplingConfig = opt(SamplingConfig(temperature=0.4, max_tokens=256, max_batch=1), "how it draws answers")
 
 
 def train(config: Config) -> Result:

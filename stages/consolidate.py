@@ -14,10 +14,10 @@ from pathlib import Path
 
 from tritium.core.checkpoint import MANIFEST, damage, model_folder
 from tritium.core.config import UserError
-from tritium.core.output import make_folder
 from tritium.model.hf import INDEX
 from tritium.parallel.files import Share, TensorFileError, file_name, open_tensors, tensor_files
 from tritium.stages.cli import run_stage
+from tritium.stages.surgery import new_folder
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -31,9 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError(f"--gigabytes={arguments.gigabytes} must be positive")
     if not Path(arguments.source).is_dir():
         raise UserError(f"RUN_OR_CHECKPOINT={arguments.source}: there is no such folder")
-    source, out = Path(model_folder(arguments.source)), make_folder(arguments.out, "OUT", now=False)
-    if tensor_files(out, "model"):
-        raise UserError(f"OUT={out} holds a model already: name another folder, or delete it")
+    source, out = Path(model_folder(arguments.source)), new_folder(arguments.out)
     if (source / MANIFEST).exists() and (problem := damage(source, without="trainer")):
         raise UserError(f"{source} is damaged: {problem}; name another checkpoint")
     try:

@@ -92,9 +92,7 @@ def open_networks(config: Config, mesh: Mesh) -> dict[str, nn.Module]:
     networks["teacher"] = load_model(config.teacher, dtype, mesh, frozen=True)
     sizes = [networks[name].config.vocab_size for name in ("policy", "teacher")]
     if sizes[0] != sizes[1]:
-        raise UserError(
-            f"teacher={config.teacher} has {sizes[1]} logits, {config.model} {sizes[0]}: they must be equal"
-        )
+        raise UserError(f"teacher={config.teacher} has {sizes[1]} logits, {config.model} {sizes[0]}: take equal ones")
     if config.mode != "sequence" and any(networks[name].config.head_softcap for name in ("policy", "teacher")):
         raise UserError(
             "a divergence does not know the softcap of Gemma 2's logits, of model or teacher: take --mode=sequence, "

@@ -55,9 +55,7 @@ class Config(AskConfig):
     samples: int = opt(1, "answers to each problem: more give pass@k", least=1)
     against: str = opt("", "another's answers to the same problems, as `save` writes them: gives win_rate")
     reward_model: str = opt("", "folder of a reward model that says which answer wins (default: `reward`)")
-    judge: str = opt(
-        "", "language model (folder, address), or one of comparisons, that says it, shown both in either order"
-    )
+    judge: str = opt("", "folder or address of a language model, or one of comparisons, that says it, shown both ways")
     limit: int | None = opt(None, "use only the first problems", least=1)
     sampling: SamplingConfig = opt(SamplingConfig(temperature=0.0), "how answers are drawn")
     json: bool = opt(False, "print one JSON object")
@@ -67,9 +65,7 @@ class Config(AskConfig):
     def __post_init__(self):
         super().__post_init__()
         if self.samples > 1 and not self.sampling.temperature:
-            raise ConfigError(
-                f"samples={self.samples}: equal answers, at temperature 0; set --sampling.temperature=0.8"
-            )
+            raise ConfigError(f"samples={self.samples}: equal answers at temperature 0; set --sampling.temperature=0.8")
         if self.judge and not self.against:
             raise ConfigError(f"judge={self.judge}: it compares with another's answers: give --against=FILE")
         make_reward(self.reward)
@@ -180,9 +176,7 @@ def win_rate(config: Config, rollout: Rollout, mesh: Mesh) -> dict[str, float]:
     mine = [group[0].shown() for group in rollout.groups]
     theirs = [replace(a, ids=(), text=others.get(json.dumps(list(a.messages)))) for a in mine]
     if missing := sum(not isinstance(answer.text, str) for answer in theirs):
-        raise DataError(
-            f"against: {config.against} lacks {missing} of {len(mine)} problems: save it from the same data"
-        )
+        raise DataError(f"against: {config.against} lacks {missing} of {len(mine)} problems: save it of the same data")
     if config.judge:
         pairs = [replace(a, reference=b.text) for a, b in zip(mine, theirs, strict=True)]
         wins = [score.value for score in judge(open_judge(config.judge, pairwise=True), pairs).scores if score]

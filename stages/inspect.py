@@ -78,9 +78,7 @@ def inspect(stage: str, config: Any) -> Inspected:
     """The first micro-batch of a stage with this config. Raises: UserError where nothing can be read."""
     folder = config.model if stage != "pretrain" else config.tokenizer or config.init
     if not folder:
-        raise ConfigError(
-            "pretrain trains a tokenizer first: name one with --tokenizer, as made by `tritium tokenizer`"
-        )
+        raise ConfigError("pretrain trains a tokenizer first: name one with --tokenizer, made by `tritium tokenizer`")
     tokenizer, skipped = load_tokenizer(folder, template=config.data.template), Glance(config.data.on_error)
     model = config.init if stage == "pretrain" else config.model
     context = read_shape(model).max_positions if model else config.model.context

@@ -56,9 +56,7 @@ class Config(TrainingConfig):
     label_smoothing: float = opt(0.0, "pairwise: share of wrong labels", only=("pairwise",), least=0, below=0.5)
     heads: list[str] = opt(["score"], "score: keys of the scores, e.g. helpfulness,verbosity", only=("score",))
     highest: float = opt(1.0, "score: the best score that a record can have; the worst is 0", only=("score",), above=0)
-    pooling: str = opt(
-        "last", "score of an answer: its last token's, or the mean", choices=("last", "mean"), only=WHOLE
-    )
+    pooling: str = opt("last", "score of an answer: its last token's or the mean", choices=("last", "mean"), only=WHOLE)
     data: DataConfig = opt(DataConfig, "records of the form that the loss wants")
     filter: FilterConfig = opt(FilterConfig, "pairs: which are left out as noise")
     optim: OptimConfig = opt(OptimConfig(lr=1e-4), "optimizer")

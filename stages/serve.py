@@ -39,9 +39,7 @@ ONE_PROCESS = True
 
 @dataclass
 class Config(AskConfig):
-    host: str = opt(
-        "127.0.0.1", "address to listen on; 0.0.0.0 lets other machines in, and nobody is asked who they are"
-    )
+    host: str = opt("127.0.0.1", "address to listen on; 0.0.0.0 lets other machines in, and asks nobody who they are")
     port: int = opt(8000, "port to listen on (0: any that is free)", least=0, below=1 << 16)
     sampling: SamplingConfig = opt(SamplingConfig(max_tokens=256, max_batch=32), "what a request doesn't say itself")
 
@@ -333,9 +331,7 @@ class Connection(Handler):
             tops = [{"top_logprobs": [self.told(*pair) for pair in event.top]} for event in events]
             return {"content": [self.told(e.token, e.logp) | top for e, top in zip(events, tops, strict=True)]}
         texts = [self.spelled(event.token) for event in events]
-        tops = [
-            {self.spelled(token): logp for token, logp in event.top[::-1]} for event in events
-        ]  # the likelier of twins
+        tops = [{self.spelled(token): logp for token, logp in e.top[::-1]} for e in events]  # the likelier of twins
         return {
             "tokens": texts,
             "token_logprobs": [event.logp for event in events],

@@ -71,9 +71,8 @@ class Pack(Step):
     def join(self, base: Path, packed: list[tuple[np.ndarray, np.ndarray]], shards: list[Piece]) -> None:
         """Write one source's files. `packed`: for each shard, which documents are the source's, and all lengths."""
         files = [tokens_of(shard.path) for shard in shards]
-        dtype = np.result_type(
-            *(np.load(file, mmap_mode="r").dtype for file in files)
-        )  # an empty one has the small one
+        # An empty one has the small one.
+        dtype = np.result_type(*(np.load(file, mmap_mode="r").dtype for file in files))
         lengths = np.concatenate([counts[mine] for mine, counts in packed])
         header = {"descr": dtype.str, "fortran_order": False, "shape": (int(lengths.sum()),)}
         with whole_file(base.with_name(base.name + ".tokens.npy")) as file:

@@ -130,11 +130,9 @@ class Reject(Step):
         if not (answers := judged(document)):
             return Drop("no answer that could be judged", document["answers"][0]["unjudged"])
         if not any(map(self.learnable, answers)):
-            worst = next((a["rejected"] for a in answers if "rejected" in a), "")
+            why = next((a["rejected"] for a in answers if "rejected" in a), f"reference {document['reference'][:80]}")
             wrong = any(a.get("right") is False for a in answers)
-            return Drop(
-                "no right answer" if wrong else "no answer passes", worst or f"reference {document['reference'][:80]}"
-            )
+            return Drop("no right answer" if wrong else "no answer passes", why)
         note(document, answers=len(answers), right=sum(a.get("right", False) for a in answers))
         return document
 
@@ -143,22 +141,18 @@ class Reject(Step):
         return good and (self.gold or answer["by"] != "gold")
 
     def publish(self, context: Context, shards: list[Piece]) -> dict[str, Any]:
-        files = {"sft": self.sft, "pairs": self.preferred, "rankings": self.ranked}
+        files = {"sft.jsonl": self.sft, "pairs.jsonl": self.preferred, "rankings.jsonl": self.ranked}
         counts = {}
         for name, rows in files.items():
             documents = (d for shard in shards for d in read_shard(shard.path) if self.takes(d))
-            counts[f"{name}.jsonl"] = write_lines(
-                context.out / f"{name}.jsonl", (r for d in documents for r in rows(d))
-            )
+            counts[name] = write_lines(context.out / name, (row for d in documents for row in rows(d)))
         return counts
 
     def sft(self, document: Document) -> Iterator[dict]:
         best = sorted(filter(self.learnable, judged(document)), key=worth, reverse=True)
         for i in distinct_paths([a["text"] for a in best])[: self.keep]:
-            yield {
-                "messages": [*document["messages"], {"role": "assistant", "content": best[i]["text"]}],
-                "id": document["id"],
-            }
+            answer = {"role": "assistant", "content": best[i]["text"]}
+            yield {"messages": [*document["messages"], answer], "id": document["id"]}
 
     def preferred(self, document: Document) -> Iterator[dict]:
         found = by_worth(judged(document), itemgetter("text"), worth)

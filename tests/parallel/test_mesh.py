@@ -110,13 +110,13 @@ def test_what_was_started_has_the_time_limit_and_is_closed(pool2):
 
 @pytest.mark.parametrize("tp,cp", [(0, 1), (3, 1), (1, 3), (2, 2), (1, 0)])
 def test_a_mesh_that_does_not_divide_the_world_is_refused_on_every_rank(pool2, tp, cp):
-    sentence = f"cp={cp} × tp={tp} does not divide the 2 processes of this run: start a multiple of it"
+    sentence = f"cp={cp} × tp={tp} does not divide the 2 processes of this run: start a multiple"
     assert pool2.run(refused, [tp, tp], cp) == [sentence] * 2
 
 
 def test_ranks_that_want_different_meshes_are_refused_without_a_hang(pool2):
     sentence = "rank 0 has cp=1, tp=1, zero=0, shard=0 on cpu, rank 1 cp=1, tp=2, zero=0, shard=0 on cpu: "
-    sentence += "start every process with the same command"
+    sentence += "start all processes with one command"
     assert pool2.run(refused, [1, 2]) == [sentence] * 2
 
 

@@ -224,10 +224,10 @@ def test_a_shard_that_is_a_strided_view_is_joined(pool2):
 
 
 def test_a_cut_that_does_not_fit_is_refused_with_the_sizes(pool2):
-    uneven = "tp=2 does not divide 5 + 3: choose sizes that are multiples"
+    uneven = "tp=2 does not divide 5 + 3: choose multiples of it"
     for sentences in pool2.run(cut_wrongly):
         assert sentences == [
-            "tp=2 does not divide 7: choose sizes that are multiples",
+            "tp=2 does not divide 7: choose multiples of it",
             "sections (4, 3) add up to 7, the dimension is 8",
             uneven,
             uneven,
