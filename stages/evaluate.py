@@ -183,7 +183,7 @@ def win_rate(config: Config, rollout: Rollout, mesh: Mesh) -> dict[str, float]:
     else:
         wins = wins_by_score(config, mine, theirs, mesh)
     if not wins:
-        raise DataError("the judge failed on every pair of answers")
+        raise DataError("the judge failed on every pair of answers: compare by another --judge or --reward")
     low, high = interval(wins)
     return {"win_rate": float(np.mean(wins)), "win_rate_low": low, "win_rate_high": high, "compared": len(wins)}
 

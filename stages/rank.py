@@ -216,7 +216,7 @@ def ask(session: Session, who: str) -> None:
             print(f"\n── {chr(65 + i)} ──\n{answer}")
         while True:
             try:
-                line = input("\nB>A=C, scores, or the best (empty: skip)> ").strip()
+                line = input("\nB>A=C, scores, or the best (empty: skip, Ctrl-D: end)> ").strip()
                 if line:
                     session.record(place, who, line)
                 break
