@@ -174,14 +174,10 @@ def token_shard(
 ) -> tuple[np.ndarray, np.ndarray]:
     """The file's tokens as a memory-mapped stream, and where its documents start: made once, kept in `cache`.
 
-    A file of `curate` (FILE.tokens.npy) is that already. Raises: DataError where it is of another tokenizer.
+    A file of `curate` (FILE.tokens.npy) is that already. Raises: DataError, as `packed_shard`, and without text.
     """
     if path.endswith(".tokens.npy"):
-        base = path.removesuffix(".tokens.npy")
-        made_with = json.loads(read_text(f"{base}.json"))["tokenizer"]
-        if made_with != tokenizer.fingerprint:
-            raise DataError(f"{path} holds tokens of another tokenizer: pack it anew with this one")
-        return np.load(path, mmap_mode="r"), np.load(f"{base}.starts.npy")
+        return packed_shard(path, tokenizer)
     stat = os.stat(path)
     code = [config.fim, config.fim_spm, config.repositories]
     key = json.dumps([os.path.abspath(path), stat.st_size, stat.st_mtime_ns, tokenizer.fingerprint, *code])
@@ -195,6 +191,14 @@ def token_shard(
         write_array(tokens_file, np.concatenate(streams))
         write_array(starts_file, starts)  # last: its presence says that both are whole
     return np.load(tokens_file, mmap_mode="r"), np.load(starts_file)
+
+
+def packed_shard(path: str, tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
+    """What `curate` packed, FILE.tokens.npy, as `token_shard`. Raises: DataError where it is of another tokenizer."""
+    base = path.removesuffix(".tokens.npy")
+    if json.loads(read_text(f"{base}.json"))["tokenizer"] != tokenizer.fingerprint:
+        raise DataError(f"{path} holds tokens of another tokenizer: pack it anew with this one")
+    return np.load(path, mmap_mode="r"), np.load(f"{base}.starts.npy")
 
 
 def encode_documents(texts: list[str], tokenizer: Tokenizer, config: DataConfig) -> list[np.ndarray]:

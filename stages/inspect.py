@@ -23,7 +23,7 @@ import numpy as np
 from tritium.core.batch import Document, Group, PackedBatch, pack, plan_bins
 from tritium.core.chat import find_template, render
 from tritium.core.config import ConfigError, UserError, listed, load
-from tritium.core.data import encode_documents, fit, parse_sources
+from tritium.core.data import DataConfig, encode_documents, fit, packed_shard, parse_sources
 from tritium.core.files import Skipped, opened, read_documents, read_records
 from tritium.core.formats import RecordError, problem
 from tritium.core.groups import conversation_group, feedback_group, preference_group
@@ -144,16 +144,25 @@ def record_groups(
 
 def text_groups(path: str, config: Any, tokenizer: Tokenizer, context: int, skipped: Skipped) -> Iterator[Group]:
     """The windows that a text's first documents are cut into."""
+    for ids in text_ids(path, config.data, tokenizer, skipped):
+        for start in range(0, len(ids), context):
+            piece = ids[start : start + context].astype(np.int32)
+            yield [Document(piece, np.ones(len(piece), np.float32))]
+
+
+def text_ids(path: str, data: DataConfig, tokenizer: Tokenizer, skipped: Skipped) -> Iterator[np.ndarray]:
+    """A file's documents, encoded. Raises: DataError, of packed ones, where they are of another tokenizer."""
+    if path.endswith(".tokens.npy"):
+        tokens, starts = packed_shard(path, tokenizer)
+        yield from (tokens[a:b] for a, b in zip(starts, np.append(starts[1:], len(tokens)), strict=True))
+        return
     if Path(path.removesuffix(".gz")).suffix in (".json", ".jsonl"):
-        texts = read_documents(path, skipped, config.data.repositories)
+        texts = read_documents(path, skipped, data.repositories)
     else:
         with opened(path) as file:
-            texts = iter([file.read(CHARACTERS * config.data.bin_tokens)])
+            texts = iter([file.read(CHARACTERS * data.bin_tokens)])
     while batch := list(islice(texts, 16)):
-        for ids in encode_documents(batch, tokenizer, config.data):
-            for start in range(0, len(ids), context):
-                piece = ids[start : start + context].astype(np.int32)
-                yield [Document(piece, np.ones(len(piece), np.float32))]
+        yield from encode_documents(batch, tokenizer, data)
 
 
 def report(found: Inspected, colour: bool) -> list[str]:

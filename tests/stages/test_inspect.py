@@ -5,9 +5,10 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from tritium.core.tokenizer import train_tokenizer
+from tritium.core.tokenizer import Tokenizer, train_tokenizer
 from tritium.stages.cli import main
 
 RECORD = {"messages": [{"role": "user", "content": "ask\x1b[2J"}, {"role": "assistant", "content": "tell\nit"}]}
@@ -63,6 +64,18 @@ def test_pairs_and_prompts_and_text(model, tmp_path, capsys):
     given = [f"--init={model}", f"--tokenizer={other}", f"--data.sources={text}", "--data.bin_tokens=100"]
     out = shown(capsys, "pretrain", *given)
     assert "── document 0: stream 0–63, 64 tokens, 63 learned" in out
+
+
+def test_what_curate_packed(model, tmp_path, capsys):
+    tokenizer = Tokenizer.load(model)
+    ids, path = tokenizer.encode("tell it"), tmp_path / "a.tokens.npy"
+    np.save(path, np.array([*ids, *ids, *ids[:1]], np.uint16))
+    np.save(tmp_path / "a.starts.npy", np.array([0, len(ids), 2 * len(ids)]))
+    (facts := tmp_path / "a.json").write_text(json.dumps({"tokenizer": tokenizer.fingerprint}))
+    out = shown(capsys, "pretrain", f"--tokenizer={model}", f"--data.sources={path}")
+    assert "stream 7, sequences 3" in out and out.count("t⟦ell it⟧") == 2
+    facts.write_text(json.dumps({"tokenizer": "another"}))
+    assert "another tokenizer" in shown(capsys, "pretrain", f"--tokenizer={model}", f"--data.sources={path}", code=2)
 
 
 def test_what_each_loss_takes_and_an_adapters_folder(model, tmp_path, capsys):
