@@ -99,9 +99,8 @@ def descend(engine: Engine, search: Search, going: list[tuple[float, Running, in
         if rest:
             pages += engine.cache.take(1)
             engine.cache.copy(parent.pages[full : full + 1], pages[full:])
-        child = replace(
-            parent, ids=[*parent.ids, token], pages=pages, completion=extended(parent.completion, token, logp)
-        )
+        completion = extended(parent.completion, token, logp)
+        child = replace(parent, ids=[*parent.ids, token], pages=pages, completion=completion)
         search.beams.append((score, child))
     for sequence in old:
         engine.leave(sequence)

@@ -172,9 +172,7 @@ def report(found: Inspected, colour: bool) -> list[str]:
     for s in range(batch.sequences):
         start, end = cu[s], cu[s + 1]
         weights = [0.0, *batch.weights[start : end - 1].tolist()]  # of the tokens themselves, as targets
-        fields = "".join(
-            f", {name} {values[s]:g}" for name, values in batch.fields.items() if len(values) == batch.sequences
-        )
+        fields = "".join(f", {name} {v[s]:g}" for name, v in batch.fields.items() if len(v) == batch.sequences)
         learned = sum(map(bool, weights))
         head = f"── document {s}: stream {start}–{end - 1}, {end - start} tokens, {learned} learned, "
         head += f"Σ weight {sum(weights):g}{fields} "

@@ -203,9 +203,8 @@ def read_request(body: Any, chat: bool, tokenizer: Tokenizer, sampling: Sampling
         raise RequestError(f"seed={seed} must be from 0 to 2^64 - 1")
     usage = bool(body.get("stream_options", {}).get("include_usage"))
     prompts = read_prompts(body, chat, tokenizer)
-    return Asked(
-        chat, prompts, options, n, seed, body.get("stream", False), usage, body.get("logprobs", False) is not False
-    )
+    logprobs = body.get("logprobs", False) is not False  # 0 asks for the tokens' own
+    return Asked(chat, prompts, options, n, seed, body.get("stream", False), usage, logprobs)
 
 
 def as_float(name: str, value: float) -> float:

@@ -144,10 +144,8 @@ class Step:
 
     def key(self, shards: Sequence[Piece]) -> str:
         """Of everything, besides a job's own piece, that its output depends on."""
-        everywhere = [shard.key for shard in shards] if self.GLOBAL else []
-        return digest(
-            tritium.__version__, type(self).__name__, asdict(self), [state(f) for f in self.files()], everywhere
-        )
+        files, everywhere = [state(f) for f in self.files()], [shard.key for shard in shards] if self.GLOBAL else []
+        return digest(tritium.__version__, type(self).__name__, asdict(self), files, everywhere)
 
 
 def read_shard(path: str | Path) -> Iterator[Document]:

@@ -258,9 +258,8 @@ def mismatched(batches: Sequence[PackedBatch], policy) -> list[PackedBatch]:
         documents = []
         for index, prompt, _ in split:
             at = bisect_left(order, index)
-            before = (
-                step[i] for i in (*order[:at][::-1], *order[at:][::-1])
-            )  # the nearest first, round the step's end
+            # The nearest first, round the step's end.
+            before = (step[i] for i in (*order[:at][::-1], *order[at:][::-1]))
             answer = next((a for other, a in before if other != prompt.tolist()), step[order[at - 1]][1])
             ids = torch.cat([prompt, answer]).to(torch.int32).numpy()
             on = torch.cat([torch.zeros(len(prompt)), torch.ones(len(answer))]).numpy()

@@ -178,9 +178,8 @@ def checker():
         spec = json.load(file)
     space, entry = {"__name__": "tests"}, spec.get("entry_point")
     for name in [str(name) for name in read()]:
-        if name == entry or not (
-            hasattr(builtins, name) or name.startswith("__")
-        ):  # no program's `sorted` for the tests
+        # No program's `sorted` for the tests.
+        if name == entry or not (hasattr(builtins, name) or name.startswith("__")):
             space[name] = ask("name", name)
     if entry in space:
         space["candidate"] = space[entry]

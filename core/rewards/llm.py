@@ -101,9 +101,8 @@ class LocalModel(FolderModel):
     def replies(self, questions: Sequence[Question], seeds: Sequence[int] | None = None) -> list[str | Exception]:
         prompts = [self.prompt(question) for question in questions]
         fits = [i for i, ids in enumerate(prompts) if not isinstance(ids, Exception)]
-        options = Options(
-            temperature=self.temperature, max_tokens=self.max_tokens, stop_ids=tuple(stop_ids(self.tokenizer))
-        )
+        ends = tuple(stop_ids(self.tokenizer))
+        options = Options(temperature=self.temperature, max_tokens=self.max_tokens, stop_ids=ends)
         drawn = [seeds[i] for i in fits] if seeds else 0
         made = generate(self.model, [prompts[i] for i in fits], options=options, seed=drawn)
         found = dict(zip(fits, made, strict=True))

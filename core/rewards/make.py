@@ -191,12 +191,10 @@ def make_reward(spec: str | Mapping[str, float], malformed: float | None = None)
         terms = [(1.0, spec)]
     defaults = {} if malformed is None else {"malformed": malformed}
     try:
-        flat = [
-            (w * v, node) for w, text in terms for v, node in _terms(ast.parse(text.strip(), mode="eval").body, 1.0)
-        ]
+        parsed = [(weight, ast.parse(text.strip(), mode="eval").body) for weight, text in terms]
     except SyntaxError:
         raise ConfigError(f"reward={spec!r} can't be read: write e.g. math + 0.1*tags") from None
-    return _sum(flat, defaults)
+    return _sum([term for weight, node in parsed for term in _terms(node, weight)], defaults)
 
 
 def _sum(terms: list[tuple[float, ast.expr]], defaults: dict) -> Reward:

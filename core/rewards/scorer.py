@@ -66,10 +66,8 @@ class ModelReward(FolderModel, Composed):
         super().__post_init__()
         if not self.heads:
             raise ConfigError(f"reward: {self.folder} is a language model: train one with `tritium reward`")
-        if self.heads[0] in USES and self.heads[0] != self.head:
-            raise ConfigError(
-                f"reward: {self.folder} scores no whole answers: {USES[self.heads[0]].format(self.folder)}"
-            )
+        if (use := USES.get(self.heads[0])) and self.heads[0] != self.head:
+            raise ConfigError(f"reward: {self.folder} scores no whole answers: {use.format(self.folder)}")
         if (len(self.heads) > 1 and not self.weights) or not set(self.weights) <= set(self.heads):
             example = ", ".join(f"{name}={1 / len(self.heads):.2g}" for name in self.heads)
             raise ConfigError(f"reward: weigh the heads of {self.folder}: model({self.folder!r}, {example})")

@@ -89,9 +89,7 @@ def read(path: Path) -> Parts:
             if path.name in ("vocab.json", "merges.txt"):
                 found = {other: (path.parent / other).read_bytes() for other in ("vocab.json", "merges.txt")}
         else:
-            kept = [
-                file for file in sorted(path.iterdir()) if file.name in KEPT or file.suffix in (".tiktoken", ".model")
-            ]
+            kept = [f for f in sorted(path.iterdir()) if f.name in KEPT or f.suffix in (".tiktoken", ".model")]
             found = {file.name: file.read_bytes() for file in kept}
     except OSError as error:
         raise UserError(f"{error.filename}: cannot read the tokenizer ({error.strerror})") from None
