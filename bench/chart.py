@@ -1,4 +1,4 @@
-"""The rows of one op as an SVG: a bar for each provider, as long as its share of the ceiling that limits the pass."""
+"""Rows as an SVG: a bar for each provider, as long as its share of the ceiling that limits the pass."""
 
 from collections.abc import Iterable, Mapping
 from html import escape
@@ -20,8 +20,8 @@ _LINE, _HEADING = 20, 30
 def svg_bars(rows: Iterable[Mapping[str, Any]], ours: str = "tritium") -> str:
     """An `<svg>` that scales to its container, valid as a file of its own; rows as `case.measure` makes them."""
     rows = list(rows)
-    body, y = [], 28
-    for heading, group in groupby(rows, _heading):
+    body, y, ops = [], 28, list(dict.fromkeys(row["op"] for row in rows))
+    for heading, group in groupby(rows, lambda row: f"{row['op']}  " * (len(ops) > 1) + _heading(row)):
         group = list(group)
         y += _HEADING
         body.append(f'<text class="group" x="8" y="{y - 8}">{escape(heading)}</text>')
@@ -33,7 +33,7 @@ def svg_bars(rows: Iterable[Mapping[str, Any]], ours: str = "tritium") -> str:
             x = _LEFT + _FULL
             body.append(f'<line class="ceiling" x1="{x}" x2="{x}" y1="{top - 2}" y2="{y - 2}"/>')
             body.append(f'<text class="limit" x="{x}" y="{top - 8}">{_ceiling(limit)}</text>')
-    title = f"{rows[0]['op']} on {rows[0]['machine'].get('gpu') or rows[0]['machine']['cpu']}"
+    title = f"{', '.join(ops)} on {rows[0]['machine'].get('gpu') or rows[0]['machine']['cpu']}"
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" class="bench" role="img" viewBox="0 0 {_WIDTH} {y + 12}">'
         f"<title>{escape(title)}</title><style>{_STYLE}</style>"
