@@ -108,7 +108,7 @@ class PolicyStage:
         sampling, importance = self.sampling, options.importance
         if not options.beta and (self.reference != ReferenceConfig() or options.kl or options.kl_in):
             told = "reference" if self.reference != ReferenceConfig() else f"{name}.kl" + "_in" * bool(options.kl_in)
-            raise ConfigError(f"{told} is of the KL to the reference, which {name}.beta=0 leaves out: give it")
+            raise ConfigError(f"{told} is for the KL to the reference, which {name}.beta=0 leaves out: give it")
         if not sampling.temperature:
             raise ConfigError("sampling.temperature=0: a group of equal answers teaches nothing; it must be positive")
         if self.data.band != [0.0, 1.0] and not self.reward and not self.verifier:
