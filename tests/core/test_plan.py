@@ -3,15 +3,19 @@
 (What is sent: tests/parallel/test_collectives.py.)
 """
 
+import contextlib
 import gc
 import math
 import pathlib
 import tempfile
+import time
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from torch._subclasses import FakeTensorMode
 from torch.profiler import ProfilerActivity, profile, record_function
 
@@ -100,6 +104,15 @@ def test_tensors_without_memory_are_none():
     assert held_bytes() - before == real.nbytes and functional is not None
 
 
+@contextlib.contextmanager
+def unhurried() -> Iterator[None]:
+    """After a collective its tensors are this thread's alone: gloo's, which wakes it before it lets go, has let go."""
+    with pytest.MonkeyPatch.context() as patch:
+        real = dist.Work.wait
+        patch.setattr(dist.Work, "wait", lambda work, *args: (real(work, *args), time.sleep(1e-3))[0])
+        yield
+
+
 def step_of(
     config: ModelConfig,
     tokens: int,
@@ -115,13 +128,14 @@ def step_of(
 ):
     """The most bytes of tensors that live at any moment of a later step, and the plan of this rank.
 
-    What lives when the step begins is counted, and what changes within is the profiler's: what gloo's threads let go of
-    is not in its records, and would add up from step to step. Of `repeats` steps that of the least."""
+    What lives when the step begins is counted, and what changes within is the profiler's. What gloo's threads let go of
+    is not in its records: they are given the time to let go first. Of `repeats` steps that of the least."""
     of_others = held_bytes()
     rng, length = np.random.default_rng(0), tokens // documents
     rows = rng.integers(0, config.vocab_size, (documents, length), dtype=np.int32)
     batch = pack([[Document(row, np.ones(length, np.float32))] for row in rows])
-    with tempfile.TemporaryDirectory() as out, profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+    profiler = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
+    with tempfile.TemporaryDirectory() as out, unhurried(), profiler as seen:
         mesh = init_mesh(tp, cp, zero, device="cpu")
         model = Transformer(config, mesh, DTYPES[dtype]).initialize(0)
         settings = Settings(RunConfig(out=out, dtype=dtype), OptimConfig(offload=offload, ema=ema), ScheduleConfig())
