@@ -2,9 +2,10 @@
 
 tritium serve --model=runs/sft --port=8000
 
-POST /v1/chat/completions and /v1/completions (with "stream": true as server-sent events), GET /v1/models. Each
-connection has a thread; one more thread runs the engine, in which the requests of all advance together. A request that
-can't be served gets a sentence and a status of 4xx; a client that goes away ends its own request, and no other.
+POST /v1/chat/completions and /v1/completions (with "stream": true as server-sent events; "echo": true with "logprobs"
+scores a prompt), GET /v1/models. Each connection has a thread; one more thread runs the engine, in which the requests
+of all advance together. A request that can't be served gets a sentence and a status of 4xx; a client that goes away
+ends its own request, and no other.
 """
 
 import json
@@ -15,12 +16,15 @@ import socket
 import sys
 import threading
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, fields, replace
 from functools import partial
-from itertools import accumulate
 from typing import Any
+from urllib.parse import unquote
+
+import torch
 
 from tritium.core.chat import render, stop_ids
 from tritium.core.config import ConfigError, UserError, nearest, opt
@@ -28,9 +32,11 @@ from tritium.core.formats import listed_messages
 from tritium.core.rollout import AskConfig, SamplingConfig
 from tritium.core.run import Result
 from tritium.core.tokenizer import Tokenizer
+from tritium.core.tokenizer.tokenizer import StreamDecoder
 from tritium.core.web import Handler, RequestError, Server, to_json
 from tritium.model.generate import Engine, Event, Running
 from tritium.model.sampling import Options
+from tritium.model.stops import Text
 from tritium.model.transformer import Transformer
 
 SHOWS_ITS_RESULT = True
@@ -66,22 +72,28 @@ class Worker(threading.Thread):
         self.asked: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self.waiting: dict[Running, queue.SimpleQueue[Event | Exception]] = {}
 
+    def do(self, action: Callable[[], Any]) -> Any:
+        """What `action` gives, done in this thread between two steps. Raises: what it raises."""
+        done: Future = Future()
+
+        def act():
+            try:
+                done.set_result(action())
+            except Exception as error:
+                done.set_exception(error)
+
+        self.asked.put(act)
+        return done.result()
+
     def submit(self, ids: list[int], options: Options, seeds: list[tuple[int, int]], decoder: Callable) -> "Samples":
         """Raises: ValueError, as `Engine.submit`."""
-        events: queue.SimpleQueue = queue.SimpleQueue()
 
-        def enter():
-            try:
-                made = self.engine.submit(ids, options, seeds, decoder)
-                self.waiting |= dict.fromkeys(made, events)
-                events.put(made)
-            except Exception as error:
-                events.put(error)
+        def enter() -> Samples:
+            samples = Samples(self.engine.submit(ids, options, seeds, decoder), queue.SimpleQueue())
+            self.waiting |= dict.fromkeys(samples.sequences, samples.queue)
+            return samples
 
-        self.asked.put(enter)
-        if isinstance(made := events.get(), Exception):
-            raise made
-        return Samples(made, events)
+        return self.do(enter)
 
     def cancel(self, sequences: list[Running]) -> None:
         def end():
@@ -115,9 +127,11 @@ class Samples:
 
     sequences: list[Running]
     queue: "queue.SimpleQueue[Event | Exception]"
+    prompt: Sequence[tuple] = ()  # see `read_prompt`; where it is shown before each answer
 
     def events(self, connection: socket.socket) -> Iterator[Event]:
         """Until all have ended. Raises: ConnectionError where the client has gone; RequestError of the engine's."""
+        yield from (Event(sequence, *told) for sequence in self.sequences for told in self.prompt)
         left = len(self.sequences)
         while left:
             try:
@@ -131,6 +145,18 @@ class Samples:
             if event is not None:
                 yield event
                 left -= bool(event.finish_reason)
+
+
+@torch.no_grad()
+def read_prompt(model: Transformer, ids: list[int], decoder: StreamDecoder, top: int) -> list[tuple]:
+    """What an event says of a token, for each of a prompt's; of the first no log-prob is known."""
+    tokens, told = torch.tensor(ids, device=model.mesh.device), [(ids[0], decoder.push(ids[0]), None, "")]
+    for hidden, next_ones in zip(model.hidden(tokens)[:-1].split(ROWS), tokens[1:].split(ROWS), strict=True):
+        logps = model.project(hidden).float().log_softmax(-1)  # [ROWS, V]
+        own, best = logps.gather(1, next_ones[:, None])[:, 0].tolist(), logps.topk(top)
+        rows = zip(next_ones.tolist(), own, best.indices.tolist(), best.values.tolist(), strict=True)
+        told += [(t, decoder.push(t), logp, "", tuple(zip(*likeliest, strict=True))) for t, logp, *likeliest in rows]
+    return told
 
 
 def gone(connection: socket.socket) -> bool:
@@ -151,9 +177,10 @@ FIELDS: dict[str, tuple[type, ...]] = {
     "presence_penalty": NUMBER, "frequency_penalty": NUMBER,
     "no_repeat_ngram": WHOLE, "logit_bias": (dict,), "stop": (str, list), "n": WHOLE,
     "seed": WHOLE, "stream": FLAG, "stream_options": (dict,), "logprobs": (bool, int), "top_logprobs": WHOLE,
-    "user": TEXT,
+    "user": TEXT, "echo": FLAG,
 }  # fmt: skip
 MOST_SAMPLES, MOST_TOP = 64, 20
+ROWS = 64  # of logits at a time, where a prompt is scored
 
 
 @dataclass
@@ -168,6 +195,7 @@ class Asked:
     stream: bool
     usage: bool  # also at the end of a stream
     logprobs: bool
+    echo: bool
 
 
 def read_request(body: Any, chat: bool, tokenizer: Tokenizer, sampling: SamplingConfig) -> Asked:
@@ -175,7 +203,7 @@ def read_request(body: Any, chat: bool, tokenizer: Tokenizer, sampling: Sampling
     if not isinstance(body, dict):
         raise RequestError("the request's body must be a JSON object")
     for name, value in list(body.items()):
-        if name == ("prompt" if chat else "messages"):
+        if name in (("prompt", "echo") if chat else ("messages",)):
             raise RequestError(f"{name} is for /v1/{'completions' if chat else 'chat/completions'}")
         if name not in FIELDS:
             guess = nearest(name, list(FIELDS))
@@ -204,7 +232,7 @@ def read_request(body: Any, chat: bool, tokenizer: Tokenizer, sampling: Sampling
     usage = bool(body.get("stream_options", {}).get("include_usage"))
     prompts = read_prompts(body, chat, tokenizer)
     logprobs = body.get("logprobs", False) is not False  # 0 asks for the tokens' own
-    return Asked(chat, prompts, options, n, seed, body.get("stream", False), usage, logprobs)
+    return Asked(chat, prompts, options, n, seed, body.get("stream", False), usage, logprobs, body.get("echo", False))
 
 
 def as_float(name: str, value: float) -> float:
@@ -269,11 +297,12 @@ class Connection(Handler):
     started = False  # whether the status line has gone out
 
     def do_GET(self) -> None:
-        if self.path.partition("?")[0].rstrip("/") == "/v1/models":
-            model = {"id": self.server.name, "object": "model", "created": 0, "owned_by": "tritium"}
-            self.send(200, {"object": "list", "data": [model]})
+        model = {"id": self.server.name, "object": "model", "created": 0, "owned_by": "tritium"}
+        answers = {"/v1/models": {"object": "list", "data": [model]}, f"/v1/models/{self.server.name}": model}
+        if found := answers.get(unquote(self.path.partition("?")[0]).rstrip("/")):
+            self.send(200, found)
         else:
-            self.send_failure(f"there is no {self.path}: GET /v1/models", 404)
+            self.send_failure(f"there is no {self.path}: GET {' or '.join(answers)}", 404)
 
     def do_POST(self) -> None:
         self.started = False
@@ -305,37 +334,44 @@ class Connection(Handler):
             for i, ids in enumerate(asked.prompts):
                 seeds = [(asked.seed, i * asked.n + j) for j in range(asked.n)]
                 made.append(worker.submit(ids, asked.options, seeds, decoder))
+                if asked.echo:
+                    whole = self.server.tokenizer.incremental()
+                    read = partial(read_prompt, worker.engine.model, ids, whole, asked.options.top_logprobs)
+                    made[-1].prompt = worker.do(read)
             if asked.stream:
                 self.stream(asked, made, head)
                 return
             for samples in made:
                 spent = [event for event in samples.events(self.connection)]
-                choices += [self.choice(asked, s, spent) for s in samples.sequences]
+                choices += [self.choice(asked, [e for e in spent if e.sequence is s]) for s in samples.sequences]
         finally:
             worker.cancel([s for samples in made for s in samples.sequences])  # nothing, where all have ended
         numbered = [{"index": i, **choice} for i, choice in enumerate(choices)]
         self.send(200, {**head, "choices": numbered, "usage": usage(asked, made)})
 
-    def choice(self, asked: Asked, sequence: Running, events: list[Event]) -> dict[str, Any]:
-        text, reason = sequence.text.shown, REASONS[sequence.completion.finish_reason]
+    def choice(self, asked: Asked, events: list[Event]) -> dict[str, Any]:
+        text, reason = "".join(event.text for event in events), REASONS[events[-1].finish_reason]
         said = {"message": {"role": "assistant", "content": text}} if asked.chat else {"text": text}
-        own = [event for event in events if event.sequence is sequence]
-        return {**said, "finish_reason": reason, "logprobs": self.logprobs(asked, own)}
+        return {**said, "finish_reason": reason, "logprobs": self.logprobs(asked, events, self.spoken(asked))}
 
-    def logprobs(self, asked: Asked, events: list[Event], before: int = 0) -> dict[str, Any] | None:
-        """Of these tokens, `before` characters into the answer."""
+    def spoken(self, asked: Asked) -> Text:
+        """Takes the tokens of one choice, to say where in its text each of them begins."""
+        return Text(self.server.tokenizer.incremental(first=asked.echo), ())
+
+    def logprobs(self, asked: Asked, events: list[Event], spoken: Text) -> dict[str, Any] | None:
+        """Of these tokens, which come after those that are `spoken`."""
         if not asked.logprobs:
             return None
         if asked.chat:
             tops = [{"top_logprobs": [self.told(*pair) for pair in event.top]} for event in events]
             return {"content": [self.told(e.token, e.logp) | top for e, top in zip(events, tops, strict=True)]}
         texts = [self.spelled(event.token) for event in events]
-        tops = [{self.spelled(token): logp for token, logp in e.top[::-1]} for e in events]  # the likelier of twins
+        tops = [{self.spelled(token): logp for token, logp in e.top[::-1]} or None for e in events]  # the likelier twin
         return {
             "tokens": texts,
             "token_logprobs": [event.logp for event in events],
             "top_logprobs": tops if asked.options.top_logprobs else None,
-            "text_offset": list(accumulate(map(len, texts[:-1]), initial=before)),
+            "text_offset": [(len(spoken.shown), spoken.push(event.token))[0] for event in events],
         }
 
     def told(self, token: int, logp: float) -> dict[str, Any]:
@@ -354,7 +390,7 @@ class Connection(Handler):
         self.started = self.close_connection = True
         head["object"] += ".chunk" * asked.chat
         head |= {"usage": None} if asked.usage else {}
-        first, shown = 0, Counter()  # characters, of each sequence
+        first, spoken = 0, defaultdict(partial(self.spoken, asked))
         for samples in made:
             places = {sequence: first + i for i, sequence in enumerate(samples.sequences)}
             first += len(places)
@@ -363,8 +399,7 @@ class Connection(Handler):
             for event in samples.events(self.connection):
                 said = {"delta": {"content": event.text}} if asked.chat else {"text": event.text}
                 reason = REASONS.get(event.finish_reason)
-                logprobs = self.logprobs(asked, [event], shown[event.sequence])
-                shown[event.sequence] += len(self.spelled(event.token))
+                logprobs = self.logprobs(asked, [event], spoken[event.sequence])
                 found = chunk(places[event.sequence], said, reason) | {"logprobs": logprobs}
                 self.send_event({**head, "choices": [found]})
         if asked.usage:

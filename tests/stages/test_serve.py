@@ -16,6 +16,7 @@ import time
 from dataclasses import replace
 from importlib.util import find_spec
 from itertools import islice
+from urllib.parse import quote
 
 import pytest
 import torch
@@ -29,6 +30,7 @@ from tritium.model.beam import beam_search
 from tritium.model.transformer import Transformer
 from tritium.parallel.mesh import Mesh
 from tritium.stages import chat, generate, serve, sft
+from tritium.stages.cli import Terminated
 
 pytestmark = pytest.mark.usefixtures("quick")
 
@@ -209,8 +211,38 @@ def test_many_clients_may_connect_at_once(server):
     idle.server_close()
 
 
-def test_models_are_listed(server):
-    assert ask(server, "/v1/models", None, "GET")[1]["data"][0]["id"] == server.name
+def test_models_are_listed_and_found_by_their_names(server):
+    (model,) = ask(server, "/v1/models", None, "GET")[1]["data"]
+    assert model["id"] == server.name
+    for name in (server.name, quote(server.name, safe="")):  # clients write the slashes of a folder either way
+        assert ask(server, f"/v1/models/{name}", None, "GET") == (200, model)
+    status, found = ask(server, "/v1/models/gpt-4", None, "GET")
+    assert status == 404 and f"GET /v1/models or /v1/models/{server.name}" in found["error"]["message"]
+
+
+def test_a_prompt_is_echoed_and_scored_and_offsets_point_into_the_text(server):
+    """What lm-eval asks for; a character of several tokens stands at one place. Escapes were counted for it."""
+    text, tokenizer = "é1 + 2", server.tokenizer
+    ids = tokenizer.encode(text, bos=tokenizer.adds_bos)
+    body = {"prompt": [text, ids], "max_tokens": 3, "temperature": 0, "logprobs": 2, "echo": True}
+    found = ask(server, TEXT, body)[1]["choices"]
+    alone = ask(server, TEXT, body | {"echo": False})[1]["choices"]
+    logps = server.worker.engine.model.logits(torch.tensor(ids)).log_softmax(-1)
+    for choice, short in zip(found, alone, strict=True):
+        told, own = choice["logprobs"], short["logprobs"]
+        assert choice["text"] == text + short["text"]
+        n = len(ids)
+        assert told["tokens"][n:] == own["tokens"] and told["token_logprobs"][n:] == own["token_logprobs"]
+        assert told["token_logprobs"][0] is told["top_logprobs"][0] is None
+        assert told["token_logprobs"][1:n] == pytest.approx(logps[range(n - 1), ids[1:]].tolist(), abs=1e-4)
+        assert [max(t.values()) for t in told["top_logprobs"][1:n]] == pytest.approx(
+            logps[:-1].amax(-1).tolist(), abs=1e-4
+        )
+        starts = [len(tokenizer.decode(ids[:i]).rstrip("\ufffd")) for i in range(n)]
+        assert told["text_offset"][:n] == starts and 0 in starts[1:] and told["text_offset"][n] == len(text)
+    chunks = [c["choices"][0] for c in stream(server, TEXT, body | {"prompt": text})]
+    assert "".join(c["text"] for c in chunks) == found[0]["text"]
+    assert [x for c in chunks for x in c["logprobs"]["text_offset"]] == found[0]["logprobs"]["text_offset"]
 
 
 @pytest.mark.parametrize(
@@ -221,6 +253,8 @@ def test_models_are_listed(server):
         (CHAT, [1], 400, "must be a JSON object"),
         (CHAT, {"messages": HELLO, "temprature": 1}, 400, "unknown field 'temprature'; did you mean temperature?"),
         (CHAT, {"messages": HELLO, "prompt": "a"}, 400, "prompt is for /v1/completions"),
+        (CHAT, {"messages": HELLO, "echo": True}, 400, "echo is for /v1/completions"),
+        (TEXT, {"prompt": [9999], "echo": True}, 400, "the vocabulary has"),
         (CHAT, {"messages": HELLO, "temperature": "hot"}, 400, "temperature must be int or float"),
         (CHAT, {"messages": HELLO, "temperature": -1}, 400, "temperature=-1.0 must be at least 0"),
         (CHAT, {"messages": HELLO, "max_tokens": True}, 400, "max_tokens must be int"),
@@ -406,6 +440,28 @@ def test_a_line_in_a_terminal_may_be_long_and_edited():
         heard = [(read(b"you> "), os.write(ours, keys), read(b"heard "), read(b"\r\n"))[-1] for keys in typed]
     os.close(ours)
     assert heard == [b"xxyend", b"xxyEND", b"None"]
+
+
+def test_ctrl_c_clears_the_line_and_a_second_one_ends_the_chat(monkeypatch, capsys):
+    def asked(*typed, terminal: bool = True) -> list[str | None]:
+        lines = iter(typed)
+
+        def line(prompt: str) -> str:
+            if isinstance(said := next(lines), BaseException):
+                raise said
+            return said
+
+        monkeypatch.setattr(sys, "stdin", io.StringIO())
+        monkeypatch.setattr(sys.stdin, "isatty", lambda: terminal)
+        monkeypatch.setattr("builtins.input", line)
+        return list(iter(chat.ask, None))
+
+    stop = KeyboardInterrupt()
+    assert asked(stop, "Hi", stop, "you", stop, stop) == ["Hi", "you"]
+    assert capsys.readouterr().out.count("(a second Ctrl-C, or Ctrl-D, ends the chat)") == 3
+    for end, terminal in ((Terminated(signal.SIGTERM), True), (stop, False)):
+        with pytest.raises(type(end)):
+            asked("Hi", end, "you", terminal=terminal)
 
 
 def test_what_is_no_text_does_not_end_a_chat(tiny, tmp_path, monkeypatch, capsys):
