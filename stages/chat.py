@@ -3,8 +3,8 @@
     tritium chat --model=runs/ladder/grpo/step-00000060
 
 /reset starts a new conversation, /save FILE.jsonl appends this one to a file (as training data), /adapter FOLDER lets
-a LoRA adapter act (/adapter none: none), Ctrl-C ends an answer, /quit (or Ctrl-D) the session. With
---sampling.tool=python the model may run programs, in the sandbox.
+a LoRA adapter act (/adapter none: none), Ctrl-C ends an answer or clears the line, /quit (or Ctrl-D, or a second
+Ctrl-C) ends the session. With --sampling.tool=python the model may run programs, in the sandbox.
 """
 
 import json
@@ -95,12 +95,18 @@ def ask() -> str | None:
     terminal = sys.stdin.isatty()
     if terminal and find_spec("readline"):
         import_module("readline")  # keys that edit, a history, and lines longer than the 4096 bytes of a terminal
-    try:
-        line = input("you> " if terminal else "").strip()
-    except EOFError:
-        print("\n" * terminal, end="")
-        return None
-    return None if line == "/quit" else line
+    for hint in ("(a second Ctrl-C, or Ctrl-D, ends the chat)", ""):
+        try:
+            line = input("you> " if terminal else "").strip()
+            return None if line == "/quit" else line
+        except EOFError:
+            print("\n" * terminal, end="")
+            return None
+        except KeyboardInterrupt as stop:
+            if not terminal or type(stop) is not KeyboardInterrupt:  # SIGTERM ends the session
+                raise
+            print(f"\n{hint}")
+    return None
 
 
 def reply(model: Transformer, tokenizer: Tokenizer, messages: list[dict], config: Config, seed: int) -> list[dict]:
