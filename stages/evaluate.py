@@ -96,12 +96,14 @@ def measure(config: Config) -> Result:
     model, tokenizer = config.open(mesh)
     metrics: dict[str, float] = {}
     if config.data:
-        rollout = solve(config, model, tokenizer)
+        problems = open_problems(config, model, tokenizer)
+        theirs = others_answers(config.against, problems) if config.against else []
+        rollout = solve(config, model, tokenizer, problems)
         metrics |= problem_metrics(rollout)
-        if config.against:
-            metrics |= win_rate(config, rollout, mesh)
         if config.save and mesh.main:
             write_answers(config.save, rollout)
+        if config.against:
+            metrics |= win_rate(config, rollout, theirs, mesh)
     if config.choices:
         metrics |= choice_metrics(config, model, tokenizer)
     if config.text:
@@ -110,14 +112,27 @@ def measure(config: Config) -> Result:
     return Result(config.model, metrics)
 
 
-def solve(config: Config, model: Transformer, tokenizer: Tokenizer) -> Rollout:
-    """The model's answers to all problems, judged, on every rank."""
+def open_problems(config: Config, model: Transformer, tokenizer: Tokenizer) -> list[Problem]:
     skipped = Skipped()
     context = model.config.max_positions
     problems = load_problems([config.data], tokenizer, context, skipped, key="data")
     problems = with_shots(problems, config.shots, tokenizer, context, skipped)[: config.limit]
     if model.mesh.main:
         skipped.tell()
+    return problems
+
+
+def others_answers(path: str, problems: list[Problem]) -> list[str]:
+    """What another answered to each of the problems. Raises: DataError where the file lacks some."""
+    others = {json.dumps(r.get("messages")): r.get("answer") for _, r in read_records(path, Skipped("raise"))}
+    found = [others.get(json.dumps(list(p.messages))) for p in problems]
+    if missing := sum(not isinstance(text, str) for text in found):
+        raise DataError(f"against: {path} lacks {missing} of {len(found)} problems: save it of the same data")
+    return found
+
+
+def solve(config: Config, model: Transformer, tokenizer: Tokenizer, problems: list[Problem]) -> Rollout:
+    """The model's answers to all problems, judged, on every rank."""
     mine, reward = share(problems, model.mesh), make_reward(config.reward)
     rollout = roll_out(model, tokenizer, mine, reward, config.sampling, n=config.samples, seed=(config.seed,))
     return gather(rollout, model.mesh)
@@ -165,18 +180,12 @@ def problem_metrics(rollout: Rollout) -> dict[str, float]:
     }
 
 
-def win_rate(config: Config, rollout: Rollout, mesh: Mesh) -> dict[str, float]:
+def win_rate(config: Config, rollout: Rollout, others: list[str], mesh: Mesh) -> dict[str, float]:
     """How often the first answer scores higher than the other's to the same problem, or the `judge` prefers it; equal
-    ones count half.
-
-    Raises: DataError where the other's answers are of other problems.
+    ones count half. Raises: DataError where none could be compared.
     """
-    skipped = Skipped("raise")
-    others = {json.dumps(r.get("messages")): r.get("answer") for _, r in read_records(config.against, skipped)}
     mine = [group[0].shown() for group in rollout.groups]
-    theirs = [replace(a, ids=(), text=others.get(json.dumps(list(a.messages)))) for a in mine]
-    if missing := sum(not isinstance(answer.text, str) for answer in theirs):
-        raise DataError(f"against: {config.against} lacks {missing} of {len(mine)} problems: save it of the same data")
+    theirs = [replace(answer, ids=(), text=text) for answer, text in zip(mine, others, strict=True)]
     if config.judge:
         pairs = [replace(a, reference=b.text) for a, b in zip(mine, theirs, strict=True)]
         wins = [score.value for score in judge(open_judge(config.judge, pairwise=True), pairs).scores if score]

@@ -144,11 +144,24 @@ def test_shots_come_as_turns_and_what_no_longer_fits_is_told(tiny, tmp_path, cap
     assert [m["role"] for m in rows[0]["messages"]] == ["user", "assistant", "user"]
 
 
-def test_what_can_not_be_evaluated_is_explained(tiny, tmp_path):
+def test_another_that_lacks_problems_is_told_before_the_work_and_answers_are_kept_where_its_judge_fails(
+    tiny, tmp_path, monkeypatch
+):
     (tmp_path / "o.jsonl").write_text('{"messages": [], "answer": "x"}\n')
+    given = {"data": tiny.data("problems.jsonl"), "save": str(tmp_path / "a.jsonl")}
+    with monkeypatch.context() as patch, pytest.raises(DataError, match="lacks 6 of 6"):
+        patch.setattr(evaluate, "roll_out", None)
+        evaluate.measure(config(tiny, **given, against=str(tmp_path / "o.jsonl")))
+    evaluate.measure(config(tiny, **given))
+    (tmp_path / "a.jsonl").rename(tmp_path / "b.jsonl")
+    monkeypatch.setattr(evaluate, "wins_by_score", lambda *_: [])
+    with pytest.raises(DataError, match="the judge failed on every pair"):
+        evaluate.measure(config(tiny, **given, against=str(tmp_path / "b.jsonl")))
+    assert (tmp_path / "a.jsonl").read_text() == (tmp_path / "b.jsonl").read_text()
+
+
+def test_what_can_not_be_evaluated_is_explained(tiny, tmp_path):
     problems = tiny.data("problems.jsonl")
-    with pytest.raises(DataError, match="lacks 6 of 6"):
-        evaluate.measure(config(tiny, data=problems, against=str(tmp_path / "o.jsonl")))
     with pytest.raises(ConfigError, match="take fewer"):
         evaluate.measure(config(tiny, data=problems, shots=5))
     (tmp_path / "code.jsonl").write_text('{"question": "Write f.", "tests": ["assert f(1)"]}\n' * 3)
