@@ -104,7 +104,7 @@ def code_version() -> str:
 
 
 def start(config: Any, stage: str) -> Mesh:
-    """Join the mesh and make the run's folder. `config` has `data`, `run` and `mesh`; an empty `run.out` is filled in.
+    """Join the mesh and try the run's folder. `config` has `data`, `run` and `mesh`; an empty `run.out` is filled in.
 
     Raises: ConfigError, as `join`; UserError where a source is missing, or the folder can't be written.
     """
@@ -112,8 +112,7 @@ def start(config: Any, stage: str) -> Mesh:
     config.run.out = config.run.out or f"runs/{stage}"
     mesh = join(config.mesh, config.run.device, to_toml(config))
     if mesh.main:
-        make_folder(config.run.out, "run.out")
-    mesh.barrier()
+        make_folder(config.run.out, "run.out", now=False)
     return mesh
 
 

@@ -21,7 +21,6 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import chain
 from operator import attrgetter
-from pathlib import Path
 
 import numpy as np
 
@@ -67,7 +66,7 @@ def train(config: Config) -> Result:
     `tokens_per_second` counts the tokens of all answers, over the seconds until the last of them was judged.
     Raises: DataError where the answers give nothing to learn from.
     """
-    make_folder(config.out, "out")
+    make_folder(config.out, "out", now=False)
     mesh = join(config.mesh, config.device, to_toml(config))
     (model, tokenizer), skipped = config.open(mesh), Skipped()
     context = model.config.max_positions
@@ -97,7 +96,7 @@ def train(config: Config) -> Result:
 
 def write(config: Config, rollout: Rollout) -> Counter:
     """The three files, each in the order of the problems; how many lines each has."""
-    folder, written = Path(config.out), Counter()
+    folder, written = make_folder(config.out, "out"), Counter()
     with ExitStack() as stack:
         files = {n: stack.enter_context((folder / f"{n}.jsonl").open("w", encoding="utf-8")) for n in FILES}
 

@@ -207,12 +207,18 @@ def test_a_gpu_that_is_not_there(tiny, capsys):
 
 def test_what_can_be_known_to_be_wrong_leaves_nothing_behind(tiny, tmp_path, capsys):
     asked = [f"--model={tiny.model}", f"--sources={tmp_path}/none.jsonl", f"--out={tmp_path}/out/answers.jsonl"]
-    for command, words in (
+    commands = [
         (["generate", *asked], f"sources: {tmp_path}/none.jsonl does not exist"),
         (["corpus", f"--out={tmp_path}/out", "--test=-1"], "test=-1 must be at least 0"),
-    ):
+    ]
+    problems, missing = tiny.data("problems.jsonl"), f"--model={tmp_path}/none"
+    stages = [(["sample", f"--sources={problems}", f"--out={tmp_path}/out"])]
+    files = {"sft": "chats.jsonl", "reward": "pairs.jsonl", "dpo": "pairs.jsonl", "grpo": "problems.jsonl"}
+    stages += [(stage, f"--data.sources={tiny.data(f)}", f"--run.out={tmp_path}/out") for stage, f in files.items()]
+    commands += [([*stage, missing], f"the folder '{tmp_path}/none' does not exist") for stage in stages]
+    for command, words in commands:
         code, shown = run(capsys, *command)
-        assert code == 2 and words in shown and not (tmp_path / "out").exists()
+        assert code == 2 and words in shown and not (tmp_path / "out").exists(), command
 
 
 def test_a_folder_that_cannot_be_written(sft, tmp_path):
