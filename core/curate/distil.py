@@ -70,14 +70,19 @@ class Distil(Step):
     def files(self) -> list[str]:
         return [] if self.remote else [self.teacher]
 
+    @property
+    def drawn(self) -> dict[str, Any]:
+        """How replies are drawn: with the teacher, the question and the seed all that they depend on."""
+        return {"temperature": self.temperature, "max_tokens": self.max_tokens, "whole": True}
+
     @cached_property
     def source(self) -> Any:
         from tritium.core.rewards.llm import Endpoint, LocalModel  # they load torch, which other processes need not
 
-        drawn = {"temperature": self.temperature, "max_tokens": self.max_tokens, "whole": True}
         if not self.remote:
-            return LocalModel(self.teacher, **drawn)
-        return Endpoint(self.teacher, self.model, seconds=self.seconds, tries=self.tries, wait=self.wait, **drawn)
+            return LocalModel(self.teacher, **self.drawn)
+        waits = {"seconds": self.seconds, "tries": self.tries, "wait": self.wait}
+        return Endpoint(self.teacher, self.model, **waits, **self.drawn)
 
     def takes(self, document: Document) -> bool:
         needs = tasks()[self.task]["needs"]
@@ -124,7 +129,7 @@ class Distil(Step):
 
     def ask(self, questions: list[list[dict]], seeds: list[int], job: Job) -> list[str | Exception]:
         """Raises: UserError where none of many gets a reply: the teacher is not there."""
-        by = digest(self.teacher, self.model, self.temperature, self.max_tokens, [state(f) for f in self.files()])
+        by = digest(self.teacher, self.model, self.drawn, [state(f) for f in self.files()])
 
         def say(new: list[int]) -> list[str | Exception]:
             said = self.source.replies([questions[i] for i in new], [seeds[i] for i in new])

@@ -89,6 +89,19 @@ def test_a_teachers_answers_are_added_and_cached(tmp_path, teacher):
     assert again == documents and len(teacher["asked"]) == 10
 
 
+def test_a_reply_that_was_kept_with_its_end_cut_off_is_asked_for_again(tmp_path, teacher, monkeypatch):
+    step = FAST | {"do": "distil", "teacher": teacher["url"]}
+    teacher["say"] = lambda question, seed: "It is…"
+    with monkeypatch.context() as patch:
+        patch.setattr(distil.Distil, "drawn", {"temperature": 0.7, "max_tokens": 512, "whole": False})
+        documents, _ = run(tmp_path, prompts(2), {"ask": step})
+    assert [d["answers"][-1]["text"] for d in documents] == ["It is…"] * 2
+    shutil.rmtree(tmp_path / "out/steps")
+    teacher["say"] = lambda question, seed: "It is so."
+    documents, _ = run(tmp_path, prompts(2), {"ask": step})
+    assert [d["answers"][-1]["text"] for d in documents] == ["It is so."] * 2
+
+
 def test_a_run_that_ends_in_the_middle_asks_nothing_twice_and_gives_the_same(tmp_path, teacher):
     step = FAST | {"do": "distil", "teacher": teacher["url"], "batch": 2}
     whole, _ = run(tmp_path, prompts(12), {"ask": step}, out="whole")
