@@ -2,9 +2,10 @@
 And files that are there whole or not at all."""
 
 import errno
+import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
@@ -59,6 +60,16 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
         raise UserError(f"{path} can't be written: {error.strerror or error}; free some space") from None
     finally:
         hidden.unlink(missing_ok=True)
+
+
+def write_lines(path: Path, rows: Iterable[dict]) -> int:
+    """A .jsonl file of rows, and their number; as `whole_file`."""
+    count = 0
+    with whole_file(path) as file:
+        for row in rows:
+            file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+            count += 1
+    return count
 
 
 def write_array(path: Path, array: np.ndarray) -> None:

@@ -72,7 +72,9 @@ def train(config: Config) -> Result:
             raise type(error)(f"[steps.{name}]: {error}") from None
     out = make_folder(config.out, "out")
     old = (".*.[0-9]*", "scratch/*/.*", "pack/.*", "pack/*.npy", "pack/*.json")  # unfinished; packed, and written anew
-    for file in [file for pattern in old for file in out.glob(pattern)]:
+    last = out / "curate.json"
+    rejected = last.exists() and '"do": "reject"' in last.read_text(encoding="utf-8")  # else these are somebody's
+    for file in [file for pattern in old + Reject.FILES * rejected for file in out.glob(pattern)]:
         file.unlink()
     sizes = int(config.shard_mb * 1e6), int(config.memory_mb * 1e6)
     context = Context(out, out / "scratch", config.seed, *sizes, map=None, cache=out / "said.sqlite")

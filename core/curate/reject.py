@@ -28,8 +28,8 @@ import tritium
 from tritium.core.chat import parse_reasoning
 from tritium.core.config import opt
 from tritium.core.curate.kept import digest, remembered, state
-from tritium.core.curate.runner import write_lines
 from tritium.core.curate.step import Context, Document, Drop, Job, Outcome, Piece, Step, note, read_shard, scored
+from tritium.core.output import write_lines
 from tritium.core.rewards import Answer, Reward, Score, judge
 from tritium.core.select import by_worth, distinct_paths
 
@@ -46,6 +46,7 @@ class Reject(Step):
     pairs: int = opt(1, "pairs from a document, at most")
     gold: bool = opt(True, "gold answers are learned too, not only those of models")
 
+    FILES: ClassVar[tuple[str, ...]] = ("sft.jsonl", "pairs.jsonl", "rankings.jsonl")
     BATCH: ClassVar[int] = 256
     LOCAL: ClassVar[bool] = True
 
@@ -141,9 +142,8 @@ class Reject(Step):
         return good and (self.gold or answer["by"] != "gold")
 
     def publish(self, context: Context, shards: list[Piece]) -> dict[str, Any]:
-        files = {"sft.jsonl": self.sft, "pairs.jsonl": self.preferred, "rankings.jsonl": self.ranked}
         counts = {}
-        for name, rows in files.items():
+        for name, rows in zip(self.FILES, (self.sft, self.preferred, self.ranked), strict=True):
             documents = (d for shard in shards for d in read_shard(shard.path) if self.takes(d))
             counts[name] = write_lines(context.out / name, (row for d in documents for row in rows(d)))
         return counts

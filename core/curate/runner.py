@@ -18,7 +18,7 @@ import os
 import sys
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
@@ -232,13 +232,3 @@ def twin_texts(summary: dict, shards: Sequence[Piece]) -> dict[str, str]:
 def write_atomically(path: Path, text: str) -> None:
     with whole_file(path) as file:
         file.write(text.encode())
-
-
-def write_lines(path: Path, rows: Iterable[dict]) -> int:
-    """A .jsonl file of rows; their number."""
-    count = 0
-    with whole_file(path) as file:
-        for row in rows:
-            file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
-            count += 1
-    return count

@@ -130,6 +130,20 @@ def test_the_number_of_processes_changes_nothing_and_a_rerun_does_nothing(tmp_pa
     assert "filter: 5 of 5" in err and "exact: " in err and "maths: " not in err and "clean: " not in err
 
 
+def test_what_reject_wrote_goes_with_it_and_other_files_stay(tmp_path):
+    steps, out = pipeline(tmp_path)
+    del steps["pack"]
+    names = ("sft.jsonl", "pairs.jsonl", "rankings.jsonl")
+    run(steps, out)
+    assert all((out / name).exists() for name in names)
+    del steps["reject"]
+    run(steps, out)
+    assert not any((out / name).exists() for name in names)
+    (out / "sft.jsonl").write_text("mine")
+    run(steps, out)
+    assert (out / "sft.jsonl").read_text() == "mine"
+
+
 def test_the_stages_read_what_reject_writes(tmp_path):
     steps, out = pipeline(tmp_path)
     run(steps, out)
