@@ -98,26 +98,26 @@ def train(config: Config) -> Result:
     model = open_model(config, tokenizer, mesh)
     skipped = Skipped(config.data.on_error)
     bins, evaluation, annealing = open_data(config, tokenizer, model.config.max_positions, mesh, skipped)
-    trainer = Trainer(
-        {"policy": model},
-        CrossEntropy(),
-        config,
-        mesh,
-        name="pretrain",
-        total_steps=config.run.steps or bins.steps_in(config.run.epochs, config.schedule),
-        tokenizer=tokenizer,
-        skipped=skipped,
-        evaluation=evaluation,
-    )
+    total = config.run.steps or bins.steps_in(config.run.epochs, config.schedule)
+    start_annealing = annealing_start(config, total) if annealing else total
+    settings = {"name": "pretrain", "total_steps": total, "tokenizer": tokenizer, "skipped": skipped}
+    trainer = Trainer({"policy": model}, CrossEntropy(), config, mesh, **settings, evaluation=evaluation)
     parameters = sum(math.prod(full_shape(p, mesh.tp)) for p in model.parameters())
     trainer.say(f"{parameters:,} parameters, {bins.tokens:,} tokens an epoch")
-    start_annealing = decay_start(config.schedule, trainer.total_steps) if annealing else trainer.total_steps
     for step in trainer.steps():
         batches = bins.step(step, trainer.ramp) if step < start_annealing else annealing.step(step - start_annealing)
         # ------------------------------------------------------------------------------------------------------
         trainer.step(batches)  # cross-entropy over every token / their number in the whole step
         # ------------------------------------------------------------------------------------------------------
     return trainer.result()
+
+
+def annealing_start(config: Config, total: int) -> int:
+    """The step from which `anneal` is read. Raises: ConfigError where the run ends before."""
+    if (start := decay_start(config.schedule, total)) < total:
+        return start
+    decay = f"schedule.decay={config.schedule.decay}"
+    raise ConfigError(f"anneal: {decay} leaves {total} steps no final decay: give it in steps, 10 say, or run longer")
 
 
 def open_tokenizer(config: Config, mesh: Mesh) -> Tokenizer:

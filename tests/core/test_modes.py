@@ -1,5 +1,7 @@
 """What a training run may add: noise, dropout, fp16 with a scaled loss."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -101,6 +103,9 @@ def test_the_final_decay_has_its_own_data(tiny, tmp_path, monkeypatch):
     assert min(common[4:]) > max(common[:4])
     with pytest.raises(ConfigError, match="anneal goes with schedule.kind=wsd"):
         pretrain.Config(**options)
+    options["run"] = replace(run, out=str(tmp_path / "short"), steps=2)
+    with pytest.raises(ConfigError, match=r"anneal: schedule.decay=0.2 leaves 2 steps no final decay"):
+        pretrain.train(pretrain.Config(**options, schedule=replace(schedule, decay=0.2)))
 
 
 def test_auto_takes_bf16_only_where_its_matmuls_are_the_faster_ones(monkeypatch):
