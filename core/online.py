@@ -94,7 +94,8 @@ class Rounds:
         for i in range(done, min(draw.updates, trainer.total_steps - number * draw.updates)):
             yield batches[i :: draw.updates], numbers
             numbers = {}
-        if "reference" in trainer.followers and (number + 1) % draw.refresh == 0:
+        ended = trainer.index == (number + 1) * draw.updates  # else it ends when the run is extended
+        if ended and "reference" in trainer.followers and (number + 1) % draw.refresh == 0:
             trainer.followers["reference"].follow(0.0)
 
     def answers(self, network: str, number: int, stream: int) -> Rollout:

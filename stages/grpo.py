@@ -4,9 +4,13 @@
     tritium grpo --model=… --grpo.algorithm=rloo --grpo.beta=0.02
 
 Records are {"question", "answer"}. The sampler is the policy itself; token in, token out. Groups whose answers all
-score the same teach nothing and are left out, of the loss and of what it is divided by; but a KL or an entropy bonus,
-which holds for them, too, keeps them. Several phases (first mathematics, then code, …) are several stages of a
-recipe, each with its own prompts, rewards and KL: see stages/recipes/ladder.toml.
+score the same teach nothing and are left out, of the loss and of what it is divided by, as in DAPO's objective (arXiv
+2503.14476, eq. 8, and its condition on the groups); a KL or an entropy bonus, which holds for them, too, keeps them.
+TRL divides by all answers always, as GRPO's own objective (arXiv 2402.03300, eq. 3): without a KL its gradients are
+those here times `varied_groups`, the share that is kept. AdamW's steps hardly depend on that, optim.clip does.
+
+Several phases (first mathematics, then code, …) are several stages of a recipe, each with its own prompts, rewards and
+KL: see stages/recipes/ladder.toml.
 """
 
 from dataclasses import dataclass
@@ -81,7 +85,8 @@ def train(config: Config) -> Result:
             trainer.step(batches[i::updates], numbers)  # −min(ρA, clip(ρ)A) + β KL
             numbers = {}  # a rollout's: with its first update
         # ------------------------------------------------------------------------------------------------------
-        experience.follow(number)
+        if trainer.index == (number + 1) * updates:  # one that was cut short ends when the run is extended
+            experience.follow(number)
     return trainer.result()
 
 

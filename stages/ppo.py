@@ -109,6 +109,8 @@ def train(config: Config) -> Result:
                 break
         # ------------------------------------------------------------------------------------------------------
         trainer.index = min((number + 1) * each, trainer.total_steps)  # steps count whether they were needed or not
+        if trainer.index < (number + 1) * each:
+            continue  # it was cut short, and ends when the run is extended
         experience.follow(number)
         if options.target_kl:
             trainer.notes["beta"] = adapted(objective.beta, numbers.get("kl_k1", options.target_kl), options.target_kl)

@@ -12,13 +12,14 @@ from tritium.core.chat import render
 from tritium.core.config import ConfigError, UserError, from_dict
 from tritium.core.files import Skipped
 from tritium.core.health import PANEL, TROUBLES
+from tritium.core.reference import Follower
 from tritium.core.rewards import Answer, Score, judge
 from tritium.core.rewards.model import open_reward
 from tritium.core.tokenizer import Tokenizer
 from tritium.core.trainer import Trainer, TrainingError
 from tritium.model.heads import ScalarModel
 from tritium.parallel.mesh import Mesh
-from tritium.stages import grpo, ppo, reward
+from tritium.stages import dpo, grpo, ppo, reward
 from tritium.stages import tokenizer as tokenizer_stage
 from tritium.stages.cli import run_stage
 
@@ -168,6 +169,34 @@ def test_a_reference_moves_and_is_found_again(tiny, tmp_path, odd_is_right):
     assert 0 == refreshed[1] == refreshed[2] < average[2] < fixed[2]
     run("first", 4, every=1, decay=0.5)
     assert run("first", 6, every=1, decay=0.5) == average  # its first checkpoint was at step 4
+
+
+@pytest.mark.parametrize("stage", ["ppo", "grpo", "dpo"])
+def test_a_rollout_that_the_end_cut_short_moves_the_reference_once_when_the_run_is_extended(
+    tiny, tmp_path, monkeypatch, odd_is_right, stage
+):
+    moves, betas = [], []
+    follow = Follower.follow
+    monkeypatch.setattr(Follower, "follow", lambda self, decay: (moves.append(decay), follow(self, decay))[1])
+    monkeypatch.setattr(ppo, "adapted", lambda beta, *_: (betas.append(beta), beta / 2)[1])
+
+    def run(steps: int) -> None:
+        if stage == "ppo":
+            made = config(tiny, tmp_path, steps, reference={"every": 1})
+            made.ppo.target_kl = 0.1
+        else:
+            made = {"model": tiny.model, "data": {"sources": [tiny.data("problems.jsonl")], "bin_tokens": 512}}
+            made |= {"run": {"out": str(tmp_path), "steps": steps, "dtype": "fp32"}}
+            short, options = {"max_tokens": 6}, {"prompts": 4, "updates": 2}
+            online = {"online": True, "draw": options | {"refresh": 1, "sampling": short}}
+            reinforced = {"grpo": options | {"beta": 0.1, "group": 2}, "reference": {"every": 1}, "sampling": short}
+            made = from_dict(*((dpo.Config, made | online) if stage == "dpo" else (grpo.Config, made | reinforced)))
+        {"ppo": ppo, "grpo": grpo, "dpo": dpo}[stage].train(made)
+
+    run(3)
+    assert len(moves) == 1
+    run(4)
+    assert len(moves) == 2 and betas == [0.05, 0.025] * (stage == "ppo")
 
 
 def test_the_base_of_an_adapter_is_the_reference(tiny, tmp_path, odd_is_right):
