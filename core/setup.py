@@ -129,28 +129,29 @@ def parameter_dtype(name: str, mesh: Mesh) -> torch.dtype:
 def load_model(
     folder: str, dtype: str, mesh: Mesh, *, frozen: bool = False, finetune: FinetuneConfig | None = None, seed: int = 0
 ) -> Transformer:
-    """A language model from a folder, in a dtype named as in RunConfig; with `finetune`, to be trained as that says:
-    the folder's own adapter, if it is one, is first merged. Raises: UserError saying what is wrong.
+    """A language model from a folder, in a dtype named as in RunConfig; with `finetune`, to be trained as that says.
+    Raises: UserError saying what is wrong.
     """
     model = read_model(folder, dtype, mesh, streamed=finetune is not None and finetune.kind != "qlora")
     if not isinstance(model, Transformer):
         raise UserError(f"{folder} is a reward model; this needs a language model")
     if finetune is None:
         return model.requires_grad_(not frozen)
+    prepare_training(model, finetune, folder, seed)
+    return model
+
+
+def prepare_training(model: Transformer, finetune: FinetuneConfig, folder: str, seed: int) -> None:
+    """Freeze what is not trained, or attach an adapter; that of the model's `folder`, if there is one, is first merged.
+    Raises: UserError where it can't be; ConfigError for names that the model does not have."""
     if model.adapters:
         try:
             merge(model)
         except ValueError as error:
             raise UserError(f"{folder}: {error}; train a new one on that base") from None
-    prepare_training(model, finetune, str(Path(model_folder(folder)).resolve()), seed)
-    return model
-
-
-def prepare_training(model: Transformer, finetune: FinetuneConfig, base: str, seed: int) -> None:
-    """Freeze what is not trained, or attach an adapter. Raises: ConfigError for names that the model does not have."""
     model.set_noise(finetune.block_dropout, finetune.neftune)
     try:
-        if (adapter := finetune.adapter(base)) is not None:
+        if (adapter := finetune.adapter(str(Path(model_folder(folder)).resolve()))) is not None:
             attach(model, adapter, seed=seed)
     except ValueError as error:
         raise ConfigError(f"finetune.{error}") from None

@@ -159,8 +159,8 @@ def load_adapted(path: Path, dtype: torch.dtype, mesh: Mesh) -> Model:
             merge(model)
         except ValueError as error:
             raise ModelFolderError(f"{path / ADAPTER_CONFIG}: its base: {error}") from None
-    if raw.get("task_type") == "SEQ_CLS" and isinstance(model, Transformer):
-        model = ScalarModel.described(model, raw)
+    if raw.get("task_type") == "SEQ_CLS":  # its head is its own, also on the base of a reward model
+        model = ScalarModel.described(decoder_of(model), raw)
     load_adapter(model, str(path))
     return model
 

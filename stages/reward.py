@@ -10,7 +10,8 @@
     comparison   pairs, both answers shown at once: the model says how far the first is better; it filters pairs
                  (filter.models), and judges against a reference: --reward='judge("runs/reward", pairwise=True)'
 
-The score of an answer is read at its last token; it depends on nothing else in the batch.
+The score of an answer is read at its last token; it depends on nothing else in the batch. A reward model with the same
+heads, `model`, goes on with them: so it is refreshed on answers of a newer policy.
 """
 
 import math
@@ -30,12 +31,14 @@ from tritium.core.records import open_records
 from tritium.core.rewards.model import FilterConfig
 from tritium.core.rewards.scorer import COMPARISON, STEPS
 from tritium.core.run import Result, TrainingConfig
-from tritium.core.setup import load_model, load_tokenizer, start
+from tritium.core.setup import load_tokenizer, prepare_training, read_model, start
 from tritium.core.tokenizer import Tokenizer
 from tritium.core.trainer import Trainer
 from tritium.model.heads import ScalarModel
+from tritium.model.hf import decoder_of
 from tritium.model.prompts import PEFT_TYPES
 from tritium.parallel.data import all_reduce_counts
+from tritium.parallel.mesh import Mesh
 
 KINDS: dict[str, tuple[Callable, str]] = {  # loss → what makes a group of a record, and what counts the groups
     "pairwise": (preference_group, "pairs"),
@@ -75,10 +78,8 @@ class Config(TrainingConfig):
 def train(config: Config) -> Result:
     """Train a scorer; `eval_accuracy` is the share of held-out pairs (rankings) whose best answer scores highest."""
     mesh = start(config, "reward")
-    decoder = load_model(config.model, config.run.dtype, mesh, finetune=config.finetune, seed=config.run.seed)
-    tokenizer = load_tokenizer(config.model, decoder, config.data.template)
-    heads = {"score": config.heads, "comparison": [COMPARISON], "process": [STEPS]}.get(config.loss, ["reward"])
-    model = ScalarModel(decoder, heads, config.pooling).initialize(config.run.seed)
+    model = open_model(config, mesh)
+    tokenizer = load_tokenizer(config.model, model, config.data.template)
     networks, objective, convert = {"reward": model}, objective_of(config), converter_of(config, tokenizer)
     run = (config, "reward", networks, objective, tokenizer)
     trainer, bins = open_records(*run, config.filter.around(convert, config.run.dtype, mesh), KINDS[config.loss][1])
@@ -90,6 +91,16 @@ def train(config: Config) -> Result:
     if config.loss == "pairwise" and trainer.evaluation:
         trainer.say(calibration(trainer, trainer.evaluation))
     return trainer.result()
+
+
+def open_model(config: Config, mesh: Mesh) -> ScalarModel:
+    """What is trained: the reward model in the folder, or a new one on the decoder there where that has other heads."""
+    heads = {"score": config.heads, "comparison": [COMPARISON], "process": [STEPS]}.get(config.loss, ["reward"])
+    found = read_model(config.model, config.run.dtype, mesh, streamed=config.finetune.kind != "qlora")
+    prepare_training(decoder_of(found), config.finetune, config.model, config.run.seed)
+    if isinstance(found, ScalarModel) and (list(found.heads), found.pooling) == (heads, config.pooling):
+        return found
+    return ScalarModel(decoder_of(found), heads, config.pooling).initialize(config.run.seed)
 
 
 def converter_of(config: Config, tokenizer: Tokenizer) -> Callable[[dict], Group]:

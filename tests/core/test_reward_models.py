@@ -139,6 +139,23 @@ def test_heads_and_pooling_come_back_from_the_folder_and_the_mean_knows_its_docu
     assert pooled.shape == (3, 2) and not pooled[2].any()
 
 
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_a_reward_model_goes_on_with_its_heads_and_gets_new_ones_for_others(tiny, heads_judge, tmp_path, kind):
+    """A refresh on newer answers: at a rate of 0 it stays what it was, and its evaluation says so."""
+    rows = [{"prompt": f"{i} = ?", "response": "yes", "helpfulness": 4, "verbosity": 0} for i in range(4)]
+    more = (f"--model={heads_judge}", f"--finetune.kind={kind}", "--optim.lr=1e-12", "--run.steps=1")
+    same = ("--loss=score", f"--heads={','.join(HEADS)}", "--highest=4", "--pooling=mean")
+    (again := tmp_path / "again").mkdir()
+    folders = heads_judge, train(tiny, again, rows, *same, *more)
+    before, after = (read_model(folder, "fp32", Mesh.single()) for folder in folders)
+    assert (after.heads, after.pooling) == (HEADS, "mean")
+    ids, ends = torch.arange(9), torch.tensor([0, 9], dtype=torch.int32)
+    torch.testing.assert_close(after.scores(ids, ends), before.scores(ids, ends), atol=1e-5, rtol=1e-5)
+    (other := tmp_path / "other").mkdir()
+    pairs = [{"prompt": "Q", "chosen": "yes", "rejected": "no"}] * 4
+    assert read_model(train(tiny, other, pairs, *more), "fp32", Mesh.single()).heads == ("reward",)
+
+
 def test_an_adapter_keeps_its_heads(tiny, tmp_path):
     rows = [{"prompt": "Q", "completion": str(i), "a": i / 9, "b": 0} for i in range(10)]
     more = ("--finetune.kind=lora", "--finetune.rank=2", "--loss=score", "--heads=a,b", "--pooling=mean")
