@@ -77,7 +77,7 @@ class ToolUse:
     def say(self, call: str) -> list[int]:
         """The tokens of what the tool says."""
         try:
-            said = self.tool(call)
-        except Exception as error:
-            said = f"{type(error).__name__}: {error}"
-        return observation_ids(self.tokenizer, said)
+            return observation_ids(self.tokenizer, self.tool(call))
+        except Exception as error:  # of the tool, or of a text that is none
+            said = f"{type(error).__name__}: {error}".encode(errors="backslashreplace").decode()
+            return observation_ids(self.tokenizer, said)

@@ -72,6 +72,21 @@ def test_the_ranks_of_a_replica_agree_on_what_a_tool_and_a_judge_said(tiny, pool
     assert any(0.0 in completion.weights for completion, _, _ in first)
 
 
+def test_a_tool_that_says_what_is_no_text_is_told_to_the_model(tiny):
+    """It ended the rollout, and on one of several ranks the others waited for its words."""
+    tokenizer = Tokenizer.load(tiny.model)
+    for said, words in (
+        ("\ud800", "UserError: the text is not valid Unicode"),
+        (None, "ChatError: message 2 (tool): the content must be text"),
+    ):
+        assert words in tokenizer.decode(tools.ToolUse(tokenizer, lambda code, said=said: said).say("1"))
+
+    def fails(code: str) -> str:
+        raise ValueError("\ud800")
+
+    assert "ValueError: \\ud800" in tokenizer.decode(tools.ToolUse(tokenizer, fails).say("1"))
+
+
 def test_sequences_that_called_are_forgotten_when_they_have_ended(tiny):
     """A file of a million prompts kept each of them."""
     tokenizer, model = Tokenizer.load(tiny.model), load(tiny.model, torch.float32)
