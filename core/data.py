@@ -25,9 +25,9 @@ import numpy as np
 from tritium.core.batch import Document, Group, PackedBatch, pack, plan_bins
 from tritium.core.chat import THINKING
 from tritium.core.code import fill_in_the_middle, hole_markers
-from tritium.core.config import ConfigError, UserError, check_ranges, opt
+from tritium.core.config import ConfigError, check_ranges, opt
 from tritium.core.files import DataError, Skipped, read_documents, read_records, read_text
-from tritium.core.formats import FORMS, RecordError, fill, of_form
+from tritium.core.formats import FORMS, RecordError, fill, of_form, usable
 from tritium.core.output import write_array
 from tritium.core.schedule import BatchRamp, ScheduleConfig
 from tritium.core.tokenizer import Tokenizer
@@ -254,15 +254,11 @@ def record_sources(
     for number, (path, weight) in enumerate(parse_sources(config.sources)):
         groups, difficulty = [], []
         for place, record in read_records(path, skipped):
-            try:
+            with usable(skipped, place):
                 made = convert(config.told(record))
                 made = [fit(g, context, config.on_overlong) for g in ([made] if atomic else [[d] for d in made])]
                 difficulty += [float(record[config.difficulty]) if config.difficulty else 0.0] * len(made)
                 groups += made
-            except (RecordError, UserError) as error:  # of the conversation's form, or of its text
-                skipped.add(str(error), place)
-            except (KeyError, TypeError, ValueError) as error:
-                skipped.add(f"a record that can't be used ({type(error).__name__}: {error})", place)
         if not groups:
             raise DataError(f"{path} holds no usable record\n{skipped.summary()}")
         order = np.random.default_rng([seed, number]).permutation(len(groups))

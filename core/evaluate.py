@@ -15,7 +15,7 @@ import torch
 
 from tritium.core.batch import Document, pack, plan_bins
 from tritium.core.files import Skipped, read_records
-from tritium.core.formats import RecordError, required_text
+from tritium.core.formats import RecordError, required_text, usable
 from tritium.core.objectives.base import sequence_sum, supervised_logprob
 from tritium.core.tokenizer import Tokenizer
 from tritium.model.transformer import Transformer
@@ -63,10 +63,8 @@ def read_choices(path: str, shots: int, skipped: Skipped) -> list[Choice]:
     """The choices of a file; its first `shots` are solved before each of the others. Raises: DataError."""
     found = []
     for place, record in read_records(path, skipped):
-        try:
+        with usable(skipped, place):
             found.append(choice(record))
-        except RecordError as error:
-            skipped.add(str(error), place)
     before = "".join(example.solved + "\n\n" for example in found[:shots])
     return [Choice(before + c.prompt, c.options, c.answer) for c in found[shots:]]
 

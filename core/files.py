@@ -113,6 +113,8 @@ def unreadable(path: str, error: Exception) -> DataError:
     """What is wrong with a file, in a sentence."""
     if isinstance(error, FileNotFoundError):
         return DataError(f"{path} does not exist")
+    if path.endswith(".npy"):
+        return DataError(f"{path} is no text: of curate's pack, pretrain takes FILE.tokens.npy, with its --tokenizer")
     if isinstance(error, UnicodeDecodeError):
         where = f"byte {error.start} is {error.object[error.start]:#04x}"
         return DataError(f"{path} is not UTF-8 text ({where}); convert it, e.g. with iconv")

@@ -22,10 +22,13 @@ message says why; `files.py` reads them from files.
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from tritium.core.chat import ROLES
+from tritium.core.config import UserError
+from tritium.core.files import Skipped
 
 Message = dict[str, Any]  # {"role": …, "content": …}, and "weight" where it is not 1
 
@@ -41,6 +44,17 @@ PROMPTS = {key for keys in FORMS.values() for key in keys}
 
 class RecordError(ValueError):
     """A record that can't be used."""
+
+
+@contextmanager
+def usable(skipped: Skipped, place: str) -> Iterator[None]:
+    """Around what is made of a record: what is wrong with it is counted. Raises: DataError where nothing may be."""
+    try:
+        yield
+    except (RecordError, UserError) as error:  # of the conversation's form, or of its text
+        skipped.add(str(error), place)
+    except (KeyError, TypeError, ValueError) as error:
+        skipped.add(f"a record that can't be used ({type(error).__name__}: {error})", place)
 
 
 def fill(value: Any, variables: dict[str, str]) -> Any:

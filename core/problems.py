@@ -6,10 +6,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from tritium.core.chat import render
-from tritium.core.config import ConfigError, UserError
+from tritium.core.config import ConfigError
 from tritium.core.data import parse_sources
 from tritium.core.files import DataError, Skipped, read_records
-from tritium.core.formats import Message, RecordError, problem
+from tritium.core.formats import Message, RecordError, problem, usable
 from tritium.core.tokenizer import Tokenizer
 from tritium.parallel.mesh import Mesh
 
@@ -39,19 +39,12 @@ def load_problems(
             raise ConfigError(f"{key}: {path}@{weight:g}: problems have no weights; leave out the @{weight:g}")
         before = len(problems)
         for place, record in read_records(path, skipped):
-            try:
+            with usable(skipped, place):
                 messages, reference = problem(record)
                 ids = render(tokenizer, messages, generation_prompt=True).ids
-            except (RecordError, UserError) as error:
-                skipped.add(str(error), place)
-                continue
-            except (KeyError, TypeError, ValueError) as error:
-                skipped.add(f"a record that can't be used ({type(error).__name__}: {error})", place)
-                continue
-            if len(ids) >= context:
-                skipped.add("a question longer than the context", place)
-                continue
-            problems.append(Problem(len(problems), messages, ids, reference))
+                if len(ids) >= context:
+                    raise RecordError("a question longer than the context")
+                problems.append(Problem(len(problems), messages, ids, reference))
         if len(problems) == before:
             raise DataError(f"{path} holds no usable problem\n{skipped.summary()}")
     return problems

@@ -25,7 +25,7 @@ from tritium.core.chat import find_template, render
 from tritium.core.config import ConfigError, UserError, listed, load
 from tritium.core.data import DataConfig, encode_documents, fit, packed_shard, parse_sources
 from tritium.core.files import Skipped, opened, read_documents, read_records
-from tritium.core.formats import RecordError, problem
+from tritium.core.formats import problem, usable
 from tritium.core.groups import conversation_group, feedback_group, preference_group
 from tritium.core.setup import load_tokenizer, read_shape
 from tritium.core.tokenizer import Tokenizer
@@ -134,12 +134,10 @@ def record_groups(
 ) -> Iterator[Group]:
     told = getattr(config.data, "told", lambda record: record)
     for place, record in read_records(path, skipped):
-        try:
+        with usable(skipped, place):
             group = convert(told(record))
             learned = any(document.weights.any() for document in group)
             yield fit(group, context, getattr(config.data, "on_overlong", "skip")) if learned else group
-        except (RecordError, UserError, KeyError, TypeError, ValueError) as error:
-            skipped.add(str(error), place)
 
 
 def text_groups(path: str, config: Any, tokenizer: Tokenizer, context: int, skipped: Skipped) -> Iterator[Group]:

@@ -27,7 +27,7 @@ import numpy as np
 
 from tritium.core.config import REQUIRED, UserError, check_ranges, opt
 from tritium.core.files import LONE_SURROGATE, DataError, Skipped, read_records
-from tritium.core.formats import Message, RecordError, open_prompt
+from tritium.core.formats import Message, RecordError, open_prompt, usable
 from tritium.core.output import make_room_for
 from tritium.core.run import Result
 from tritium.core.web import Handler, RequestError, Server
@@ -99,23 +99,20 @@ def read_items(path: str, skipped: Skipped) -> list[Item]:
     """The prompts of a file, most urgent first; different answers only. Raises: DataError where there is none."""
     items: dict[str, Item] = {}
     for place, record in read_records(path, skipped):
-        try:
+        with usable(skipped, place):
             item = read_item(record)
-        except RecordError as error:
-            skipped.add(str(error), place)
-            continue
-        known = items.setdefault(item.key, Item(item.messages, []))
-        for i, answer in enumerate(item.answers):
-            if answer not in known.answers:
-                known.answers.append(answer)
-                known.scores += item.scores[i : i + 1]
-    usable = [item for item in items.values() if 2 <= len(item.answers) <= 26]
-    for item in usable:
+            known = items.setdefault(item.key, Item(item.messages, []))
+            for i, answer in enumerate(item.answers):
+                if answer not in known.answers:
+                    known.answers.append(answer)
+                    known.scores += item.scores[i : i + 1]
+    open_ones = [item for item in items.values() if 2 <= len(item.answers) <= 26]
+    for item in open_ones:
         if len({len(row) for row in item.scores}) != 1 or len(item.scores) != len(item.answers):
             item.scores = []  # of some answers only
-    if not usable:
+    if not open_ones:
         raise DataError(f"data: {path} holds no prompt with two different answers\n{skipped.summary()}")
-    return sorted(usable, key=lambda item: item.urgency)
+    return sorted(open_ones, key=lambda item: item.urgency)
 
 
 def parse_verdict(text: str, count: int) -> list[list[int]]:
@@ -170,12 +167,10 @@ class Session:
     def next(self, who: str) -> dict:
         """What the page shows `who`: the first item left, how many there are, and for whom this is."""
         left = self.left(who)
-        item = (
-            {"id": left[0], "messages": self.items[left[0]].messages, "answers": self.shown(left[0], who)}
-            if left
-            else {}
-        )
-        return item | {"left": len(left), "who": who}
+        row = {"left": len(left), "who": who}
+        if not left:
+            return row
+        return row | {"id": left[0], "messages": self.items[left[0]].messages, "answers": self.shown(left[0], who)}
 
     def record(self, place: int, who: str, verdict: str) -> None:
         """Add a verdict on the answers as `shown`. Raises: UserError."""

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -74,6 +75,14 @@ def test_raw_text_that_is_not_utf8(tiny, tmp_path, capsys):
     (file := tmp_path / "latin.txt").write_bytes(b"caf\xe9")
     code, shown = run(capsys, "pretrain", f"--init={tiny.model}", f"--data.sources={file}", f"--run.out={tmp_path}/o")
     assert code == 2 and "latin.txt is not UTF-8 text" in shown
+
+
+def test_an_array_is_not_called_badly_encoded_text(tiny, tmp_path, capsys):
+    np.save(tmp_path / "a.starts.npy", np.arange(3))
+    source = f"--data.sources={tmp_path}/a.starts.npy"
+    for command in (["pretrain", f"--init={tiny.model}"], ["pretrain"], ["sft", f"--model={tiny.model}"]):
+        code, shown = run(capsys, *command, source, f"--run.out={tmp_path}/o")
+        assert code == 2 and "a.starts.npy is no text: of curate's pack, pretrain takes FILE.tokens.npy" in shown
 
 
 # ---------------------------------------------------------------------------------------------- records
