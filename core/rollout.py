@@ -153,18 +153,12 @@ def roll_out(
     """
     places = [model.mesh.dp_rank + model.mesh.dp * i for i in range(len(problems))]  # as `share` dealt them
     tool = tool or TOOLS.get(sampling.tool)
-    seeds = [sample_seed(*seed, place, i) for place in places for i in range(n)]
-    completions = generate(
-        model,
-        [p.ids for p in problems],
-        options=sampling.options(stop_ids(tokenizer)),
-        n=n,
-        seed=seeds,
-        max_batch=sampling.max_batch,
-        pages=sampling.pages(model),
-        decoder=tokenizer.incremental if sampling.stop else None,
-        extend=ToolUse(tokenizer, tool, sampling.max_calls) if tool else None,
-    )
+    drawn = {"n": n, "seed": [sample_seed(*seed, place, i) for place in places for i in range(n)]}
+    drawn |= {"max_batch": sampling.max_batch, "pages": sampling.pages(model)}
+    drawn |= {"decoder": tokenizer.incremental} if sampling.stop else {}
+    drawn |= {"extend": ToolUse(tokenizer, tool, sampling.max_calls)} if tool else {}
+    options = sampling.options(stop_ids(tokenizer))
+    completions = generate(model, [p.ids for p in problems], options=options, **drawn)
     texts = [Text.of(tokenizer.incremental(), sampling.stop, c.tokens) for c in completions]
     samples = [Sample(problems[i // n], *both) for i, both in enumerate(zip(completions, texts, strict=True))]
     answers = [sample.shown(tokenizer.incremental) for sample in samples]

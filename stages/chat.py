@@ -11,9 +11,8 @@ import json
 import re
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass
-from importlib import import_module
-from importlib.util import find_spec
 from itertools import groupby, zip_longest
 
 from tritium.core.chat import render, stop_ids
@@ -93,8 +92,9 @@ COMMANDS = {"/save": save, "/adapter": switch}
 def ask() -> str | None:
     """The next line from the user; None at the end."""
     terminal = sys.stdin.isatty()
-    if terminal and find_spec("readline"):
-        import_module("readline")  # keys that edit, a history, and lines longer than the 4096 bytes of a terminal
+    if terminal:
+        with suppress(ImportError):  # keys that edit, a history, and lines longer than the 4096 bytes of a terminal
+            import readline  # noqa: F401
     for hint in ("(a second Ctrl-C, or Ctrl-D, ends the chat)", ""):
         try:
             line = input("you> " if terminal else "").strip()

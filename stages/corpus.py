@@ -15,7 +15,6 @@ Every file's problems come from a seed of their own, and no question of test.jso
 """
 
 import itertools
-import json
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,7 +22,7 @@ import numpy as np
 from tritium.core.arithmetic import Problem, chat_answer, equation, problems
 from tritium.core.config import check_ranges, opt
 from tritium.core.corpus import SAYINGS, library_questions, library_texts, small_talk, turns, worked_or_terse
-from tritium.core.output import make_folder
+from tritium.core.output import make_folder, write_lines
 from tritium.core.run import Result
 
 ONE_PROCESS = True  # others would write the same files
@@ -70,9 +69,8 @@ def train(config: Config) -> Result:
     }
     size = 0
     for name, values in rows.items():
-        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in values)
-        (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
-        size += len(text.encode())
+        write_lines(file := folder / f"{name}.jsonl", values)
+        size += file.stat().st_size
     return Result(config.out, {"megabytes": size / 1e6})
 
 

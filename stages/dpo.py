@@ -33,7 +33,7 @@ from tritium.core.setup import check_same_vocabulary, load_model, load_reference
 from tritium.parallel.mesh import Mesh
 
 WITH_REFERENCE = tuple(name for name in (*LOSSES, "kto") if name not in REFERENCE_FREE)
-SMOOTHED = ("dpo", "dpo_norm", "robust", "simpo", "cpo")  # the losses that know wrong labels
+NOISY = ("dpo", "dpo_norm", "robust", "simpo", "cpo")  # the losses that know wrong labels
 
 
 @dataclass
@@ -44,7 +44,7 @@ class Config(TrainingConfig):
     beta: float = opt(0.1, "how strongly the policy is held to the reference; a scale where there is none", above=0)
     online: bool = opt(False, "draw the pairs from the policy: data.sources are problems")
     draw: DrawConfig = opt(DrawConfig, "online: how answers come about, and who judges them")
-    label_smoothing: float = opt(0.0, f"share of wrong labels: {SMOOTHED}", only=SMOOTHED, least=0, below=0.5)
+    label_smoothing: float = opt(0.0, f"share of wrong labels: {', '.join(NOISY)}", only=NOISY, least=0, below=0.5)
     margin: float = opt(1.0, "simpo's γ, slic's δ", only=("simpo", "slic"))
     penalty: float = opt(5.0, "dpop's λ, of a chosen answer that loses", only=("dpop",))
     desirable: float = opt(1.0, "kto: weight of good answers", only=("kto",))

@@ -18,6 +18,7 @@ import math
 import os
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,13 +30,13 @@ from tritium.core.evaluate import Choice, Likelihood, interval, likelihoods, pas
 from tritium.core.files import DataError, Skipped, read_documents, read_records
 from tritium.core.formats import CODE_KEYS
 from tritium.core.objectives.base import supervised_logprob
-from tritium.core.output import make_room_for
+from tritium.core.output import make_room_for, write_lines
 from tritium.core.problems import Problem, load_problems, share
 from tritium.core.rewards import Answer, judge
 from tritium.core.rewards.llm import open_judge
 from tritium.core.rewards.make import make_reward
 from tritium.core.rewards.model import open_reward
-from tritium.core.rollout import AskConfig, Rollout, SamplingConfig, gather, roll_out
+from tritium.core.rollout import AskConfig, Rollout, Sample, SamplingConfig, gather, roll_out
 from tritium.core.run import Result
 from tritium.core.setup import MeshConfig, join
 from tritium.core.tokenizer import Tokenizer
@@ -101,7 +102,7 @@ def measure(config: Config) -> Result:
         rollout = solve(config, model, tokenizer, problems)
         metrics |= problem_metrics(rollout)
         if config.save and mesh.main:
-            write_answers(config.save, rollout)
+            write_lines(Path(config.save), map(answer_row, rollout.samples))
         if config.against:
             metrics |= win_rate(config, rollout, theirs, mesh)
     if config.choices:
@@ -217,7 +218,7 @@ def choice_metrics(config: Config, model: Transformer, tokenizer: Tokenizer) -> 
     rows = [row for part in model.mesh.gather_objects(scored)[:: model.mesh.cp * model.mesh.tp] for row in part]
     if config.save and model.mesh.main:
         lines = [asdict(c) | {"likelihoods": [asdict(x) for x in given]} for c, given in rows]
-        write_rows(f"{config.save}.choices.jsonl" if config.data else config.save, lines)
+        write_lines(Path(f"{config.save}.choices.jsonl" if config.data else config.save), lines)
     right, by_byte = np.array([verdict(*row) for row in rows], dtype=float).T
     low, high = interval(right)
     metrics = {"accuracy": float(right.mean()), "accuracy_low": low, "accuracy_high": high}
@@ -260,18 +261,11 @@ def text_metrics(model: Transformer, tokenizer: Tokenizer, path: str) -> dict[st
     return metrics | {f"bits_per_byte{which}": value * bits for which, value in rates.items()}
 
 
-def write_answers(path: str, rollout: Rollout) -> None:
-    rows = [
-        {"messages": s.problem.messages, "reference": s.problem.reference, "answer": s.text}
-        | {"tokens": s.completion.tokens, "finish_reason": s.completion.finish_reason}
-        | ({"score": asdict(s.score)} if s.score else {})
-        for s in rollout.samples
-    ]
-    write_rows(path, rows)
-
-
-def write_rows(path: str, rows: list[dict]) -> None:
-    Path(path).write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+def answer_row(s: Sample) -> dict[str, Any]:
+    """What `save` keeps of an answer."""
+    row = {"messages": s.problem.messages, "reference": s.problem.reference, "answer": s.text}
+    row |= {"tokens": s.completion.tokens, "finish_reason": s.completion.finish_reason}
+    return row | ({"score": asdict(s.score)} if s.score else {})
 
 
 if __name__ == "__main__":

@@ -234,17 +234,10 @@ class Ladder:
             if metric not in metrics:
                 raise ConfigError(f"[stages.{name}]: metric = {metric!r} is not one of its own: {', '.join(metrics)}")
             before, after = done["result"]["before"].get(metric), metrics[metric]
-        return {
-            "name": name,
-            "metric": metric,
-            "before": before,
-            "after": after,
-            "higher_is_better": table.get("higher_is_better", "loss" not in metric),
-            "seconds": done["seconds"],
-            "tokens_per_second": metrics.get("tokens_per_second"),
-            "mfu": metrics.get("mfu"),
-            "checkpoint": done["result"]["checkpoint"],
-        }
+        row = {"name": name, "metric": metric, "before": before, "after": after}
+        row |= {"higher_is_better": table.get("higher_is_better", "loss" not in metric), "seconds": done["seconds"]}
+        row |= {key: metrics.get(key) for key in ("tokens_per_second", "mfu")}
+        return row | {"checkpoint": done["result"]["checkpoint"]}
 
     def exact_match(self, model: str) -> float | None:
         """The share of the test's problems that a model solves, measured once; None for no model at all."""

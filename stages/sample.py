@@ -13,11 +13,9 @@ pairs.jsonl      a right and a wrong answer of the same problem, or with `chosen
 rankings.jsonl   answers of different score, best first: for `reward --loss=listwise`
 """
 
-import json
 import sys
 import time
 from collections import Counter
-from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import chain
 from operator import attrgetter
@@ -26,7 +24,7 @@ import numpy as np
 
 from tritium.core.config import ConfigError, opt, to_toml
 from tritium.core.files import DataError, Skipped
-from tritium.core.output import make_folder
+from tritium.core.output import make_folder, write_lines
 from tritium.core.problems import load_problems, share
 from tritium.core.rewards.make import make_reward
 from tritium.core.rollout import AskConfig, Rollout, Sample, gather, roll_out
@@ -96,26 +94,18 @@ def train(config: Config) -> Result:
 
 def write(config: Config, rollout: Rollout) -> Counter:
     """The three files, each in the order of the problems; how many lines each has."""
-    folder, written = make_folder(config.out, "out"), Counter()
-    with ExitStack() as stack:
-        files = {n: stack.enter_context((folder / f"{n}.jsonl").open("w", encoding="utf-8")) for n in FILES}
-
-        def put(name: str, row: dict) -> None:
-            files[name].write(json.dumps(row, ensure_ascii=False) + "\n")
-            written[name] += 1
-
-        for group in rollout.groups:
-            levels = by_score(group)
-            if not levels:
-                continue
-            prompt = group[0].problem.messages
-            for messages in to_learn(config, prompt, levels):
-                put("sft", {"messages": messages})
-            for chosen, rejected in pairs_of(config, levels, group[0].problem.index):
-                put("pairs", {"prompt": prompt, "chosen": chosen.text, "rejected": rejected.text})
-            if len(levels) > 1:
-                put("rankings", {"prompt": prompt, "ranked": [level[0].text for level in levels]})
-    return written
+    folder, rows = make_folder(config.out, "out"), {name: [] for name in FILES}
+    for group in rollout.groups:
+        levels = by_score(group)
+        if not levels:
+            continue
+        prompt = group[0].problem.messages
+        rows["sft"] += [{"messages": messages} for messages in to_learn(config, prompt, levels)]
+        pairs = pairs_of(config, levels, group[0].problem.index)
+        rows["pairs"] += [{"prompt": prompt, "chosen": a.text, "rejected": b.text} for a, b in pairs]
+        if len(levels) > 1:
+            rows["rankings"].append({"prompt": prompt, "ranked": [level[0].text for level in levels]})
+    return Counter({name: write_lines(folder / f"{name}.jsonl", found) for name, found in rows.items()})
 
 
 def tell(config: Config, written: Counter, solved: int, problems: int) -> None:

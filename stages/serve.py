@@ -323,12 +323,9 @@ class Connection(Handler):
     def answer(self, asked: Asked) -> None:
         """Raises: ValueError where a prompt is impossible; ConnectionError where the client has gone."""
         worker, made, choices = self.server.worker, [], []
-        head = {
-            "id": f"{'chatcmpl' if asked.chat else 'cmpl'}-{secrets.token_hex(8)}",
-            "object": "chat.completion" if asked.chat else "text_completion",
-            "created": int(time.time()),
-            "model": self.server.name,
-        }
+        kind, name = ("chatcmpl", "chat.completion") if asked.chat else ("cmpl", "text_completion")
+        head = {"id": f"{kind}-{secrets.token_hex(8)}", "object": name, "created": int(time.time())}
+        head |= {"model": self.server.name}
         decoder = partial(self.server.tokenizer.incremental, first=asked.chat)
         try:
             for i, ids in enumerate(asked.prompts):
@@ -395,13 +392,13 @@ class Connection(Handler):
             places = {sequence: first + i for i, sequence in enumerate(samples.sequences)}
             first += len(places)
             for place in places.values() if asked.chat else ():
-                self.send_event({**head, "choices": [chunk(place, {"delta": {"role": "assistant", "content": ""}})]})
+                begun = {"delta": {"role": "assistant", "content": ""}, "finish_reason": None}
+                self.send_event({**head, "choices": [{"index": place, **begun}]})
             for event in samples.events(self.connection):
                 said = {"delta": {"content": event.text}} if asked.chat else {"text": event.text}
-                reason = REASONS.get(event.finish_reason)
-                logprobs = self.logprobs(asked, [event], spoken[event.sequence])
-                found = chunk(places[event.sequence], said, reason) | {"logprobs": logprobs}
-                self.send_event({**head, "choices": [found]})
+                said |= {"finish_reason": REASONS.get(event.finish_reason)}
+                said |= {"logprobs": self.logprobs(asked, [event], spoken[event.sequence])}
+                self.send_event({**head, "choices": [{"index": places[event.sequence], **said}]})
         if asked.usage:
             self.send_event({**head, "choices": [], "usage": usage(asked, made)})
         self.wfile.write(b"data: [DONE]\n\n")
@@ -419,10 +416,6 @@ class Connection(Handler):
 
 
 REASONS = {"stop": "stop", "length": "length", "context": "length", "cancelled": "stop"}
-
-
-def chunk(index: int, said: dict[str, Any], reason: str | None = None) -> dict[str, Any]:
-    return {"index": index, **said, "finish_reason": reason}
 
 
 def usage(asked: Asked, made: list[Samples]) -> dict[str, int]:

@@ -173,14 +173,8 @@ def table(trials: list[Trial], space: list[Setting], options: argparse.Namespace
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for trial in order:
         step = trial.curve[-1][0] if trial.curve else 0
-        cells = [
-            trial.number,
-            *trial.settings.values(),
-            f"{trial.value:.4g}",
-            f"{step:g}",
-            f"{trial.seconds:.0f}",
-            trial.state,
-        ]
+        numbers = f"{trial.value:.4g}", f"{step:g}", f"{trial.seconds:.0f}"
+        cells = trial.number, *trial.settings.values(), *numbers, trial.state
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines) + "\n"
 

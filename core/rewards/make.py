@@ -13,7 +13,7 @@ The text is Python's syntax, read but never run: names, calls with constants, +,
 """
 
 import ast
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean, pstdev
 from typing import Any
@@ -179,22 +179,17 @@ JUDGES: dict[str, Any] = {
 }
 
 
-def make_reward(spec: str | Mapping[str, float], malformed: float | None = None) -> Reward:
-    """The judge that a text describes, or the sum that a table {text: weight} does. See the module's docstring.
+def make_reward(spec: str, malformed: float | None = None) -> Reward:
+    """The judge that a text describes. See the module's docstring.
 
     `malformed` is what exact, number and math give where there is no answer, unless the text says (default: 0).
     Raises: ConfigError naming what is wrong in the text.
     """
-    if isinstance(spec, Mapping):
-        terms = [(weight, text) for text, weight in spec.items()]
-    else:
-        terms = [(1.0, spec)]
-    defaults = {} if malformed is None else {"malformed": malformed}
     try:
-        parsed = [(weight, ast.parse(text.strip(), mode="eval").body) for weight, text in terms]
+        parsed = ast.parse(spec.strip(), mode="eval").body
     except SyntaxError:
         raise ConfigError(f"reward={spec!r} can't be read: write e.g. math + 0.1*tags") from None
-    return _sum([term for weight, node in parsed for term in _terms(node, weight)], defaults)
+    return _sum(_terms(parsed, 1.0), {} if malformed is None else {"malformed": malformed})
 
 
 def _sum(terms: list[tuple[float, ast.expr]], defaults: dict) -> Reward:

@@ -226,7 +226,7 @@ def test_abstention_costs_nothing_and_a_hedged_guess_is_a_guess(text, expected):
 def test_a_weighted_sum_shows_its_components_and_who_is_right():
     score = make_reward("math + 0.5*tags - length(1, 2)")([0], "<think>a</think>7", reference="8")
     assert score.value == -0.5 and score.parts == {"math": 0, "tags": 1, "length(1, 2)": 1} and not score.solved
-    right = make_reward({"math": 0.1, "repetition": -1.0})([], "8", reference="8")
+    right = make_reward("0.1*math - repetition")([], "8", reference="8")
     assert right.value == pytest.approx(0.1) and right.solved
 
 

@@ -114,6 +114,14 @@ def test_a_mistake_is_in_torchruns_report_too(capsys, monkeypatch, tmp_path):
     assert json.loads((tmp_path / "error.json").read_text())["message"]["extraInfo"]["py_callstack"] == said
 
 
+def test_help_has_no_python_in_its_sentences(capsys):
+    for stage in ("dpo", "reward"):
+        with pytest.raises(SystemExit):
+            main([stage, "--help"])
+        shown = capsys.readouterr().out
+        assert "label_smoothing" in shown and "('" not in shown and "['" not in shown
+
+
 def test_help_of_a_stage(capsys):
     with pytest.raises(SystemExit) as stopped:
         run_stage(stage(lambda config: None), ["--help"])
