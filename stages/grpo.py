@@ -7,7 +7,8 @@ Records are {"question", "answer"}. The sampler is the policy itself; token in, 
 score the same teach nothing and are left out, of the loss and of what it is divided by, as in DAPO's objective (arXiv
 2503.14476, eq. 8, and its condition on the groups); a KL or an entropy bonus, which holds for them, too, keeps them.
 TRL divides by all answers always, as GRPO's own objective (arXiv 2402.03300, eq. 3): without a KL its gradients are
-those here times `varied_groups`, the share that is kept. AdamW's steps hardly depend on that, optim.clip does.
+those here times the share that is kept, `varied_groups` (of tokens, where the mean is over these). AdamW's steps hardly
+depend on that, optim.clip does.
 
 Several phases (first mathematics, then code, …) are several stages of a recipe, each with its own prompts, rewards and
 KL: see stages/recipes/ladder.toml.
