@@ -154,6 +154,7 @@ class Trainer:
             self.say(self.skipped.summary())
             self.metrics.close()
         if self.told_to_stop():
+            self.mesh.close()  # its threads, where the interpreter ended among them, aborted the process
             self.obey()
 
     def step(self, batches: Sequence[PackedBatch], extra: dict[str, float] | None = None) -> None:
