@@ -6,7 +6,7 @@ its state.
 
 GOMP_SPINCOUNT is set here only, since importing a library should not change its program's environment. As
 `python -m tritium.stages.STAGE` a stage has loaded torch before it comes here: there, `export GOMP_SPINCOUNT=10000`
-does the same, where other programs compute on the same cores.
+helps where other programs compute on the same cores, and here it helps still more.
 """
 
 import json
@@ -63,8 +63,8 @@ class Terminated(KeyboardInterrupt):
 def main(argv: list[str] | None = None) -> int:
     """Run `tritium NAME …` with the arguments `argv` (sys.argv's by default) and return the exit code."""
     # Threads that wait for work spin for a moment only (it must be said before torch loads libgomp): with the default,
-    # two programs on the same cores slow each other down severalfold; alone, this costs about 5 %.
-    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    # two programs on the same cores slow each other down severalfold; alone, this costs up to 5 % (bench/results/cpu.md).
+    os.environ.setdefault("GOMP_SPINCOUNT", "30000")
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ("--help", "-h", "help"):
         print(_overview())
