@@ -63,7 +63,7 @@ class Terminated(KeyboardInterrupt):
 def main(argv: list[str] | None = None) -> int:
     """Run `tritium NAME …` with the arguments `argv` (sys.argv's by default) and return the exit code."""
     # Threads that wait for work spin for a moment only (it must be said before torch loads libgomp): with the default,
-    # two programs on the same cores slow each other down severalfold; alone, this costs up to 5 % (bench/results/cpu.md).
+    # two programs on the same cores slow each other down severalfold; alone it costs up to 5 %: bench/results/cpu.md
     os.environ.setdefault("GOMP_SPINCOUNT", "30000")
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ("--help", "-h", "help"):
