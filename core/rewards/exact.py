@@ -8,8 +8,8 @@ from fractions import Fraction
 from tritium.core.chat import parse_reasoning
 from tritium.core.rewards import Score
 
-NUMBER = re.compile(  # 1,234.5 and 1/2 are one number each; the sign in 3-4 is none
-    r"(?:(?<![\w)])-)?(?:\d{1,3}(?:,\d{3})+(?![\d,])(?:\.\d+)?|\d+(?:\.\d+)?|\.\d+)(?:/0*[1-9]\d*)?"
+NUMBER = re.compile(  # 1,234.5, -$2 and 1/2 are one number each; the sign in 3-4 is none
+    r"(?:(?<![\w)])-\$?)?(?:\d{1,3}(?:,\d{3})+(?!,?\d)(?:\.\d+)?|\d+(?:\.\d+)?|\.\d+)(?:/0*[1-9]\d*)?"
 )
 LONGEST = 1000  # characters of a number
 
@@ -73,5 +73,5 @@ def fraction(number: str) -> Fraction | None:
     """The value of what `NUMBER` matches; None for one that is there to hang the judge."""
     if len(number) > LONGEST:
         return None
-    top, _, bottom = number.replace(",", "").partition("/")
+    top, _, bottom = re.sub("[,$]", "", number).partition("/")
     return Fraction(top) / int(bottom or 1)

@@ -16,8 +16,10 @@ LATEX = [  # in this order
     (r"\\log\s*_\s*(?:\{(\w+)\}|(\w))", r" log_\1\2 "),
     (r"\\([a-zA-Z]+)", lambda m: WORDS["commands"].get(m[1], m[0])),
     (r"^\$([\d.,]+)$|\\\$\s*([\d.,]+)", r"\1\2 dollar "),
-    (r"\$|(?<=[\w}])~", " "),
+    (r"\$|(?<!^)~", " "),  # at the beginning it is "about"
     (r"\\(?:text|mathrm|textbf|mbox|mathbf|operatorname)\s*\{([^{}]*)\}", r" \1 "),
+    (r"(?<=[a-z])\s*\^\s*(?:\{([23])\}|([23]))(?!\d)", r"^\1\2"),  # \text{ cm}^{2} is one unit
+    (r"\\mathbb\s*(?:R|\{R\})|ℝ", r"(-\\infty,\\infty)"),
     (r"\^\s*\{?\s*\\circ\s*\}?", " deg "),
     (r"\\([%{}])", lambda m: {"%": "%", "{": "⟨", "}": "⟩"}[m[1]]),  # a set's brackets, apart from LaTeX's grouping
     (r"([<>!])=", lambda m: {"<": "≤", ">": "≥", "!": "≠"}[m[1]]),

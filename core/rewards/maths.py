@@ -29,7 +29,8 @@ from tritium.core.rewards.worker import WorkerError, call
 
 LONGEST, MOST_ITEMS = 1000, 64  # characters of an answer that is compared as mathematics; items of a set
 MATRIX = re.compile(r"[\s$]*\\begin\{[pb]matrix\}(.*)\\end\{[pb]matrix\}[\s$.]*", re.DOTALL)
-THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?![\d,])")
+THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?!,?\d)")
+INTERVALS = ("()", "[]", "[)", "(]")
 NAME = re.compile(r"\s*([a-zA-Z](?:_\w+)?(?:\([a-z]\))?|\([a-z](?:\s*,\s*[a-z])+\))\s*=")  # x = …, f(x) = …, (x, y) = …
 UNITS = {  # name → (dimension, size)
     name: (dimension, Fraction(size)) for dimension, sizes in WORDS["units"].items() for name, size in sizes.items()
@@ -37,7 +38,8 @@ UNITS = {  # name → (dimension, size)
 WORD = r"[a-zA-Z]+(?:\^?[23])?"  # no part of a pattern can match what the next one does: no time to lose
 UNIT = re.compile(rf"^(.*(?:[\d)⟩.]|\bpi))(\s*)({WORD}(?:\s*/\s*{WORD}|\s+{WORD})*)\.?$", re.DOTALL)
 RATIO = re.compile(r"[1-9a-z(][^:=<>≤≥≠]*(?::\s*[1-9a-z(][^:=<>≤≥≠]*)+")  # 2:00 is none
-SAID = re.compile(r"(?:####|answer\s*(?:is|:|=)+)\s*(.+?)(?:\.(?=\s|$)|\n|$)", re.IGNORECASE)
+FORMULA = re.compile(r"\$\$?([^$]+)\$(?!\d)|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)
+SAID = re.compile(r"(?:####|answer\s*(?:is|:|=)+)\s*(?:(?:\\\[|\$\$)\s+)?(.+?)(?:\.(?=\s|$)|\n|$)", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -80,12 +82,14 @@ def extract(answer: str, reference: str = "") -> str:
     if "\\boxed{" in answer:
         return boxed(answer)
     if said := SAID.findall(answer):
-        return said[-1].strip(" .*:")
+        return said[-1].strip(" .*:`")
     value, wanted = parsed(answer), parsed(reference)
     if plain(answer) == plain(reference) or value and (value.kind != "=" or wanted and wanted.kind == "="):
         return answer
-    if formulas := re.findall(r"\$\$?([^$]+)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", answer[-LONGEST:], re.DOTALL):
-        return "".join(formulas[-1]).rpartition("=")[2].strip()
+    found = FORMULA.findall(answer[-LONGEST:])
+    formulas = ["".join(formula).rpartition("=")[2].strip() for formula in found]
+    if formulas := [f for f in formulas if parsed(f) or plain(f).isalpha()]:  # "$5 for tea and $" is none
+        return formulas[-1]
     last = answer.strip().rpartition("\n")[2].rpartition("=")[2].strip(" .*")
     if parsed(last) is not None:
         return last
@@ -222,11 +226,13 @@ def parse(text: str) -> Value:
     """Raises: ValueError for what is no mathematics."""
     text = text.strip()
     text = THOUSANDS.sub(lambda m: m[0].replace(",", ""), text) if text[:1] not in ("(", "[", "⟨", "{") else text
-    parts = split_list(text)
+    parts = split_list(re.sub(r",\s*(?:or|and)\s", ",", text))
     if len(parts) == 1 and (" or " in text or " and " in text):
         parts = re.split(r"\s+(?:or|and)\s+", text)
     if len(parts) > 1:
-        return Value("list", parse_all(part for part in parts if part.strip()))
+        items = parse_all(part for part in parts if part.strip())
+        either = " or " in text and all(item.kind in INTERVALS for item in items)  # x < 1 or x > 2
+        return Value("union" if either else "list", items)
     if "∪" in text and not NAME.match(text):
         return Value("union", parse_all(text.split("∪")))
     if (named := NAME.match(text)) and not re.search("[=<>≤≥≠]", text[named.end() :]):
@@ -242,7 +248,7 @@ def parse(text: str) -> Value:
     brackets, inner = text[:1] + text[-1:], text[1:-1]
     if brackets in ("⟨⟩", "{}"):
         return Value("set", parse_all(split_list(inner)) if inner.strip() else ())
-    if brackets in ("()", "[]", "[)", "(]") and len(split_list(inner)) > 1:
+    if brackets in INTERVALS and len(split_list(inner)) > 1:
         return Value(brackets, parse_all(split_list(inner)))
     return number(text)
 

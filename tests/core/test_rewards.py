@@ -172,6 +172,9 @@ def test_parts_of_numbers_are_no_numbers(text, reference):
         assert judged.scores[0].value == 0.0 and not judged.failures
 
 
-@pytest.mark.parametrize(("text", "reference"), [("-.5", "-0.50"), ("pages 3-4", "4"), ("-0", "0"), ("5, and", "5")])
+@pytest.mark.parametrize(
+    ("text", "reference"),
+    [("-.5", "-0.50"), ("pages 3-4", "4"), ("-0", "0"), ("5, and", "5"), ("1,234, as said", "1234"), ("-$5", "-5")],
+)
 def test_numbers_are_read_as_people_write_them(text, reference):
     assert ExactMatch()([], text, reference=reference).value == NumberMatch()([], text, reference=reference).value == 1
