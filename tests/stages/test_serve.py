@@ -232,7 +232,8 @@ def test_a_prompt_is_echoed_and_scored_and_offsets_point_into_the_text(server):
         told, own = choice["logprobs"], short["logprobs"]
         assert choice["text"] == text + short["text"]
         n = len(ids)
-        assert told["tokens"][n:] == own["tokens"] and told["token_logprobs"][n:] == own["token_logprobs"]
+        assert told["tokens"][n:] == own["tokens"]
+        assert told["token_logprobs"][n:] == pytest.approx(own["token_logprobs"], abs=1e-5)  # in other company
         assert told["token_logprobs"][0] is told["top_logprobs"][0] is None
         assert told["token_logprobs"][1:n] == pytest.approx(logps[range(n - 1), ids[1:]].tolist(), abs=1e-4)
         assert [max(t.values()) for t in told["top_logprobs"][1:n]] == pytest.approx(
