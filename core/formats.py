@@ -53,7 +53,7 @@ def usable(skipped: Skipped, place: str) -> Iterator[None]:
         yield
     except (RecordError, UserError) as error:  # of the conversation's form, or of its text
         skipped.add(str(error), place)
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         skipped.add(f"a record that can't be used ({type(error).__name__}: {error})", place)
 
 
@@ -375,7 +375,7 @@ def called(record: dict) -> dict:
 
 def plain_answer(value: Any) -> str:
     """An answer that is a text or a number. Raises: RecordError."""
-    number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    number = isinstance(value, int | float) and not isinstance(value, bool) and -math.inf < value < math.inf
     return number_text(value) if number else required_text(value, "answer")
 
 

@@ -1,5 +1,6 @@
 """From a record to the group of documents that an objective takes: what is supervised, and the fields it needs."""
 
+import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -10,7 +11,7 @@ import numpy as np
 from tritium.core.batch import Document, Group
 from tritium.core.chat import render
 from tritium.core.data import DataConfig
-from tritium.core.formats import conversation, feedback, preference, ranking, scored, steps
+from tritium.core.formats import RecordError, conversation, feedback, preference, ranking, scored, steps
 from tritium.core.tokenizer import Tokenizer
 
 
@@ -33,7 +34,7 @@ def chosen_turns(messages: list[dict], turns: str) -> list[list[dict]]:
     learned = [i for i, m in enumerate(messages) if m["role"] == "assistant" and m.get("weight", 1)]
     if turns == "last":
         return [[*silent(messages[: learned[-1]]), messages[learned[-1]]]] if learned else [messages]
-    return [[*silent(messages[:i]), messages[i]] for i in learned]
+    return [[*silent(messages[:i]), messages[i]] for i in learned] or [messages]
 
 
 def silent(messages: Sequence[dict]) -> list[dict]:
@@ -61,8 +62,11 @@ def preference_group(tokenizer: Tokenizer) -> Callable[[dict], Group]:
     def convert(record: dict) -> Group:
         prompt, chosen, rejected = preference(record)
         documents = [answer_document(tokenizer, prompt, answer) for answer in (chosen, rejected)]
+        margin = record.get("margin") or 0.0
+        if not isinstance(margin, int | float) or not math.isfinite(margin):
+            raise RecordError(f"a margin that is not a number: {margin!r}")
         for document in documents:
-            document.fields["margin"] = float(record.get("margin", 0.0))
+            document.fields["margin"] = float(margin)
         return documents
 
     return convert

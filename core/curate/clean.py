@@ -61,7 +61,7 @@ class Clean(Step):
 
     def changed(self, text: str, found: Counter) -> str:
         if not text.isascii() or "\x00" <= min(text, default=" ") < " ":
-            text = unicodedata.normalize("NFC", text).translate(CONTROLS)
+            text = unicodedata.normalize("NFC", text.translate(CONTROLS))  # they may part a letter from its accent
         text = text.replace("\r\n", "\n").replace("\r", "\n")
         return anonymised(text, found) if self.pii else text
 

@@ -19,6 +19,7 @@ from tritium.core.config import REQUIRED, ConfigError, UserError, opt
 from tritium.core.curate.kept import digest, remembered, state
 from tritium.core.curate.runner import priority
 from tritium.core.curate.step import Document, Drop, Job, Outcome, Step, best_answer, note, prompt_text
+from tritium.core.files import LONE_SURROGATE
 
 TASKS = ("answer", "chain", "counterfactual", "text", "facts", "self-instruct", "evolve", "revise")
 UNFIT = "the teacher's reply is not what was asked for"
@@ -184,6 +185,8 @@ def extracted(reply: str | Exception, fields: Sequence[str]) -> dict[str, str] |
     """The fields of a reply: in tags, after labels, or, of one, all of it; or why there are none."""
     if isinstance(reply, Exception):
         return Drop("the teacher did not answer", str(reply))
+    if LONE_SURROGATE.search(reply):
+        return Drop(UNFIT, "it is not valid Unicode")
     said = parse_reasoning(reply)[1] or reply if fields != ["reply"] else reply
     found = {name: m[1].strip() for name in fields if (m := re.search(rf"<{name}>(.*?)</{name}>", said, re.DOTALL))}
     if len(found) < len(fields):

@@ -39,7 +39,7 @@ def parse(record: Any) -> Document:
 
 def asked(prompt: Any, gold: Any, reference: Any = "", others: Sequence[dict] = (), system: str = "") -> Document:
     """A problem, where there is a reference; else a chat. Empty answers are left out."""
-    messages = [{"role": "system", "content": system}] if system else []
+    messages = [{"role": "system", "content": required_text(system, "system")}] if system else []
     messages.append({"role": "user", "content": required_text(prompt, "question")})
     return answered(messages, [{"text": gold, "by": "gold"}, *others], reference)
 
@@ -58,9 +58,14 @@ def maths(record: dict) -> Document:
     reference = record.get("reference_answer") or record.get("answer") or boxed(solution)
     reference = "" if reference in ("proof", "notfound") else reference  # what NuminaMath says of those without one
     chains = zip_longest(record.get("generations") or [], marks)
-    others = [{"text": text, "by": "r1"} | ({} if mark is None else {"right": mark}) for text, mark in chains]
+    others = [{"text": text, "by": "r1"} | mark(right) for text, right in chains]
     others += [{"text": r["response"], "by": r.get("response_model", "model")} for r in record.get("responses") or []]
     return asked(record.get("problem") or record["question"], solution, reference, others)
+
+
+def mark(right: Any) -> dict:
+    """What is said of an answer, where it is said; anything but true and false says nothing."""
+    return {"right": right} if isinstance(right, bool) else {}
 
 
 def fenced(program: str | None) -> str:
@@ -128,8 +133,8 @@ def other(record: dict) -> Document:
     else:
         gold = record[key] if isinstance(record[key], str) else number_text(record[key])
         reference = reference if len(reference) <= LONGEST_REFERENCE else ""
-    others = [{"text": value["solution"], "by": name, "right": value["is_correct"]} for name, value in record.items()
-              if isinstance(value, dict) and {"solution", "is_correct"} <= value.keys()]  # fmt: skip
+    marked = {name: v for name, v in record.items() if isinstance(v, dict) and {"solution", "is_correct"} <= v.keys()}
+    others = [{"text": v["solution"], "by": name} | mark(v["is_correct"]) for name, v in marked.items()]
     return answered(messages, [{"text": CALCULATOR.sub("", gold), "by": "gold"}, *others], reference)
 
 
@@ -141,6 +146,8 @@ def chat(record: dict) -> Document:
     if not messages:
         raise RecordError("a conversation of which nothing is to be learned")
     *before, last = messages
+    if not before:
+        raise RecordError("a conversation without a question")
     if last.get("tool_calls"):
         raise RecordError("a conversation that ends with a tool call")
     thought = f"<think>\n{last['reasoning_content']}\n</think>\n\n" if last.get("reasoning_content") else ""

@@ -231,4 +231,4 @@ def twin_texts(summary: dict, shards: Sequence[Piece]) -> dict[str, str]:
 
 def write_atomically(path: Path, text: str) -> None:
     with whole_file(path) as file:
-        file.write(text.encode())
+        file.write(text.encode(errors="backslashreplace"))  # what is shown of records need not be valid Unicode

@@ -29,6 +29,7 @@ BATCH = 256  # texts that are embedded together
 ITEMS = ("question", "prompt", "problem", "context", "text")  # of a record of an evaluation set
 ANYWHERE = 8  # words of a short item that is looked for within texts; of fewer, only a whole turn is one
 ROWS = 512  # of a block of dot products
+ROUNDING = 1e-5  # of a dot product of rows of length 1: a text is as similar as 1 to itself
 
 
 @dataclass
@@ -142,7 +143,7 @@ class Semantic(Twins):
                 values, places = (found[:, 0] for found in most_similar(queries, rows, 1, self.engine))
                 closer = values > best
                 best[closer], place[closer] = values[closer], first + places[closer]
-            similar = np.flatnonzero(best >= self.threshold)
+            similar = np.flatnonzero(best >= self.threshold - ROUNDING)
             yield np.stack([place[similar], start + similar], 1)
 
 
@@ -197,7 +198,7 @@ class Decontaminate(Step):
         if self.model:
             items = embedded(tuple(self.against), self.model)
             values, _ = most_similar(Embedder(self.model)([prompt_text(d) for d in documents]), items, 1)
-            for i in np.flatnonzero(values[:, 0] >= self.threshold):
+            for i in np.flatnonzero(values[:, 0] >= self.threshold - ROUNDING):
                 if not isinstance(outcomes[i], Drop):
                     said = f"similarity {values[i, 0]:.3f}"
                     outcomes[i] = Drop("means what an item of an evaluation set does", said)

@@ -13,9 +13,11 @@ import os
 import re
 import zlib
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain, count
 from pathlib import Path
+from typing import BinaryIO
 
 from tritium.core.config import ConfigError, opt
 from tritium.core.curate.kept import digest, state
@@ -25,6 +27,8 @@ from tritium.core.curate.step import Context, Document, Drop, Job, Piece, Step
 from tritium.core.files import CHUNK, LONE_SURROGATE, DataError, json_list, opened
 from tritium.core.formats import RecordError
 from tritium.core.output import whole_file
+
+LONGEST_NAME = 50  # characters of a source's file name in those of its shards: a file system takes 255 bytes
 
 
 @dataclass
@@ -43,9 +47,9 @@ class Collect(Step):
         if not self.sources:
             raise ConfigError("sources is empty: name at least one file")
         try:
-            codecs.lookup(self.encoding)
-        except LookupError:
-            raise ConfigError(f"encoding={self.encoding!r} is not one that Python knows") from None
+            b"\0".decode(self.encoding, "replace")
+        except LookupError:  # also of one that Python knows, but not as an encoding of text
+            raise ConfigError(f"encoding={self.encoding!r} is not one of text that Python knows") from None
         self.paths()
 
     def paths(self) -> list[str]:
@@ -63,7 +67,7 @@ class Collect(Step):
         made = context.map(Unpack(context.scratch), paths)
         taken, pieces = {shard.name.rpartition("-")[0] for shard in shards}, []
         for path, (plain, damage) in zip(paths, made, strict=True):
-            base = re.sub(r"[^\w-]+", "-", stem(path))
+            base = re.sub(r"[^\w-]+", "-", stem(path))[:LONGEST_NAME]
             name = next(name for name in chain([base], (f"{base}-{i}" for i in count(2))) if name not in taken)
             taken.add(name)
             size, whole = Path(plain).stat().st_size, kind_of(path) == "html" or self.limit
@@ -103,7 +107,7 @@ class Collect(Step):
             return Drop("malformed JSON", f"{error}: {text[:200]}")
         except RecordError as error:
             return Drop(str(error), text[:400])
-        except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError) as error:
             return Drop(f"a record that can't be used ({type(error).__name__})", f"{error}: {text[:400]}")
         if "\\u" in text and LONE_SURROGATE.search(json.dumps(document, ensure_ascii=False)):
             return Drop("a text that is not valid Unicode")
@@ -160,13 +164,12 @@ class Unpack:
     scratch: Path
 
     def __call__(self, path: str) -> tuple[str, str]:
-        with open(path, "rb") as file:
-            wide = file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
-        listed = kind_of(path) == "lines" and not wide and over_lines(path)
+        wide, lines = is_wide(path), kind_of(path) == "lines"
+        listed = lines and not wide and over_lines(path)
         if not (wide or listed or path.endswith(".gz")):
             return path, ""
-        suffix = {"lines": ".jsonl", "text": ".txt", "html": ".html"}[kind_of(path)]
-        plain = self.scratch / f"{stem(path)}-{digest(path, state(path))[:12]}{suffix}"
+        suffix = Path(path.removesuffix(".gz")).suffix
+        plain = self.scratch / f"{stem(path)[:LONGEST_NAME]}-{digest(path, state(path))[:12]}{suffix}"
         said = plain.with_suffix(".damage")
         if not said.exists():
             damage = ""
@@ -177,7 +180,19 @@ class Unpack:
                 except (DataError, OSError, EOFError, zlib.error) as error:
                     damage = f"{Path(path).name}: {error}".replace(str(Path(path).parent), "…")
             write_atomically(said, damage)
-        return str(plain), said.read_text("utf-8")
+        plain, rest = self(str(plain)) if wide and lines else (str(plain), "")  # it may be a list of UTF-8 now
+        return plain, said.read_text("utf-8") or rest
+
+
+def unzipped(path: str) -> BinaryIO:
+    return (gzip.open if path.endswith(".gz") else open)(path, "rb")
+
+
+def is_wide(path: str) -> bool:
+    """Whether a file is UTF-16, by its mark."""
+    with suppress(OSError, EOFError, zlib.error), unzipped(path) as file:
+        return file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+    return False  # damaged: `chunks` will tell
 
 
 def over_lines(path: str) -> bool:
@@ -201,7 +216,7 @@ def listed_lines(path: str) -> Iterator[bytes]:
 
 def chunks(path: str, wide: bool) -> Iterator[bytes]:
     decoder = codecs.getincrementaldecoder("utf-16")("replace")
-    with (gzip.open if path.endswith(".gz") else open)(path, "rb") as file:
+    with unzipped(path) as file:
         while chunk := file.read1(1 << 16):  # not read: at a torn end it would give nothing of its last chunk
             yield decoder.decode(chunk).encode("utf-8", "replace") if wide else chunk
 

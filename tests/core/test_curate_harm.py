@@ -131,6 +131,37 @@ def test_what_tools_are_called_with_is_cleaned_and_tells_conversations_apart(tmp
     assert calls == [["<EMAIL>"], ["Ann"]] and documents[0]["messages"][0]["tools"] == [{"name": "send"}]
 
 
+def test_records_that_break_later_steps_are_told_apart_at_once(tmp_path):
+    (tmp_path / "eval.jsonl").write_text(json.dumps({"question": "Who?"}) + "\n")
+    rows = [
+        {"system_prompt": ["be", "kind"], "question": "q", "response": "r"},
+        {"messages": [{"role": "assistant", "content": "nobody asked"}]},
+        {"\ud800": 1},
+        {"question": "How many?", "answer": 10**400},
+    ]
+    documents, _ = run(tmp_path, rows, {"decontaminate": {"against": [str(tmp_path / "eval.jsonl")]}, "reject": {}})
+    assert [d["answers"][0]["text"] for d in documents] == [str(10**400)]
+    (first, *_) = json.loads((tmp_path / "out/curate.json").read_text(encoding="utf-8"))["steps"]
+    assert first["dropped"].pop("a record of unknown form (keys: \ud800)") == 1
+    assert sorted(first["dropped"]) == ["a conversation without a question", "an empty system"]
+
+
+def test_text_that_utf8_can_not_hold_is_no_reply_of_a_teacher(tmp_path, monkeypatch):
+    monkeypatch.setattr("tritium.core.rewards.llm.Endpoint.ask", lambda *_: "half \ud800")
+    step = {"do": "distil", "teacher": "http://127.0.0.1:9/v1"}
+    documents, summary = run(tmp_path, [{"instruction": "Say", "output": "gold"}], {"ask": step})
+    assert [a["by"] for a in documents[0]["answers"]] == ["gold"] and list(summary["notes"].values()) == [1]
+
+
+def test_marks_of_right_and_wrong_that_are_neither_say_nothing():
+    marked = parse({"problem": "p", "generations": ["a", "b", "c"], "correctness_math_verify": ["yes", True, None]})
+    assert [a.get("right") for a in marked["answers"]] == [None, True, None]
+
+
+def test_letters_that_an_invisible_sign_parts_from_their_accent_are_normalised():
+    assert Clean().changed("e\u200b\u0301", Counter()) == "é"
+
+
 def test_a_turn_that_is_not_to_be_learned_is_no_answer():
     said = [("user", "a", 1), ("assistant", "b", 1), ("user", "c", 1), ("assistant", "d", 0)]
     turns = [{"role": role, "content": text, "weight": weight} for role, text, weight in said]

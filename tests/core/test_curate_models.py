@@ -325,6 +325,12 @@ def test_texts_of_one_meaning_keep_the_first(tmp_path, tiny, quick, engine):
     assert "resembles in:0" in (tmp_path / "out/curate.html").read_text()
 
 
+def test_a_text_is_as_similar_as_1_to_itself(tmp_path, tiny, quick):
+    rows = [{"text": text} for text in ["the same again"] * 5 + ["something else"]]
+    documents, _ = run(tmp_path, rows, {"semantic": {"model": tiny.model, "threshold": 1.0}}, shard_mb=1)
+    assert [d["text"] for d in documents] == [rows[0]["text"], rows[-1]["text"]]
+
+
 @pytest.mark.parametrize("memory", [1e-6, 1.0])
 def test_what_is_similar_is_found_however_little_is_in_memory(tmp_path, memory, monkeypatch):
     """Each with the one before it that is most similar, over many blocks, which the memory alone decides on."""

@@ -191,6 +191,16 @@ def test_packed_and_accumulated_is_the_unpacked_sum(by):
     np.testing.assert_allclose(total([made[:2], made[2:]]), total([made]), rtol=1e-12)
 
 
+def test_a_conversation_without_an_answer_to_learn_is_counted(tokenizer, tmp_path):
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "weight": 0}]
+    path, skipped = tmp_path / "x.jsonl", Skipped()
+    learned = [turns[0], {"role": "assistant", "content": "b"}]
+    path.write_text("".join(json.dumps({"messages": m}) + "\n" for m in (turns, learned)))
+    config = DataConfig(sources=[str(path)], turns="unrolled", holdout=0.0)
+    record_sources(config, conversation_group(tokenizer, config), 64, 0, skipped, atomic=False)
+    assert skipped.reasons == {"a record without a supervised token within the context": 1}
+
+
 def test_unrolled_answers_of_a_long_conversation_need_not_share_a_batch(tokenizer, tmp_path):
     (path := tmp_path / "a.jsonl").write_text(json.dumps({"messages": TALK}) + "\n")
     config = DataConfig(sources=[str(path)], turns="unrolled", holdout=0.0)

@@ -12,6 +12,7 @@ import torch
 
 from tritium.core.batch import Document, pack
 from tritium.core.chat import render
+from tritium.core.formats import RecordError
 from tritium.core.groups import comparison_group, preference_group, ranking_group, score_group, step_group
 from tritium.core.objectives.reward import Comparison, Listwise, Pairwise, Process, Scoring, plackett_luce
 from tritium.core.tokenizer import Tokenizer
@@ -49,6 +50,14 @@ def assert_same(network, ours: torch.Tensor, theirs: torch.Tensor) -> None:
     parameters = list(network.parameters())
     for a, b in zip(torch.autograd.grad(ours, parameters), torch.autograd.grad(theirs, parameters), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("margin", [float("nan"), float("inf"), "much"])
+def test_a_margin_that_is_no_number_is_told_and_none_at_all_is_0(tokenizer, margin):
+    convert, pair = preference_group(tokenizer), {"prompt": "p", "chosen": "a", "rejected": "b"}
+    assert [d.fields["margin"] for d in convert(pair | {"margin": None})] == [0.0, 0.0]
+    with pytest.raises(RecordError, match="a margin that is not a number"):
+        convert(pair | {"margin": margin})
 
 
 @pytest.mark.parametrize(("margins", "centering"), [(False, None), (True, None), (True, 0.1)])

@@ -258,6 +258,18 @@ def test_json_over_several_lines_is_read_as_what_it_is(tmp_path):
     assert [record["text"] for _, record in read_records(str(tmp_path / "one.json"), Skipped())] == ["row 0"]
 
 
+def test_json_in_utf16_is_read_whether_packed_a_list_or_of_a_long_name(tmp_path):
+    rows = [{"text": f"größe {i}"} for i in range(6)]
+    listed = json.dumps(rows[:2], ensure_ascii=False, indent=1).encode("utf-16")  # as PowerShell writes it
+    (tmp_path / "list.json").write_bytes(listed)
+    (tmp_path / "list.json.gz").write_bytes(gzip.compress(json.dumps(rows[2:4]).encode("utf-16")))
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows[4:])
+    (tmp_path / f"{'n' * 240}.jsonl.gz").write_bytes(gzip.compress(lines.encode("utf-16")))
+    run({"collect": {"sources": [str(tmp_path / "*.json*")]}}, tmp_path / "out")
+    texts = [json.loads(x)["text"] for f in (tmp_path / "out/steps/00-collect").glob("*.jsonl") for x in f.open()]
+    assert sorted(texts) == [row["text"] for row in rows]
+
+
 @pytest.mark.parametrize(
     "cut", ['{"text": "cut", "id": 1,', '{"messages": [{"role": "user", "content": "cut"},', '{"a": {']
 )
@@ -354,6 +366,7 @@ def test_a_shard_without_documents_and_sources_of_one_name_pack(tmp_path, monkey
         ({"colect": {}}, "did you mean collect"),
         ({"collect": {"sources": ["nowhere-*.jsonl"]}}, "does not exist"),
         ({"collect": {"source": ["x"]}}, r"\[steps.collect\].*source"),
+        ({"collect": {"sources": ["*"], "encoding": "rot13"}}, "not one of text"),
         ({"filter": {}}, "must be a collect"),
         ({"collect": {}, "filter": {"limits": {"min_word": 1}}}, "did you mean min_words"),
         ({"collect": {}, "near": {"threshold": 0}}, r"\[steps.near\]: threshold"),
