@@ -79,5 +79,6 @@ def own_of(model: Transformer) -> dict[int, Tensor]:
 
 def bits(weight: Tensor) -> int:
     """The sum of its bytes, eight at a time where that goes."""
-    kind = torch.int64 if weight.shape[-1] * weight.element_size() % 8 == 0 else torch.int16
+    whole = (weight.storage_offset() | weight.shape[-1]) * weight.element_size() % 8 == 0  # both are multiples
+    kind = torch.int64 if whole else torch.int16
     return int(weight.detach().view(kind).sum())

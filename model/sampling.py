@@ -184,7 +184,8 @@ class Sampler:
     def draw(self, scores: Tensor, weights: Tensor, uniforms: Tensor, edited: bool) -> tuple[Tensor, Tensor]:
         """Tokens [B] and their log-probabilities; weights [B, V'] are the probabilities of the scores as they were."""
         if self.tempered or edited:
-            weights = scores.div(self.temperature).softmax(-1)
+            above = scores - scores.amax(-1, keepdim=True)  # a temperature near 0 would make them infinite
+            weights = above.div_(self.temperature).softmax(-1)
         kept = None if self.cut is None else self.candidates(weights)
         least = None if self.min_p is None else self.min_p * weights.amax(-1, keepdim=True)
         tokens, sampled = invert(weights if least is None else weights.masked_fill(weights < least, 0.0), uniforms)

@@ -95,6 +95,15 @@ def test_weights_that_a_step_of_training_has_changed_are_those_that_generate(dty
         check_logps(model, prompts(18), [s.completion for s in made])
 
 
+def test_weights_that_lie_anywhere_in_a_flat_buffer_generate():
+    """From an odd place on, their bits were read eight bytes at a time: that is an error."""
+    model = Transformer(SHAPE, dtype=torch.float32).initialize(0)
+    expected = generate(model, prompts(2), max_tokens=5)
+    for p in model.parameters():
+        p.data = torch.cat([p.data.new_zeros(1), p.data.flatten()])[1:].view(p.shape)
+    assert tokens(generate(model, prompts(2), max_tokens=5)) == tokens(expected)
+
+
 def test_packed_weights_go_with_the_parameters_that_they_are_of(monkeypatch):
     """Of a merged model the old ones are dropped; without oneDNN (a Mac) there are none."""
     model = Transformer(SHAPE).initialize(0)
@@ -467,6 +476,25 @@ def test_the_ends_of_the_interval_give_tokens_that_can_be(u):
     logits[0, [700, 701, 2000]] = torch.tensor([1.0, 2.0, 0.5])
     for o in (Options(), Options(top_k=2), Options(top_p=0.5), Options(min_p=0.9), Options(temperature=0)):
         assert Sampler([o])(logits, torch.tensor([u])).tokens.item() in (700, 701, 2000)
+
+
+@pytest.mark.parametrize("temperature", [1e-30, 1e-4, 1e30])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"logit_bias": {1: 1e9, 2: -1e9}},
+        {"logit_bias": dict.fromkeys(range(48), -1e9)},
+        {"repetition_penalty": 1e-30},
+        {"no_repeat_ngram": 1, "top_k": 2},
+    ],
+)
+def test_no_temperature_makes_a_draw_that_ends_the_batch(temperature, options):
+    """Scores became infinite, the probabilities NaN, and the token one beyond the vocabulary: the step failed."""
+    torch.manual_seed(0)
+    row = Options(temperature=temperature, **options)
+    drawn = Sampler([row])(torch.randn(1, 48), torch.tensor([0.5]), [History(row, range(48))])
+    assert 0 <= drawn.tokens.item() < 48 and drawn.logps.isfinite().all() and drawn.sampled_logps.isfinite().all()
+    assert "logit_bias" not in options or temperature > 1 or len(options["logit_bias"]) > 2 or drawn.tokens.item() == 1
 
 
 def test_the_likeliest_token_is_the_first_of_equals():
