@@ -162,7 +162,7 @@ class Sandbox:
         return int(said[2:]) if said else -signal.SIGKILL if self.namespaced and not code else code
 
     def communicate(self, text: bytes) -> tuple[str, list[bytes]]:
-        """Feed and read until the pipes close, the deadline comes or there is too much output: (why killed, texts)."""
+        """Feed and read until it ends, the deadline comes or there is too much output: (why killed, texts)."""
         outputs = [pipe for pipe in (self.process.stdout, self.process.stderr) if pipe]
         texts, killed = [bytearray() for _ in outputs], ""
         with selectors.DefaultSelector() as selector:
@@ -187,6 +187,10 @@ class Sandbox:
                     killed = "output"
                 elif time.monotonic() >= self.deadline:
                     killed = "time"
+        try:  # it may have closed its pipes and go on
+            self.process.wait(0 if killed else max(self.deadline - time.monotonic(), 0))
+        except subprocess.TimeoutExpired:
+            killed = killed or "time"
         if killed:
             self.kill()
         return killed, [bytes(buffer[: self.limits.output]) for buffer in texts]

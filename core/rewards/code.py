@@ -13,7 +13,7 @@ import re
 import subprocess
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tritium.core.chat import parse_reasoning
@@ -97,6 +97,8 @@ def by_asserts(program: str, spec: dict, limits: Limits, at: str) -> list[bool]:
 def by_cases(program: str, spec: dict, limits: Limits, at: str) -> list[bool]:
     """Which cases pass: the program is run once for each. Raises: ValueError for a checker that fails; SandboxError."""
     checker = spec.get("checker", "tokens")
+    most = max(limits.output, *(2 * len(case["output"].encode()) for case in spec["cases"]))  # a right one may be long
+    limits = replace(limits, output=most)
     runs = ((run_python(program, case["input"], limits, at), case) for case in spec["cases"])
     return [outcome.ok and accepts(checker, case, outcome.stdout, limits, at) for outcome, case in runs]
 

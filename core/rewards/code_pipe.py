@@ -197,4 +197,5 @@ def checker():
 
 
 if __name__ == "__main__":
+    sys.set_int_max_str_digits(0)  # JSON writes a whole number out, however long
     {"checker": checker, "candidate": candidate}[sys.argv[1]]()

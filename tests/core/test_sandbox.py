@@ -65,6 +65,15 @@ def test_a_programs_time_begins_with_the_program(monkeypatch):
     assert run_python("print('in')", limits=Limits(seconds=5), at=level()).stdout == "in\n"
 
 
+@pytest.mark.parametrize("at", LEVELS)
+def test_a_program_that_closes_its_pipes_has_its_deadline_all_the_same(at):
+    if at not in (*containing(), "limits"):
+        pytest.skip(f"this system does not allow {at}")
+    code = "import os, time\nfor i in range(3): os.close(i)\ntime.sleep(60)"
+    outcome = run_python(code, limits=Limits(seconds=1), at=at)
+    assert outcome.killed == "time" and not outcome.ok
+
+
 def test_a_user_without_privileges_has_the_same_walls(tmp_path):
     if os.geteuid() or not shutil.which("setpriv") or not Path("/usr/bin/python3").exists():
         pytest.skip("needs root, setpriv and a Python that all may read")
@@ -115,6 +124,7 @@ def code(program: str, tests: list | None = None, spec: str = "code", **record) 
         ("def f(): return {(1, 2): frozenset([3])}", "assert f() == {(1, 2): {3}}"),
         ("def f(): return b'x', 1j, float('inf'), None", "assert f() == (b'x', 1j, float('inf'), None)"),
         ("def f(n): return n ** 200", "assert f(99) == 99 ** 200"),
+        ("def f(n): return 10 ** n", "assert f(5000) == 10 ** 5000"),
         ("def f(n): yield from range(n)", "assert list(f(3)) == [0, 1, 2]"),
         ("class P:\n    def __init__(s, a): s.a = a\ndef f(p): return p[1].a", "assert f([P(1), P(2)]) == 2"),
         ("import collections\ndef f(s): return collections.Counter(s)", "assert f('aab') == {'a': 2, 'b': 1}"),
@@ -169,6 +179,11 @@ def test_cases_are_compared_as_the_problem_wants(printed, checker, passes):
     cases = [{"input": "1 2\n", "output": "3\n"}]
     assert code(printed, cases=cases, checker=checker) == float(passes)
     assert code(a, cases=[*cases, {"input": "2 2", "output": "5"}]) == 0.5
+
+
+def test_a_long_output_is_right_where_the_problem_wants_one():
+    cases = [{"input": "30000", "output": "\n".join(map(str, range(30000)))}]
+    assert code("print(*range(int(input())), sep='\\n')", cases=cases) == 1.0
 
 
 def test_a_checker_of_the_problems_own_judges_and_where_it_fails_nobody_is_wrong():
