@@ -162,8 +162,9 @@ def read_prompt(model: Transformer, ids: list[int], decoder: StreamDecoder, top:
 def gone(connection: socket.socket) -> bool:
     """Whether the other side has closed the connection."""
     try:
-        readable, _, _ = select.select([connection], [], [], 0)
-        return bool(readable) and not connection.recv(1, socket.MSG_PEEK)
+        poll = select.poll()  # select.select takes no file number above 1023
+        poll.register(connection, select.POLLIN)
+        return bool(poll.poll(0)) and not connection.recv(1, socket.MSG_PEEK)
     except OSError:
         return True
 
@@ -260,12 +261,12 @@ def read_prompts(body: dict[str, Any], chat: bool, tokenizer: Tokenizer) -> list
             raise RequestError('messages must be a list of {"role", "content"}')
         return [render(tokenizer, listed_messages({"messages": messages}), generation_prompt=True).ids]
     prompts = body.get("prompt", "")
-    prompts = [prompts] if isinstance(prompts, str) or all(isinstance(x, int) for x in prompts) else prompts
+    prompts = [prompts] if isinstance(prompts, str) or all(type(x) is int for x in prompts) else prompts
     found = []
     for prompt in prompts:
         if isinstance(prompt, str):
             prompt = tokenizer.encode(prompt, bos=tokenizer.adds_bos)
-        if not isinstance(prompt, list) or not all(isinstance(x, int) for x in prompt):
+        if not isinstance(prompt, list) or not all(type(x) is int for x in prompt):
             raise RequestError("prompt must be text, a list of token ids, or a list of these")
         found.append(prompt)
     return found

@@ -1,11 +1,13 @@
 """A real server on localhost: what clients ask, ask wrongly, and leave unread; and files of prompts."""
 
+import fcntl
 import http.client
 import io
 import json
 import os
 import pty
 import re
+import resource
 import signal
 import socket
 import socketserver
@@ -283,6 +285,7 @@ def test_a_prompt_is_echoed_and_scored_and_offsets_point_into_the_text(server):
         (TEXT, {"prompt": [1] * 100}, 400, "the prompt has 100 tokens; the model's context is 96"),
         (TEXT, {"prompt": [-1]}, 400, "the vocabulary has"),
         (TEXT, {"prompt": [[1], {}]}, 400, "prompt must be text"),
+        (TEXT, {"prompt": [True] * 32}, 400, "prompt must be text"),  # a step of booleans alone failed, for all
         ("/v1/completion", {}, 404, "there is no /v1/completion"),
     ],
 )
@@ -350,6 +353,16 @@ def test_a_failing_engine_fails_the_request_and_not_the_server(server, monkeypat
         )  # drawn, the first token may end it
     assert status == 500 and "ZeroDivisionError" in found["error"]["message"]
     assert ask(server, TEXT, {"prompt": "123", "max_tokens": 4})[0] == 200
+
+
+def test_a_connection_beyond_the_thousandth_is_served():
+    one, other = socket.socketpair()
+    if resource.getrlimit(resource.RLIMIT_NOFILE)[0] <= 1100:
+        pytest.skip("this process may open no 1100 files")
+    with one, other, socket.socket(fileno=fcntl.fcntl(one.fileno(), fcntl.F_DUPFD, 1100)) as high:
+        assert not serve.gone(high)
+        other.close()
+        assert serve.gone(high)
 
 
 def test_requests_advance_together(server):
