@@ -231,7 +231,12 @@ def verdict(asked: Choice, given: list[Likelihood]) -> tuple[bool, bool]:
     if len(given) == 1:
         return given[0].greedy, given[0].greedy
     per_byte = [x.logp / len(option.encode()) for x, option in zip(given, asked.options, strict=True)]
-    return int(np.argmax([x.logp for x in given])) == asked.answer, int(np.argmax(per_byte)) == asked.answer
+    return is_best([x.logp for x in given], asked.answer), is_best(per_byte, asked.answer)
+
+
+def is_best(values: list[float], place: int) -> bool:
+    """Above all others: SciQ's right answer comes first, where equal values, or NaN, would have argmax find it."""
+    return all(values[place] > value for i, value in enumerate(values) if i != place)
 
 
 @torch.no_grad()

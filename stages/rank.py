@@ -107,6 +107,8 @@ def read_items(path: str, skipped: Skipped) -> list[Item]:
                     known.answers.append(answer)
                     known.scores += item.scores[i : i + 1]
     open_ones = [item for item in items.values() if 2 <= len(item.answers) <= 26]
+    for _ in range(sum(len(item.answers) > 26 for item in items.values())):
+        skipped.add("a prompt with more different answers than there are letters", path)
     for item in open_ones:
         if len({len(row) for row in item.scores}) != 1 or len(item.scores) != len(item.answers):
             item.scores = []  # of some answers only

@@ -104,6 +104,10 @@ class Clip(Composed):
     low: float = -1.0
     high: float = 1.0
 
+    def __post_init__(self):
+        if not self.low <= self.high:
+            raise ConfigError(f"reward: clip(…, {self.low}, {self.high}): the first must not be above the second")
+
     def batch(self, answers: Sequence[Answer]) -> list[Score | Exception]:
         return together([self.judge], answers, self.clipped)
 
@@ -179,6 +183,9 @@ JUDGES: dict[str, Any] = {
 }
 
 
+ASKS = {"gate": 2, "clip": 1, "abstain": 1, "ensemble": 100}  # how many of their first arguments are judges
+
+
 def make_reward(spec: str, malformed: float | None = None) -> Reward:
     """The judge that a text describes. See the module's docstring.
 
@@ -228,8 +235,11 @@ def _build(node: ast.expr, defaults: dict) -> Reward:
     given = {k.arg: _argument(k.value, defaults) for k in keywords}
     if name.id in ("exact", "number", "math"):
         given = {**defaults, **given}
+    values = [_argument(a, defaults) for a in arguments]
+    if odd := [value for value in values[: ASKS.get(name.id, 0)] if not callable(value)]:
+        raise ConfigError(f"reward: {ast.unparse(node)}: {odd[0]!r} is no judge")
     try:
-        return JUDGES[name.id](*(_argument(a, defaults) for a in arguments), **given)
+        return JUDGES[name.id](*values, **given)
     except TypeError as error:
         raise ConfigError(f"reward: {ast.unparse(node)}: {str(error).partition(') ')[2] or error}") from None
 

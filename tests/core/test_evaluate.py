@@ -11,7 +11,7 @@ import torch
 
 import tritium
 from tritium.core.config import ConfigError
-from tritium.core.evaluate import choice, interval, likelihoods, pass_at_k, read_choices
+from tritium.core.evaluate import Choice, Likelihood, choice, interval, likelihoods, pass_at_k, read_choices
 from tritium.core.files import DataError, Skipped
 from tritium.core.formats import RecordError
 from tritium.model.heads import ScalarModel
@@ -96,6 +96,13 @@ def config(tiny, **options) -> evaluate.Config:
     made = evaluate.Config(model=tiny.model, dtype="fp32", **options)
     made.sampling.max_tokens = 4
     return made
+
+
+@pytest.mark.parametrize("logps", [(-1.0, -1.0), (math.nan, math.nan)])
+def test_a_model_that_tells_nothing_apart_has_nothing_right_where_the_answer_comes_first(logps):
+    asked = Choice("Question: ?\nAnswer:", (" one", " two"), 0)
+    assert evaluate.verdict(asked, [Likelihood(logp, 1, False) for logp in logps]) == (False, False)
+    assert evaluate.verdict(asked, [Likelihood(logp, 1, False) for logp in (-1.0, -2.0)]) == (True, True)
 
 
 def test_choices_are_measured_and_saved(tiny, tmp_path):

@@ -282,6 +282,9 @@ def test_a_sum_with_one_term_of_weight_one_is_that_judge():
         ("language('tlh')", "one of en"),
         ("words('/no/such')", "no such file"),
         ("__import__('os').system('true')", "is no judge"),
+        ("gate(tags, 3)", "3 is no judge"),
+        ("clip('math')", "'math' is no judge"),
+        ("clip(math, 1, -1)", "the first must not be above the second"),
     ],
 )
 def test_a_mistake_in_a_rewards_text_is_explained(spec, words):

@@ -56,6 +56,8 @@ def test_the_answers_that_evaluate_saves_are_gathered_by_prompt(tmp_path):
     assert item.answers == ["x", "y"] and item.scores == [[1.0], [0.0]] and skipped.reasons.total() == 1
     with pytest.raises(DataError, match="two different answers"):
         rank.read_items(write(tmp_path / "b.jsonl", rows[:1]), Skipped())
+    with pytest.raises(DataError, match="more different answers than there are letters"):
+        rank.read_items(write(tmp_path / "c.jsonl", [row("q", [str(i) for i in range(27)])]), Skipped())
 
 
 def test_the_answers_that_generate_writes_can_be_ranked(tmp_path):
