@@ -343,14 +343,16 @@ class Trainer:
 
     @contextmanager
     def signals(self) -> Iterator[None]:
-        """While training, these signals ask for a stop after the step; a second one acts at once."""
+        """While training, these signals ask for a stop after the step; a second Ctrl-C acts at once. A scheduler's
+        second signal is the first: it sends one to each process, and make or torchrun hand theirs on."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
 
         def remember(number, frame):
             self.stop_signal = number
-            signal.signal(number, previous[number])
+            if number == signal.SIGINT:
+                signal.signal(number, previous[number])
 
         numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
         previous = {number: signal.signal(number, remember) for number in numbers}
@@ -371,7 +373,7 @@ class Trainer:
     def obey(self) -> None:
         """Let the signal act as it would have without us; a rank that got none stops with the others."""
         if self.stop_signal:
-            signal.raise_signal(self.stop_signal)  # its own handler is back since it came
+            signal.raise_signal(self.stop_signal)  # its own handler is back
         raise KeyboardInterrupt
 
     def save(self) -> None:

@@ -261,6 +261,8 @@ def test_what_a_run_may_change_when_it_is_resumed():
     after = "[run]\nsteps = 9\nkeep = 3\n[mesh]\ntp = 2\ntimeout = 60.0\n[optim]\nlr = 0.1\n"
     assert changed_lines(before, after) == ""
     assert changed_lines(before, after + "clip = 2.0\n") == "optim.clip: unset → 2.0"
+    many = "".join(f"x{i} = 1\n" for i in range(9))  # as of another stage's run: the line stays readable
+    assert changed_lines("", many).endswith("x4: unset → 1, and 4 more")
 
 
 def test_checkpoints_come_as_often_as_asked_and_the_last_ones_stay(tmp_path):
@@ -336,6 +338,7 @@ def test_a_schedulers_signal_saves_before_it_acts(tmp_path, number):
         with pytest.raises(InterruptedError):
             for step in one.steps():
                 if step == 2:
+                    signal.raise_signal(number)  # twice: to the process group, and handed on by make or torchrun
                     signal.raise_signal(number)
                 one.step(micro_batches(step))
         assert signal.getsignal(number) is act
