@@ -177,7 +177,8 @@ class _Leaf:
         """What a value must be, in words."""
         words = _type_words(self.type)
         if self.choices is not None:
-            words = ("list of " if get_origin(self.type) is list else "") + "|".join(map(str, self.choices))
+            names = "|".join(str(choice) or "empty" for choice in self.choices)
+            words = f"list of {names}" if get_origin(self.type) is list else names
         words += "".join(f" {BOUNDS[name][1]} {bound}" for name, bound in self.bounds.items())
         return words + (" or none" if self.optional else "")
 

@@ -75,7 +75,8 @@ def read_records(path: str, skipped: Skipped) -> Iterator[tuple[str, dict]]:
         else:
             skipped.add("a record that is not a JSON object", place)
     if not found:
-        raise DataError("\n".join(filter(None, (f"{path} holds no record", skipped.summary()))))
+        wanted = f"{path} holds no record: give a .jsonl file, a JSON object on each line, or a .json list of them"
+        raise DataError("\n".join(filter(None, (wanted, skipped.summary()))))
 
 
 def is_json_list(path: str) -> bool:

@@ -80,7 +80,8 @@ def conversation(record: dict) -> list[Message]:
         if key in record and messages[-1]["role"] != "assistant":
             messages = [*messages, {"role": "assistant", "content": plain_answer(record[key])}]
     if not any(m["role"] == "assistant" for m in messages):
-        raise RecordError("a record without an answer")
+        pair = ' ("chosen" and "rejected" are for reward and dpo)' if "chosen" in record else ""
+        raise RecordError(f"a record without an answer{pair}")
     return messages
 
 

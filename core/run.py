@@ -72,7 +72,8 @@ def changed_lines(before: str, after: str) -> str:
     free |= {"mesh.tp", "mesh.cp", "mesh.zero", "mesh.shard", "mesh.ring", "mesh.timeout"}
     old, new = (flat(tomllib.loads(text)) for text in (before, after))
     keys = [k for k in {**old, **new} if old.get(k) != new.get(k) and k not in free]
-    return ", ".join(f"{k}: {old.get(k, 'unset')} → {new.get(k, 'unset')}" for k in keys)
+    more = [f"and {len(keys) - 5} more"] if len(keys) > 5 else []
+    return ", ".join([f"{k}: {old.get(k, 'unset')} → {new.get(k, 'unset')}" for k in keys[:5]] + more)
 
 
 def flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -182,7 +182,8 @@ def read_model(folder: str, dtype: str, mesh: Mesh, streamed: bool = False) -> T
     """A model from a folder; with `streamed`, at ZeRO-3 read when a trainer cuts it. Raises: UserError, ConfigError."""
     folder = model_folder(folder)
     if not Path(folder).is_dir():
-        raise UserError(f"model: the folder {folder!r} does not exist")
+        wrong = "is a file: name its folder" if Path(folder).exists() else "does not exist (nothing is downloaded)"
+        raise UserError(f"model: the folder {folder!r} {wrong}")
     try:
         streamed &= mesh.zero == 3
         return load(folder, parameter_dtype(dtype, mesh), mesh=mesh, streamed=streamed)

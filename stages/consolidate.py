@@ -14,6 +14,7 @@ from pathlib import Path
 
 from tritium.core.checkpoint import MANIFEST, damage, model_folder
 from tritium.core.config import UserError
+from tritium.model.adapters import ADAPTER_CONFIG
 from tritium.model.hf import INDEX
 from tritium.parallel.files import Share, TensorFileError, file_name, open_tensors, tensor_files
 from tritium.stages.cli import run_stage
@@ -23,7 +24,7 @@ from tritium.stages.surgery import new_folder
 def main(argv: Sequence[str] | None = None) -> int:
     """Write the folder and say where. Raises: UserError for a damaged checkpoint, or a folder that holds a model."""
     parser = argparse.ArgumentParser(prog="tritium consolidate", description=__doc__.partition("\n")[0])
-    parser.add_argument("source", metavar="RUN_OR_CHECKPOINT")
+    parser.add_argument("source", metavar="RUN_OR_CHECKPOINT", help="folder of a run (its newest), or of a checkpoint")
     parser.add_argument("out", metavar="OUT", help="folder to write")
     parser.add_argument("--gigabytes", type=float, default=5.0, help="size of a file, about (default: 5)")
     arguments = parser.parse_args(argv)
@@ -32,6 +33,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not Path(arguments.source).is_dir():
         raise UserError(f"RUN_OR_CHECKPOINT={arguments.source}: there is no such folder")
     source, out = Path(model_folder(arguments.source)), new_folder(arguments.out)
+    if (source / ADAPTER_CONFIG).exists():
+        raise UserError(f"{source} is an adapter: `tritium surgery merge` makes one model of it and its base")
     if (source / MANIFEST).exists() and (problem := damage(source, without="trainer")):
         raise UserError(f"{source} is damaged: {problem}; name another checkpoint")
     try:

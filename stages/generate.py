@@ -89,7 +89,7 @@ def train(config: Config) -> Result:
             answers, failed = answers + (not wrong), failed + wrong
     skipped.tell()
     if failed:
-        print(f'{failed} records could not be answered: their lines have an "error"', file=sys.stderr)
+        print(f'not answered: {failed} of {answers + failed}; their lines have an "error"', file=sys.stderr)
     rate = tokens / (time.perf_counter() - start)
     return Result(str(file), {"answers": float(answers), "failed": float(failed), "tokens_per_second": rate})
 

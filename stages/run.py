@@ -52,7 +52,7 @@ ONE_PROCESS = True  # its stages would each join torchrun's mesh, and leave it c
 
 @dataclass
 class Config:
-    recipe: str = opt("ladder", "a built-in recipe (ladder, rlhf, smoke), or a TOML file")
+    recipe: str = opt("ladder", "a built-in recipe (ladder, rlhf, smoke, curate-demo), or a TOML file")
     out: str = opt("", "folder of the run (default: runs/RECIPE)")
 
 
@@ -80,7 +80,7 @@ def read_recipe(name: str, seen: tuple[str, ...] = ()) -> dict[str, Any]:
     path = Path(name) if name.endswith(".toml") else built_in / f"{name}.toml"
     if not path.is_file() or name in seen:
         known = sorted(p.name.removesuffix(".toml") for p in built_in.iterdir() if p.name.endswith(".toml"))
-        raise ConfigError(f"recipe: {name!r} is not a file, and not one of {', '.join(known)}")
+        raise ConfigError(f"recipe: {name!r} is no file, and not built in; {listed(name, known)}")
     try:
         recipe = tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
@@ -213,7 +213,8 @@ class Ladder:
             self.done[name] = {"key": self.key}
             self.save_state()
         finished = "result" in self.done[name] and Path(self.done[name]["result"]["checkpoint"]).exists()
-        print(f"== {name}: already done" if finished else f"== {name}", file=sys.stderr, flush=True)
+        place = f"{len(self.configs)} of {len(self.recipe['stages'])}"
+        print(f"== {name} ({place}){': already done' * finished}", file=sys.stderr, flush=True)
         measured = metric_of(table) == "exact_match"
         before = self.exact_match(begins_with(config)) if measured else None
         if not finished:

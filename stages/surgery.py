@@ -56,7 +56,7 @@ def parser() -> argparse.ArgumentParser:
     def command(run: Callable, text: str, *folders: str, dtype: str = "fp32") -> argparse.ArgumentParser:
         kind = kinds.add_parser(run.__name__, help=text)
         for folder in folders:
-            kind.add_argument(folder)
+            kind.add_argument(folder, help="folder to write" if folder == "out" else f"folder or run of the {folder}")
         kind.add_argument("--dtype", choices=DTYPES, default=dtype, help=f"of the weights (default: {dtype})")
         kind.set_defaults(run=run)
         return kind
@@ -71,7 +71,7 @@ def parser() -> argparse.ArgumentParser:
     kind.add_argument("--text", default="", help="file: keep the tokens that it uses; the tokenizer is pruned too")
     kind.add_argument("--size", type=int, default=0, help="tokens of the new model")
     kind = command(average, "average the weights of models of one shape, the newest last", "out")
-    kind.add_argument("models", nargs="+", metavar="model")
+    kind.add_argument("models", nargs="+", metavar="model", help="folders or runs of the models")
     kind.add_argument("--weights", default="", help="one for each model (default: equal ones)")
     kind.add_argument("--ema", type=float, help="decay of an exponential moving average over the models")
     kind.add_argument("--fisher", default="", metavar="TEXT", help="weigh each parameter by its Fisher information")

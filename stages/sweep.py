@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     made.add_argument("--maximize", action="store_true", help="the larger, the better")
     made.add_argument("--no-stopping", action="store_true", help="let bad trials run to their end")
     made.add_argument("--jobs", type=int, default=1, help="trials at a time (default: 1)")
-    made.add_argument("--seed", type=int, default=0)
+    made.add_argument("--seed", type=int, default=0, help="of the search (default: 0)")
     made.add_argument("--out", default="runs/sweep", help="folder to write (default: runs/sweep)")
     options, rest = made.parse_known_args(argv)
     if options.stage not in STAGES:

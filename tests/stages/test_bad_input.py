@@ -60,6 +60,16 @@ def test_a_missing_file(sft, tmp_path):
     assert code == 2 and f"data.sources: {tmp_path} is a folder: name its files" in shown
 
 
+def test_a_table_or_a_text_instead_of_records(sft, tmp_path):
+    code, shown = sft(write(tmp_path / "chats.csv", "question,answer", "What is 1 + 1?,2"))
+    assert code == 2 and "chats.csv holds no record: give a .jsonl file, a JSON object on each line" in shown
+
+
+def test_preference_pairs_as_conversations(sft, tmp_path):
+    code, shown = sft(write(tmp_path / "a.jsonl", {"prompt": "Why?", "chosen": "So.", "rejected": "No."}))
+    assert code == 2 and 'a record without an answer ("chosen" and "rejected" are for reward and dpo)' in shown
+
+
 def test_an_empty_file(sft, tmp_path):
     code, shown = sft(write(tmp_path / "empty.jsonl"))
     assert code == 2 and "empty.jsonl is empty" in shown
@@ -150,7 +160,9 @@ def test_a_vocabulary_larger_than_the_text_supports(tmp_path, capsys):
 
 def test_a_model_that_is_not_there(sft, tmp_path):
     code, shown = sft(write(tmp_path / "a.jsonl", *GOOD), f"--model={tmp_path}/none")
-    assert code == 2 and "none' does not exist" in shown
+    assert code == 2 and "none' does not exist (nothing is downloaded)" in shown
+    code, shown = sft(file := write(tmp_path / "a.jsonl", *GOOD), f"--model={file}")
+    assert code == 2 and "a.jsonl' is a file: name its folder" in shown
 
 
 def test_a_model_folder_whose_tensors_do_not_fit(sft, tiny, tmp_path):

@@ -64,7 +64,11 @@ def test_a_source_without_a_model_and_one_that_is_damaged_are_sentences(tmp_path
     assert "--gigabytes=0.0 must be positive" in capsys.readouterr().err
     (tmp_path / "empty").mkdir()
     assert main(["consolidate", str(tmp_path / "empty"), str(tmp_path / "out")]) == 2
-    assert "empty" in capsys.readouterr().err and not (tmp_path / "out").exists()  # nothing is made of a mistake
+    assert "empty" in capsys.readouterr().err
+    (tmp_path / "empty/adapter_config.json").write_text("{}")
+    assert main(["consolidate", str(tmp_path / "empty"), str(tmp_path / "out")]) == 2
+    assert "is an adapter: `tritium surgery merge` makes" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()  # nothing is made of a mistake
 
 
 def test_a_folder_with_a_model_is_left_alone(tmp_path, capsys):

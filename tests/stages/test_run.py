@@ -46,6 +46,7 @@ def test_a_rerun_finds_everything_done(smoke, capsys):
     assert rows(smoke) == before
     shown = capsys.readouterr()
     assert shown.err.count("already done") == len(NAMES)
+    assert f"({len(NAMES)} of {len(NAMES)}): already done" in shown.err
     assert "chat --model=" in shown.out
 
 
@@ -97,7 +98,7 @@ def test_an_interrupted_stage_is_resumed_and_a_changed_one_run_anew(tiny, tmp_pa
         ("stages = 3\n", "must be a table"),
         ('tests = "a.jsonl"\n[stages.corpus]\n', "tests"),
         ("[stages.sft\n", "mine.toml"),
-        ('extends = "no/such.toml"\n', "'no/such.toml' is not a file, and not one of"),
+        ('extends = "no/such.toml"\n', "'no/such.toml' is no file, and not built in; there are "),
         ('extends = "nothing"\n', "nothing"),
     ],
 )

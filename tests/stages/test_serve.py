@@ -594,7 +594,7 @@ def test_a_file_of_other_answers_is_neither_kept_as_done_nor_added_to(tiny, tmp_
 def test_prompts_that_could_not_be_answered_are_counted_aloud(tiny, tmp_path, capsys):
     (source := tmp_path / "prompts.jsonl").write_text('{"instruction": "Add.", "output": "2"}\n')
     generate.train(generate.Config(model=tiny.model, sources=[str(source)], out=str(tmp_path / "out.jsonl")))
-    assert "1 records could not be answered" in capsys.readouterr().err
+    assert "not answered: 1 of " in capsys.readouterr().err
 
 
 def test_a_server_that_has_answered_ends_with_0_and_not_by_an_abort(tiny):
