@@ -29,8 +29,8 @@ LATEX = [  # in this order
     (r"_\{(\w+)\}", r"_\1 "),
     (r"\\binom\s*\{(\d{1,3})\}\s*\{(\d{1,3})\}", lambda m: str(comb(int(m[1]), int(m[2])))),
     (r"(\d*\.(\d*))\\overline\s*\{(\d+)\}", lambda m: f"(0{m[1]}0+{m[3]}/{'9' * len(m[3])}{'0' * len(m[2])})"),
-    (r"\\frac\s*(\d)", r"\\frac{\1}"),
-    (r"\\frac\s*(\{[^{}]*\})\s*(\d)", r"\\frac\1{\2}"),
+    (r"\\frac\s*(\d|(?<=\s)[a-zA-Z]|\\pi)", r"\\frac{\1}"),
+    (r"\\frac\s*(\{[^{}]*\})\s*(\d|[a-zA-Z]|\\pi)", r"\\frac\1{\2}"),
     (r"(?<![\w}])(-?)(\d+)\s*\\frac\s*\{(\d+)\}\s*\{(\d+)\}", r"(\1(\2 + \3/\4))"),  # mixed numbers: 1\frac{1}{2}
     (r"(?<![\w./])(-?)(\d+)\s+(\d+)\s*/\s*(\d+)", r"(\1(\2 + \3/\4))"),
     (r"\\sqrt\s*(\d)", r"sqrt(\1)"),

@@ -31,7 +31,9 @@ LONGEST, MOST_ITEMS = 1000, 64  # characters of an answer that is compared as ma
 MATRIX = re.compile(r"[\s$]*\\begin\{[pb]matrix\}(.*)\\end\{[pb]matrix\}[\s$.]*", re.DOTALL)
 THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?!,?\d)")
 INTERVALS = ("()", "[]", "[)", "(]")
-NAME = re.compile(r"\s*([a-zA-Z](?:_\w+)?(?:\([a-z]\))?|\([a-z](?:\s*,\s*[a-z])+\))\s*=")  # x = …, f(x) = …, (x, y) = …
+NAME = re.compile(  # x = …, f(x) = …, θ = …, AB = …, (x, y) = …
+    rf"\s*((?:[a-zA-Z]|[A-Z]{{2}}|{'|'.join(GREEK)})(?:_\w+)?(?:\s*\([a-zA-Z]\))?|\([a-z](?:\s*,\s*[a-z])+\))\s*="
+)
 UNITS = {  # name → (dimension, size)
     name: (dimension, Fraction(size)) for dimension, sizes in WORDS["units"].items() for name, size in sizes.items()
 }
