@@ -56,6 +56,8 @@ def open_rounds(
     draw, policy, reference = config.draw, networks["policy"], networks.get("reference")
     if config.schedule.batch_start < 1:
         raise ConfigError("schedule.batch_start: a step's batch is what a round draws, draw.prompts / draw.updates")
+    if kind == "student" and draw.k < 2:
+        raise ConfigError("draw.k=1: of one answer no pair can be made; draw at least 2")
     if draw.refresh:
         if reference is None:
             raise ConfigError(f"draw.refresh={draw.refresh}: there is no reference here; set draw.refresh=0")

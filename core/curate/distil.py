@@ -50,12 +50,12 @@ class Distil(Step):
                      choices=("unverified", "unanswered", "all"))  # fmt: skip
     n: int = opt(1, "samples for each (facts: for each fact)", least=1)
     model: str = opt("default", "endpoint: name of the model")
-    temperature: float = opt(0.7, "of the sampling")
-    max_tokens: int = opt(512, "longest reply; one that is cut off there is none")
+    temperature: float = opt(0.7, "of the sampling", least=0)
+    max_tokens: int = opt(512, "longest reply; one that is cut off there is none", least=1)
     batch: int = opt(64, "documents that are asked for together", least=1)
-    seconds: float = opt(120.0, "endpoint: of one try")
+    seconds: float = opt(120.0, "endpoint: of one try", above=0)
     tries: int = opt(5, "endpoint: tries of a request", least=1)
-    wait: float = opt(1.0, "endpoint: seconds before the second try; twice as long before each further one")
+    wait: float = opt(1.0, "endpoint: seconds before the second try; twice as long before each further one", least=0)
 
     LOCAL: ClassVar[bool] = True
 

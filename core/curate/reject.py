@@ -42,8 +42,8 @@ class Reject(Step):
     verify: str = opt("auto", "the judge of problems: auto, none, math_verify (the library), or as in core/rewards")
     score: str = opt("", "the judge that ranks (empty: right before wrong, nothing more)")
     least: float = opt(-1e9, "least score of an answer to learn")
-    keep: int = opt(1, "answers to learn from a document, at most")
-    pairs: int = opt(1, "pairs from a document, at most")
+    keep: int = opt(1, "answers to learn from a document, at most", least=0)
+    pairs: int = opt(1, "pairs from a document, at most", least=0)
     gold: bool = opt(True, "gold answers are learned too, not only those of models")
 
     FILES: ClassVar[tuple[str, ...]] = ("sft.jsonl", "pairs.jsonl", "rankings.jsonl")

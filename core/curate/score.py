@@ -79,7 +79,7 @@ class Classify(Bounded):
     name: str = opt("quality", "of the score")
     good: list[str] = opt([], "files of good texts, as `pretrain` reads them")
     bad: list[str] = opt([], "files of bad texts")
-    characters: int = opt(2000, "of a text that are looked at")
+    characters: int = opt(2000, "of a text that are looked at", least=1)
 
     PATHS: ClassVar[tuple[str, ...]] = ("good", "bad")
 

@@ -177,7 +177,7 @@ class Decontaminate(Step):
     against: list[str] = opt([], "files of the evaluation sets")
     words: int = opt(13, "of a passage", least=2)
     model: str = opt("", "folder of a model that embeds (empty: by words only)")
-    threshold: float = opt(0.95, "cosine similarity of prompts from which on two are one")
+    threshold: float = opt(0.95, "cosine similarity of prompts from which on two are one", above=0, most=1)
 
     def check(self) -> None:
         super().check()

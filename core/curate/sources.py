@@ -38,9 +38,9 @@ class Collect(Step):
     sources: list[str] = opt([], "files, or patterns: .jsonl, .json, .txt, .html, each also with .gz")
     source: str = opt("", "what the documents call their source (default: the file's name)")
     licence: str = opt("unknown", "under which it was published")
-    limit: int = opt(0, "use only the first records of each file (0: all)")
-    characters: int = opt(20_000, "of a plain text: longer ones are cut between paragraphs")
-    max_line_mb: float = opt(16.0, "longer lines are left out")
+    limit: int = opt(0, "use only the first records of each file (0: all)", least=0)
+    characters: int = opt(20_000, "of a plain text: longer ones are cut between paragraphs", least=1)
+    max_line_mb: float = opt(16.0, "longer lines are left out", above=0)
     encoding: str = opt("cp1252", "of lines that are not UTF-8")
 
     def check(self) -> None:

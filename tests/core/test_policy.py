@@ -177,6 +177,20 @@ def test_rlo_and_the_group_mean_differ_by_n_over_n_minus_1():
     torch.testing.assert_close(found["rloo"], found["dr_grpo"] * 3 / 2)
 
 
+@pytest.mark.parametrize("name", ["grpo", "rloo", "reinforce++"])
+def test_scores_that_are_equal_teach_nothing_however_large_they_are(name):
+    rng = np.random.default_rng(3)
+    score = 1000.1 if name != "reinforce++" else 100.1
+    for count in (1, 3, 7):
+        batch = pack([[document(rng, 2, score, i) for i in range(count)]])
+        ALGORITHMS[name].estimate(networks(model().float()), [batch], Mesh.single())
+        assert batch.fields["advantages"].dtype == torch.float32
+        assert batch.fields["advantages"].abs().max() < 1e-9
+    batch = pack([[document(rng, 2, 1e20 * i, i) for i in range(4)]])  # its square is no float32
+    ALGORITHMS[name].estimate(networks(model().float()), [batch], Mesh.single())
+    assert batch.fields["advantages"].isfinite().all()
+
+
 def test_step_scores_reach_the_tokens_up_to_their_step():
     """Process supervision: scores normalised over all steps of a group; a token gets those that are still to come."""
     rng = np.random.default_rng(0)

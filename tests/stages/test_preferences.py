@@ -118,6 +118,7 @@ def test_settings_without_a_meaning_are_refused(capsys, setting, words):
         (["--finetune.kind=lora", "--draw.refresh=1"], "the base of an adapter does not move"),
         (["--reference={wider}", "--draw.refresh=1"], "the reference has other shapes than the policy"),
         (["--loss=simpo", "--draw.refresh=1"], "draw.refresh=1: there is no reference here"),
+        (["--draw.k=1"], "draw.k=1: of one answer no pair can be made"),
         (["--schedule.batch_start=0.5", "--schedule.batch_ramp=2"], "a step's batch is what a round draws"),
     ],
 )
