@@ -10,6 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from tritium.core.batch import PackedBatch
+from tritium.core.config import UserError
 from tritium.parallel.mesh import Mesh
 
 
@@ -20,22 +21,26 @@ class Kept:
     def __init__(self, file: str = ""):
         if file:
             Path(file).parent.mkdir(parents=True, exist_ok=True)
-        try:
-            self.db = self.open(file)
-        except sqlite3.DatabaseError:  # what is there is damaged: it can be computed again
-            os.unlink(file)
-            self.db = self.open(file)
+        self.file, self.db = file, sqlite3.connect(file)
 
-    @staticmethod
-    def open(file: str) -> sqlite3.Connection:
-        db = sqlite3.connect(file)
-        db.execute("PRAGMA synchronous=OFF")
-        db.execute("CREATE TABLE IF NOT EXISTS kept (key BLOB PRIMARY KEY, value BLOB) WITHOUT ROWID")
-        return db
+    def rows(self, keys: Sequence[bytes]) -> list[tuple[bytes] | None]:
+        self.db.execute("PRAGMA synchronous=OFF")
+        self.db.execute("CREATE TABLE IF NOT EXISTS kept (key BLOB PRIMARY KEY, value BLOB) WITHOUT ROWID")
+        return [self.db.execute("SELECT value FROM kept WHERE key = ?", (key,)).fetchone() for key in keys]
 
     def get(self, keys: Iterable[bytes], dtype: type) -> list[np.ndarray | None]:
-        """What was put under each key, [n] of a dtype; None under a new one."""
-        rows = [self.db.execute("SELECT value FROM kept WHERE key = ?", (key,)).fetchone() for key in keys]
+        """What was put under each key, [n] of a dtype; None under a new one. A damaged file is begun anew: what was in
+        it can be computed again. Raises: UserError where the file can't be used."""
+        keys = list(keys)
+        try:
+            rows = self.rows(keys)
+        except sqlite3.OperationalError as error:  # locked, say, or on a full disk: not damaged
+            raise UserError(f"{self.file} can't be used: {error}") from None
+        except sqlite3.DatabaseError:
+            self.db.close()
+            os.unlink(self.file)
+            self.db = sqlite3.connect(self.file)
+            rows = self.rows(keys)
         return [row and np.frombuffer(row[0], dtype) for row in rows]
 
     def put(self, keys: Iterable[bytes], values: Iterable[np.ndarray]) -> None:

@@ -261,9 +261,11 @@ def test_the_reference_is_asked_once_for_an_answer_however_it_is_packed(tmp_path
     resumed = Preference(kept=Kept(file))  # another process: what was asked is on the disk
     assert total(resumed, networks, pack(pairs, {"pairs": 3.0})).item() == pytest.approx(first, abs=1e-12)
     assert total(Preference(), networks, pack(pairs, {"pairs": 3.0})).item() != pytest.approx(first, abs=1e-6)
-    with open(file, "r+b") as damaged:
-        damaged.write(b"not a database at all")
-    assert total(Preference(kept=Kept(file)), networks, pack(pairs, {"pairs": 3.0})).item() != first
+    for place, torn in ((4096, b"?" * 4096), (0, b"not a database at all")):  # a page; the file's head
+        with open(file, "r+b") as damaged:
+            damaged.seek(place)
+            damaged.write(torn)
+        assert total(Preference(kept=Kept(file)), networks, pack(pairs, {"pairs": 3.0})).item() != first
 
 
 def test_an_answer_that_is_certain_has_a_gradient():
