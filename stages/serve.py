@@ -11,7 +11,7 @@ ends its own request, and no other.
 import json
 import queue
 import secrets
-import select
+import selectors
 import socket
 import sys
 import threading
@@ -162,9 +162,9 @@ def read_prompt(model: Transformer, ids: list[int], decoder: StreamDecoder, top:
 def gone(connection: socket.socket) -> bool:
     """Whether the other side has closed the connection."""
     try:
-        poll = select.poll()  # select.select takes no file number above 1023
-        poll.register(connection, select.POLLIN)
-        return bool(poll.poll(0)) and not connection.recv(1, socket.MSG_PEEK)
+        with selectors.DefaultSelector() as selector:  # select.select takes no file number above 1023
+            selector.register(connection, selectors.EVENT_READ)
+            return bool(selector.select(0)) and not connection.recv(1, socket.MSG_PEEK)
     except OSError:
         return True
 

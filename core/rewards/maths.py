@@ -91,7 +91,9 @@ def extract(answer: str, reference: str = "") -> str:
     found = FORMULA.findall(answer[-LONGEST:])
     formulas = ["".join(formula).rpartition("=")[2].strip() for formula in found]
     if formulas := [f for f in formulas if parsed(f) or plain(f).isalpha()]:  # "$5 for tea and $" is none
-        return formulas[-1]
+        value = parsed(formulas[-1])
+        several = wanted and wanted.kind in ("list", "set") and value and value.kind == "number"  # $x=1$ and $x=2$
+        return ", ".join(formulas) if several and "\n" not in answer.strip() else formulas[-1]
     last = answer.strip().rpartition("\n")[2].rpartition("=")[2].strip(" .*")
     if parsed(last) is not None:
         return last

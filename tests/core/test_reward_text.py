@@ -132,6 +132,9 @@ def test_what_needs_sympy_too_often_is_the_judges_failure_not_a_wrong_answer(mon
         ("So the answer is `42`.", "42", True),
         ("Tea is $4 / 2 = $2.0 and she has $50 - $35 = $15.\nA: 15", "15", True),  # dollars are no formulas
         ("It is $36 - $11 = $<<36-11=25>>25 and $25 - $4 = $<<25-4=21>>21.\nA: 21", "21", True),
+        ("The solutions are $x=1$ and $x=2$.", "1, 2", True),
+        ("The solutions are $x=1$ and $x=3$.", "1, 2", False),
+        ("For $n=5$ the solutions are $1, 2$.", "1, 2", True),
         ("It is on $\\text{Tuesday}$", "Tuesday", True),
         (r"\boxed{18}", "She has 9 + 9 of them.\nThe total is 18 apples.", True),
         ("#### 1/2", "So the answer is: $0.5$.", True),
