@@ -2,6 +2,7 @@
 And files that are there whole or not at all."""
 
 import errno
+import fcntl
 import json
 import os
 import tempfile
@@ -15,6 +16,21 @@ import numpy as np
 from tritium.core.config import UserError
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, None)  # numpy tells no number
+
+
+@contextmanager
+def alone(folder: Path, option: str) -> Iterator[None]:
+    """Hold a folder against other processes: two runs in it would cut each other's files. A dead one holds nothing.
+
+    Raises: UserError naming `option` where another process holds it.
+    """
+    with (folder / ".lock").open("w") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:  # else: a file system without locks
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                raise UserError(f"{option}={folder}: another process writes there; wait, or name another") from None
+        yield
 
 
 def make_folder(folder: str | Path, option: str, now: bool = True) -> Path:

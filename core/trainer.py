@@ -17,7 +17,7 @@ import json
 import signal
 import threading
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from tritium.core.health import IDLE
 from tritium.core.metrics import Clock, Metrics, Numbers, Pace, matmul_rate
 from tritium.core.objectives.base import Objective
 from tritium.core.optim import LossScale, OptimConfig, Optimizer
+from tritium.core.output import alone
 from tritium.core.reference import Follower
 from tritium.core.run import LoopConfig, Result, RunConfig, changed_lines
 from tritium.core.schedule import BatchRamp, ScheduleConfig, learning_rate
@@ -138,7 +139,8 @@ class Trainer:
         """The steps still to do. A driver may take several at a time (`step` counts them); what happens between
         steps happens here: evaluation, checkpoints, and on SIGINT, SIGTERM or SIGUSR1 a checkpoint before it acts.
         """
-        with self.signals(), self.watch:
+        own = alone(self.out, "run.out") if self.mesh.main else nullcontext()
+        with own, self.signals(), self.watch:
             self.say(self.skipped.summary())  # of all that a driver reads
             if self.index == 0:
                 self.before = self.log(self.evaluate(self.evaluation))

@@ -248,6 +248,19 @@ def test_a_folder_that_cannot_be_written(sft, tmp_path):
     assert code == 2 and f"run.out={tmp_path}/file/out can't be written: Not a directory" in shown
 
 
+def test_two_processes_in_one_folder(sft, tmp_path):
+    (tmp_path / "out").mkdir()
+    hold = "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.lockf(f, fcntl.LOCK_EX); print(flush=True); input()"
+    command, file = [sys.executable, "-c", hold, f"{tmp_path}/out/.lock"], write(tmp_path / "a.jsonl", *GOOD)
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        other.stdout.readline()
+        code, shown = sft(file)
+        assert code == 2 and f"run.out={tmp_path}/out: another process writes there" in shown
+        assert not checkpoints(tmp_path / "out")
+        other.communicate(b"\n")
+    assert sft(file)[0] == 0
+
+
 @pytest.mark.parametrize("harm", ["bit flip", "truncation"])
 def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(sft, tmp_path, harm):
     file = write(tmp_path / "a.jsonl", *GOOD)
