@@ -91,20 +91,20 @@ def run_stage(stage: str | ModuleType, argv: list[str] | None = None) -> int:
     """
     argv = sys.argv[1:] if argv is None else argv
     name = stage if isinstance(stage, str) else stage.__name__.rpartition(".")[2]
-    prog = f"tritium {name}"
+    prog, main_rank = f"tritium {name}", os.environ.get("RANK", "0") == "0"
     try:
         with _signals_interrupt():
             module = import_module(f"tritium.stages.{stage}") if isinstance(stage, str) else stage
             if hasattr(module, "main"):
                 return module.main(argv)
-            config = load(module.Config, argv, prog, _first_line(module))
+            config = load(module.Config, argv, prog, (module.__doc__ or "").strip().partition("\n")[0])
             if getattr(module, "ONE_PROCESS", False) and int(os.environ.get("WORLD_SIZE", "1")) > 1:
                 raise ConfigError("this is the work of one process: start it without torchrun")
-            if _rank() == 0:
+            if main_rank:
                 print(f"# {prog}\n{to_toml(config, whole=False)}", file=sys.stderr, flush=True)
             _share_cores()
             result = module.train(config)
-            if _rank() == 0 and not getattr(module, "SHOWS_ITS_RESULT", False):
+            if main_rank and not getattr(module, "SHOWS_ITS_RESULT", False):
                 print(f"{prog}: done: {_shown(result)}", file=sys.stderr)
     except UserError as error:
         _tell(f"{prog}: {error}")
@@ -146,14 +146,6 @@ def _overview() -> str:
     lines += ["Training stages, sample and evaluate run on several GPUs:"]
     lines += ["       torchrun --nproc-per-node N -m tritium.stages.STAGE [--name=value …]"]
     return "\n".join(lines)
-
-
-def _first_line(module: ModuleType) -> str:
-    return (module.__doc__ or "").strip().partition("\n")[0]
-
-
-def _rank() -> int:
-    return int(os.environ.get("RANK", "0"))
 
 
 @contextmanager
