@@ -9,7 +9,7 @@ import numpy as np
 T = TypeVar("T")
 
 NUMBER = r"\d+(?:\.\d+)?"
-CALCULATION = re.compile(rf"{NUMBER}(?:\s*[-+*/×÷]\s*{NUMBER})+(?:\s*=\s*{NUMBER})?")
+CALCULATION = re.compile(rf"(?<!\d){NUMBER}(?:\s*[-+*/×÷]\s*{NUMBER})+(?:\s*=\s*{NUMBER})?")
 
 
 def distinct_paths(texts: Sequence[str]) -> list[int]:

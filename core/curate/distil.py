@@ -191,7 +191,7 @@ def extracted(reply: str | Exception, fields: Sequence[str]) -> dict[str, str] |
     found = {name: m[1].strip() for name in fields if (m := re.search(rf"<{name}>(.*?)</{name}>", said, re.DOTALL))}
     if len(found) < len(fields):
         ends = "|".join(fields)
-        label = r"(?ims)^\W*{0}\W*?:\s*(.*?)(?=^\W*(?:{1})\W*?:|\Z)"
+        label = r"(?ims)^\W{{0,40}}{0}\W{{0,40}}?:(?:\*\*|__)?\s*(.*?)(?=^\W{{0,40}}(?:{1})\W{{0,40}}?:|\Z)"
         found |= {f: m[1].strip() for f in fields if f not in found and (m := re.search(label.format(f, ends), said))}
     if len(fields) == 1 and not found:
         found = {fields[0]: said.strip()}

@@ -7,11 +7,13 @@ from types import SimpleNamespace
 import pytest
 
 from tritium.core.curate.clean import Clean, anonymised
+from tritium.core.curate.distil import extracted
 from tritium.core.curate.layouts import html_text, parse
 from tritium.core.curate.minhash import word_hashes
 from tritium.core.curate.reject import verifier
 from tritium.core.formats import RecordError
 from tritium.core.rewards import Score
+from tritium.core.select import distinct_paths
 from tritium.stages import curate
 
 
@@ -156,6 +158,15 @@ def test_text_that_utf8_can_not_hold_is_no_reply_of_a_teacher(tmp_path, monkeypa
 def test_marks_of_right_and_wrong_that_are_neither_say_nothing():
     marked = parse({"problem": "p", "generations": ["a", "b", "c"], "correctness_math_verify": ["yes", True, None]})
     assert [a.get("right") for a in marked["answers"]] == [None, True, None]
+
+
+def test_endless_runs_of_one_sign_do_not_hold_a_pipeline_up():
+    """Each took minutes: a pattern began anew at every sign, and looked at all that follow."""
+    tokens, digits = "eyJ-" * 100_000, "1" * 200_000
+    assert anonymised(tokens, Counter()) == tokens and distinct_paths([digits, digits]) == [0]
+    assert extracted("\n" * 100_000 + "**Question:** q\n\n---\n**Answer:** a", ["question", "answer"]) == {
+        "question": "q", "answer": "a"
+    }  # fmt: skip
 
 
 def test_letters_that_an_invisible_sign_parts_from_their_accent_are_normalised():
