@@ -221,11 +221,13 @@ class Engine:
         return sequence.text.finish() if sequence.text else ""
 
     def hear(self) -> list[Event]:
-        """Let those go on whose tools have spoken; the ends of those that can't."""
+        """Let those go on whose tools have spoken; the ends of those that can't. What a tool raises, all ranks raise."""
         ended, calling = [], list(self.calling)
-        said = {i: list(call.result()) for i, call in enumerate(self.calling.values()) if call.done()}
+        said = {i: c.exception() or list(c.result()) for i, c in enumerate(self.calling.values()) if c.done()}
         for i, more in self.model.mesh.broadcast_object(said, ("tp",)).items():
             sequence = calling[i]
+            if isinstance(more, BaseException):
+                raise more
             if not more or len(sequence.ids) + len(more) >= self.capacity:
                 sequence.completion.finish_reason = "context" if more else "stop"
                 ended.append(Event(sequence, None, self.end(sequence), 0.0, sequence.completion.finish_reason))

@@ -21,6 +21,7 @@ from tritium.model.packed import PackedWeights
 from tritium.model.sampling import History, Options, Sampler, invert
 from tritium.model.stops import Text
 from tritium.model.transformer import Transformer
+from tritium.parallel.mesh import init_mesh
 
 pytestmark = pytest.mark.usefixtures("quick")
 SHAPE = ModelConfig(48, 32, 48, 2, 4, 2, 8, max_positions=64, init_std=0.3)
@@ -325,6 +326,20 @@ def test_a_cancelled_sequence_leaves_its_pages_and_the_others_alone(model):
     alone, expected = engine_for((model, asked), 100, n=2, max_tokens=12, stop_ids=[])
     list(run(alone))
     assert [made[i].completion.tokens for i in (1, 2, 4)] == [expected[i].completion.tokens for i in (1, 2, 4)]
+
+
+def generate_with_a_broken_tool():
+    mesh = init_mesh(tp=2)
+    model = Transformer(SHAPE, mesh).initialize(0)
+    every = list(range(SHAPE.vocab_size))  # whatever is drawn stops
+    try:
+        generate(model, [[1, 2, 3]], max_tokens=12, stop_ids=every, extend=lambda sequence: lambda: [1 / 0])
+    except ZeroDivisionError as error:
+        return str(error)
+
+
+def test_what_a_tool_raises_all_ranks_raise(pool2):
+    assert pool2.run(generate_with_a_broken_tool) == ["division by zero"] * 2
 
 
 def test_what_a_tool_says_goes_on_in_the_same_sequence(model):
