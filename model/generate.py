@@ -221,7 +221,7 @@ class Engine:
         return sequence.text.finish() if sequence.text else ""
 
     def hear(self) -> list[Event]:
-        """Let those go on whose tools have spoken; the ends of those that can't. What a tool raises, all ranks raise."""
+        """Let those go on whose tools have spoken; the ends of those that can't. All ranks raise what a tool raised."""
         ended, calling = [], list(self.calling)
         said = {i: c.exception() or list(c.result()) for i, c in enumerate(self.calling.values()) if c.done()}
         for i, more in self.model.mesh.broadcast_object(said, ("tp",)).items():
