@@ -15,6 +15,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from tritium.core.config import load, opt
 from tritium.core.rewards.code import Code
 from tritium.core.sandbox import PYTHON_ARGV, Limits, level, run
 
@@ -87,6 +88,7 @@ ESCAPES = {
     "daemonised child": "import os, sys\nif os.fork() == 0:\n    os.setsid()\n    if os.fork() == 0:\n"
     "        os.execv(sys.executable, [sys.executable, '-c', 'import time; time.sleep(60)', 'MARK'])\n    os._exit(0)",
     "zombie children": "import os\nfor _ in range(8):\n    if os.fork() == 0: os._exit(0)\nos._exit(0)",
+    "closes its pipes": "import os, time\nfor i in range(3): os.close(i)\ntime.sleep(60)",
     "child keeps the pipes": "import os, time\nif os.fork() == 0: time.sleep(60)\nos._exit(0)",
     "sys.exit(0) before the asserts": "import sys\nsys.exit(0)",
     "os._exit(0) before the asserts": "import os\nos._exit(0)",
@@ -185,7 +187,13 @@ def running(mark: str) -> list[str]:
     return found
 
 
+@dataclass(frozen=True)
+class Config:
+    write: bool = opt(False, "into bench/results/sandbox.md, too")
+
+
 def main(argv: list[str]) -> int:
+    config = load(Config, argv, "python -m tritium.bench sandbox", __doc__.partition("\n\n")[2])
     levels = [at for at in ("namespaces", "confined") if at == level() or level() == "namespaces"]
     head = [f"{at}: contained | how it ended | score" for at in levels]
     lines = [f"| program | {' | '.join(head)} |", "|---" * (1 + 3 * len(levels)) + "|"]
@@ -215,6 +223,6 @@ def main(argv: list[str]) -> int:
         ]
     )
     print(text)
-    if "--write" in argv:
+    if config.write:
         RESULT.write_text(text, encoding="utf-8")
     return int(bad > 0)
