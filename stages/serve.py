@@ -303,7 +303,7 @@ class Connection(Handler):
         if found := answers.get(unquote(self.path.partition("?")[0]).rstrip("/")):
             self.send(200, found)
         else:
-            self.send_failure(f"there is no {self.path}: GET {' or '.join(answers)}", 404)
+            self.send_failure(f"there is no GET {self.path}, but GET {' or '.join(answers)}", 404)
 
     def do_POST(self) -> None:
         self.started = False
