@@ -169,8 +169,8 @@ def damage(folder: Path, without: str = "", part: int = 0, parts: int = 1) -> st
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints of a run, oldest first."""
-    return sorted(p for p in folder.glob("step-*") if p.is_dir() and not p.name.endswith(".tmp"))
+    """The checkpoints of a run, oldest first; not a copy by another name, which is the user's."""
+    return sorted(p for p in folder.glob("step-*") if p.is_dir() and p.name.removeprefix("step-").isdigit())
 
 
 def latest(folder: Path, mesh: Mesh, warn: Callable[[str], None]) -> Path | None:

@@ -2,6 +2,7 @@
 
 import json
 import resource
+import shutil
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -131,6 +132,14 @@ def test_the_last_ones_are_kept(tmp_path, keep):
     folders = [save(tmp_path, step) for step in (1, 2, 10, 100)]
     prune(folders[-1], keep, MESH)
     assert checkpoints(tmp_path) == folders[-keep:]
+
+
+def test_a_copy_by_another_name_is_the_users(tmp_path):
+    folders = [save(tmp_path, step) for step in (1, 2)]
+    best = shutil.copytree(folders[0], tmp_path / "step-00000001-best")
+    assert newest(tmp_path) == (folders[1], [])
+    prune(save(tmp_path, 3), 1, MESH)
+    assert damage(best) == ""
 
 
 def test_a_damaged_later_checkpoint_does_not_push_out_the_good_ones(tmp_path):
