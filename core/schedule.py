@@ -71,10 +71,10 @@ class BatchRamp:
     def __init__(self, config: ScheduleConfig, full: int, least: int, total: int, notes: dict[str, list]):
         self.config, self.full = config, full
         first = min(full, max(least, round(config.batch_start * full)))
+        ramp = 0 if "changes" in notes else steps_of(config.batch_ramp, total)  # a longer run goes on with its bins
         self.changes = notes.setdefault("changes", [[0, 0, first]])
         self.losses = notes.setdefault("losses", [])
-        ramp = steps_of(config.batch_ramp, total)
-        for step in range(self.changes[-1][0] + 1, ramp + 1):
+        for step in range(1, ramp + 1):
             self.change(step, round(first + (full - first) * step / ramp))
 
     def change(self, step: int, count: int) -> None:

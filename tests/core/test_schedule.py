@@ -85,6 +85,12 @@ def test_the_batch_grows_linearly_and_then_stays(length):
     assert {count for _, count in found[20:]} == {16}
 
 
+def test_a_longer_run_goes_on_with_the_next_bin():
+    config, notes = ScheduleConfig(batch_start=0.25, batch_ramp=0.2), {}
+    found = spans(BatchRamp(config, 16, 2, TOTAL, notes), TOTAL)
+    assert spans(BatchRamp(config, 16, 2, 2 * TOTAL, json.loads(json.dumps(notes))), TOTAL) == found
+
+
 def test_it_never_has_fewer_bins_than_there_are_ranks():
     assert BatchRamp(ScheduleConfig(batch_start=0.01, batch_ramp=10), 16, 4, TOTAL, {}).span(0) == (0, 4)
 
