@@ -130,10 +130,10 @@ def open_experience(
     total = config.run.steps or max(1, round(config.run.epochs * len(problems) / options.prompts)) * updates
     followers = ["reference"] if options.beta and config.reference.every else []
     settings = {"name": name, "total_steps": total, "followers": followers}
-    trainer = Trainer(networks, objective, config, policy.mesh, **settings, tokenizer=tokenizer, skipped=skipped)
     judged_by = (config.reward, config.reward_model, options.malformed, config.run.dtype, policy.mesh)
     reward = open_reward(*judged_by, config.model_weight, policy)
     verifier = make_reward(config.verifier, options.malformed) if config.verifier else None
+    trainer = Trainer(networks, objective, config, policy.mesh, **settings, tokenizer=tokenizer, skipped=skipped)
     sizes = (options.prompts, options.group, getattr(options, "rounds", 1))
     return Experience(trainer, tokenizer, problems, reward, config, *sizes, objective.baseline == "greedy", verifier)
 
@@ -220,15 +220,17 @@ class Experience:
     def shaping(self) -> tuple[ShapingConfig, int]:
         return self.settings.shaping, self.settings.sampling.max_tokens
 
-    def estimate(self, batches: Sequence[PackedBatch]) -> dict[str, float]:
-        """`Trainer.estimate`; it counts the rollouts whose KL to the reference blew up.
+    def estimate(self, batches: Sequence[PackedBatch], done: int) -> dict[str, float]:
+        """`Trainer.estimate`; it counts the rollouts whose KL to the reference blew up, one that is gone on with after
+        `done` updates when it began.
 
         Raises: TrainingError where it is beyond `reference.max_kl`.
         """
         numbers, notes, limit = self.trainer.estimate(batches), self.trainer.notes, self.settings.reference.max_kl
         if "kl_k3" in numbers:
             kl = numbers["kl_k3"]
-            numbers["kl_blowups"] = notes["kl_blowups"] = notes.get("kl_blowups", 0.0) + float(not kl <= BLOWN_UP)
+            blown_up = not (done or kl <= BLOWN_UP)
+            numbers["kl_blowups"] = notes["kl_blowups"] = notes.get("kl_blowups", 0.0) + float(blown_up)
             if limit and not kl <= limit:
                 self.trainer.finish_save()
                 raise TrainingError(

@@ -16,6 +16,7 @@ from tritium.core.files import Skipped
 from tritium.core.objectives.base import Objective
 from tritium.core.problems import Problem, load_problems, problems_of, share
 from tritium.core.reference import check_follows
+from tritium.core.rewards import Reward
 from tritium.core.rewards.model import open_reward
 from tritium.core.rollout import Rollout, Sample, SamplingConfig, pack_updates, roll_out, sample_document
 from tritium.core.tokenizer import Tokenizer
@@ -66,8 +67,9 @@ def open_rounds(
     problems = load_problems(config.data.sources, tokenizer, policy.config.max_positions, skipped)
     total = config.run.steps or math.ceil(config.run.epochs * len(problems) / draw.prompts) * draw.updates
     settings = {"name": name, "total_steps": total, "followers": ["reference"] if draw.refresh else []}
+    reward = open_reward(draw.reward, draw.reward_model, 0.0, config.run.dtype, policy.mesh)
     trainer = Trainer(networks, objective, config, policy.mesh, **settings, tokenizer=tokenizer, skipped=skipped)
-    return trainer, Rounds(trainer, tokenizer, problems, config, kind)
+    return trainer, Rounds(trainer, tokenizer, problems, config, reward, kind)
 
 
 @dataclass
@@ -80,11 +82,8 @@ class Rounds:
     tokenizer: Tokenizer
     problems: list[Problem]
     settings: Any
-    kind: str = "student"
-
-    def __post_init__(self):
-        draw, run = self.settings.draw, self.settings.run
-        self.reward = open_reward(draw.reward, draw.reward_model, 0.0, run.dtype, self.trainer.mesh)
+    reward: Reward
+    kind: str
 
     def steps(self, step: int) -> Iterator[tuple[list[PackedBatch], dict[str, float]]]:
         """The batches of each step of the round that `step` is in, and, with the first, the round's numbers."""

@@ -81,7 +81,7 @@ def train(config: Config) -> Result:
         rollout, numbers = experience.collect(number)
         batches = experience.batches(rollout, updates, varied_only=varied)
         # ------------------------------------------------------------------------------------------------------
-        numbers |= experience.estimate(batches)  # advantages; log-probs before the first of several updates, KL
+        numbers |= experience.estimate(batches, done)  # advantages; log-probs before the first of several updates, KL
         for i in range(done, min(updates, trainer.total_steps - number * updates)):
             trainer.step(batches[i::updates], numbers)  # −min(ρA, clip(ρ)A) + β KL
             numbers = {}  # a rollout's: with its first update

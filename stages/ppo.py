@@ -98,7 +98,7 @@ def train(config: Config) -> Result:
         rollout, numbers = experience.collect(number)
         batches = experience.batches(rollout, options.minibatches, varied_only=False)
         # ------------------------------------------------------------------------------------------------------
-        numbers |= experience.estimate(batches) | {"beta": objective.beta}  # r_t = score − β KL → GAE → whitened
+        numbers |= experience.estimate(batches, done) | {"beta": objective.beta}  # r_t = score − β KL → GAE → whitened
         shown, empty = numbers, pack([]).to(mesh.device)  # a rank without answers reduces both networks as all do
         for i in range(done, min(each, trainer.total_steps - number * each)):
             update = minibatch(batches, i, options.minibatches, config.run.seed, number) or [empty]
