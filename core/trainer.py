@@ -26,13 +26,13 @@ from torch import Tensor, nn
 
 from tritium.core.batch import FILLER, PackedBatch, counts_of, pack
 from tritium.core.checkpoint import CheckpointError, Save, checkpoints, latest, prune, read_state
-from tritium.core.config import ConfigError, UserError, to_toml
+from tritium.core.config import ConfigError, to_toml
 from tritium.core.files import Skipped
 from tritium.core.health import IDLE
 from tritium.core.metrics import Clock, Metrics, Numbers, Pace, matmul_rate
 from tritium.core.objectives.base import Objective
 from tritium.core.optim import LossScale, OptimConfig, Optimizer
-from tritium.core.output import alone
+from tritium.core.output import alone, whole_file
 from tritium.core.reference import Follower
 from tritium.core.run import LoopConfig, Result, RunConfig, changed_lines
 from tritium.core.schedule import BatchRamp, ScheduleConfig, learning_rate
@@ -110,7 +110,8 @@ class Trainer:
         self.watch = Watch(mesh)
         self.pace = Pace(self.measure_peak(), queued=mesh.device.type == "cuda")
         self.idle = 0  # steps that had nothing to learn from
-        self.resume()
+        with self.own():  # what another process logs must not be cut
+            self.resume()
         self.begun = self.index  # steps done before this process
         self.ramp = self.open_ramp(getattr(settings.data, "bins_per_step", None) if hasattr(settings, "data") else None)
         self.write_config()
@@ -124,14 +125,15 @@ class Trainer:
         notes = self.notes.setdefault("batch", {})
         return BatchRamp(self.schedule, bins, self.mesh.dp, self.total_steps, notes)
 
+    def own(self) -> AbstractContextManager[None]:
+        """Within, no other process has the run's folder."""
+        return alone(self.out, "run.out") if self.mesh.main and self.out.is_dir() else nullcontext()
+
     def write_config(self) -> None:
         """Leave the resolved config in the run's folder. Raises: UserError where it can't be written."""
         if self.mesh.main:
-            try:
-                self.out.mkdir(parents=True, exist_ok=True)
-                (self.out / "config.toml").write_text(self.config_toml)
-            except OSError as error:
-                raise UserError(f"run.out={self.out} can't be written: {error.strerror}") from None
+            with whole_file(self.out / "config.toml") as file:
+                file.write(self.config_toml.encode())
 
     # ------------------------------------------------------------------------------------------ the loop
 
@@ -139,8 +141,7 @@ class Trainer:
         """The steps still to do. A driver may take several at a time (`step` counts them); what happens between
         steps happens here: evaluation, checkpoints, and on SIGINT, SIGTERM or SIGUSR1 a checkpoint before it acts.
         """
-        own = alone(self.out, "run.out") if self.mesh.main else nullcontext()
-        with own, self.signals(), self.watch:
+        with self.own(), self.signals(), self.watch:
             self.say(self.skipped.summary())  # of all that a driver reads
             if self.index == 0:
                 self.before = self.log(self.evaluate(self.evaluation))
@@ -251,10 +252,11 @@ class Trainer:
             return self.objective.estimate(self.networks, self.in_step(batches), self.mesh)
 
     def idle_loss(self, batch: PackedBatch) -> Tensor:
-        """Nothing, by way of every layer that the others' losses need: they wait for this rank to gather and reduce."""
+        """Nothing, by way of every layer and score that the others' losses need: they wait for this rank to gather, and
+        to reduce one network's gradients before it gathers the next."""
         names = [k for k in (*self.optimizers, *self.objective.asks) if k not in self.objective.leaves_out(batch)]
-        decoders = [decoder_of(self.networks[name]) for name in names]
-        return sum(d.hidden(batch.tokens, batch.cu_seqlens, positions=batch.positions).sum() * 0.0 for d in decoders)
+        passes = [getattr(self.networks[name], "values", None) or self.networks[name].hidden for name in names]
+        return sum(f(batch.tokens, batch.cu_seqlens, positions=batch.positions).sum() * 0.0 for f in passes)
 
     def in_step(self, batches: Sequence[PackedBatch]) -> list[PackedBatch]:
         """The batches, and where ranks work layer by layer together, empty ones up to the most that a rank has."""

@@ -254,9 +254,10 @@ def test_two_processes_in_one_folder(sft, tmp_path):
     command, file = [sys.executable, "-c", hold, f"{tmp_path}/out/.lock"], write(tmp_path / "a.jsonl", *GOOD)
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
         other.stdout.readline()
+        (tmp_path / "out/metrics.jsonl").write_text(logged := '{"step": 1}\n')
         code, shown = sft(file)
         assert code == 2 and f"run.out={tmp_path}/out: another process writes there" in shown
-        assert not checkpoints(tmp_path / "out")
+        assert not checkpoints(tmp_path / "out") and (tmp_path / "out/metrics.jsonl").read_text() == logged
         other.communicate(b"\n")
     assert sft(file)[0] == 0
 
