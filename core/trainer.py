@@ -339,9 +339,8 @@ class Trainer:
     def measure_peak(self) -> float:
         """FLOP/s that this machine reaches in matmuls of the model's own shapes: what MFU is relative to."""
         network = next(iter(self.networks.values()))
-        shapes = network.config.matmul_shapes(4096)
-        rate = matmul_rate(next(network.parameters()).dtype, shapes, device=self.mesh.device)
-        return rate * self.mesh.world_size
+        dtype, shapes = next(network.parameters()).dtype, network.config.matmul_shapes(4096)
+        return matmul_rate(dtype, shapes, device=self.mesh.device) * self.mesh.world_size
 
     # ------------------------------------------------------------------------------------------ stopping and resuming
 

@@ -95,16 +95,18 @@ class Base(nn.Module):
 def twin(policy: Transformer, folder: str, seed: int = 0) -> Model | None:
     """A second model on the base of a `policy` with a LoRA, which is in memory once: with a new one where `folder` is
     the base's, with the folder's own where that is one on this base. None where it is neither, or the base is dense in
-    one and NF4 in the other, and at ZeRO-3, which cuts every network by itself."""
-    own, path = next(iter(policy.adapters.values()), None), Path(folder)
+    one and NF4 in the other. At ZeRO-3, which cuts every network by itself, a new one has a base of its own, and None
+    is for the folder's."""
+    own, path, cut = next(iter(policy.adapters.values()), None), Path(folder), policy.mesh.zero == 3
     raw = read_json(path / ADAPTER_CONFIG) if (path / ADAPTER_CONFIG).is_file() else None
-    if not isinstance(own, LoraConfig) or policy.mesh.zero == 3 or (raw and raw.get("peft_type") != "LORA"):
+    if not isinstance(own, LoraConfig) or (raw and (cut or raw.get("peft_type") != "LORA")):
         return None
     quantized, base = (LoraConfig.from_peft(raw).quantized, base_folder(path, raw)) if raw else (own.quantized, path)
     if base.resolve() != Path(own.base).resolve() or quantized != own.quantized:
         return None
     shared = {id(t): t for t in (*policy.parameters(), *policy.buffers()) if not t.requires_grad}
-    model: Model = copy.deepcopy(policy, shared | {id(policy.mesh): policy.mesh})
+    shared[id(policy.mesh)] = policy.mesh
+    model: Model = load(folder, policy.dtype, mesh=policy.mesh) if cut else copy.deepcopy(policy, shared)
     for _, _, here in adapted(model):
         here.pairs, here.active = nn.ModuleDict(), None
     model.adapters.clear()

@@ -327,7 +327,8 @@ def test_the_checkpoint_of_another_model_is_refused_on_every_rank(pool2, tmp_pat
 
 def reinforce(stage: str, model: str, problems: str, scorer: str, text: str, out: str, mesh: dict[str, int]) -> None:
     """Two rollouts of GRPO, in which a judge likes odd token sums, or of PPO with a reward model, a reference that
-    follows, and text in three bins, which two ranks can't share evenly; or of PPO on one answer, which one rank has."""
+    follows, and text in three bins, which two ranks can't share evenly; or of PPO on one answer, which one rank has,
+    or of PPO with adapters of policy and critic."""
     sections = {"model": model, "data": {"sources": [problems]}, "mesh": mesh, "sampling": {"max_tokens": 12}}
     sections |= {"run": {"out": out, "steps": 2, "dtype": "fp64", "device": "cpu"}}
     quick = mock.patch.object(experience, "Trainer", QuickTrainer)
@@ -337,10 +338,12 @@ def reinforce(stage: str, model: str, problems: str, scorer: str, text: str, out
         with mock.patch.object(experience, "open_reward", lambda *_: odd), quick:
             grpo.train(config)
         return
-    settings = {"prompts": 4, "group": 2} if stage == "ppo" else {"prompts": 1, "group": 1}
+    settings = {"prompts": 1, "group": 1} if stage == "one answer" else {"prompts": 4, "group": 2}
     settings |= {"epochs": 1, "beta": 0.1, "ptx": 0.5}
     sections["text"] = {"sources": [text], "bins_per_step": 3, "bin_tokens": 64}  # no multiple of two ranks
     settings = {"ppo": settings, "reward_model": scorer, "reference": {"every": 1, "decay": 0.5}}
+    if stage == "adapters":
+        settings |= {"finetune": {"kind": "lora", "rank": 4}, "critic": model, "reference": {}}
     with quick:
         ppo.train(from_dict(ppo.Config, sections | settings))
 
@@ -366,6 +369,7 @@ def learned(tiny, tmp_path_factory):
 @pytest.mark.parametrize("stage,mesh", [
     *((stage, mesh) for stage in ("grpo", "ppo") for mesh in ({"cp": 2}, {"tp": 2}, {"zero": 2}, {"zero": 3})),
     *(("one answer", {"zero": level}) for level in (2, 3)),
+    ("adapters", {"zero": 3}),
 ])  # fmt: skip
 def test_rollouts_and_their_training_are_those_of_one_process(pool2, tmp_path, learned, stage, mesh):
     """Every rank of a replica samples the same answers; one that had others would learn from others."""
