@@ -57,7 +57,7 @@ class Metrics:
         if self._path is None or not self._path.exists():
             return
         self._close_file()
-        kept = [line for line, values in read_lines(self._path) if values["step"] < step]
+        kept = [line.rstrip("\n") + "\n" for line, values in read_lines(self._path) if values["step"] < step]
         temporary = self._path.with_suffix(".tmp")
         try:
             temporary.write_text("".join(kept), encoding="utf-8")
@@ -135,8 +135,9 @@ class Metrics:
 
 
 def read_lines(path: Path) -> Iterator[tuple[str, dict]]:
-    """Each whole line of a metrics file and its numbers; a line that a killed run left unfinished is passed over."""
-    with open(path, encoding="utf-8") as file:
+    """Each whole line of a metrics file and its numbers; a line that a killed run left unfinished is passed over, also
+    where a loss of power left other bytes there."""
+    with open(path, encoding="utf-8", errors="replace") as file:
         for line in file:
             try:
                 values = json.loads(line)
