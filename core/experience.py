@@ -80,8 +80,7 @@ class PolicyOptions:
 
     def given(self, *names: str) -> dict[str, Any]:
         """The objective's options: those here, and of these names."""
-        shared = ("beta", "kl", "kl_in", "importance", "entropy")
-        return {name: getattr(self, name) for name in (*shared, *names)}
+        return {name: getattr(self, name) for name in ("beta", "kl", "kl_in", "importance", "entropy", *names)}
 
 
 @dataclass

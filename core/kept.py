@@ -28,10 +28,9 @@ class Kept:
         self.db.execute("CREATE TABLE IF NOT EXISTS kept (key BLOB PRIMARY KEY, value BLOB) WITHOUT ROWID")
         return [self.db.execute("SELECT value FROM kept WHERE key = ?", (key,)).fetchone() for key in keys]
 
-    def get(self, keys: Iterable[bytes], dtype: type) -> list[np.ndarray | None]:
+    def get(self, keys: Sequence[bytes], dtype: type) -> list[np.ndarray | None]:
         """What was put under each key, [n] of a dtype; None under a new one. A damaged file is begun anew: what was in
         it can be computed again. Raises: UserError where the file can't be used."""
-        keys = list(keys)
         try:
             rows = self.rows(keys)
         except sqlite3.OperationalError as error:  # locked, say, or on a full disk: not damaged
@@ -44,9 +43,13 @@ class Kept:
         return [row and np.frombuffer(row[0], dtype) for row in rows]
 
     def put(self, keys: Iterable[bytes], values: Iterable[np.ndarray]) -> None:
+        """Raises: UserError where the disk is full."""
         rows = [(key, value.tobytes()) for key, value in zip(keys, values, strict=True)]
-        with self.db:
-            self.db.executemany("INSERT OR REPLACE INTO kept VALUES (?, ?)", rows)
+        try:
+            with self.db:
+                self.db.executemany("INSERT OR REPLACE INTO kept VALUES (?, ?)", rows)
+        except sqlite3.OperationalError as error:
+            raise UserError(f"{self.file} can't be written: {error}; free some space") from None
 
     def fill(
         self, batches: Sequence[PackedBatch], ask: Callable[[PackedBatch], list[Tensor]], dtype: type, mesh: Mesh

@@ -122,8 +122,7 @@ class Trainer:
             return None
         if bins is None:
             raise ConfigError("schedule.batch_start: the batches of this stage are not data.bins_per_step bins")
-        notes = self.notes.setdefault("batch", {})
-        return BatchRamp(self.schedule, bins, self.mesh.dp, self.total_steps, notes)
+        return BatchRamp(self.schedule, bins, self.mesh.dp, self.total_steps, self.notes.setdefault("batch", {}))
 
     def own(self) -> AbstractContextManager[None]:
         """Within, no other process has the run's folder."""

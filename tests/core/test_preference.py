@@ -1,6 +1,7 @@
 """Preference losses: the formula of each paper in fp64, TRL's own code on the same model and batch, and KTO's z₀."""
 
 import math
+import resource
 from collections import defaultdict
 from types import SimpleNamespace
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from tritium.core.batch import Document, pack
+from tritium.core.config import UserError
 from tritium.core.kept import Kept
 from tritium.core.objectives.preference import KTO, LOSSES, REFERENCE_FREE, PairOptions, Pairs, Preference, mismatched
 from tritium.model.config import ModelConfig
@@ -266,6 +268,19 @@ def test_the_reference_is_asked_once_for_an_answer_however_it_is_packed(tmp_path
             damaged.seek(place)
             damaged.write(torn)
         assert total(Preference(kept=Kept(file)), networks, pack(pairs, {"pairs": 3.0})).item() != first
+
+
+def test_what_a_model_said_and_the_disk_has_no_room_for_is_a_sentence(tmp_path):
+    kept, before = Kept(str(tmp_path / "kept.sqlite")), resource.getrlimit(resource.RLIMIT_FSIZE)
+    assert kept.get([b"a"], np.float64) == [None]
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 14, before[1]))
+    try:
+        with pytest.raises(UserError, match="kept.sqlite can't be written: .*; free some space"):
+            kept.put([b"a"], [np.zeros(1 << 15)])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    kept.put([b"a"], [np.ones(1)])
+    assert kept.get([b"a"], np.float64) == [1.0]
 
 
 def test_an_answer_that_is_certain_has_a_gradient():
