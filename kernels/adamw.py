@@ -248,9 +248,9 @@ def _check(params, grads, exp_avgs, exp_avg_sqs, masters, scalars) -> None:
         if len(tensors) != len(params):
             raise ValueError(f"{len(params)} params but {len(tensors)} {name}")
         for i, (p, x) in enumerate(zip(params, tensors, strict=True)):
+            require_float("adamw_", **{f"{name}[{i}]": x})
             if p.shape != x.shape:
                 raise ValueError(f"params[{i}] is {tuple(p.shape)} but {name}[{i}] is {tuple(x.shape)}")
-            require_float("adamw_", **{f"{name}[{i}]": x})
     if not torch.compiler.is_compiling():
         _check_distinct({name: tensors for name, tensors in lists.items() if name != "grads" and tensors is not None})
     is_random = scalars["seed"] is not None
@@ -264,8 +264,8 @@ def _check(params, grads, exp_avgs, exp_avg_sqs, masters, scalars) -> None:
                 "dtype; give fp32 masters for low-precision params, or a seed for bf16 ones"
             )
     for name, scalar in scalars.items():
-        if scalar is not None and scalar.numel() != 1:
-            raise ValueError(f"{name} is {tuple(scalar.shape)}, wanted a scalar tensor ()")
+        if scalar is not None and not (isinstance(scalar, Tensor) and scalar.numel() == 1):
+            raise ValueError(f"{name} is {tuple(getattr(scalar, 'shape', ())) or scalar}, wanted a scalar tensor ()")
     if is_random and scalars["seed"].dtype != torch.int64:
         raise ValueError(f"seed is {scalars['seed'].dtype}, wanted torch.int64")
 

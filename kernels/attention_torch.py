@@ -20,10 +20,10 @@ from functools import lru_cache
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from tritium.kernels.attention_mask import Options, documents, visible
 from tritium.kernels.backend import graph_break, without_autocast
+from tritium.kernels.blocks import once_differentiable
 from tritium.kernels.wide import widened
 
 SCORE_BYTES = 2 << 20  # fp32 scores held at a time: they should stay in the cache

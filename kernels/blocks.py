@@ -8,10 +8,10 @@ from torch import Tensor
 from tritium.kernels.backend import tl, triton
 
 
-def require_float(op: str, **tensors: Tensor | None) -> None:
+def require_float(op: str, **tensors: Tensor) -> None:
     """Raise ValueError, with the name, for what is no tensor of a floating-point dtype."""
     for name, x in tensors.items():
-        if x is not None and not (isinstance(x, Tensor) and x.is_floating_point()):
+        if not (isinstance(x, Tensor) and x.is_floating_point()):
             raise ValueError(f"{op}: {name} is {_kind(x)}, wanted a floating-point dtype")
 
 
@@ -47,6 +47,17 @@ def require_heads(
 
 def _kind(x: object) -> str:
     return str(x.dtype) if isinstance(x, Tensor) else f"a {type(x).__name__} and no tensor"
+
+
+def once_differentiable(backward):
+    """torch's, which is silent where the incoming gradient is a constant: a gradient penalty would not be trained."""
+    once = torch.autograd.function.once_differentiable(backward)
+
+    def run(ctx, *gradients):
+        again = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        return once(ctx, *(g.detach().requires_grad_() if again and g is not None else g for g in gradients))
+
+    return run
 
 
 def unit_stride(x: Tensor) -> Tensor:

@@ -12,10 +12,9 @@ once (zeros for ignored tokens, whose logits nobody reads). About 5 FLOPs an ele
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from tritium.kernels.backend import Target, operator, require_one_device, tl, triton, use_triton, without_autocast
-from tritium.kernels.blocks import require_float, tanh, unit_stride
+from tritium.kernels.blocks import once_differentiable, require_float, tanh, unit_stride
 from tritium.kernels.head import HeadOptions, check_targets
 from tritium.kernels.head_triton import LOG2_E, PROGRAMS, tile_bytes
 from tritium.kernels.registry import Launch, Shape, launch_of, register
@@ -44,7 +43,7 @@ def token_loss(
     if z_loss:
         loss = loss + z_loss * lse.square()
     if weights is not None:
-        loss = loss * weights.to(loss.dtype)
+        loss = loss * torch.where(kept, weights.to(loss.dtype), 0.0)  # or NaN · 0 is the gradient of lse
     loss = torch.where(kept, loss, 0.0)  # not a product: what is ignored may hold anything
     return loss.sum() if reduction == "sum" else loss
 

@@ -13,10 +13,9 @@ one launch each. fp32 between a load and a store.
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from tritium.kernels.backend import apply, operator, tl, triton, use_triton
-from tritium.kernels.blocks import as_rows, require_float
+from tritium.kernels.blocks import as_rows, once_differentiable, require_float
 from tritium.kernels.registry import Launch, Shape, launch_of
 
 # Triton ---------------------------------------------------------------------------------------------------------------

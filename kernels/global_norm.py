@@ -96,12 +96,11 @@ def global_norm(tensors: Sequence[Tensor]) -> Tensor:
 
     Raises: ValueError for a tensor that is not of a floating-point dtype, or on another device.
     """
-    tensors = [x.detach() for x in tensors]
     require_float("global_norm", **{f"tensors[{i}]": x for i, x in enumerate(tensors)})
     if not tensors:
         return torch.zeros(())
     if use_triton(*tensors):
-        return _launch(tensors)
+        return _launch(list(tensors))
     sums = [_square_sum(x) for x in tensors if x.numel()]
     return torch.stack(sums).sum().sqrt() if sums else torch.zeros((), device=tensors[0].device)
 

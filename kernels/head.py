@@ -21,10 +21,9 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from tritium.kernels.backend import apply, device_assert, use_triton, without_autocast
-from tritium.kernels.blocks import require_float, require_integer
+from tritium.kernels.blocks import once_differentiable, require_float, require_integer
 from tritium.kernels.head_triton import EXCLUDED, head_backward, head_forward, matmul_fp32, tile_bytes
 from tritium.kernels.wide import widened
 

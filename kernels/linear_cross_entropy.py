@@ -14,9 +14,9 @@ are as large as dweight, and lie in its memory until it is needed. What it costs
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from tritium.kernels.backend import Target, apply, require_one_device, use_triton, without_autocast
+from tritium.kernels.blocks import once_differentiable
 from tritium.kernels.cross_entropy import check_loss_options, cross_entropy_reference, token_loss
 from tritium.kernels.head import (
     HeadOptions,

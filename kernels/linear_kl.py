@@ -26,7 +26,6 @@ backward. A top-k teacher: divergence.py.
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from tritium.kernels.backend import (
     Target,
@@ -38,6 +37,7 @@ from tritium.kernels.backend import (
     use_triton,
     without_autocast,
 )
+from tritium.kernels.blocks import once_differentiable
 from tritium.kernels.divergence import KINDS, TopK, check_top_k, divergence, log_ratio, log_rest, top_k_kl
 from tritium.kernels.head import HeadOptions, check_head, head_statistics, logits_tile, tiles, vocab_size
 from tritium.kernels.head_triton import (

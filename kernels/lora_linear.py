@@ -21,10 +21,9 @@ from functools import partial
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from tritium.kernels.backend import Target, apply, operator, target_of, tl, triton, use_triton, without_autocast
-from tritium.kernels.blocks import require_float, unit_stride
+from tritium.kernels.blocks import once_differentiable, require_float, unit_stride
 from tritium.kernels.nf4 import (
     BLOCK,
     CODES,

@@ -18,10 +18,9 @@ import math
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from tritium.kernels.backend import Target, apply, operator, tl, triton, use_triton, without_autocast
-from tritium.kernels.blocks import as_rows, require_float
+from tritium.kernels.blocks import as_rows, once_differentiable, require_float
 from tritium.kernels.registry import Launch, Shape, launch_of, register
 
 

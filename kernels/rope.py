@@ -9,10 +9,9 @@ needs cos and sin only. (Su et al. 2021, arXiv 2104.09864)
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from tritium.kernels.backend import Target, apply, operator, tl, triton, use_triton
-from tritium.kernels.blocks import require_float
+from tritium.kernels.blocks import once_differentiable, require_float
 from tritium.kernels.registry import Launch, Shape, launch_of, register
 
 

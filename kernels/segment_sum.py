@@ -7,10 +7,9 @@ running sums, which would leak NaN), and its gradient is 0.
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from tritium.kernels.backend import Target, device_assert, operator, require_one_device, tl, triton, use_triton
-from tritium.kernels.blocks import require_float, require_integer
+from tritium.kernels.blocks import once_differentiable, require_float, require_integer
 from tritium.kernels.registry import Launch, Shape, launch_of, register
 
 

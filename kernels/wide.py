@@ -11,10 +11,10 @@ fifth of the product. A product of two bf16 numbers is exact in fp32, so this is
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from tritium.kernels.backend import fp32_is_faster, without_autocast
+from tritium.kernels.blocks import once_differentiable
 
 ROWS = 512  # of a block
 FEW = 64  # rows or columns under which widening the other operand costs more than it saves

@@ -17,6 +17,8 @@ import tiktoken
 from tritium.core.config import UserError
 
 KNOWN = tomllib.loads(Path(__file__).with_name("known.toml").read_text("utf-8"))
+# Blanks in a row that are cut: of a million tiktoken's regular expressions make a Rust panic.
+RUN, ENDLESS = 131072, regex.compile(r"(\s{131072})")
 Split = Callable[[str], list[str]]
 
 
@@ -65,11 +67,12 @@ class BytePairs:
     def encode(self, text: str, first: bool = True) -> list[int]:
         """Ids of ordinary text. `first` makes no difference to a byte-level vocabulary."""
         text = reduce(lambda value, step: step(value), self._normalise, text)
-        ids = self._bpe.encode_ordinary(text) if self._whole else self._encode_chain(text)
+        encode = self._bpe.encode_ordinary if self._whole else self._encode_chain
+        ids = encode(text) if len(text) <= RUN else [i for part in ENDLESS.split(text) for i in encode(part)]
         return ids if self._ids is None else [i for i in map(self._ids.__getitem__, ids) if i is not None]
 
     def encode_batch(self, texts: Sequence[str], threads: int) -> list[list[int]]:
-        if not self._whole or self._normalise or self._ids is not None:
+        if not self._whole or self._normalise or self._ids is not None or max(map(len, texts), default=0) > RUN:
             return [self.encode(text) for text in texts]
         return self._bpe.encode_ordinary_batch(list(texts), num_threads=threads)
 

@@ -280,3 +280,12 @@ def test_a_tokenizer_larger_than_the_model_is_refused(tmp_path):
     train_tokenizer(["hello world user\n" * 3], 280, tmp_path)
     with pytest.raises(UserError, match="the tokenizer has 280 tokens, the model only 270"):
         load_tokenizer(str(tmp_path), SimpleNamespace(config=SimpleNamespace(vocab_size=270)))
+
+
+@needs_data
+@pytest.mark.parametrize("name", ["gpt2", "llama3"])
+def test_a_million_blanks_are_encoded(name):
+    """tiktoken's Rust core panics there, with an exception that is no Exception."""
+    text = "x" + " " * 10**6 + "y"
+    ids = load(name).encode(text)
+    assert load(name).decode(ids) == text and load(name).encode_batch([text, "z"])[0] == ids

@@ -112,6 +112,8 @@ def test_an_empty_list_is_a_step(backend):
         ({"grads": []}, "1 params but 0 grads"),
         ({"exp_avgs": [torch.zeros(4)]}, r"params\[0\] is \(3,\) but exp_avgs\[0\] is \(4,\)"),
         ({"params": [torch.zeros(3).bfloat16()]}, "give fp32 masters"),
+        ({"grads": [None]}, r"grads\[0\] is a NoneType"),
+        ({"step": 3}, "step is 3, wanted a scalar tensor"),
         ({"grads": [torch.zeros(3).int()]}, r"grads\[0\] is torch.int32"),
         ({"masters": [torch.zeros(3)], "seed": torch.tensor(1)}, "a seed is for params without masters"),
         ({"seed": torch.tensor(1.0)}, "seed is torch.float32, wanted torch.int64"),

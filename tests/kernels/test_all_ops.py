@@ -347,3 +347,16 @@ def test_torch_compile_takes_one_tensor_twice(name, backend):
         assert (actual is None) == (expected is None)
         if expected is not None:
             torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("name", sorted(name for name in OPS if OPS[name].differentiable))
+def test_a_second_backward_is_refused_though_the_first_came_from_a_sum(name, monkeypatch):
+    """A gradient penalty would go untrained: the incoming gradient is a constant, with no graph to differentiate."""
+    monkeypatch.setenv("TRITIUM_BACKEND", "torch")
+    spec = OPS[name]
+    args, kwargs = spec.example(SHAPES[spec.name][1], torch.float32, "cpu")
+    leaves = [x for x in args if isinstance(x, torch.Tensor) and x.requires_grad]
+    first = next(y for y in tensors(spec.function(*args, **kwargs)) if y.requires_grad)
+    gradients = torch.autograd.grad(first.sum(), leaves, create_graph=True, allow_unused=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        sum(g.square().sum() for g in gradients if g is not None).backward()

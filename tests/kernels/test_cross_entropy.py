@@ -82,6 +82,20 @@ def test_ignored_tokens_may_hold_anything(function):
 
 
 @BOTH
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+@pytest.mark.parametrize("trained", [False, True])
+def test_weights_of_ignored_tokens_may_hold_anything(function, reduction, trained):
+    hidden, weight, targets = make()
+    weights = torch.where(targets == -100, torch.nan, 2.0).requires_grad_(trained)
+    loss, half = (function(hidden, weight, targets, weights=w, reduction=reduction).sum() for w in (weights, None))
+    torch.testing.assert_close(loss, 2 * half)
+    inputs = hidden, weight, *([weights] if trained else [])
+    ours, expected = torch.autograd.grad(loss, inputs), torch.autograd.grad(2 * half, (hidden, weight))
+    torch.testing.assert_close(ours[:2], expected)
+    assert all(g.isfinite().all() for g in ours)
+
+
+@BOTH
 def test_gradient_of_a_single_token_without_reduction(function):
     """The first token's gradient must not scale the others'."""
     hidden, weight, targets = make()
