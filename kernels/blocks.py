@@ -1,6 +1,8 @@
 """Small parts that several ops share: checks and layouts of a launcher's tensors, and what Triton lacks."""
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,11 +51,11 @@ def _kind(x: object) -> str:
     return str(x.dtype) if isinstance(x, Tensor) else f"a {type(x).__name__} and no tensor"
 
 
-def once_differentiable(backward):
+def once_differentiable(backward: Callable) -> Callable:
     """torch's, which is silent where the incoming gradient is a constant: a gradient penalty would not be trained."""
     once = torch.autograd.function.once_differentiable(backward)
 
-    def run(ctx, *gradients):
+    def run(ctx: Any, *gradients: Tensor | None) -> Any:
         again = torch.is_grad_enabled() and not torch.compiler.is_compiling()
         return once(ctx, *(g.detach().requires_grad_() if again and g is not None else g for g in gradients))
 
