@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -55,7 +54,7 @@ def once_differentiable(backward: Callable) -> Callable:
     """torch's, which is silent where the incoming gradient is a constant: a gradient penalty would not be trained."""
     once = torch.autograd.function.once_differentiable(backward)
 
-    def run(ctx: Any, *gradients: Tensor | None) -> Any:
+    def run(ctx, *gradients):
         again = torch.is_grad_enabled() and not torch.compiler.is_compiling()
         return once(ctx, *(g.detach().requires_grad_() if again and g is not None else g for g in gradients))
 

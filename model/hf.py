@@ -212,19 +212,20 @@ def rope_of(raw: dict) -> dict:
 
 def extras_of(raw: dict) -> dict:
     """What only some families have."""
-    family, layers = raw["model_type"], raw["num_hidden_layers"]
+    family, layers, first = raw["model_type"], raw["num_hidden_layers"], raw.get("max_window_layers", 28)
+    qwen = family.startswith("qwen")
     found = {ours: raw.get(theirs, usual) for ours, (theirs, usual) in EXTRAS.get(family, {}).items()}
     if family == "gemma2":
         found["embedding_scale"] = raw["hidden_size"] ** 0.5
-    window = raw.get("sliding_window", 4096 if family in ("mistral", "gemma2") else None)
-    if window is None or family.startswith("qwen") and not raw.get("use_sliding_window"):
+    window = raw.get("sliding_window", 4096 if qwen or family in ("mistral", "gemma2") else None)
+    if window is None or qwen and not raw.get("use_sliding_window"):
         return found
     if family in ("mistral", "phi3"):
         sliding = [True] * layers
     elif raw.get("layer_types"):
         sliding = [kind == "sliding_attention" for kind in raw["layer_types"]]
-    else:
-        sliding = [i % 2 == 0 if family == "gemma2" else i >= raw.get("max_window_layers", 28) for i in range(layers)]
+    else:  # Llama's and MiniCPM's have none, whatever another model's keys say that were left there
+        sliding = [i % 2 == 0 if family == "gemma2" else qwen and i >= first for i in range(layers)]
     return found | ({"windows": tuple(window if s else None for s in sliding)} if any(sliding) else {})
 
 

@@ -29,6 +29,7 @@ SLIDING = {"use_sliding_window": True, "sliding_window": 7}
 KINDS = {
     "llama": ("Llama", {}),
     "llama tied, many ends": ("Llama", {"tie_word_embeddings": True, "eos_token_id": [2, 3]}),
+    "llama from qwen": ("Llama", {"sliding_window": 7, "max_window_layers": 2, "use_sliding_window": False}),
     "llama3 rope": ("Llama", {"rope_scaling": LLAMA3 | {"original_max_position_embeddings": 16}}),
     "linear rope": ("Llama", {"rope_scaling": {"rope_type": "linear", "factor": 4.0}}),
     "dynamic rope": ("Llama", {"rope_scaling": {"rope_type": "dynamic", "factor": 4.0}, "max_position_embeddings": 16}),
