@@ -178,8 +178,7 @@ def _mask_(s: Tensor, block: _Block, options: Options) -> Tensor:
     if options.causal and not options.window:
         width = min(width, rows)  # every row sees all keys before the diagonal block
     offset = block.offset - (block.keys.stop - width)
-    bias = _bias if type(s) is Tensor else _bias.__wrapped__  # a tensor without memory must not be kept
-    s[..., s.shape[-1] - width :] += bias(rows, width, offset, block.group, options, s.dtype, str(s.device))
+    s[..., s.shape[-1] - width :] += _bias(rows, width, offset, block.group, options, s.dtype, str(s.device))
     return s
 
 
