@@ -17,8 +17,9 @@ import tiktoken
 from tritium.core.config import UserError
 
 KNOWN = tomllib.loads(Path(__file__).with_name("known.toml").read_text("utf-8"))
-# Blanks in a row that are cut: of a million tiktoken's regular expressions make a Rust panic.
-RUN, ENDLESS = 131072, regex.compile(r"(\s{131072})")
+# Blanks in a row that are cut: of a million tiktoken's regular expressions make a Rust panic. Looked for from a run's
+# first blank only: from each of them takes time that grows with the square.
+RUN, ENDLESS = 131072, regex.compile(r"(?<!\s)(\s{131072,}+)")
 Split = Callable[[str], list[str]]
 
 
@@ -28,6 +29,12 @@ def pattern(name: str) -> str:
 
 
 GPT2 = pattern("gpt2")
+
+
+def _cut(text: str) -> list[str]:
+    """The text in parts: what is between endless runs of blanks, and these, RUN at a time."""
+    parts = enumerate(ENDLESS.split(text))
+    return [part[j : j + RUN] for i, part in parts for j in range(0, len(part), RUN if i % 2 else len(part) or 1)]
 
 
 class BytePairs:
@@ -68,11 +75,12 @@ class BytePairs:
         """Ids of ordinary text. `first` makes no difference to a byte-level vocabulary."""
         text = reduce(lambda value, step: step(value), self._normalise, text)
         encode = self._bpe.encode_ordinary if self._whole else self._encode_chain
-        ids = encode(text) if len(text) <= RUN else [i for part in ENDLESS.split(text) for i in encode(part)]
+        ids = [i for part in _cut(text) for i in encode(part)] if len(text) > RUN else encode(text)
         return ids if self._ids is None else [i for i in map(self._ids.__getitem__, ids) if i is not None]
 
     def encode_batch(self, texts: Sequence[str], threads: int) -> list[list[int]]:
-        if not self._whole or self._normalise or self._ids is not None or max(map(len, texts), default=0) > RUN:
+        endless = any(len(text) > RUN and ENDLESS.search(text) for text in texts)
+        if not self._whole or self._normalise or self._ids is not None or endless:
             return [self.encode(text) for text in texts]
         return self._bpe.encode_ordinary_batch(list(texts), num_threads=threads)
 
