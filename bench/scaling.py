@@ -1,4 +1,4 @@
-"""The README's table of what `tritium plan` proposes for the presets, by numbers of H100s: estimates, in Markdown."""
+"""What `tritium plan` proposes for the presets on 8 to 1024 H100s: the table of estimates in docs/parallel.md."""
 
 from dataclasses import dataclass, replace
 

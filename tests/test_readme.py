@@ -1,4 +1,4 @@
-"""The README says what is there: its commands parse, its Python runs, its tables are those of the code."""
+"""What the README and docs/ say is there: commands parse, Python runs, tables are the code's, links lead somewhere."""
 
 import dataclasses
 import pathlib
@@ -14,14 +14,25 @@ from tritium.core import arithmetic
 from tritium.core.config import load
 from tritium.stages.cli import STAGES
 
-README = (pathlib.Path(tritium.__file__).parent / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
-SHELL = [line for kind, text in BLOCKS if kind == "sh" for line in text.replace("\\\n", " ").splitlines()]
-COMMANDS = [
-    match["arguments"]
-    for line in SHELL
-    if (match := re.search(r"(?:\btritium |-m tritium\.stages\.)(?P<arguments>[^#]*)", line))
-]
+ROOT = pathlib.Path(tritium.__file__).parent
+PAGES = {
+    page.relative_to(ROOT).as_posix(): page.read_text(encoding="utf-8")
+    for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+}
+README = PAGES["README.md"]
+
+
+def blocks(page: str, kind: str) -> list[str]:
+    return [text for name, text in re.findall(r"^```(\w+)\n(.*?)^```", page, re.MULTILINE | re.DOTALL) if name == kind]
+
+
+def commands(page: str) -> list[str]:
+    lines = "\n".join(blocks(page, "sh")).replace("\\\n", " ").splitlines()
+    found = (re.search(r"(?:\btritium |-m tritium\.stages\.)(?P<arguments>[^#]*)", line) for line in lines)
+    return [match["arguments"] for match in found if match]
+
+
+COMMANDS = [command for page in PAGES.values() for command in commands(page)]
 
 
 def rows(text: str) -> list[list[str]]:
@@ -40,10 +51,11 @@ def test_every_command_is_a_valid_configuration(command):
         load(module.Config, arguments, name, "")  # raises ConfigError
 
 
-def test_commands_pasted_one_by_one_do_not_meet():
-    """Each writes to a folder of its own, and reads a model that one before it wrote."""
-    written = {"runs/ladder/ppo"}
-    for command in COMMANDS:
+@pytest.mark.parametrize("page", PAGES)
+def test_commands_pasted_one_by_one_do_not_meet(page):
+    """Each writes to a folder of its own, and reads a model that an earlier one wrote."""
+    written = {"runs/ladder/ppo"} | ({"runs/pretrain"} if page == "docs/parallel.md" else set())
+    for command in commands(PAGES[page]):
         name, *arguments = shlex.split(command)
         given = dict(argument.lstrip("-").split("=", 1) for argument in arguments if "=" in argument)
         for folder in (given.get("model"), given.get("init")):
@@ -60,11 +72,18 @@ def test_every_stage_has_a_command():
 
 
 def test_the_python_runs():
-    kernels, embedding = [text for kind, text in BLOCKS if kind == "python"]
+    kernels, embedding = blocks(README, "python")
     exec(compile(kernels, "README.md", "exec"), {})
     trained = embedding.index("result =")
     exec(compile(embedding[:trained], "README.md", "exec"), names := {})
     names["sft"].Config(model="m", data=names["data"], run=names["run"])
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page):
+    links = re.findall(r"\]\(([^)#]+)\)", PAGES[page])
+    missing = [link for link in links if not (ROOT / page).parent.joinpath(link).exists()]
+    assert not missing
 
 
 def test_the_table_of_kernels_is_the_registry():

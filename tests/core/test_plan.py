@@ -1,4 +1,4 @@
-"""The plan's sizes are the model's, its memory the profiler's, its proposals fit; and the README shows what it says.
+"""The plan's sizes are the model's, its memory the profiler's, its proposals fit; and docs/parallel.md shows them.
 
 (What is sent: tests/parallel/test_collectives.py.)
 """
@@ -369,6 +369,6 @@ def test_this_machine_can_be_planned_for(monkeypatch):
     assert torch.cuda.is_available() or machine.device == "cpu"
 
 
-def test_the_readme_shows_the_table():
-    readme = (pathlib.Path(tritium.__file__).parent / "README.md").read_text(encoding="utf-8")
-    assert f"<!-- python -m tritium.bench scaling -->\n{scaling_table()}<!-- end -->" in readme
+def test_the_page_shows_the_table():
+    page = (pathlib.Path(tritium.__file__).parent / "docs/parallel.md").read_text(encoding="utf-8")
+    assert f"<!-- python -m tritium.bench scaling -->\n{scaling_table()}<!-- end -->" in page
