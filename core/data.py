@@ -41,9 +41,9 @@ class SourcesConfig:
     """Which files, and how long their micro-batches are."""
 
     sources: list[str] = opt([], "files")
-    bin_tokens: int = opt(4096, "tokens of a micro-batch (a bin)", least=2)
-    template: str = opt("", "chat template, by name (empty: the model's own)")
-    on_error: str = opt("skip", "what a bad record does", choices=("skip", "raise"))
+    bin_tokens: int = opt(4096, "tokens per micro-batch (a bin)", least=2)
+    template: str = opt("", "name of the chat template (empty: the model's own)")
+    on_error: str = opt("skip", "skip bad records, or stop at the first", choices=("skip", "raise"))
 
     def __post_init__(self):
         check_ranges(self, "data.")
@@ -58,21 +58,21 @@ class SourcesConfig:
 class DataConfig(SourcesConfig):
     """Which files, and how they become batches."""
 
-    sources: list[str] = opt([], "files; FILE@W passes W times through it in an epoch")
-    bins_per_step: int = opt(1, "bins of a step, over all ranks", least=1)
-    holdout: float = opt(0.01, "share of each source that is kept for evaluation", least=0, below=1)
-    difficulty: str = opt("", "curriculum: order records by this numeric key, easiest first (empty: shuffle)")
-    on_overlong: str = opt("skip", "what happens to records longer than the context", choices=("skip", "truncate"))
-    turns: str = opt("all", "sft: answers learned, all in one pass, the last, or each alone", choices=TURNS)
-    normalize: str = opt("token", "sft: what counts the same, every token, turn or sequence", choices=NORMALIZE)
+    sources: list[str] = opt([], "files; FILE@W is read W times per epoch")
+    bins_per_step: int = opt(1, "micro-batches per step, over all ranks", least=1)
+    holdout: float = opt(0.01, "fraction of each source that is held out for evaluation", least=0, below=1)
+    difficulty: str = opt("", "curriculum: sort records by this numeric key, easiest first (empty: shuffle)")
+    on_overlong: str = opt("skip", "what to do with records longer than the context", choices=("skip", "truncate"))
+    turns: str = opt("all", "sft: train on all answers at once, the last one, or each by itself", choices=TURNS)
+    normalize: str = opt("token", "sft: give every token, turn or sequence equal weight", choices=NORMALIZE)
     thinking: str = opt(
-        "", "sft: <think> sections, keep, drop from history, mask (empty: as the model)", choices=THINKING
+        "", "sft: keep <think> sections, drop earlier turns', or mask them (empty: as the template)", choices=THINKING
     )
-    form: str = opt("", "form of the records (empty: by their keys)", choices=("", *FORMS))
-    variables: list[str] = opt([], "NAME=VALUE: what {{NAME}} in a record stands for")
-    fim: float = opt(0.0, "text: share of documents with their middle moved to the end", least=0, most=1)
-    fim_spm: float = opt(0.5, "text: share of these in the order suffix, prefix, middle", least=0, most=1)
-    repositories: bool = opt(False, "text: records of one repository make one document, imports first")
+    form: str = opt("", "record format (empty: detected from the keys)", choices=("", *FORMS))
+    variables: list[str] = opt([], "NAME=VALUE: replaces {{NAME}} in the records' texts")
+    fim: float = opt(0.0, "text: fraction of documents rearranged for fill-in-the-middle", least=0, most=1)
+    fim_spm: float = opt(0.5, "text: fraction of these in the order suffix, prefix, middle", least=0, most=1)
+    repositories: bool = opt(False, "text: join the files of one repository into one document, imported files first")
 
     def __post_init__(self):
         super().__post_init__()

@@ -38,13 +38,13 @@ from tritium.parallel.mesh import Mesh
 
 @dataclass
 class ShapingConfig:
-    """What a score becomes before it is learned from."""
+    """How a score becomes a reward: clip(scale · score) minus the penalties."""
 
-    scale: float = opt(1.0, "scores are multiplied by this")
-    clip: float = opt(0.0, "then cut to ± this (0: not at all)", least=0)
-    missing_eos: float = opt(0.0, "taken off an answer that did not end by itself", least=0)
+    scale: float = opt(1.0, "factor on the scores")
+    clip: float = opt(0.0, "then clip to ± this (0: off)", least=0)
+    missing_eos: float = opt(0.0, "penalty for an answer without an end token", least=0)
     overlong: int = opt(
-        0, "over so many tokens before sampling.max_tokens a reward falls by 1, linearly (DAPO)", least=0
+        0, "length penalty, rising linearly to 1 over this many tokens before sampling.max_tokens (DAPO)", least=0
     )
 
     def __post_init__(self):
@@ -55,28 +55,28 @@ class ShapingConfig:
 class ProblemsConfig(SourcesConfig):
     """Which problems, and how long the micro-batches of their answers are."""
 
-    sources: list[str] = opt([], "files of problems")
-    bin_tokens: int = opt(8192, "tokens of a micro-batch (a bin)")
-    band: list[float] = opt([0.0, 1.0], "lowest and highest share of right answers of problems to train on")
+    sources: list[str] = opt([], "problem files")
+    bin_tokens: int = opt(8192, "tokens per micro-batch (a bin)")
+    band: list[float] = opt([0.0, 1.0], "train on problems whose pass rate is between these two")
 
     def __post_init__(self):
         super().__post_init__()
         if len(self.band) != 2 or not 0 <= self.band[0] < self.band[1] <= 1:
-            raise ConfigError(f"data.band={self.band} must be two shares, the lower one first, e.g. 0.1,0.9")
+            raise ConfigError(f"data.band={self.band} must be two pass rates, the lower one first, e.g. 0.1,0.9")
 
 
 @dataclass
 class PolicyOptions:
-    """The settings of every objective of answers that the policy draws."""
+    """The settings of every objective on sampled answers."""
 
-    prompts: int = opt(32, "problems of a rollout, over all ranks", least=1)
-    group: int = opt(8, "answers to each", least=1)
+    prompts: int = opt(32, "problems per rollout, over all ranks", least=1)
+    group: int = opt(8, "answers per problem", least=1)
     beta: float = opt(0.0, "weight of the KL to the reference", least=0)
-    kl: str | None = opt(None, "its estimator (default: the algorithm's; in the loss k3)", choices=("k1", "k2", "k3"))
-    kl_in: str | None = opt(None, "where it counts (default: the algorithm's)", choices=("loss", "reward"))
-    importance: float = opt(0.0, "largest weight for what the sampler did otherwise than the trainer (0: off)", least=0)
-    entropy: float = opt(0.0, "weight of an entropy bonus", least=0)
-    malformed: float = opt(-0.5, "score of an answer that is cut off or has none, by exact, number and math")
+    kl: str | None = opt(None, "KL estimator (default: the algorithm's; k3 in the loss)", choices=("k1", "k2", "k3"))
+    kl_in: str | None = opt(None, "where the KL goes (default: the algorithm's)", choices=("loss", "reward"))
+    importance: float = opt(0.0, "truncation of importance weights for sampler-trainer mismatch (0: off)", least=0)
+    entropy: float = opt(0.0, "weight of the entropy bonus", least=0)
+    malformed: float = opt(-0.5, "score that exact, number and math give an answer that is cut off or states no result")
 
     def given(self, *names: str) -> dict[str, Any]:
         """The objective's options: those here, and of these names."""
@@ -85,37 +85,40 @@ class PolicyOptions:
 
 @dataclass
 class PolicyStage:
-    """The settings of every stage that reinforces a policy."""
+    """The settings of every stage that trains a policy on its own samples."""
 
-    model: str = opt(REQUIRED, "folder of the model to start from, with its tokenizer")
-    reference: ReferenceConfig = opt(ReferenceConfig, "what the KL holds the policy to")
-    reward: str = opt("", 'judges in text, e.g. "exact - 0.1*repetition"; see core/rewards/make.py')
-    reward_model: str = opt("", "folder of a reward model, with its tokenizer; its score is added")
-    model_weight: float = opt(1.0, "weight of its score")
-    verifier: str = opt("", "judge that only measures which answers are right, whatever is rewarded")
-    sampling: SamplingConfig = opt(SamplingConfig, "how answers are drawn")
-    shaping: ShapingConfig = opt(ShapingConfig, "what a score becomes")
+    model: str = opt(REQUIRED, "model folder to start from, with its tokenizer")
+    reference: ReferenceConfig = opt(ReferenceConfig, "reference policy of the KL")
+    reward: str = opt("", 'reward expression, e.g. "exact - 0.1*repetition"; see core/rewards/make.py')
+    reward_model: str = opt("", "folder of a reward model, with its tokenizer; its score is added to the reward")
+    model_weight: float = opt(1.0, "weight of the reward model's score")
+    verifier: str = opt("", "judge that measures accuracy only; it does not enter the reward")
+    sampling: SamplingConfig = opt(SamplingConfig, "how answers are sampled")
+    shaping: ShapingConfig = opt(ShapingConfig, "how a score becomes a reward")
     data: ProblemsConfig = opt(ProblemsConfig, "problems")
-    schedule: ScheduleConfig = opt(ScheduleConfig(kind="constant"), "learning rate over the run")
+    schedule: ScheduleConfig = opt(ScheduleConfig(kind="constant"), "learning-rate schedule")
     run: LoopConfig = opt(LoopConfig, "the run itself; steps are optimizer steps")
     mesh: MeshConfig = opt(MeshConfig, "parallelism")
-    finetune: FinetuneConfig = opt(FinetuneConfig, "what of the policy is trained")
+    finetune: FinetuneConfig = opt(FinetuneConfig, "which parameters of the policy are trained")
 
     def check_objective(self, options: PolicyOptions, name: str) -> None:
-        """Raises: ConfigError for answers that teach nothing, or whose log-probs are not those of what drew them, and
-        for a reference or a KL that nothing would ask for. `name` is that of the objective's section."""
+        """Check options against each other; `name` is the objective's section ("grpo", "ppo").
+
+        Raises: ConfigError for sampling that gives no learning signal or whose log-probs importance weights can't
+        compare, and for a reference or a KL that beta=0 would never use.
+        """
         sampling, importance = self.sampling, options.importance
         if not options.beta and (self.reference != ReferenceConfig() or options.kl or options.kl_in):
             told = "reference" if self.reference != ReferenceConfig() else f"{name}.kl" + "_in" * bool(options.kl_in)
-            raise ConfigError(f"{told} is for the KL to the reference, which {name}.beta=0 leaves out: give it")
+            raise ConfigError(f"{told} has no effect without a KL to the reference: set {name}.beta above 0")
         if not sampling.temperature:
-            raise ConfigError("sampling.temperature=0: a group of equal answers teaches nothing; it must be positive")
+            raise ConfigError("sampling.temperature=0 makes all answers of a group equal: set it above 0")
         if self.data.band != [0.0, 1.0] and not self.reward and not self.verifier:
-            raise ConfigError("data.band is of right answers, which no reward model tells: give a --verifier")
+            raise ConfigError("data.band needs pass rates, which a reward model does not give: set --verifier")
         cut = sampling.top_k or sampling.top_p < 1 or sampling.min_p
         if importance and (sampling.temperature != 1 or cut or sampling.options().edits):
-            needs = "sampling.temperature=1, no top_k, top_p, min_p, penalties or no_repeat_ngram"
-            raise ConfigError(f"{name}.importance={importance} compares log-probs: it needs {needs}")
+            needs = "sampling.temperature=1, and no top_k, top_p, min_p, penalties or no_repeat_ngram"
+            raise ConfigError(f"{name}.importance={importance} compares the sampler's log-probs: it needs {needs}")
 
 
 def open_experience(

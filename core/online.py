@@ -28,20 +28,20 @@ PAIRS = ("student", "teacher", "best")  # whose the better answer of a pair may 
 
 @dataclass
 class DrawConfig:
-    """How answers come about, and who judges them."""
+    """How answers are sampled and judged."""
 
-    prompts: int = opt(16, "problems of a round, over all ranks", least=1)
-    k: int = opt(4, "answers to each", least=1)
-    updates: int = opt(1, "optimizer steps of a round", least=1)
-    refresh: int = opt(0, "rounds after which the reference becomes the policy (0: it stays)", least=0)
-    margin: float = opt(0.0, "by how much the better answer's score must be better, more than this")
-    reward: str = opt("exact", "judges in text; see core/rewards/make.py")
-    reward_model: str = opt("", "folder of a reward model; its score is added")
-    sampling: SamplingConfig = opt(SamplingConfig, "how answers are drawn")
+    prompts: int = opt(16, "problems per round, over all ranks", least=1)
+    k: int = opt(4, "answers per problem", least=1)
+    updates: int = opt(1, "optimizer steps per round", least=1)
+    refresh: int = opt(0, "copy the policy to the reference every this many rounds (0: never)", least=0)
+    margin: float = opt(0.0, "keep a pair only if its scores differ by more than this")
+    reward: str = opt("exact", "reward expression; see core/rewards/make.py")
+    reward_model: str = opt("", "folder of a reward model; its score is added to the reward")
+    sampling: SamplingConfig = opt(SamplingConfig, "how answers are sampled")
 
     def __post_init__(self):
         if not self.sampling.temperature:
-            raise ConfigError("draw.sampling.temperature=0: equal answers teach nothing; it must be positive")
+            raise ConfigError("draw.sampling.temperature=0 makes all answers to a problem equal: set it above 0")
         check_ranges(self, "draw.")
 
 
@@ -53,15 +53,15 @@ def open_rounds(
     tokenizer: Tokenizer,
     kind: str = "student",
 ) -> "tuple[Trainer, Rounds]":
-    """The trainer of stage `name` on rounds. Raises: ConfigError for options that rounds have no use for."""
+    """The trainer of stage `name`, and its rounds. Raises: ConfigError for options that don't apply to rounds."""
     draw, policy, reference = config.draw, networks["policy"], networks.get("reference")
     if config.schedule.batch_start < 1:
-        raise ConfigError("schedule.batch_start: a step's batch is what a round draws, draw.prompts / draw.updates")
+        raise ConfigError("schedule.batch_start does not apply: the batch is set by draw.prompts and draw.updates")
     if kind == "student" and draw.k < 2:
-        raise ConfigError("draw.k=1: of one answer no pair can be made; draw at least 2")
+        raise ConfigError("draw.k=1: a pair needs two answers; set draw.k to at least 2")
     if draw.refresh:
         if reference is None:
-            raise ConfigError(f"draw.refresh={draw.refresh}: there is no reference here; set draw.refresh=0")
+            raise ConfigError(f"draw.refresh={draw.refresh}: this loss has no reference; set draw.refresh=0")
         check_follows(policy, reference, "draw.refresh")
     skipped = Skipped(config.data.on_error)
     problems = load_problems(config.data.sources, tokenizer, policy.config.max_positions, skipped)

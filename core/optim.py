@@ -34,21 +34,21 @@ from tritium.parallel.zero import Flat, FlatModule, grad_norm, sum_over_tp
 class OptimConfig:
     """AdamW (Loshchilov & Hutter, arXiv 1711.05101), or Muon for the layers' matrices and AdamW for the rest."""
 
-    kind: str = opt("adamw", "what moves the layers' matrices; all else is AdamW's", choices=("adamw", "muon"))
-    momentum: float = opt(0.95, "Muon's decay of the gradient's running mean", least=0, below=1)
-    offload: bool = opt(False, "keep the optimizer's state in the host's memory, and step there")
+    kind: str = opt("adamw", "optimizer of the layers' matrices; AdamW for all else", choices=("adamw", "muon"))
+    momentum: float = opt(0.95, "muon: momentum", least=0, below=1)
+    offload: bool = opt(False, "keep the optimizer state in host memory and step on the CPU")
     lr: float = opt(3e-4, "peak learning rate", above=0)
-    beta1: float = opt(0.9, "decay of the gradient's running mean", least=0, below=1)
-    beta2: float = opt(0.95, "decay of the squared gradient's running mean", least=0, below=1)
-    eps: float = opt(1e-8, "added to the root of the second moment", above=0)
-    weight_decay: float = opt(0.1, "decoupled decay of matrices; norms and biases have none")
+    beta1: float = opt(0.9, "decay rate of the first moment", least=0, below=1)
+    beta2: float = opt(0.95, "decay rate of the second moment", least=0, below=1)
+    eps: float = opt(1e-8, "added to the square root of the second moment", above=0)
+    weight_decay: float = opt(0.1, "decoupled weight decay of matrices; norms and biases are not decayed")
     lr_scale: dict[str, float] = opt(
-        {}, "factors of lr by parameter, PATTERN=FACTOR, of which the first counts: *.b=16,embedding=0.1"
+        {}, "PATTERN=FACTOR: scale lr by parameter name; the first match counts, e.g. *.b=16,embedding=0.1"
     )
-    decay: dict[str, float] = opt({}, "other weight decays by parameter, PATTERN=DECAY, likewise: *norm=0.1,head=0")
-    mup: bool = opt(False, "muP's rates: lr · dim_model_base / hidden_size for the layers' matrices (MiniCPM)")
-    ema: float = opt(0.0, "decay of a running mean of weights, evaluated and exported (0: none)", least=0, below=1)
-    clip: float = opt(1.0, "largest global gradient norm", above=0)
+    decay: dict[str, float] = opt({}, "PATTERN=DECAY: weight decay by parameter name, e.g. *norm=0.1,head=0")
+    mup: bool = opt(False, "muP: scale the lr of the layers' matrices by width_base / hidden_size (MiniCPM)")
+    ema: float = opt(0.0, "decay of a weight average, which is evaluated and exported (0: off)", least=0, below=1)
+    clip: float = opt(1.0, "clip the global gradient norm to this", above=0)
 
     def __post_init__(self):
         check_ranges(self, "optim.")

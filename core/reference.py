@@ -1,4 +1,4 @@
-"""The reference of a policy that is reinforced: fixed, refreshed, or a moving average."""
+"""The reference policy of reinforcement learning: fixed, refreshed now and then, or a moving average of the policy."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -16,12 +16,12 @@ from tritium.parallel.zero import FlatModule
 
 @dataclass
 class ReferenceConfig:
-    """What the KL holds the policy to."""
+    """The reference that the KL keeps the policy close to."""
 
     model: str = opt("", "folder of the reference (default: the model to start from)")
-    every: int = opt(0, "rollouts after which it moves towards the policy (0: it stays)", least=0)
-    decay: float = opt(0.0, "what stays of it then: 0 makes it the policy, 0.99 a slow average", least=0, below=1)
-    max_kl: float = opt(0.0, "a KL per token (k3) beyond this ends the run (0: it is only counted)", least=0)
+    every: int = opt(0, "update the reference every this many rollouts (0: never)", least=0)
+    decay: float = opt(0.0, "weight of the old reference in the update (0: copy the policy)", least=0, below=1)
+    max_kl: float = opt(0.0, "stop the run when the KL per token (k3) exceeds this (0: never)", least=0)
 
     def __post_init__(self):
         check_ranges(self, "reference.")
@@ -50,9 +50,9 @@ def open_policy(
 def check_follows(policy: Transformer, reference: nn.Module, option: str) -> None:
     """Raises: ConfigError where the reference can't become what the policy is, as `option` wants."""
     if policy.adapters:
-        raise ConfigError(f"{option}: the base of an adapter does not move, nor another model to it; set {option}=0")
+        raise ConfigError(f"{option}: a reference can't be updated from a policy that is an adapter; set {option}=0")
     if [p.shape for p in policy.parameters()] != [p.shape for p in reference.parameters()]:
-        raise ConfigError(f"{option}: the reference has other shapes than the policy; set {option}=0")
+        raise ConfigError(f"{option}: reference and policy have different shapes; set {option}=0")
 
 
 class Follower:

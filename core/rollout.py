@@ -25,22 +25,22 @@ from tritium.parallel.mesh import Mesh, local_device
 
 @dataclass
 class SamplingConfig:
-    """How answers are drawn."""
+    """How answers are sampled."""
 
-    temperature: float = opt(1.0, "0 takes the likeliest token")
-    top_k: int = opt(0, "keep only the k likeliest tokens (0: all)")
-    top_p: float = opt(1.0, "keep only the likeliest tokens that hold this much probability (1: all)")
-    min_p: float = opt(0.0, "keep only tokens of at least this share of the likeliest one's probability (0: all)")
-    repetition_penalty: float = opt(1.0, "divides the logits of tokens that were there before (1: off)")
-    presence_penalty: float = opt(0.0, "is subtracted from the logits of tokens in the answer")
-    frequency_penalty: float = opt(0.0, "is subtracted from these as often as they are in the answer")
-    no_repeat_ngram: int = opt(0, "no so many tokens in a row come twice (0: off)")
-    stop: list[str] = opt([], "strings that end an answer, besides its end token")
-    tool: str = opt("", "what an answer may call, in <tool_call> tags at a turn's end", choices=("", *TOOLS))
-    max_calls: int = opt(4, "calls of the tool in an answer, at most", least=0)
-    max_tokens: int = opt(128, "longest answer")
-    max_batch: int = opt(256, "sequences generated together: bounds the key/value cache", least=1)
-    cache_mb: float = opt(0.0, "10⁶ bytes of the key/value cache (0: what max_batch sequences can need)", least=0)
+    temperature: float = opt(1.0, "sampling temperature (0: greedy decoding)")
+    top_k: int = opt(0, "sample from the k likeliest tokens (0: all)")
+    top_p: float = opt(1.0, "nucleus sampling: from the likeliest tokens with this total probability (1: all)")
+    min_p: float = opt(0.0, "drop tokens less likely than this fraction of the likeliest one's probability (0: none)")
+    repetition_penalty: float = opt(1.0, "divides the logits of tokens already in the prompt or answer (1: off)")
+    presence_penalty: float = opt(0.0, "subtracted from the logits of tokens already in the answer")
+    frequency_penalty: float = opt(0.0, "subtracted from the logit of a token once per occurrence in the answer")
+    no_repeat_ngram: int = opt(0, "forbid n-grams of this many tokens to occur twice (0: off)")
+    stop: list[str] = opt([], "strings that end an answer, besides the end token")
+    tool: str = opt("", "tool that the model may call, in <tool_call> tags at the end of a turn", choices=("", *TOOLS))
+    max_calls: int = opt(4, "most tool calls per answer", least=0)
+    max_tokens: int = opt(128, "most new tokens per answer")
+    max_batch: int = opt(256, "sequences generated at once: bounds the KV cache", least=1)
+    cache_mb: float = opt(0.0, "size of the KV cache in MB (0: as much as max_batch sequences can need)", least=0)
 
     def __post_init__(self):
         check_ranges(self, "sampling.")
@@ -55,26 +55,26 @@ class SamplingConfig:
         return Options(stop_ids=stop_ids, **own)
 
     def pages(self, model: Transformer) -> int | None:
-        """Of the cache; None: as many as are needed. Raises: ConfigError where a sequence can't have two."""
+        """Pages of the KV cache that fit into `cache_mb`; None if that is 0. Raises: ConfigError for less than two."""
         if not self.cache_mb:
             return None
-        if (pages := int(self.cache_mb * 1e6 / PagedCache.page_bytes(model))) < 2:
-            raise ConfigError(f"sampling.cache_mb={self.cache_mb}: {PagedCache.page_bytes(model)} bytes are one page")
+        page = PagedCache.page_bytes(model)
+        pages = int(self.cache_mb * 1e6 / page)
+        if pages < 2:
+            raise ConfigError(f"sampling.cache_mb={self.cache_mb} is less than two pages of {page} bytes, the least")
         return pages
 
 
 @dataclass
 class AskConfig:
-    """The settings of every stage that asks a model."""
+    """The settings of every stage that only runs a model."""
 
-    model: str = opt(REQUIRED, "folder of the model, with its tokenizer")
-    template: str = opt("", "chat template, by name (empty: the model's own)")
-    sampling: SamplingConfig = opt(SamplingConfig, "how answers are drawn")
-    seed: int = opt(0, "seed of the answers", least=0)
-    dtype: str = opt(
-        "auto", "of the parameters (auto: bf16 where it is fast)", choices=("auto", "bf16", "fp32", "fp64")
-    )
-    device: str = opt("auto", "where to run", choices=("auto", "cpu", "cuda"))
+    model: str = opt(REQUIRED, "model folder, with its tokenizer")
+    template: str = opt("", "name of the chat template (empty: the model's own)")
+    sampling: SamplingConfig = opt(SamplingConfig, "how answers are sampled")
+    seed: int = opt(0, "sampling seed", least=0)
+    dtype: str = opt("auto", "parameter dtype (auto: bf16 where it is fast)", choices=("auto", "bf16", "fp32", "fp64"))
+    device: str = opt("auto", "device to run on", choices=("auto", "cpu", "cuda"))
 
     def __post_init__(self):
         check_ranges(self)

@@ -15,23 +15,23 @@ from tritium.core.setup import FinetuneConfig, MeshConfig
 class LoopConfig:
     """Where a run writes, how long it is, and on what it runs."""
 
-    out: str = opt("", "folder of the run: checkpoints, config.toml, metrics.jsonl (default: runs/STAGE)")
-    steps: int | None = opt(None, "optimizer steps (default: what `epochs` makes)", least=1)
-    epochs: float = opt(1.0, "passes over the data, without `steps` (fewer with schedule.batch_patience)", above=0)
-    seed: int = opt(0, "seed of everything random", least=0)
+    out: str = opt("", "output folder: checkpoints, config.toml, metrics.jsonl (default: runs/STAGE)")
+    steps: int | None = opt(None, "optimizer steps (default: enough for run.epochs)", least=1)
+    epochs: float = opt(1.0, "passes over the data, unless run.steps is given; see schedule.batch_patience", above=0)
+    seed: int = opt(0, "random seed", least=0)
     dtype: str = opt(
-        "auto", "of the parameters (auto: bf16 where it is fast)", choices=("auto", "bf16", "fp16", "fp32", "fp64")
+        "auto", "parameter dtype (auto: bf16 where it is fast)", choices=("auto", "bf16", "fp16", "fp32", "fp64")
     )
-    device: str = opt("auto", "where to run", choices=("auto", "cpu", "cuda"))
+    device: str = opt("auto", "device to run on", choices=("auto", "cpu", "cuda"))
     recompute: str = opt(
         "none",
-        "what a layer computes again in the backward, to save memory: its MLP (selective), or all of it",
+        "activation checkpointing: recompute the MLPs (selective) or whole layers (full) in the backward",
         choices=("none", "selective", "full"),
     )
     save_every: int = opt(200, "steps between checkpoints", least=1)
-    keep: int = opt(2, "checkpoints to keep", least=1)
+    keep: int = opt(2, "number of checkpoints to keep", least=1)
     check_every: int = opt(100, "steps between checks that all replicas hold the same parameters", least=1)
-    max_bad_steps: int = opt(10, "stop after so many steps in a row whose gradient is not finite", least=1)
+    max_bad_steps: int = opt(10, "stop after this many steps in a row with a non-finite gradient", least=1)
 
     def __post_init__(self):
         check_ranges(self, "run.")
@@ -39,10 +39,10 @@ class LoopConfig:
 
 @dataclass
 class RunConfig(LoopConfig):
-    """The same, for a stage that holds data out to evaluate on."""
+    """The same, for a stage that evaluates on held-out data."""
 
     eval_every: int = opt(100, "steps between evaluations on held-out data", least=1)
-    eval_bins: int = opt(8, "bins of an evaluation, at most", least=1)
+    eval_bins: int = opt(8, "most bins to evaluate on", least=1)
 
 
 @dataclass
@@ -58,12 +58,12 @@ class Result:
 class TrainingConfig:
     """The settings of every stage that trains a model on data."""
 
-    data: DataConfig = opt(DataConfig, "what is learned from")
+    data: DataConfig = opt(DataConfig, "training data")
     optim: OptimConfig = opt(OptimConfig, "optimizer")
-    schedule: ScheduleConfig = opt(ScheduleConfig, "learning rate over the run")
+    schedule: ScheduleConfig = opt(ScheduleConfig, "learning-rate schedule")
     run: RunConfig = opt(RunConfig, "the run itself")
     mesh: MeshConfig = opt(MeshConfig, "parallelism")
-    finetune: FinetuneConfig = opt(FinetuneConfig, "what of the model is trained")
+    finetune: FinetuneConfig = opt(FinetuneConfig, "which parameters are trained")
 
 
 def changed_lines(before: str, after: str) -> str:

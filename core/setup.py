@@ -33,41 +33,41 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, 
 
 @dataclass
 class MeshConfig:
-    """How the processes of `torchrun` share the work; what tp and cp leave is data parallel."""
+    """How the processes of `torchrun` share the work; the ranks that tp and cp leave over are data parallel."""
 
-    tp: int = opt(1, "tensor-parallel ranks that hold one model together")
-    cp: int = opt(1, "context-parallel ranks that share the tokens of one batch")
-    zero: int = opt(0, "what data-parallel ranks share: 1 the optimizer's state, 2 also gradients, 3 also parameters")
-    ring: bool = opt(False, "context-parallel ranks pass keys and values round; only layers with a window gather them")
-    shard: int = opt(0, "ranks over which zero cuts, of one host, say; more hold copies (0: all data-parallel ranks)")
-    timeout: float = opt(600.0, "seconds after which a rank that is waited for is given up, and the run ends")
+    tp: int = opt(1, "tensor-parallel size")
+    cp: int = opt(1, "context-parallel size: ranks that share the tokens of one sequence")
+    zero: int = opt(0, "ZeRO stage: 1 shards the optimizer state, 2 also gradients, 3 also parameters")
+    ring: bool = opt(False, "context parallelism by ring attention (layers with a window all-gather keys and values)")
+    shard: int = opt(0, "hybrid ZeRO: shard over groups of this many ranks, e.g. those of one host (0: over all)")
+    timeout: float = opt(600.0, "seconds that a collective waits for a rank before the run is stopped")
 
 
 @dataclass
 class FinetuneConfig:
-    """What is trained of a model: all of it, parameters by their names, a low-rank adapter (model/lora.py), or virtual
-    tokens (model/prompts.py)."""
+    """Which parameters are trained: all, those with certain names, a LoRA adapter (model/lora.py), or virtual tokens
+    (model/prompts.py)."""
 
     kind: str = opt(
         "full",
-        "what is trained; qlora: lora on a base in NF4; prompt, p_tuning, prefix: virtual tokens before each document",
+        "what is trained; qlora: LoRA on an NF4 base; prompt, p_tuning, prefix: virtual tokens before each document",
         choices=("full", "freeze", "lora", "qlora", *PEFT_TYPES),
     )
-    train: list[str] = opt([], "freeze: patterns of the parameters that are trained, such as layers.3.*")
-    rank: int = opt(16, "lora: rank of an adapter")
-    alpha: float = opt(32.0, "lora: the adapter's output is multiplied by alpha / rank")
-    rslora: bool = opt(False, "lora: by alpha / √rank instead")
-    targets: list[str] = opt([], "lora: matrices with an adapter, such as q_proj,v_proj (default: all of the layers')")
-    dropout: float = opt(0.0, "lora: share of an adapter's inputs that are dropped in training")
-    tokens: int = opt(20, "prompt, p_tuning, prefix: virtual tokens")
-    block_dropout: float = opt(0.0, "share of the blocks' outputs that are dropped in training")
-    neftune: float = opt(0.0, "NEFTune: α of the noise on the embeddings in training (5 is usual)")
+    train: list[str] = opt([], "freeze: name patterns of the parameters to train, e.g. layers.3.*")
+    rank: int = opt(16, "lora: rank of the adapter")
+    alpha: float = opt(32.0, "lora: the adapter's output is scaled by alpha / rank")
+    rslora: bool = opt(False, "lora: scale by alpha / √rank instead")
+    targets: list[str] = opt([], "lora: matrices to adapt, e.g. q_proj,v_proj (default: all matrices of the layers)")
+    dropout: float = opt(0.0, "lora: dropout on the adapter's input")
+    tokens: int = opt(20, "prompt, p_tuning, prefix: number of virtual tokens")
+    block_dropout: float = opt(0.0, "dropout on the outputs of the attention and MLP blocks")
+    neftune: float = opt(0.0, "NEFTune: noise scale α on the embeddings during training (5 is usual; 0: off)")
 
     def __post_init__(self):
         if not 0 <= self.block_dropout < 1 or self.neftune < 0:
-            raise ConfigError("finetune.block_dropout must be in [0, 1), and finetune.neftune not negative")
+            raise ConfigError("finetune.block_dropout must be in [0, 1), and finetune.neftune must not be negative")
         if (self.kind == "freeze") != bool(self.train):
-            raise ConfigError("finetune.kind=freeze goes with finetune.train: patterns of what is trained")
+            raise ConfigError("finetune.kind=freeze and finetune.train (patterns of what to train) need each other")
         try:
             self.adapter("")
         except ValueError as error:

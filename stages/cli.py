@@ -1,12 +1,12 @@
 """The `tritium` command: find the stage, read its configuration, run it, turn errors into exit codes.
 
-Exit codes: 0 finished; 2 the user's mistake, told in one sentence; 1 a failure, with its traceback; 130 after
-Ctrl-C, 143 after SIGTERM and 138 after SIGUSR1 (Slurm's warning), which a stage may catch as KeyboardInterrupt to save
-its state.
+Exit codes: 0 finished; 2 a user's mistake, reported in one sentence; 1 a failure, with its traceback; 130 after
+Ctrl-C, 143 after SIGTERM and 138 after SIGUSR1 (Slurm's warning). A stage may catch these signals as KeyboardInterrupt
+to save its state.
 
-GOMP_SPINCOUNT is set here only, since importing a library should not change its program's environment. As
-`python -m tritium.stages.STAGE` a stage has loaded torch before it comes here: there, `export GOMP_SPINCOUNT=10000`
-helps where other programs compute on the same cores, and here it helps still more.
+GOMP_SPINCOUNT is set only here, since importing a library should not change its program's environment. Run as
+`python -m tritium.stages.STAGE`, a stage has loaded torch before it gets here; if other programs compute on the same
+cores, set it yourself: `export GOMP_SPINCOUNT=10000`.
 """
 
 import json
@@ -30,29 +30,29 @@ STAGES = {
     "sft": "fine-tune a model on conversations",
     "reward": "train a reward model on preference pairs",
     "dpo": "align a model with preference pairs, without a reward model",
-    "grpo": "align a model with rewards, by reinforcement learning on groups of samples",
-    "ppo": "align a model with rewards, by reinforcement learning with a critic",
-    "distill": "teach a model what a larger one would say",
-    "sample": "draw several answers to each problem, verify and rank them",
+    "grpo": "align a model by reinforcement learning on groups of samples",
+    "ppo": "align a model by reinforcement learning with a critic",
+    "distill": "train a student on the distribution or the answers of a larger model",
+    "sample": "sample several answers to each problem, verify and rank them",
     "rank": "rank answers by hand, on a local web page or in the terminal",
-    "evaluate": "measure a model: problems, choices, programs, wins, perplexity",
-    "chat": "talk to a model in the terminal",
+    "evaluate": "evaluate a model: problems, multiple choice, programs, win rates, perplexity",
+    "chat": "chat with a model in the terminal",
     "generate": "answer a file of prompts",
-    "serve": "answer over HTTP, as OpenAI's API does",
-    "inspect": "show which tokens a stage would learn, its documents, weights and denominators",
-    "consolidate": "make one Hugging Face folder of a checkpoint",
-    "surgery": "make a model of models: adapter merged, deeper, another vocabulary, averaged",
+    "serve": "serve a model over HTTP, with OpenAI's API",
+    "inspect": "show the tokens, loss weights and denominators of a stage's first micro-batch",
+    "consolidate": "turn a checkpoint into one Hugging Face folder",
+    "surgery": "merge an adapter, duplicate layers, change the vocabulary, average models",
     "run": "run several stages from one recipe file",
-    "sweep": "search for the settings with which a stage does best",
+    "sweep": "search for a stage's best settings",
     "tokenizer": "train a tokenizer on raw text",
     "curate": "collect, filter, deduplicate, select, distil and reject data, with a report",
-    "corpus": "write the ladder's data, which every machine can make",
-    "plan": "say what a run needs of memory, links and time, and which meshes suit it",
-    "doctor": "say what this machine has, and compile every kernel for every target",
+    "corpus": "write the ladder recipe's data, without downloading anything",
+    "plan": "estimate a run's memory, communication and time, and the best meshes for it",
+    "doctor": "describe this machine, and compile every kernel for every target",
 }
 
 
-# What of a result's metrics the last line of a stage shows.
+# The metrics of a result that a stage's last line shows.
 RESULT_METRICS = ("loss", "eval_loss", "eval_accuracy", "right", "solved", "bytes_per_token", "megabytes")
 
 
@@ -62,8 +62,8 @@ class Terminated(KeyboardInterrupt):
 
 def main(argv: list[str] | None = None) -> int:
     """Run `tritium NAME …` with the arguments `argv` (sys.argv's by default) and return the exit code."""
-    # Threads that wait for work spin for a moment only (it must be said before torch loads libgomp): with the default,
-    # two programs on the same cores slow each other down severalfold; alone it costs up to 5 %: bench/results/cpu.md
+    # Idle threads spin only briefly (must be set before torch loads libgomp): with the default, two programs on the
+    # same cores slow each other down severalfold; for a program alone this costs up to 5 % (bench/results/cpu.md).
     os.environ.setdefault("GOMP_SPINCOUNT", "30000")
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ("--help", "-h", "help"):
@@ -82,9 +82,9 @@ def main(argv: list[str] | None = None) -> int:
 def run_stage(stage: str | ModuleType, argv: list[str] | None = None) -> int:
     """Run one stage, given by name or as a module of the same form, and return the exit code.
 
-    A stage is a module with `Config`, `train(config)` and a docstring whose first line describes it; or, if it is
-    not a training run, with `main(argv) -> int`. It may say `SHOWS_ITS_RESULT = True` (nothing is printed at the end)
-    and `ONE_PROCESS = True` (torchrun is refused). Stages end with
+    A stage is a module with `Config`, `train(config)` and a docstring whose first line describes it, or, if it is
+    not a training run, with `main(argv) -> int`. It may set `SHOWS_ITS_RESULT = True` (nothing is printed at the end)
+    and `ONE_PROCESS = True` (it refuses to run under torchrun). Stages end with
 
         if __name__ == "__main__":
             raise SystemExit(run_stage("sft"))
@@ -99,7 +99,7 @@ def run_stage(stage: str | ModuleType, argv: list[str] | None = None) -> int:
                 return module.main(argv)
             config = load(module.Config, argv, prog, (module.__doc__ or "").strip().partition("\n")[0])
             if getattr(module, "ONE_PROCESS", False) and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-                raise ConfigError("this is the work of one process: start it without torchrun")
+                raise ConfigError("this stage runs in one process: start it without torchrun")
             if main_rank:
                 print(f"# {prog}\n{to_toml(config, whole=False)}", file=sys.stderr, flush=True)
             _share_cores()
@@ -122,8 +122,8 @@ def run_stage(stage: str | ModuleType, argv: list[str] | None = None) -> int:
 
 
 def _tell(sentence: str) -> None:
-    """A mistake of the user's. Under torchrun most likely every rank has it to tell: the first one of a host does, and
-    torchrun, to whose report the sentence is added, ends the others while they wait to tell theirs."""
+    """Print a user's mistake, and add it to torchrun's error report. Under torchrun most likely every rank has the
+    same one: the first rank of a host prints it, and torchrun ends the others while they wait."""
     if report := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         if os.environ.get("LOCAL_RANK", "0") != "0":
             time.sleep(5)
@@ -133,7 +133,7 @@ def _tell(sentence: str) -> None:
 
 
 def _shown(result) -> str:
-    """A stage's Result in a line: where it wrote, and its main numbers."""
+    """A stage's Result on one line: its output folder and its main metrics."""
     numbers = [f"{name}={result.metrics[name]:.4g}" for name in RESULT_METRICS if name in result.metrics]
     return "  ".join([result.checkpoint, *numbers])
 
@@ -150,7 +150,7 @@ def _overview() -> str:
 
 @contextmanager
 def _signals_interrupt() -> Iterator[None]:
-    """Raise Terminated where SIGTERM or SIGUSR1 arrives, so that a run can save itself; only in the main thread."""
+    """Turn SIGTERM and SIGUSR1 into Terminated, so that a run can save its state; in the main thread only."""
 
     def terminate(signum, frame):
         raise Terminated(signum)
@@ -167,7 +167,7 @@ def _signals_interrupt() -> Iterator[None]:
 
 
 def _share_cores() -> None:
-    """Give each of torchrun's local ranks its share of the cores: torchrun sets one thread, all others take all."""
+    """Give each local rank of torchrun its share of the cores; torchrun's own default is one thread per rank."""
     local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if local_world_size > 1 and os.environ.get("OMP_NUM_THREADS", "1") == "1":
         import torch  # not above: `tritium --help` answers at once

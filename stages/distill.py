@@ -1,16 +1,16 @@
-"""Distillation: a student learns what a teacher with the same vocabulary would say.
+"""Distillation: a student learns from a teacher with the same vocabulary.
 
     tritium distill --model=runs/small --teacher=runs/large --data.sources=chats.jsonl
     tritium distill --mode=on_policy --model=… --teacher=… --data.sources=problems.jsonl
     tritium distill --mode=dual --positive_from=best --model=… --teacher=… --data.sources=problems.jsonl
 
-    logit       the teacher's distribution at each token of given answers
-    on_policy   the same on answers that the student draws (GKD, arXiv 2306.13649)
-    sequence    the cross-entropy of answers that the teacher draws (Kim & Rush, arXiv 1606.07947, section 3.2)
-    dual        student and teacher answer problems; a judge makes pairs of them; a loss of pairs, and the KL to the
-                teacher on the tokens of the better and of the worse answers (core/objectives/distill.py)
+    logit       divergence from the teacher's distribution at each token of given answers
+    on_policy   the same, on answers sampled from the student (GKD, arXiv 2306.13649)
+    sequence    cross-entropy on answers sampled from the teacher (Kim & Rush, arXiv 1606.07947, section 3.2)
+    dual        student and teacher answer problems, and a judge makes pairs of the answers; the loss is a preference
+                loss plus the KL to the teacher on the better and on the worse answers (core/objectives/distill.py)
 
-Of a sequence's answers only the right ones are learned by `tritium sample --model=TEACHER`, then `tritium sft`.
+To learn only the teacher's right answers, use `tritium sample --model=TEACHER` and then `tritium sft`.
 """
 
 from dataclasses import dataclass
@@ -35,24 +35,24 @@ from tritium.kernels.linear_kl import KINDS as DIVERGENCES
 from tritium.parallel.mesh import Mesh
 
 MODES = ("logit", "on_policy", "sequence", "dual")
-DIVERGING = ("logit", "on_policy", "dual")  # with a divergence from the teacher
+DIVERGING = ("logit", "on_policy", "dual")  # the modes with a divergence from the teacher
 
 
 @dataclass
 class Config(TrainingConfig):
     model: str = opt(REQUIRED, "folder of the student, with its tokenizer")
     teacher: str = opt(REQUIRED, "folder of the teacher, with the same tokenizer")
-    mode: str = opt("logit", "what is learned on", choices=MODES)
+    mode: str = opt("logit", "form of distillation", choices=MODES)
     kind: str = opt("forward", "KL(teacher ‖ student), its reverse, or JSD", choices=DIVERGENCES, only=DIVERGING)
-    temperature: float = opt(1.0, "of both distributions (dual: 1)", only=("logit", "on_policy"), above=0)
+    temperature: float = opt(1.0, "temperature of both distributions", only=("logit", "on_policy"), above=0)
     sft: float = opt(0.0, "logit: weight of the answers' cross-entropy", only=("logit",))
-    top_k: int = opt(0, "logit: the teacher's tokens kept over epochs (0: it runs each step)", only=("logit",), least=0)
-    positive_from: str = opt("best", "dual: who gives the better answer", choices=PAIRS, only=("dual",))
-    pairs: str = opt("dpo", "dual: the loss of pairs", choices=tuple(LOSSES), only=("dual",))
-    beta: float = opt(0.1, "dual: how strongly the student is held to the reference", only=("dual",), above=0)
-    weights: list[float] = opt([1.0, 1.0, 1.0], "dual: of pairs, KL on better, KL on worse answers", only=("dual",))
-    draw: DrawConfig = opt(DrawConfig, "all but logit: how answers come about, and who judges them")
-    data: DataConfig = opt(DataConfig, "logit: conversations; else problems")
+    top_k: int = opt(0, "logit: cache the teacher's k likeliest tokens (0: run it each step)", only=("logit",), least=0)
+    positive_from: str = opt("best", "dual: whose answer is the better one of a pair", choices=PAIRS, only=("dual",))
+    pairs: str = opt("dpo", "dual: preference loss", choices=tuple(LOSSES), only=("dual",))
+    beta: float = opt(0.1, "dual: β of the preference loss", only=("dual",), above=0)
+    weights: list[float] = opt([1.0] * 3, "dual: weights of pairs, KL on better, KL on worse answers", only=("dual",))
+    draw: DrawConfig = opt(DrawConfig, "all but logit: how answers are sampled and judged")
+    data: DataConfig = opt(DataConfig, "logit: conversations; otherwise problems")
     optim: OptimConfig = opt(OptimConfig(lr=5e-5), "optimizer")
 
     def __post_init__(self):
@@ -61,11 +61,11 @@ class Config(TrainingConfig):
             raise ConfigError(f"weights={self.weights} must be three numbers ≥ 0, not all 0")
         check_used(self, "mode")
         if self.top_k and (self.mesh.tp > 1 or self.mesh.cp > 1 or self.mesh.zero == 3):
-            raise ConfigError(f"top_k={self.top_k} goes with mesh.tp=1, mesh.cp=1 and mesh.zero < 3")
+            raise ConfigError(f"top_k={self.top_k} needs mesh.tp=1, mesh.cp=1 and mesh.zero below 3")
 
 
 def train(config: Config) -> Result:
-    """Train the student; `loss` is the divergence or cross-entropy per token, or that of the pairs."""
+    """Train the student; the metric `loss` is the divergence or cross-entropy per token, or the preference loss."""
     mesh = start(config, "distill")
     networks = open_networks(config, mesh)
     tokenizer = load_tokenizer(config.model, networks["policy"], config.data.template)
@@ -83,8 +83,10 @@ def train(config: Config) -> Result:
 
 
 def open_networks(config: Config, mesh: Mesh) -> dict[str, nn.Module]:
-    """Student, teacher and, for a loss of pairs that wants one, the reference. Raises: UserError where the teacher has
-    another vocabulary, or one of the two cuts its logits."""
+    """Student, teacher and, if the preference loss needs one, the reference.
+
+    Raises: UserError if the vocabularies differ, or if student or teacher soft-cap their logits (Gemma 2).
+    """
     dtype = config.run.dtype
     policy = load_model(config.model, dtype, mesh, finetune=config.finetune, seed=config.run.seed)
     networks = {"policy": policy}
@@ -92,11 +94,11 @@ def open_networks(config: Config, mesh: Mesh) -> dict[str, nn.Module]:
     networks["teacher"] = load_model(config.teacher, dtype, mesh, frozen=True)
     sizes = [networks[name].config.vocab_size for name in ("policy", "teacher")]
     if sizes[0] != sizes[1]:
-        raise UserError(f"teacher={config.teacher} has {sizes[1]} logits, {config.model} {sizes[0]}: take equal ones")
+        raise UserError(f"teacher={config.teacher} has {sizes[1]} logits, {config.model} {sizes[0]}: they must agree")
     if config.mode != "sequence" and any(networks[name].config.head_softcap for name in ("policy", "teacher")):
         raise UserError(
-            "a divergence does not know the softcap of Gemma 2's logits, of model or teacher: take --mode=sequence, "
-            "which learns the teacher's answers"
+            f"mode={config.mode} does not support models that soft-cap their logits, as Gemma 2 does: use "
+            "--mode=sequence, which learns from the teacher's answers"
         )
     if config.mode == "dual" and config.pairs not in REFERENCE_FREE:
         networks["reference"] = load_reference(config.model, dtype, mesh, policy)

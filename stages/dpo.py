@@ -1,16 +1,15 @@
-"""Preference optimisation: align a model with pairs of answers, or good and bad ones, without a reward model.
+"""Preference optimisation on pairs of answers, or on good and bad ones (KTO), without a reward model.
 
     tritium dpo --model=runs/sft/step-00000200 --data.sources=pairs.jsonl --run.out=runs/dpo
     tritium dpo --model=… --loss=simpo --beta=2 --margin=1 …
     tritium dpo --model=… --online --draw.k=8 --draw.updates=4 --draw.refresh=1 --data.sources=problems.jsonl …
 
-The losses are in core/objectives/preference.py. Where one needs a reference, it is the starting model, frozen (an
-adapter's base, where only one is trained), unless `reference` names another; its log-prob of each answer is computed
-once, and kept on disk over epochs.
+The losses are in core/objectives/preference.py. The reference is the starting model, frozen (for an adapter, its base),
+unless `reference` names another. Its log-prob of each answer is computed once and cached on disk over epochs.
 
-With `online`, pairs are made as the policy goes: it answers problems, a judge tells the better from the worse answers
-(`draw.reward`, `draw.reward_model`), and every `draw.refresh` rounds the policy becomes the reference. Of many prompts
-and updates a round, that is iterated DPO.
+With `online`, pairs are made during training: the policy answers problems, a judge (`draw.reward`, `draw.reward_model`)
+scores the answers, and every `draw.refresh` rounds the policy becomes the reference. With many prompts and updates per
+round this is iterated DPO.
 """
 
 from dataclasses import dataclass
@@ -33,39 +32,39 @@ from tritium.core.setup import check_same_vocabulary, load_model, load_reference
 from tritium.parallel.mesh import Mesh
 
 WITH_REFERENCE = tuple(name for name in (*LOSSES, "kto") if name not in REFERENCE_FREE)
-NOISY = ("dpo", "dpo_norm", "robust", "simpo", "cpo")  # the losses that know wrong labels
+NOISY = ("dpo", "dpo_norm", "robust", "simpo", "cpo")  # the losses with label smoothing
 
 
 @dataclass
 class Config(TrainingConfig):
-    model: str = opt(REQUIRED, "folder of the model to start from, with its tokenizer")
-    reference: str = opt("", "folder of the reference, same vocabulary (default: the model)", only=WITH_REFERENCE)
-    loss: str = opt("dpo", "the objective", choices=(*LOSSES, "kto"))
-    beta: float = opt(0.1, "how strongly the policy is held to the reference; a scale where there is none", above=0)
-    online: bool = opt(False, "draw the pairs from the policy: data.sources are problems")
-    draw: DrawConfig = opt(DrawConfig, "online: how answers come about, and who judges them")
+    model: str = opt(REQUIRED, "model folder to start from, with its tokenizer")
+    reference: str = opt("", "reference folder, same vocabulary (default: the model)", only=WITH_REFERENCE)
+    loss: str = opt("dpo", "objective", choices=(*LOSSES, "kto"))
+    beta: float = opt(0.1, "strength of the KL to the reference; without a reference, a scale on the margin", above=0)
+    online: bool = opt(False, "sample the pairs from the policy; data.sources are problems then")
+    draw: DrawConfig = opt(DrawConfig, "online: how answers are sampled and judged")
     label_smoothing: float = opt(0.0, f"share of wrong labels: {', '.join(NOISY)}", only=NOISY, least=0, below=0.5)
     margin: float = opt(1.0, "simpo's γ, slic's δ", only=("simpo", "slic"))
-    penalty: float = opt(5.0, "dpop's λ, of a chosen answer that loses", only=("dpop",))
+    penalty: float = opt(5.0, "dpop's λ: penalty for a chosen answer that becomes less likely", only=("dpop",))
     desirable: float = opt(1.0, "kto: weight of good answers", only=("kto",))
     undesirable: float = opt(1.0, "kto: weight of bad answers", only=("kto",))
-    sft: float | None = opt(None, "weight of the chosen answer's −log-prob (default: the paper's; dpo: 0)", only=LOSSES)
-    data: DataConfig = opt(DataConfig, "preference pairs; kto: also answers with a label")
-    filter: FilterConfig = opt(FilterConfig, "pairs: which are left out as noise")
+    sft: float | None = opt(None, "weight of the chosen answer's NLL (default: the paper's; dpo: 0)", only=LOSSES)
+    data: DataConfig = opt(DataConfig, "preference pairs; for kto, labelled answers too")
+    filter: FilterConfig = opt(FilterConfig, "which pairs are dropped as noise")
     optim: OptimConfig = opt(OptimConfig(lr=2e-5), "optimizer")
 
     def __post_init__(self):
         check_ranges(self)
         check_used(self, "loss")
         if self.online and self.loss == "kto":
-            raise ConfigError("online draws pairs: not with loss=kto")
+            raise ConfigError("online samples pairs, which loss=kto does not take: use another loss")
         if self.filter.models and (self.online or self.loss == "kto"):
-            raise ConfigError("filter.models is for pairs from files: not with online, nor loss=kto (see draw.margin)")
+            raise ConfigError("filter.models filters pairs from files: not with online (use draw.margin) or loss=kto")
 
 
 def train(config: Config) -> Result:
-    """Train on pairs; `eval_accuracy` is the share of held-out pairs whose chosen answer has the higher reward: where
-    the policy moved towards it, or, without a reference, finds it likelier."""
+    """Train on pairs; `eval_accuracy` is the fraction of held-out pairs whose chosen answer has the higher implicit
+    reward β log(π / π_ref); without a reference, the higher β log π."""
     mesh = start(config, "dpo")
     networks = open_networks(config, mesh)
     tokenizer = load_tokenizer(config.model, networks["policy"], config.data.template)
@@ -85,7 +84,7 @@ def train(config: Config) -> Result:
 
 def objective_of(config: Config, mesh: Mesh) -> Objective:
     kept = None
-    if config.loss not in REFERENCE_FREE and not config.online:  # it is asked again about the same answers
+    if config.loss not in REFERENCE_FREE and not config.online:  # the same answers come again in the next epoch
         folder = model_folder(config.reference or config.model)
         kept = Kept(kept_file(config.run.out, folder, mesh, config.run.dtype))
     if config.loss == "kto":
@@ -95,7 +94,7 @@ def objective_of(config: Config, mesh: Mesh) -> Objective:
 
 
 def open_networks(config: Config, mesh: Mesh) -> dict[str, nn.Module]:
-    """The policy and, where the loss wants one, the reference. Raises: UserError where their vocabularies differ."""
+    """The policy and, if the loss needs one, the reference. Raises: UserError if their vocabularies differ."""
     dtype = config.run.dtype
     policy = load_model(config.model, dtype, mesh, finetune=config.finetune, seed=config.run.seed)
     if config.loss in REFERENCE_FREE:

@@ -1,10 +1,10 @@
-"""Proximal policy optimisation: a critic, a KL to the reference in each token's reward, scores of a reward model.
+"""Proximal policy optimisation: reinforcement learning with a critic and a KL to the reference in the reward.
 
     tritium ppo --model=runs/sft --reward_model=runs/reward --data.sources=problems.jsonl --run.out=runs/ppo
     tritium ppo --model=runs/sft --reward=exact --data.sources=problems.jsonl --run.out=runs/ppo
 
-Records are {"question", "answer"}: whatever is rewarded, a verifier measures how many answers are right. With
-`text.sources`, the cross-entropy of further text joins each step (PPO-ptx).
+Records are {"question", "answer"}. Whatever the reward is, a verifier measures how many answers are right. With
+`text.sources`, the cross-entropy of that text is added to each step (PPO-ptx).
 """
 
 from collections.abc import Sequence
@@ -37,59 +37,59 @@ from tritium.parallel.mesh import Mesh
 class PPOConfig(PolicyOptions):
     """The objective; see core/objectives/policy.py."""
 
-    prompts: int = opt(64, "problems of a rollout, over all ranks", least=1)
-    group: int = opt(1, "answers to each", least=1)
+    prompts: int = opt(64, "problems per rollout, over all ranks", least=1)
+    group: int = opt(1, "answers per problem", least=1)
     epochs: int = opt(4, "passes over each rollout", least=1)
-    minibatches: int = opt(1, "optimizer steps of a pass", least=1)
-    clip: float = opt(0.2, "how far from 1 the ratio counts", least=0, most=1)
+    minibatches: int = opt(1, "optimizer steps per pass", least=1)
+    clip: float = opt(0.2, "clip the ratio to 1 ± this", least=0, most=1)
     beta: float = opt(0.05, "weight of the KL to the reference", least=0)
-    target_kl: float = opt(0.0, "steer beta so that the KL per token comes to this (0: beta stays)", least=0)
-    stop_kl: float = opt(0.0, "end the passes over a rollout once the policy is this far from what drew it", least=0)
+    target_kl: float = opt(0.0, "adapt beta to keep the KL per token near this (0: fixed beta)", least=0)
+    stop_kl: float = opt(0.0, "stop updating on a rollout once the KL to the old policy exceeds this (0: off)", least=0)
     gamma: float = opt(1.0, "discount per token", least=0, most=1)
-    lam: float = opt(0.95, "λ of the generalised advantage estimation", least=0, most=1)
-    whiten: bool = opt(True, "bring advantages to mean 0 and variance 1 over the rollout")
-    value_clip: float = opt(0.2, "how far a value may move from the old one (0: any)", least=0)
+    lam: float = opt(0.95, "λ of generalised advantage estimation (GAE)", least=0, most=1)
+    whiten: bool = opt(True, "whiten advantages to mean 0 and variance 1 over the rollout")
+    value_clip: float = opt(0.2, "clip values to the old value ± this (0: off)", least=0)
     value_coefficient: float = opt(0.5, "weight of the value loss", least=0)
-    value_warmup: int = opt(0, "rollouts in which only the critic learns", least=0)
+    value_warmup: int = opt(0, "number of first rollouts in which only the critic is trained", least=0)
     critic_lr: float = opt(1.0, "the critic's learning rate, relative to the policy's", least=0)
-    ptx: float = opt(1.0, "weight of the cross-entropy of text.sources", least=0)
+    ptx: float = opt(1.0, "weight of the cross-entropy on text.sources", least=0)
 
     def __post_init__(self):
         check_ranges(self, "ppo.")
         if self.target_kl and not self.beta:
-            raise ConfigError(f"ppo.target_kl={self.target_kl} steers ppo.beta, which is 0: give a beta to begin with")
+            raise ConfigError(f"ppo.target_kl={self.target_kl} adapts ppo.beta, which must start above 0")
 
 
 @dataclass
 class TextConfig(DataConfig):
-    """Text beside the answers; without sources, none."""
+    """Text of the ptx term; without sources there is none."""
 
-    holdout: float = opt(0.0, "share of each source that is left out")
+    holdout: float = opt(0.0, "fraction of each source that is left out")
     kind: str = opt("conversations", "what the sources hold", choices=("conversations", "text"))
 
 
 @dataclass
 class Config(PolicyStage):
-    critic: str = opt("", "folder that the critic starts from (default: the reward model, if it can, else the model)")
-    verifier: str = opt("exact", "judge that only measures which answers are right (empty: none)")
-    ppo: PPOConfig = opt(PPOConfig, "the objective")
-    text: TextConfig = opt(TextConfig, "text whose cross-entropy joins each step")
+    critic: str = opt("", "folder of the critic's initial weights (default: a fitting reward model, else the model)")
+    verifier: str = opt("exact", "judge that measures accuracy only; it does not enter the reward (empty: none)")
+    ppo: PPOConfig = opt(PPOConfig, "objective")
+    text: TextConfig = opt(TextConfig, "text whose cross-entropy is added to each step (PPO-ptx)")
     optim: OptimConfig = opt(OptimConfig(lr=2e-5, weight_decay=0.0, eps=1e-5), "optimizer")
-    finetune: FinetuneConfig = opt(FinetuneConfig, "what is trained of the policy, and an adapter of the critic, too")
+    finetune: FinetuneConfig = opt(FinetuneConfig, "which parameters are trained; the critic gets an adapter, too")
 
     def __post_init__(self):
         self.check_objective(self.ppo, "ppo")
 
 
 def train(config: Config) -> Result:
-    """Reinforce what is scored high; `reward` and `right` (the share of right answers) are of the newest rollout."""
+    """Reinforce high scores; the metrics `reward` and `right` (accuracy) are those of the newest rollout."""
     mesh = start(config, "ppo")
     options, networks = config.ppo, open_networks(config, mesh)
-    each = options.epochs * options.minibatches  # optimizer steps of a rollout
+    each = options.epochs * options.minibatches  # optimizer steps per rollout
     objective = objective_of(config)
     experience = open_experience(config, "ppo", networks, objective, each)
     trainer, context = experience.trainer, networks["policy"].config.max_positions
-    skipped = replace(trainer.skipped, on_error=config.text.on_error)  # counted together
+    skipped = replace(trainer.skipped, on_error=config.text.on_error)  # shares the trainer's counts
     text = open_text(config, experience.tokenizer, context, mesh, skipped)
     for step in trainer.steps():
         number, done = divmod(step, each)
@@ -99,18 +99,18 @@ def train(config: Config) -> Result:
         batches = experience.batches(rollout, options.minibatches, varied_only=False)
         # ------------------------------------------------------------------------------------------------------
         numbers |= experience.estimate(batches, done) | {"beta": objective.beta}  # r_t = score − β KL → GAE → whitened
-        shown, empty = numbers, pack([]).to(mesh.device)  # a rank without answers reduces both networks as all do
+        shown, empty = numbers, pack([]).to(mesh.device)  # a rank without answers still joins both networks' reductions
         for i in range(done, min(each, trainer.total_steps - number * each)):
             update = minibatch(batches, i, options.minibatches, config.run.seed, number) or [empty]
             extra = [as_ptx(b) for b in trainer.in_step(text.step(number * each + i))] if text else []
             trainer.step([*extra, *update], shown)  # −min(ρA, clip(ρ)A) + c (V − R)² − ptx log p
-            shown = {}  # a rollout's: with its first update
+            shown = {}  # logged once, with the rollout's first update
             if too_far(trainer, options):
                 break
         # ------------------------------------------------------------------------------------------------------
-        trainer.index = min((number + 1) * each, trainer.total_steps)  # steps count whether they were needed or not
+        trainer.index = min((number + 1) * each, trainer.total_steps)  # steps that stop_kl skipped count too
         if trainer.index < (number + 1) * each:
-            continue  # it was cut short, and ends when the run is extended
+            continue  # a rollout that was cut short ends when the run is extended
         experience.follow(number)
         if options.target_kl:
             trainer.notes["beta"] = adapted(objective.beta, numbers.get("kl_k1", options.target_kl), options.target_kl)
@@ -125,11 +125,12 @@ def objective_of(config: Config) -> PPO:
 
 
 def open_networks(config: Config, mesh: Mesh) -> dict[str, nn.Module]:
-    """Policy, critic, and the reference where the KL to it counts. The critic's head starts at 0; where adapters are
-    trained and it starts from the same base, or from an adapter of it, that base is here once for all. A reward model
-    with another tokenizer can't be its start.
+    """Policy, critic and, if there is a KL, the reference.
 
-    Raises: UserError where reference or critic have another vocabulary: they read the policy's tokens."""
+    The critic's head starts at 0. If adapters are trained and the critic starts from the same base, or from an adapter
+    on it, both share one copy of that base. A reward model with another tokenizer can't be the critic's start.
+    Raises: UserError if reference or critic have another vocabulary: they read the policy's tokens.
+    """
     dtype, reference = config.run.dtype, config.reference if config.ppo.beta else None
     networks = open_policy(config.model, dtype, mesh, config.finetune, config.run.seed, reference)
     judge = config.reward_model
@@ -154,19 +155,19 @@ def open_text(config: Config, tokenizer: Tokenizer, context: int, mesh: Mesh, sk
 
 
 def as_ptx(batch: PackedBatch) -> PackedBatch:
-    """The batch with a denominator of its own, so that it does not dilute the answers'."""
+    """The batch with a denominator of its own, so that its tokens are not counted as the answers' tokens."""
     batch.counts = {"ptx": batch.counts["tokens"], "stream": batch.counts["stream"]}
     return batch
 
 
 def minibatch(batches: Sequence[PackedBatch], i: int, parts: int, seed: int, number: int) -> list[PackedBatch]:
-    """The batches of update `i` of rollout `number`: each pass deals them out anew, in an order of its own."""
+    """The batches of update `i` of rollout `number`; each pass shuffles them anew."""
     order = np.random.default_rng([seed, number, i // parts]).permutation(len(batches))
     return [batches[j] for j in order[i % parts :: parts]]
 
 
 def too_far(trainer: Trainer, options: PPOConfig) -> bool:
-    """Whether the policy of the last update was further from the one that drew the answers than it may be."""
+    """Whether the KL to the policy that sampled the answers exceeded `stop_kl` in the last update."""
     if not options.stop_kl:
         return False
     trainer.flush_metrics()

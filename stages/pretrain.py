@@ -3,8 +3,8 @@
     tritium pretrain --data.sources=book.txt --run.out=runs/pretrain
     tritium pretrain --init=runs/pretrain/step-00001000 --data.sources=new.txt --replay=book.txt --replay_share=0.1
 
-Without `tokenizer`, one is trained on the sources first. A replay mix of old text keeps continued pretraining from
-forgetting (Ibrahim et al., arXiv 2403.08763).
+Without `tokenizer`, one is trained on the sources first. In continued pretraining, mixing in old text (`replay`)
+prevents forgetting (Ibrahim et al., arXiv 2403.08763).
 """
 
 import math
@@ -28,37 +28,38 @@ from tritium.model.transformer import Transformer, full_shape
 from tritium.parallel.mesh import Mesh
 from tritium.stages import tokenizer as tokenizer_stage
 
-# Options of the shape that ModelConfig calls otherwise.
+# Options that ModelConfig has under other names.
 NAMES = {"layers": "num_layers", "heads": "num_heads", "kv_heads": "num_kv_heads", "context": "max_positions"}
 
 
 @dataclass
 class ShapeConfig:
-    """The decoder's shape, where it is not given by `init`. The vocabulary is the tokenizer's."""
+    """The decoder's shape, unless `init` gives it. The vocabulary is the tokenizer's."""
 
-    layers: int = opt(6, "decoder layers")
+    layers: int = opt(6, "number of decoder layers")
     hidden_size: int = opt(256, "width of the residual stream", least=1)
-    intermediate_size: int = opt(704, "width of the SwiGLU")
-    heads: int = opt(4, "query heads")
-    kv_heads: int = opt(2, "key/value heads; each serves heads / kv_heads query heads")
-    head_dim: int = opt(64, "dimensions of a head")
-    context: int = opt(512, "longest document, in tokens", least=8)
-    rope_theta: float = opt(10000.0, "base of the rotary embedding's wavelengths")
-    tie_embeddings: bool = opt(True, "one matrix for the embedding and the head")
+    intermediate_size: int = opt(704, "hidden width of the MLP (SwiGLU)")
+    heads: int = opt(4, "number of query heads")
+    kv_heads: int = opt(2, "number of key/value heads; each serves heads / kv_heads query heads")
+    head_dim: int = opt(64, "dimension of a head")
+    context: int = opt(512, "context length in tokens", least=8)
+    rope_theta: float = opt(10000.0, "base of the rotary embedding")
+    tie_embeddings: bool = opt(True, "share one matrix between embedding and head")
     qkv_bias: bool = opt(False, "biases on q, k and v (Qwen2)")
     qk_norm: bool = opt(False, "RMSNorm on the heads of q and k (Qwen3)")
-    init_std: float | None = opt(None, "standard deviation of the initial matrices (default: hidden_size^-½)")
-    embedding_scale: float = opt(1.0, "embeddings are multiplied by this (MiniCPM: 12)")
-    residual_depth: float | None = opt(None, "blocks' outputs are multiplied by this / √layers (MiniCPM: 1.4)")
-    width_base: int | None = opt(None, "muP: the width for which the learning rate was found (MiniCPM: 256)")
+    init_std: float | None = opt(None, "standard deviation of the initial weights (default: hidden_size^-½)")
+    embedding_scale: float = opt(1.0, "factor on the embeddings (MiniCPM: 12)")
+    residual_depth: float | None = opt(None, "scale the blocks' outputs by this / √layers (MiniCPM: 1.4)")
+    width_base: int | None = opt(None, "muP: the width for which the learning rate was tuned (MiniCPM: 256)")
 
     def __post_init__(self):
         check_ranges(self, "model.")
         scaled = self.embedding_scale != 1 or (self.residual_depth, self.width_base) != (None, None)
         if self.qkv_bias + self.qk_norm + scaled > 1:
             raise ConfigError(
-                "model.qkv_bias (Qwen2), model.qk_norm (Qwen3) and the scales of MiniCPM (embedding_scale, "
-                "residual_depth, width_base) in one model are no published architecture: it can't be exported"
+                "model.qkv_bias (Qwen2), model.qk_norm (Qwen3) and MiniCPM's scales (embedding_scale, residual_depth, "
+                "width_base) can't be combined: no published architecture has more than one of them, so such a model "
+                "can't be exported"
             )
 
     def build(self, vocab_size: int, **special: int | None) -> ModelConfig:
@@ -70,30 +71,30 @@ class ShapeConfig:
 
 @dataclass
 class Config(TrainingConfig):
-    init: str = opt("", "folder of a model to go on from (empty: from scratch)")
-    tokenizer: str = opt("", "folder of a tokenizer (empty: that of `init`, or a new one trained on the sources)")
-    vocab_size: int | None = opt(None, f"tokens of a new tokenizer {tokenizer_stage.DEFAULT}")
-    replay: list[str] = opt([], "old text files to mix in; FILE@W: one passed W times as often as the others")
-    replay_share: float = opt(0.1, "share of an epoch's tokens that come from `replay`", least=0, below=1)
+    init: str = opt("", "model folder to continue from (empty: from scratch)")
+    tokenizer: str = opt("", "tokenizer folder (empty: that of `init`, or a new one trained on the sources)")
+    vocab_size: int | None = opt(None, f"size of a new tokenizer {tokenizer_stage.DEFAULT}")
+    replay: list[str] = opt([], "old text files to mix in; FILE@W is read W times as often as the others")
+    replay_share: float = opt(0.1, "fraction of an epoch's tokens that come from `replay`", least=0, below=1)
     model: ShapeConfig = opt(ShapeConfig, "shape of a new model")
     data: DataConfig = opt(DataConfig, "text")
     optim: OptimConfig = opt(OptimConfig(lr=2e-3), "optimizer")
-    anneal: list[str] = opt([], "text files that take over in the final decay (schedule.kind=wsd); FILE@W as in data")
+    anneal: list[str] = opt([], "text files to train on during the final decay (schedule.kind=wsd); FILE@W as in data")
 
     def __post_init__(self):
         if self.finetune.kind != "full" and not self.init:
-            raise ConfigError(f"finetune.kind={self.finetune.kind} needs `init`: a model to go on from")
+            raise ConfigError(f"finetune.kind={self.finetune.kind} needs `init`: a model to continue from")
         if self.anneal and self.schedule.kind != "wsd":
-            raise ConfigError(f"anneal goes with schedule.kind=wsd, which has a final decay; not {self.schedule.kind}")
+            raise ConfigError(f"anneal needs a final decay: set schedule.kind=wsd, not {self.schedule.kind}")
         check_ranges(self)
 
 
 def train(config: Config) -> Result:
-    """Train on text; the result's metrics hold `eval_loss` in nats per token."""
+    """Train on text; the result's metrics include `eval_loss` in nats per token."""
     mesh = start(config, "pretrain")
     for name in ("replay", "anneal"):
         if sources := getattr(config, name):
-            parse_sources(sources, name)  # a mistake is told before the tokenizer is trained
+            parse_sources(sources, name)  # report a mistake before the tokenizer is trained
     tokenizer = open_tokenizer(config, mesh)
     model = open_model(config, tokenizer, mesh)
     skipped = Skipped(config.data.on_error)
@@ -107,23 +108,23 @@ def train(config: Config) -> Result:
     for step in trainer.steps():
         batches = bins.step(step, trainer.ramp) if step < start_annealing else annealing.step(step - start_annealing)
         # ------------------------------------------------------------------------------------------------------
-        trainer.step(batches)  # cross-entropy over every token / their number in the whole step
+        trainer.step(batches)  # Σ cross-entropy over all tokens / their number in the global batch
         # ------------------------------------------------------------------------------------------------------
     return trainer.result()
 
 
 def annealing_start(config: Config, total: int) -> int:
-    """The step from which `anneal` is read. Raises: ConfigError where the run ends before."""
+    """The step from which `anneal` is read. Raises: ConfigError if the run has no final decay."""
     if (start := decay_start(config.schedule, total)) < total:
         return start
     decay = f"schedule.decay={config.schedule.decay}"
-    raise ConfigError(f"anneal: {decay} leaves {total} steps no final decay: give it in steps, 10 say, or run longer")
+    raise ConfigError(f"anneal: {decay} of {total} steps is no step at all: give it in steps, e.g. 10, or run longer")
 
 
 def open_tokenizer(config: Config, mesh: Mesh) -> Tokenizer:
-    """The tokenizer that the config names, or a new one in the run's folder (made by rank 0, once).
+    """The tokenizer that the config names, or a new one in the run's folder (trained by rank 0, once).
 
-    Raises: ConfigError where the run's folder has one of another size.
+    Raises: ConfigError if the run's folder already has one of another size.
     """
     if config.tokenizer or config.init:
         return load_tokenizer(config.tokenizer or config.init)
@@ -136,7 +137,7 @@ def open_tokenizer(config: Config, mesh: Mesh) -> Tokenizer:
     if config.vocab_size not in (None, tokenizer.vocab_size):
         raise ConfigError(
             f"vocab_size={config.vocab_size}, but {folder} holds a tokenizer of {tokenizer.vocab_size} tokens: "
-            "use another --run.out, or delete it"
+            "use another --run.out, or delete that folder"
         )
     return tokenizer
 
@@ -158,8 +159,8 @@ def open_model(config: Config, tokenizer: Tokenizer, mesh: Mesh) -> Transformer:
 def open_data(
     config: Config, tokenizer: Tokenizer, context: int, mesh: Mesh, skipped: Skipped
 ) -> tuple[Bins, list[PackedBatch], Bins | None]:
-    """(training bins, held-out batches, the bins of the final decay, where it has sources of its own: MiniCPM, arXiv
-    2404.06395, section 5). Rank 0 tokenises first, the others read what it wrote."""
+    """(training bins, held-out batches, bins of the final decay or None), the last from `anneal` (MiniCPM, arXiv
+    2404.06395, section 5). Rank 0 tokenises first; the others read what it wrote."""
     cache, old, better = str(Path(config.run.out) / "tokens"), None, None
     for turn in (True, False):
         if mesh.main == turn:

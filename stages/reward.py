@@ -1,17 +1,17 @@
-"""Reward models: learn to score answers from preference pairs, rankings, scores, or steps that are right or wrong.
+"""Train a reward model on preference pairs, rankings, scores, or labelled steps.
 
     tritium reward --model=runs/sft/step-00000200 --data.sources=pairs.jsonl --run.out=runs/reward
     tritium reward --model=… --loss=listwise --data.sources=rankings.jsonl
 
-    pairwise     pairs (Bradley-Terry); a record may say its "margin"
-    listwise     rankings, which may hold equal answers (Plackett-Luce); all_pairs: their pairs
-    score        answers with a "score" in [0, 1], which σ of the model's approaches; or several, `heads`
-    process      the steps of an answer, each right or wrong: the model's value at a step's last token
-    comparison   pairs, both answers shown at once: the model says how far the first is better; it filters pairs
-                 (filter.models), and judges against a reference: --reward='judge("runs/reward", pairwise=True)'
+    pairwise     pairs (Bradley-Terry); a record may have a "margin"
+    listwise     rankings, possibly with ties (Plackett-Luce); all_pairs: Bradley-Terry on all their pairs
+    score        regression: σ(output) approaches the record's "score" in [0, 1]; `heads` names several scores
+    process      steps of an answer, each right or wrong, read at a step's last token (a process reward model)
+    comparison   pairs, both answers in one prompt: the output says how much better the first is. Such a model filters
+                 pairs (filter.models), and compares with a reference: --reward='judge("runs/reward", pairwise=True)'
 
-The score of an answer is read at its last token; it depends on nothing else in the batch. A reward model with the same
-heads, `model`, goes on with them: so it is refreshed on answers of a newer policy.
+The score of an answer is read at its last token, and depends on nothing else in the batch. If `model` is a reward model
+with the same heads, training continues from them, e.g. on answers of a newer policy.
 """
 
 import math
@@ -40,7 +40,7 @@ from tritium.model.prompts import PEFT_TYPES
 from tritium.parallel.data import all_reduce_counts
 from tritium.parallel.mesh import Mesh
 
-KINDS: dict[str, tuple[Callable, str]] = {  # loss → what makes a group of a record, and what counts the groups
+KINDS: dict[str, tuple[Callable, str]] = {  # loss → (what turns a record into a group, the groups' denominator)
     "pairwise": (preference_group, "pairs"),
     "listwise": (ranking_group, "rankings"),
     "all_pairs": (ranking_group, "rankings"),
@@ -53,30 +53,30 @@ WHOLE = tuple(loss for loss in KINDS if loss != "process")  # the losses of whol
 
 @dataclass
 class Config(TrainingConfig):
-    model: str = opt(REQUIRED, "folder of the model to start from, with its tokenizer")
-    loss: str = opt("pairwise", "what is learned from", choices=tuple(KINDS))
-    centering: float = opt(0.01, "pairwise: weight of (chosen + rejected)²: scores stay around 0", only=("pairwise",))
+    model: str = opt(REQUIRED, "model folder to start from, with its tokenizer")
+    loss: str = opt("pairwise", "objective", choices=tuple(KINDS))
+    centering: float = opt(0.01, "pairwise: weight of (chosen + rejected)², for scores near 0", only=("pairwise",))
     label_smoothing: float = opt(0.0, "pairwise: share of wrong labels", only=("pairwise",), least=0, below=0.5)
     heads: list[str] = opt(["score"], "score: keys of the scores, e.g. helpfulness,verbosity", only=("score",))
-    highest: float = opt(1.0, "score: the best score that a record can have; the worst is 0", only=("score",), above=0)
-    pooling: str = opt("last", "score of an answer: its last token's or the mean", choices=("last", "mean"), only=WHOLE)
-    data: DataConfig = opt(DataConfig, "records of the form that the loss wants")
-    filter: FilterConfig = opt(FilterConfig, "pairs: which are left out as noise")
+    highest: float = opt(1.0, "score: the highest possible score; the lowest is 0", only=("score",), above=0)
+    pooling: str = opt("last", "read the score at the last token, or average", choices=("last", "mean"), only=WHOLE)
+    data: DataConfig = opt(DataConfig, "records in the format that the loss takes")
+    filter: FilterConfig = opt(FilterConfig, "which pairs are dropped as noise")
     optim: OptimConfig = opt(OptimConfig(lr=1e-4), "optimizer")
 
     def __post_init__(self):
         if self.finetune.kind in PEFT_TYPES:
-            raise ConfigError(f"finetune.kind={self.finetune.kind} is for language models: take lora, freeze or full")
+            raise ConfigError(f"finetune.kind={self.finetune.kind} is for language models: use lora, freeze or full")
         check_ranges(self)
         check_used(self, "loss")
         if not self.heads or len(set(self.heads)) < len(self.heads) or not all(h.isidentifier() for h in self.heads):
-            raise ConfigError(f"heads={','.join(self.heads)}: give one name or more, all different, each a word")
+            raise ConfigError(f"heads={','.join(self.heads)} must be one or more different names, each an identifier")
         if self.filter.models and KINDS[self.loss][1] != "pairs":
-            raise ConfigError(f"filter.models is for pairs, not --loss={self.loss}")
+            raise ConfigError(f"filter.models filters pairs, which --loss={self.loss} does not take")
 
 
 def train(config: Config) -> Result:
-    """Train a scorer; `eval_accuracy` is the share of held-out pairs (rankings) whose best answer scores highest."""
+    """Train a scorer; `eval_accuracy`: the fraction of held-out pairs or rankings whose best answer scores highest."""
     mesh = start(config, "reward")
     model = open_model(config, mesh)
     tokenizer = load_tokenizer(config.model, model, config.data.template)
@@ -94,7 +94,7 @@ def train(config: Config) -> Result:
 
 
 def open_model(config: Config, mesh: Mesh) -> ScalarModel:
-    """What is trained: the reward model in the folder, or a new one on the decoder there where that has other heads."""
+    """The reward model in the folder if it has the wanted heads, else a new one on the folder's decoder."""
     heads = {"score": config.heads, "comparison": [COMPARISON], "process": [STEPS]}.get(config.loss, ["reward"])
     found = read_model(config.model, config.run.dtype, mesh, streamed=config.finetune.kind != "qlora")
     prepare_training(decoder_of(found), config.finetune, config.model, config.run.seed)
@@ -104,7 +104,7 @@ def open_model(config: Config, mesh: Mesh) -> ScalarModel:
 
 
 def converter_of(config: Config, tokenizer: Tokenizer) -> Callable[[dict], Group]:
-    """What makes a group of a record."""
+    """What turns a record into a group of documents."""
     scored = (config.heads, config.highest) if config.loss == "score" else ()
     return KINDS[config.loss][0](tokenizer, *scored)
 
@@ -121,7 +121,7 @@ def objective_of(config: Config) -> Objective:
 
 @torch.no_grad()
 def calibration(trainer: Trainer, batches: Sequence[PackedBatch]) -> str:
-    """A table of the held-out pairs by how sure the model is: σ|margin| says how often it should be right."""
+    """A table of the held-out pairs by confidence σ|margin|, which is how often the model should be right."""
     sums: dict[str, float] = {}
     objective = Pairwise()
     with trainer.averaged(), trainer.whole():
@@ -135,7 +135,7 @@ def calibration(trainer: Trainer, batches: Sequence[PackedBatch]) -> str:
                 for key, value in (("n", 1.0), ("sure", sure), ("right", float(margin > 0))):
                     sums[f"{bin} {key}"] = sums.get(f"{bin} {key}", 0.0) + value
     sums = all_reduce_counts(sums, trainer.mesh)
-    lines = ["calibration on held-out pairs: how sure, how often right, how many"]
+    lines = ["calibration on held-out pairs: confidence, accuracy, number of pairs"]
     for bin in range(5, 10):
         if n := sums.get(f"{bin} n"):
             lines.append(f"  {sums[f'{bin} sure'] / n:6.1%} {sums[f'{bin} right'] / n:6.1%} {n:6.0f}")

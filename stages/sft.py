@@ -1,9 +1,9 @@
-"""Supervised fine-tuning: teach a model to answer, from conversations.
+"""Supervised fine-tuning of a model on conversations.
 
     tritium sft --model=runs/pretrain/step-00001000 --data.sources=chats.jsonl --run.out=runs/sft
 
-Every assistant turn of every conversation is trained on, its end token included, in one pass (`data.turns`);
-documents are packed without padding and do not see each other. See core/formats.py for the records that are understood.
+By default every assistant turn is trained on, its end token included (see `data.turns`). Documents are packed without
+padding and do not attend to each other. core/formats.py lists the record formats.
 """
 
 from dataclasses import dataclass
@@ -22,14 +22,14 @@ LOSSES = {"cross_entropy": CrossEntropy, "dft": DynamicFineTuning, "unlikelihood
 
 @dataclass
 class Config(TrainingConfig):
-    model: str = opt(REQUIRED, "folder of the model to start from, with its tokenizer")
-    loss: str = opt("cross_entropy", "of a token; unlikelihood: of good and bad answers", choices=tuple(LOSSES))
-    widen: int = opt(1, "train a model whose MLPs are so many times as wide, and that begins as the same function")
-    data: DataConfig = opt(DataConfig, "conversations; unlikelihood: answers with a label, or pairs")
+    model: str = opt(REQUIRED, "model folder to start from, with its tokenizer")
+    loss: str = opt("cross_entropy", "loss per token; unlikelihood learns from bad answers too", choices=tuple(LOSSES))
+    widen: int = opt(1, "first make the MLPs this many times as wide, without changing the model's function")
+    data: DataConfig = opt(DataConfig, "conversations; for unlikelihood, labelled answers or pairs")
 
     def __post_init__(self):
         if self.widen < 1 or (self.widen > 1 and self.finetune.kind != "full"):
-            raise ConfigError(f"widen={self.widen} must be at least 1, and goes with finetune.kind=full")
+            raise ConfigError(f"widen={self.widen} must be at least 1, and above 1 needs finetune.kind=full")
 
 
 def train(config: Config) -> Result:
@@ -38,7 +38,7 @@ def train(config: Config) -> Result:
     model = load_model(config.model, config.run.dtype, mesh, finetune=config.finetune, seed=config.run.seed)
     if config.widen > 1:
         if mesh.world_size > 1:
-            raise ConfigError(f"widen={config.widen} is for one process: train it there first, then on the mesh")
+            raise ConfigError(f"widen={config.widen} needs a single process: widen there first, then use the mesh")
         model = with_wider_mlps(model, config.widen)
     tokenizer = load_tokenizer(config.model, model, config.data.template)
     bad_too = config.loss == "unlikelihood"
@@ -48,7 +48,7 @@ def train(config: Config) -> Result:
     for step in trainer.steps():
         batches = bins.step(step, trainer.ramp)
         # ------------------------------------------------------------------------------------------------------
-        trainer.step(batches)  # cross-entropy over the assistant's tokens / their number in the whole step
+        trainer.step(batches)  # Σ cross-entropy over the assistant's tokens / their number in the global batch
         # ------------------------------------------------------------------------------------------------------
     return trainer.result()
 

@@ -49,9 +49,9 @@ def open_reward(
 class FilterConfig:
     """Which pairs are left out as noise: those that reward models find too close, or disagree on."""
 
-    models: list[str] = opt([], "folders of the reward models that are asked (empty: all pairs are learned)")
-    margin: float = opt(0.0, "by how much the chosen answer's mean score must be better, more than this")
-    agreement: float = opt(0.5, "least share of the models that prefer the chosen answer", least=0, most=1)
+    models: list[str] = opt([], "folders of reward models that vote on the pairs (empty: keep all pairs)")
+    margin: float = opt(0.0, "keep a pair only if the chosen answer's mean score is better by more than this")
+    agreement: float = opt(0.5, "least fraction of the models that must prefer the chosen answer", least=0, most=1)
 
     def __post_init__(self):
         check_ranges(self, "filter.")

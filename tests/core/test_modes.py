@@ -101,10 +101,10 @@ def test_the_final_decay_has_its_own_data(tiny, tmp_path, monkeypatch):
     pretrain.train(pretrain.Config(**options, schedule=schedule))
     common = [max(b.tokens.bincount().max().item() / len(b.tokens) for b in s) for s in seen]
     assert min(common[4:]) > max(common[:4])
-    with pytest.raises(ConfigError, match="anneal goes with schedule.kind=wsd"):
+    with pytest.raises(ConfigError, match="anneal needs a final decay: set schedule.kind=wsd"):
         pretrain.Config(**options)
     options["run"] = replace(run, out=str(tmp_path / "short"), steps=2)
-    with pytest.raises(ConfigError, match=r"anneal: schedule.decay=0.2 leaves 2 steps no final decay"):
+    with pytest.raises(ConfigError, match=r"anneal: schedule.decay=0.2 of 2 steps is no step at all"):
         pretrain.train(pretrain.Config(**options, schedule=replace(schedule, decay=0.2)))
 
 

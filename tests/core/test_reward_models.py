@@ -179,7 +179,7 @@ def test_an_ensemble_doubts_what_its_members_disagree_on():
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        (["--heads=a,a", "--loss=score"], "all different"),
+        (["--heads=a,a", "--loss=score"], "different names"),
         (["--heads=a,b"], "heads=a,b: loss=pairwise has none; these do: score"),
         (["--loss=process", "--pooling=mean"], "pooling=mean: loss=process has none"),
     ],

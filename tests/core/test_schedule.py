@@ -6,9 +6,10 @@ import math
 import pytest
 
 from tritium.core.config import ConfigError
-from tritium.core.schedule import DECAYS, BatchRamp, ScheduleConfig, learning_rate
+from tritium.core.schedule import BatchRamp, ScheduleConfig, learning_rate
 
 TOTAL = 100
+DECAYS = ("linear", "1-sqrt", "exponential")
 SHAPES = [ScheduleConfig(kind=kind, warmup=0.1, floor=0.2) for kind in ("constant", "linear", "cosine")]
 SHAPES += [ScheduleConfig(kind="wsd", warmup=0.1, floor=0.2, decay=0.3, decay_shape=shape) for shape in DECAYS]
 

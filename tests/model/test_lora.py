@@ -247,7 +247,7 @@ def test_freezing_by_pattern_moves_only_what_is_named(tiny, tmp_path):
     options = settings(tiny, tmp_path / "odd", "chats.jsonl", "freeze", train=["layer.1.*"])
     with pytest.raises(ConfigError, match=r"finetune.train=layer.1.\* is no parameter's name"):
         sft.train(sft.Config(**options))
-    with pytest.raises(ConfigError, match="finetune.kind=freeze goes with finetune.train"):
+    with pytest.raises(ConfigError, match="finetune.kind=freeze and finetune.train"):
         FinetuneConfig("freeze")
     with pytest.raises(ConfigError, match="finetune.rank=0 must be at least 1"):
         FinetuneConfig("lora", rank=0)

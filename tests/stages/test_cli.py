@@ -102,7 +102,7 @@ def test_what_is_for_one_process_refuses_torchrun(name, capsys, monkeypatch, tmp
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.chdir(tmp_path)
     assert run_stage(name, ["--model=m"] if name == "chat" else []) == 2
-    assert "the work of one process: start it without torchrun" in capsys.readouterr().err
+    assert "runs in one process: start it without torchrun" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 

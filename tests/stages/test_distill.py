@@ -102,7 +102,7 @@ def test_logits_that_are_cut_are_refused_by_a_divergence(tiny, tmp_path, monkeyp
     monkeypatch.setattr(distill, "load_model", capped)
     arguments = [f"--model={tiny.model}", f"--teacher={tiny.model}", f"--data.sources={tiny.data('chats.jsonl')}"]
     assert cli.main(["distill", *arguments, f"--run.out={tmp_path / 'run'}"]) == 2
-    assert "does not know the softcap of Gemma 2's logits" in capsys.readouterr().err
+    assert "does not support models that soft-cap their logits" in capsys.readouterr().err
 
 
 def test_pairs_and_both_kls_together(tiny, tmp_path, teacher, monkeypatch):

@@ -101,7 +101,7 @@ def test_a_reference_with_another_vocabulary_is_refused(tiny, tmp_path, capsys):
         (["--sft=1", "--loss=kto"], "sft=1.0: loss=kto has none"),
         (["--desirable=2"], "desirable=2.0: loss=dpo has none"),
         (["--beta=0"], "beta=0.0 must be above 0"),
-        (["--online", "--loss=kto"], "not with loss=kto"),
+        (["--online", "--loss=kto"], "which loss=kto does not take"),
         (["--online", "--draw.prompts=0"], "draw.prompts=0 must be at least 1"),
         (["--loss=dpos"], "dpo"),
     ],
@@ -114,12 +114,15 @@ def test_settings_without_a_meaning_are_refused(capsys, setting, words):
 @pytest.mark.parametrize(
     ("setting", "words"),
     [
-        (["--finetune.kind=prefix", "--draw.refresh=1"], "the base of an adapter does not move"),
-        (["--finetune.kind=lora", "--draw.refresh=1"], "the base of an adapter does not move"),
-        (["--reference={wider}", "--draw.refresh=1"], "the reference has other shapes than the policy"),
-        (["--loss=simpo", "--draw.refresh=1"], "draw.refresh=1: there is no reference here"),
-        (["--draw.k=1"], "draw.k=1: of one answer no pair can be made"),
-        (["--schedule.batch_start=0.5", "--schedule.batch_ramp=2"], "a step's batch is what a round draws"),
+        (["--finetune.kind=prefix", "--draw.refresh=1"], "can't be updated from a policy that is an adapter"),
+        (["--finetune.kind=lora", "--draw.refresh=1"], "can't be updated from a policy that is an adapter"),
+        (["--reference={wider}", "--draw.refresh=1"], "reference and policy have different shapes"),
+        (["--loss=simpo", "--draw.refresh=1"], "draw.refresh=1: this loss has no reference"),
+        (["--draw.k=1"], "draw.k=1: a pair needs two answers"),
+        (
+            ["--schedule.batch_start=0.5", "--schedule.batch_ramp=2"],
+            "the batch is set by draw.prompts and draw.updates",
+        ),
     ],
 )
 def test_what_rounds_have_no_use_for_is_refused(tiny, tmp_path, capsys, setting, words):
