@@ -237,12 +237,7 @@ class Examples:
 
 
 def record_sources(
-    config: DataConfig,
-    convert: Callable[[dict], Group],
-    context: int,
-    seed: int,
-    skipped: Skipped,
-    atomic: bool = True,
+    config: DataConfig, convert: Callable[[dict], Group], context: int, seed: int, skipped: Skipped, atomic: bool = True
 ) -> tuple[list[Examples], list[Examples], list[float]]:
     """Training and held-out examples of every file: records → groups by `convert`, which raises RecordError.
 

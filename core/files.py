@@ -16,6 +16,7 @@ from tritium.core.code import repository
 from tritium.core.config import UserError
 
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")  # half of a character: JSON can spell it, UTF-8 can't
+RECORDS = (".jsonl", ".json", ".parquet")
 NEWLINE, TOKEN = "\n", 16  # characters of a literal, a number's end or an escape, which a chunk may cut
 CHUNK = 1 << 20  # characters of a JSON list that are read at a time
 SEPARATORS = re.compile(r"[\s,]*")
@@ -56,18 +57,26 @@ def open_text(path: Path):
     return (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8-sig")
 
 
+def holds_records(path: str) -> bool:
+    """Whether a file is one of records, by its name."""
+    return Path(path.removesuffix(".gz")).suffix.lower() in RECORDS
+
+
 def read_text(path: str) -> str:
     """The text of a file. Raises: DataError where it is missing, empty or not UTF-8."""
     return "".join(line for _, line in text_lines(path))
 
 
 def read_records(path: str, skipped: Skipped) -> Iterator[tuple[str, dict]]:
-    """(place, record) for each record of a .jsonl or .json file (optionally .gz); malformed lines are skipped.
+    """(place, record) for each record of a .jsonl, .json (perhaps .gz) or .parquet file; malformed lines are skipped.
 
     Raises: DataError where the file can't be read, or holds no record at all.
     """
     found = False
-    numbered = json_list(path) if is_json_list(path) else json_lines(path, skipped)
+    if path.endswith(".parquet"):
+        numbered = table_rows(path)
+    else:
+        numbered = json_list(path) if is_json_list(path) else json_lines(path, skipped)
     for place, row in numbered:
         if isinstance(row, dict):
             found = True
@@ -80,13 +89,17 @@ def read_records(path: str, skipped: Skipped) -> Iterator[tuple[str, dict]]:
 
 
 def is_json_list(path: str) -> bool:
-    """Whether a file is one JSON list: by its name, or, over several lines, by its first line.
-
-    A line of its own may begin with "[" by mistake.
-    """
-    if Path(path.removesuffix(".gz")).suffix == ".json":
-        return True
-    return next((line.strip() == "[" for _, line in text_lines(path) if line.strip()), False)
+    """Whether JSON is not a record a line: a list, or an object over several lines. A record that is cut off may look
+    like the beginning of one, but no other line goes on with it."""
+    try:
+        with opened(path) as file:
+            line = next((part for part in iter(lambda: file.readline(CHUNK), "") if part.strip()), "\n")
+        first, spread = line.strip()[:1], line.endswith("\n") and line.strip()[-1:] in ("[", "{", ",", ":")
+        if first == "[" and Path(path.removesuffix(".gz")).suffix == ".json" or line.strip() in ("[", "{"):
+            return True
+        return spread and first in "[{" and next(json_list(path), None) is not None
+    except DataError:  # not UTF-8, or damaged: read as lines, which say so
+        return False
 
 
 @contextmanager
@@ -118,7 +131,9 @@ def unreadable(path: str, error: Exception) -> DataError:
         return DataError(f"{path} is no text: of curate's pack, pretrain takes FILE.tokens.npy, with its --tokenizer")
     if isinstance(error, UnicodeDecodeError):
         where = f"byte {error.start} is {error.object[error.start]:#04x}"
-        return DataError(f"{path} is not UTF-8 text ({where}); convert it, e.g. with iconv")
+        return DataError(
+            f"{path} is not UTF-8 text ({where}); convert it, e.g. with iconv, or unpack it, e.g. with zstd -d"
+        )
     return DataError(f"{path} can't be read: {getattr(error, 'strerror', None) or error}")
 
 
@@ -160,6 +175,24 @@ def json_list(path: str) -> Iterator[tuple[str, Any]]:
             raise malformed("the list does not end", at) if state == "within" else DataError(f"{path} is empty")
 
 
+def table_rows(path: str) -> Iterator[tuple[str, Any]]:
+    """The rows of a .parquet file, without what is null in them. Raises: DataError where it can't be read."""
+    try:
+        from pyarrow import ArrowException, parquet
+    except ImportError:
+        lines = f"pandas.read_parquet({path!r}).to_json('data.jsonl', orient='records', lines=True)"
+        raise DataError(f'{path}: pip install "tritium[data]" to read parquet; or make lines of it: {lines}') from None
+    count = 0
+    try:
+        with parquet.ParquetFile(path) as table:
+            for batch in table.iter_batches(256):
+                for row in batch.to_pylist():
+                    yield f"{path}: row {count}", {key: value for key, value in row.items() if value is not None}
+                    count += 1
+    except (OSError, ArrowException) as error:
+        raise unreadable(path, error) from None
+
+
 def json_lines(path: str, skipped: Skipped) -> Iterator[tuple[str, Any]]:
     for number, line in text_lines(path):
         if line.strip():
@@ -170,12 +203,12 @@ def json_lines(path: str, skipped: Skipped) -> Iterator[tuple[str, Any]]:
 
 
 def read_documents(path: str, skipped: Skipped, repositories: bool = False) -> Iterator[str]:
-    """Raw texts: the "text" (or "content") of each record of a .jsonl or .json file; any other file is one document.
+    """Raw texts: the "text" (or "content") of each record of a file of records; any other file is one document.
 
     With `repositories`, the records of one repository ("repo", "path", "text") make one document, in the order of
     their first record.
     """
-    if Path(path.removesuffix(".gz")).suffix not in (".json", ".jsonl"):
+    if not holds_records(path):
         yield read_text(path)
         return
     files: dict[str, dict[str, str]] = {}

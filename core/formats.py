@@ -3,17 +3,19 @@
     conversation   {"messages": [{"role", "content"}, …], "tools"?}            OpenAI; typed content, tool_calls
                    {"conversations": [{"from": "human"|"gpt"|"function_call"|"observation", "value"}, …], "tools"?}
                    {"conversation": [{"system"?, "input", "output"}, …]}       unified
-                   {"instruction", "input"?, "output", "system"?, "history"?}  alpaca
-                   {"question", "answer"}                                      GSM8K and friends
+                   {"instruction", "input"?, "output", "system"?, "history"?}  alpaca; dolly's "context" and "response"
+                   {"question", "answer", "system"?}                           GSM8K and friends; "solution" first
+                   {"query", "answers", "tools"}                               xLAM's function calls
+                   {"system", "chat": "USER: …"}                               Glaive's
     preference     any of these (its answer left out, or ignored) with "chosen" and "rejected"; {"prompt", …} too; two
-                   whole conversations alone, "chosen" and "rejected"
+                   whole conversations alone, "chosen" and "rejected", as messages or as HH-RLHF's texts
     ranking        the same with "ranked": a list of answers, best first; answers of equal worth as a list in the list
     feedback       the same with "label": whether its answer, or "completion", is good
     score          the same with "completion" and "score", in [0, 1]
     steps          the same with "completions" and "labels": the steps of an answer, and whether each is right
-    problem        {"question", "answer"}; the answer is what follows "####" where there is one; also the shapes of
-                   SVAMP, MBPP and HumanEval, and {"question", "tests": [assert, …]} or {"question", "cases": [{"input",
-                   "output"}, …]}, as in rewards/code.py
+    problem        {"question", "answer"}; the answer is what follows "####" where there is one, or what a "solution"
+                   boxes; also the shapes of SVAMP, MBPP, HumanEval and verl, and {"question", "tests": [assert, …]} or
+                   {"question", "cases": [{"input", "output"}, …]}, as in rewards/code.py
 
 The form is found from the record's keys, or named (`of_form`). A record that can't be used raises `RecordError`, whose
 message says why; `files.py` reads them from files.
@@ -29,16 +31,25 @@ from typing import Any
 from tritium.core.chat import ROLES
 from tritium.core.config import UserError
 from tritium.core.files import Skipped
+from tritium.core.rewards.maths import boxed
 
 Message = dict[str, Any]  # {"role": …, "content": …}, and "weight" where it is not 1
 
 VARIABLE = re.compile(r"\{\{\s*(\w+)\s*\}\}")
 CODE_KEYS = ("tests", "setup", "entry_point", "prefix", "cases", "checker")
 SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "function_call": "assistant", "observation": "tool"}
-SHAREGPT_ROLES |= {"function": "tool", "ipython": "tool", "model": "assistant", "bot": "assistant"}
+SHAREGPT_ROLES |= {"function": "tool", "ipython": "tool", "developer": "system"}
+SHAREGPT_ROLES |= dict.fromkeys(("model", "bot", "chatgpt", "bing", "bard"), "assistant")
+SPEAKERS = {"Human": "user", "Assistant": "assistant"}  # of HH-RLHF's texts, and of Glaive's
+SPEAKERS |= {"USER": "user", "ASSISTANT": "assistant", "FUNCTION RESPONSE": "tool"}
+SPEAKER = re.compile(rf"(?:\A|\n\n)\n*({'|'.join(SPEAKERS)}): ?")
+SOLUTIONS = ("solution", "generated_solution")  # worked out: of a record with a bare answer, too, what is to be learned
+ANSWERS = ("output", "answer", "Answer", "response", "completion", "canonical_solution", "code", "ground_truth")
+REFERENCES = ("answer", "Answer", "ground_truth", "reference", "reference_answer", "expected_answer", *SOLUTIONS)
 # A form's name → the keys that tell it.
 FORMS = {"openai": ("messages",), "sharegpt": ("conversations",), "unified": ("conversation",)}
-FORMS |= {"alpaca": ("instruction",), "prompt": ("prompt",), "question": ("question", "problem")}
+FORMS |= {"alpaca": ("instruction",), "prompt": ("prompt",), "glaive": ("chat",)}
+FORMS |= {"question": ("question", "problem", "query")}
 PROMPTS = {key for keys in FORMS.values() for key in keys}
 
 
@@ -76,35 +87,77 @@ def of_form(record: dict, form: str) -> dict:
 def conversation(record: dict) -> list[Message]:
     """The messages of a record in any of the module's forms. Raises: RecordError."""
     messages = prompt_of(record)
-    for key in ("output", "answer", "Answer", "response", "completion", "canonical_solution", "code", "ground_truth"):
-        if key in record and messages[-1]["role"] != "assistant":
+    if messages[-1]["role"] != "assistant":
+        key = answer_key(record)
+        if "tools" in record and "answers" in record:  # xLAM's
+            calls = loaded(record["answers"], "list of calls")
+            messages = [*messages, one_message({"role": "assistant", "tool_calls": calls})]
+        elif key == "completion" and record.get("label") is False:
+            raise RecordError("an answer that is labelled as bad")
+        elif key and isinstance(record[key], list):
+            messages = messages + listed_messages({"messages": record[key]})
+        elif key:
             messages = [*messages, {"role": "assistant", "content": plain_answer(record[key])}]
     if not any(m["role"] == "assistant" for m in messages):
-        pair = ' ("chosen" and "rejected" are for reward and dpo)' if "chosen" in record else ""
-        raise RecordError(f"a record without an answer{pair}")
+        raise RecordError(f"a record without an answer{keys_of(record)}")
     return messages
+
+
+def answer_key(record: dict) -> str | None:
+    """Where a record has what is to be learned."""
+    solution = next((k for k in SOLUTIONS if isinstance(record.get(k), str) and record[k].strip()), None)
+    return solution or next((k for k in ANSWERS if record.get(k) is not None), None)
+
+
+def keys_of(record: dict) -> str:
+    """What a record has instead of what was looked for."""
+    if "chosen" in record:
+        return ' ("chosen" and "rejected" are for reward and dpo)'
+    return f" (keys: {', '.join(sorted(map(str, record))[:8])})"
 
 
 def prompt_of(record: dict) -> list[Message]:
     """The messages that a record spells out, without an alpaca or GSM8K answer. Raises: RecordError."""
     if "messages" in record or "conversations" in record:
         return listed_messages(record)
-    if isinstance(record.get("conversation"), list):
-        return unified_messages(record["conversation"])
+    if isinstance(turns := record.get("conversation"), list):
+        listed = turns and isinstance(turns[0], dict) and {"role", "from"} & turns[0].keys()  # LMSYS-Chat's
+        return listed_messages(record | {"messages": turns}) if listed else unified_messages(turns)
     if "instruction" in record:
         return alpaca_prompt(record)
     if isinstance(record.get("prompt"), list):
-        return listed_messages({"messages": record["prompt"]})
+        return listed_messages(record | {"messages": record["prompt"]})
+    if isinstance(record.get("chat"), str):  # Glaive's
+        system = str(record.get("system") or "").removeprefix("SYSTEM: ")
+        return listed_messages({"system": system, "messages": dialogue(record["chat"])})
     if "Body" in record and "Question" in record:  # SVAMP
         body, question = (required_text(record[key], "question").strip() for key in ("Body", "Question"))
         return [{"role": "user", "content": f"{body}{'' if body.endswith('.') else '.'} {question}"}]
-    for key in ("prompt", "question", "problem"):
+    for key in ("prompt", "question", "problem", "query", *(("text",) if "test_list" in record else ())):
         if key in record:
-            return [{"role": "user", "content": required_text(record[key], key)}]
-    if "text" in record and "test_list" in record:  # MBPP: the first test shows the function's name
-        tests = "\n".join(texts(record["test_list"], "test_list"))
-        return [{"role": "user", "content": f"{required_text(record['text'], 'question')}\n{tests}"}]
-    raise RecordError(f"a record of unknown form (keys: {', '.join(sorted(record)[:8])})")
+            return asked(record, required_text(record[key], "question" if key == "text" else key))
+    raise RecordError(f"a record of unknown form{keys_of(record)}")
+
+
+def asked(record: dict, text: str) -> list[Message]:
+    """A question as messages, with the record's system text and tools. Raises: RecordError."""
+    if text.startswith("\n\nHuman:"):
+        return listed_messages(record | {"messages": dialogue(text)})
+    if "test_list" in record:  # MBPP: its tests show the function's name
+        text = "\n".join([text, *texts(record["test_list"], "test_list")])
+    return with_tools([*system_turn(record), {"role": "user", "content": text}], record)
+
+
+def dialogue(text: str) -> list[dict]:
+    """The turns of one text that says who speaks; without an answer that is still to come."""
+    parts, turns = SPEAKER.split(text)[1:], []
+    for speaker, said in zip(parts[::2], parts[1::2], strict=True):
+        said, _, call = said.strip().removesuffix("<|endoftext|>").partition("<functioncall>")
+        turns.append({"role": SPEAKERS[speaker], "content": said.strip()})
+        if call:  # its arguments are JSON in single quotes
+            call = loaded(call.replace("'{", "{").replace("}'", "}"), "function call")
+            turns[-1]["tool_calls"] = [call]
+    return turns[:-1] if turns and turns[-1] == {"role": "assistant", "content": ""} else turns
 
 
 def unified_messages(rounds: list) -> list[Message]:
@@ -127,7 +180,7 @@ def unified_messages(rounds: list) -> list[Message]:
 
 def system_turn(record: dict) -> list[Message]:
     """The system's message, if the record has one."""
-    text = record.get("system")
+    text = record.get("system") or record.get("system_prompt")
     return [{"role": "system", "content": required_text(text, "system")}] if text else []
 
 
@@ -145,9 +198,12 @@ def listed_messages(record: dict) -> list[Message]:
             messages[-1] = joined(messages[-1], message)  # sharegpt: what it says, then what it calls
         else:
             messages.append(message)
-    if tools := record.get("tools"):
-        messages[0] = messages[0] | {"tools": tool_list(tools)}
-    return messages
+    return with_tools(messages, record)
+
+
+def with_tools(messages: list[Message], record: dict) -> list[Message]:
+    tools = record.get("tools")
+    return [messages[0] | {"tools": tool_list(tools)}, *messages[1:]] if tools else messages
 
 
 def one_message(turn: dict) -> Message:
@@ -157,7 +213,7 @@ def one_message(turn: dict) -> Message:
     if role not in ROLES:
         raise RecordError(f"an unknown role {role!r}")
     message = {"role": role} | typed_content(turn.get("content", turn.get("value")))
-    calls = turn.get("tool_calls") or []
+    calls = turn.get("tool_calls") or ([turn["function_call"]] if turn.get("function_call") else [])
     if not isinstance(calls, list):
         raise RecordError("tool_calls that are not a list")
     calls = calls + message.pop("tool_calls", [])
@@ -231,11 +287,6 @@ def loaded(value: Any, name: str) -> Any:
         raise RecordError(f"a {name} that is not JSON") from None
 
 
-def turn_text(turn: dict) -> str:
-    """The text of a turn: a string, or a list of typed parts, of which the text ones are joined."""
-    return required_text(typed_content(turn.get("content", turn.get("value")))["content"], "turn")
-
-
 def alpaca_prompt(record: dict) -> list[Message]:
     messages = system_turn(record)
     history = record.get("history") or []
@@ -244,22 +295,27 @@ def alpaca_prompt(record: dict) -> list[Message]:
     for question, answer in history:
         messages.append({"role": "user", "content": required_text(question, "question")})
         messages.append({"role": "assistant", "content": required_text(answer, "answer")})
-    instruction, extra = required_text(record["instruction"], "instruction"), record.get("input") or ""
-    if not isinstance(extra, str):
-        raise RecordError("an input that is not text")
-    messages.append({"role": "user", "content": f"{instruction}\n{extra}" if extra else instruction})
-    return messages
+    instruction, extra = record["instruction"] or "", record.get("input") or record.get("context") or ""
+    if not isinstance(instruction, str) or not isinstance(extra, str):
+        raise RecordError("an instruction or input that is not text")
+    text = "\n".join(filter(None, (instruction, extra)))
+    return [*messages, {"role": "user", "content": required_text(text, "instruction")}]
 
 
 def preference(record: dict) -> tuple[list[Message], str, str]:
     """(prompt, chosen, rejected). Raises: RecordError, also where the two answers are equal."""
     if "chosen" not in record or "rejected" not in record:
         raise RecordError('a record without "chosen" and "rejected"')
-    chosen, rejected = answer_text(record["chosen"], "chosen"), answer_text(record["rejected"], "rejected")
+    both = [record["chosen"], record["rejected"]]
+    if all(isinstance(text, str) and text.startswith("\n\nHuman:") for text in both):
+        both = [dialogue(text) for text in both]
+    chosen, rejected = answer_text(both[0], "chosen"), answer_text(both[1], "rejected")
     if chosen == rejected:
         raise RecordError("a pair whose answers are equal")
-    if isinstance(record["chosen"], list) and not PROMPTS & {*record}:
-        record = {"messages": record["chosen"]}  # the prompt is what both conversations begin with
+    if all(isinstance(turns, list) for turns in both) and both[0][:-1] != both[1][:-1]:
+        raise RecordError("a pair of conversations that differ before their last turns")
+    if isinstance(both[0], list) and not PROMPTS & {*record}:
+        record = record | {"messages": both[0]}  # the prompt is what both conversations begin with
     return open_prompt(record), chosen, rejected
 
 
@@ -273,7 +329,7 @@ def feedback(record: dict) -> tuple[list[Message], list[tuple[str, bool]]]:
         return prompt, [(chosen, True), (rejected, False)]
     label = record["label"]
     if label not in (True, False):
-        raise RecordError(f"a label that is neither true nor false: {label!r}")
+        raise RecordError(f"a label that is neither true nor false: {str(label)[:40]!r}")
     answer = next((record[key] for key in ("completion", "messages", "conversations") if key in record), None)
     return open_prompt(record), [(answer_text(answer, "completion"), bool(label))]
 
@@ -296,7 +352,7 @@ def steps(record: dict) -> tuple[list[Message], list[tuple[str, bool]]]:
     """(prompt, [(step, whether it is right)]). Raises: RecordError."""
     texts, labels = record.get("completions"), record.get("labels")
     if not isinstance(texts, list) or not isinstance(labels, list) or not texts or len(texts) != len(labels):
-        raise RecordError('a record without "completions" and "labels", two lists of the same length')
+        raise RecordError('a record without "completions" and "labels", two lists of one length (see trl-lib/prm800k)')
     if any(label not in (True, False) for label in labels):
         raise RecordError(f"a label that is neither true nor false: {labels}")
     return open_prompt(record), [(required_text(t, "step"), bool(x)) for t, x in zip(texts, labels, strict=True)]
@@ -333,7 +389,12 @@ def answer_text(value: Any, name: str) -> str:
     """An answer given as a string, as one turn, or as a conversation whose last turn it is."""
     if isinstance(value, list) and value:
         value = value[-1]
-    return turn_text(value) if isinstance(value, dict) else required_text(value, name)
+    if not isinstance(value, dict):
+        return required_text(value, name)
+    message = one_message({"from": "assistant"} | value)
+    if message["role"] != "assistant":
+        raise RecordError(f"a {name} conversation that does not end with an answer")
+    return required_text(message["content"], name)
 
 
 def problem(record: dict) -> tuple[list[Message], str]:
@@ -344,10 +405,13 @@ def problem(record: dict) -> tuple[list[Message], str]:
     """
     if tests := tests_of(record):
         return open_prompt({k: v for k, v in record.items() if k not in CODE_KEYS}), json.dumps(tests)
-    key = next((key for key in ("answer", "Answer", "ground_truth", "reference") if key in record), None)
+    if isinstance(judge := record.get("reward_model"), dict):  # verl's
+        record = record | {"ground_truth": judge.get("ground_truth")}
+    key = next((key for key in REFERENCES if record.get(key) not in (None, "")), None)
     if key is None:
-        raise RecordError("a record without an answer")
+        raise RecordError(f"a record without an answer{keys_of(record)}")
     answer = plain_answer(record[key]).rpartition("\nA: " if key == "ground_truth" else "####")[2].strip()
+    answer = boxed(answer) or answer if key in SOLUTIONS else answer
     return open_prompt({k: v for k, v in record.items() if k != key}), required_text(answer, "answer")
 
 
@@ -358,7 +422,8 @@ def tests_of(record: dict) -> dict:
         return tests | {"entry_point": record["entry_point"], "prefix": required_text(record.get("prompt"), "prompt")}
     if "test_list" in record:  # MBPP
         tests = texts(record["test_list"], "test_list")
-        return {"tests": tests, "setup": record.get("test_setup_code") or ""} | called(record)
+        setup = record.get("test_setup_code") or "\n".join(record.get("test_imports") or ())
+        return {"tests": tests, "setup": setup} | called(record)
     if "tests" in record:
         texts(record["tests"], "tests")
     if "cases" in record and not (isinstance(record["cases"], list) and record["cases"]):
@@ -393,7 +458,9 @@ def texts(value: Any, name: str) -> list[str]:
 
 
 def required_text(value: Any, name: str) -> str:
-    if not isinstance(value, str) or not value.strip():
+    if value and not isinstance(value, str):
+        raise RecordError(f"a record whose {name} is not text")
+    if not value or not value.strip():
         raise RecordError(
             f"a record without an answer (its {name} is empty)" if name == "answer" else f"an empty {name}"
         )

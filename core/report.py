@@ -16,15 +16,8 @@ from tritium.core.metrics import read_lines
 
 Points = Sequence[tuple[float, float]]
 
-_STAGE_COLUMNS = {
-    "name": "stage",
-    "metric": "metric",
-    "before": "before",
-    "after": "after",
-    "seconds": "seconds",
-    "tokens_per_second": "tokens/s",
-    "checkpoint": "checkpoint",
-}
+_STAGE_COLUMNS = ("name", "metric", "before", "after", "seconds", "tokens_per_second", "checkpoint")
+_LABELS = {"name": "stage", "tokens_per_second": "tokens/s"}  # others are their names
 
 # Okabe and Ito's colours, told apart by most colour-blind readers and visible on white and on black.
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
@@ -216,7 +209,7 @@ def section(heading: str, body: str) -> str:
 
 
 def _stage_table(stages: Sequence[Mapping[str, Any]]) -> str:
-    head = "".join(f'<th scope="col">{label}</th>' for label in _STAGE_COLUMNS.values())
+    head = "".join(f'<th scope="col">{_LABELS.get(key, key)}</th>' for key in _STAGE_COLUMNS)
     rows = ("".join(cell(stage.get(key)) for key in _STAGE_COLUMNS) for stage in stages)
     body = "".join(f"<tr>{row}</tr>" for row in rows)
     return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'

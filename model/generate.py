@@ -128,11 +128,7 @@ class Engine:
         return bool(self.running or self.waiting or self.calling)
 
     def submit(
-        self,
-        prompt: Sequence[int],
-        options: Options,
-        seeds: Sequence[tuple[int, int]],
-        decoder: Callable | None = None,
+        self, prompt: Sequence[int], options: Options, seeds: Sequence[tuple[int, int]], decoder: Callable | None = None
     ) -> list[Running]:
         """One sample of `prompt` for each seed, a Philox key; `decoder` in place of the engine's.
 

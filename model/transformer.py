@@ -37,15 +37,7 @@ from tritium.model.config import ModelConfig
 from tritium.model.rope import dynamic_rope, rope_table
 from tritium.parallel.context import ContextAttention, Split, gather_results
 from tritium.parallel.mesh import Mesh
-from tritium.parallel.tensor import (
-    Sharding,
-    all_reduce,
-    embedding_part,
-    gather_tokens,
-    scatter_tokens,
-    shard,
-    unshard,
-)
+from tritium.parallel.tensor import Sharding, all_reduce, embedding_part, gather_tokens, scatter_tokens, shard, unshard
 
 HEAD_ROWS = 256  # the head's input is a multiple of this
 IGNORE = -100  # the target of a token that predicts nothing: linear_logprob leaves it out

@@ -15,7 +15,6 @@ from contextlib import suppress
 from dataclasses import dataclass
 from importlib import import_module
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,7 +23,7 @@ from tritium.core.batch import Document, Group, PackedBatch, pack, plan_bins
 from tritium.core.chat import find_template, render
 from tritium.core.config import ConfigError, UserError, listed, load
 from tritium.core.data import DataConfig, encode_documents, fit, packed_shard, parse_sources
-from tritium.core.files import Skipped, opened, read_documents, read_records
+from tritium.core.files import Skipped, holds_records, opened, read_documents, read_records
 from tritium.core.formats import problem, usable
 from tritium.core.groups import conversation_group, feedback_group, preference_group
 from tritium.core.setup import load_tokenizer, read_shape
@@ -154,7 +153,7 @@ def text_ids(path: str, data: DataConfig, tokenizer: Tokenizer, skipped: Skipped
         tokens, starts = packed_shard(path, tokenizer)
         yield from (tokens[a:b] for a, b in zip(starts, np.append(starts[1:], len(tokens)), strict=True))
         return
-    if Path(path.removesuffix(".gz")).suffix in (".json", ".jsonl"):
+    if holds_records(path):
         texts = read_documents(path, skipped, data.repositories)
     else:
         with opened(path) as file:

@@ -1,13 +1,4 @@
 """Conversations as token ids and weights, in the format that a model was made for."""
 
-from tritium.core.chat.render import (
-    ROLES,
-    THINKING,
-    ChatError,
-    Rendered,
-    parse_reasoning,
-    render,
-    stop_ids,
-    template_text,
-)
+from tritium.core.chat.render import ROLES, THINKING, ChatError, parse_reasoning, render, stop_ids
 from tritium.core.chat.templates import TEMPLATES, find_template

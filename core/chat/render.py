@@ -24,13 +24,8 @@ from tritium.core.config import UserError
 from tritium.core.tokenizer import END_THINK, THINK, Tokenizer
 
 # Which role may follow which; "" stands for the beginning.
-_FOLLOWERS = {
-    "": ("system", "user"),
-    "system": ("user",),
-    "user": ("assistant",),
-    "assistant": ("user", "tool"),
-    "tool": ("tool", "assistant", "user"),
-}
+_FOLLOWERS = {"": ("system", "user"), "system": ("user",), "user": ("assistant",)}
+_FOLLOWERS |= {"assistant": ("user", "tool"), "tool": ("tool", "assistant", "user")}
 ROLES = tuple(role for role in _FOLLOWERS if role)
 THINKING = ("", "keep", "history", "mask")
 
@@ -85,20 +80,6 @@ def render(
         parts.append(Part(eos, True, True, parts[-1].weight))
     _encode(tokenizer, parts, rendered)
     return rendered
-
-
-def template_text(
-    name: str,
-    messages: Sequence[Message],
-    bos: str = "",
-    eos: str = "",
-    *,
-    generation_prompt: bool = False,
-    thinking: str = "",
-) -> str:
-    """The text that a template makes of the messages. Raises: ChatError, as `render`."""
-    parts = _parts(TEMPLATES[name], messages, bos, eos, generation_prompt, thinking)
-    return "".join(part.text.replace(LITERAL, "") if part.marker else part.text for part in parts)
 
 
 def _encode(tokenizer: Tokenizer, parts: Sequence[Part], rendered: Rendered) -> None:

@@ -12,7 +12,7 @@ from itertools import zip_longest
 from typing import Any
 
 from tritium.core.curate.step import Document
-from tritium.core.formats import RecordError, conversation, number_text, problem, required_text, tests_of
+from tritium.core.formats import RecordError, answer_key, conversation, number_text, problem, required_text
 from tritium.core.rewards.maths import boxed
 
 LONGEST_REFERENCE = 100  # characters: a longer "answer" without "####" is an explanation, which nothing compares with
@@ -37,10 +37,9 @@ def parse(record: Any) -> Document:
     return document
 
 
-def asked(prompt: Any, gold: Any, reference: Any = "", others: Sequence[dict] = (), system: str = "") -> Document:
+def asked(prompt: Any, gold: Any, reference: Any = "", others: Sequence[dict] = ()) -> Document:
     """A problem, where there is a reference; else a chat. Empty answers are left out."""
-    messages = [{"role": "system", "content": required_text(system, "system")}] if system else []
-    messages.append({"role": "user", "content": required_text(prompt, "question")})
+    messages = [{"role": "user", "content": required_text(prompt, "question")}]
     return answered(messages, [{"text": gold, "by": "gold"}, *others], reference)
 
 
@@ -112,30 +111,25 @@ def codeforces(record: dict) -> Document:
     return asked(prompt, record.get("editorial"), reference)
 
 
-def orca(record: dict) -> Document:
-    return asked(record["question"], record["response"], system=record["system_prompt"])
-
-
 def text(value: Any) -> Document:
     return {"kind": "text", "text": required_text(value, "text")}
 
 
 def other(record: dict) -> Document:
     """What core/formats.py reads; beside it, GSM8K's model solutions."""
-    tests = tests_of(record)
-    key = next((k for k in ("answer", "Answer", "ground_truth", "reference") if k in record), None)
-    if not tests and key is None:
+    try:
+        messages, reference = problem(record)
+    except RecordError:
         return chat(record)
-    messages, reference = problem(record)
-    if tests:
+    gold = record.get(answer_key(record)) or ""
+    if reference.startswith('{"'):  # tests
         solution = record.get("canonical_solution")
         gold = fenced(record["prompt"] + solution if solution else record.get("code"))
-    else:
-        gold = record[key] if isinstance(record[key], str) else number_text(record[key])
-        reference = reference if len(reference) <= LONGEST_REFERENCE else ""
+    elif len(reference) > LONGEST_REFERENCE:
+        reference = ""
     marked = {name: v for name, v in record.items() if isinstance(v, dict) and {"solution", "is_correct"} <= v.keys()}
     others = [{"text": v["solution"], "by": name} | mark(v["is_correct"]) for name, v in marked.items()]
-    return answered(messages, [{"text": CALCULATOR.sub("", gold), "by": "gold"}, *others], reference)
+    return answered(messages, [{"text": CALCULATOR.sub("", str(gold)), "by": "gold"}, *others], reference)
 
 
 def chat(record: dict) -> Document:
@@ -204,7 +198,6 @@ LAYOUTS: list[tuple[set[str], Callable[[dict], Document]]] = [
     ({"problem", "generations"}, maths),
     ({"problem", "solution"}, maths),
     ({"question", "reference_answer"}, maths),
-    ({"system_prompt", "question", "response"}, orca),
     ({"html"}, lambda r: text(html_text(r["html"]))),
     ({"text", "test_list"}, other),
     ({"text"}, lambda r: text(r["text"])),

@@ -17,17 +17,19 @@ from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain, count
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from tritium.core.config import ConfigError, opt
 from tritium.core.curate.kept import digest, state
 from tritium.core.curate.layouts import html_text, parse
 from tritium.core.curate.runner import write_atomically
 from tritium.core.curate.step import Context, Document, Drop, Job, Piece, Step
-from tritium.core.files import CHUNK, LONE_SURROGATE, DataError, json_list, opened
+from tritium.core.files import LONE_SURROGATE, DataError, holds_records, is_json_list, json_list, table_rows
 from tritium.core.formats import RecordError
 from tritium.core.output import whole_file
 
+WIDE = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+CONTROLS = bytes([*range(9), *range(14, 27), *range(28, 32)])  # which compressed files and images are full of
 LONGEST_NAME = 50  # characters of a source's file name in those of its shards: a file system takes 255 bytes
 
 
@@ -35,7 +37,7 @@ LONGEST_NAME = 50  # characters of a source's file name in those of its shards: 
 class Collect(Step):
     """Documents from files."""
 
-    sources: list[str] = opt([], "files, or patterns: .jsonl, .json, .txt, .html, each also with .gz")
+    sources: list[str] = opt([], "files, or patterns: .jsonl, .json, .txt, .html, each also with .gz, .parquet")
     source: str = opt("", "what the documents call their source (default: the file's name)")
     licence: str = opt("unknown", "under which it was published")
     limit: int = opt(0, "use only the first records of each file (0: all)", least=0)
@@ -50,7 +52,8 @@ class Collect(Step):
             b"\0".decode(self.encoding, "replace")
         except LookupError:  # also of one that Python knows, but not as an encoding of text
             raise ConfigError(f"encoding={self.encoding!r} is not one of text that Python knows") from None
-        self.paths()
+        for path in self.paths():
+            readable(path)
 
     def paths(self) -> list[str]:
         found = {}
@@ -154,7 +157,7 @@ def stem(path: str) -> str:
 def kind_of(path: str) -> str:
     """How a file is read: "lines" of JSON, "text", or "html"."""
     suffix = Path(path.removesuffix(".gz")).suffix.lower()
-    return "html" if suffix in (".html", ".htm", ".xhtml") else "lines" if suffix in (".json", ".jsonl") else "text"
+    return "html" if suffix in (".html", ".htm", ".xhtml") else "lines" if holds_records(path) else "text"
 
 
 @dataclass(frozen=True)
@@ -164,18 +167,19 @@ class Unpack:
     scratch: Path
 
     def __call__(self, path: str) -> tuple[str, str]:
-        wide, lines = is_wide(path), kind_of(path) == "lines"
-        listed = lines and not wide and over_lines(path)
-        if not (wide or listed or path.endswith(".gz")):
+        wide, lines, table = beginning(path)[:2] in WIDE, kind_of(path) == "lines", path.endswith(".parquet")
+        listed = lines and not wide and not table and is_json_list(path)
+        if not (wide or listed or table or path.endswith(".gz")):
             return path, ""
-        suffix = Path(path.removesuffix(".gz")).suffix
+        suffix = ".jsonl" if table else Path(path.removesuffix(".gz")).suffix
         plain = self.scratch / f"{stem(path)[:LONGEST_NAME]}-{digest(path, state(path))[:12]}{suffix}"
         said = plain.with_suffix(".damage")
         if not said.exists():
             damage = ""
             with whole_file(plain) as out:
                 try:
-                    for chunk in listed_lines(path) if listed else chunks(path, wide):
+                    rows = table_rows(path) if table else json_list(path)
+                    for chunk in json_rows(rows) if listed or table else chunks(path, wide):
                         out.write(chunk)
                 except (DataError, OSError, EOFError, zlib.error) as error:
                     damage = f"{Path(path).name}: {error}".replace(str(Path(path).parent), "…")
@@ -188,30 +192,23 @@ def unzipped(path: str) -> BinaryIO:
     return (gzip.open if path.endswith(".gz") else open)(path, "rb")
 
 
-def is_wide(path: str) -> bool:
-    """Whether a file is UTF-16, by its mark."""
+def beginning(path: str) -> bytes:
     with suppress(OSError, EOFError, zlib.error), unzipped(path) as file:
-        return file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
-    return False  # damaged: `chunks` will tell
+        return file.read(4096)
+    return b""  # damaged: `chunks` will tell
 
 
-def over_lines(path: str) -> bool:
-    """Whether JSON is not a record a line: a list, or an object over several lines. A record that is cut off may look
-    like the beginning of one, but no other line goes on with it."""
-    try:
-        with opened(path) as file:
-            line = next((part for part in iter(lambda: file.readline(CHUNK), "") if part.strip()), "\n")
-        first, spread = line.strip()[:1], line.endswith("\n") and line.strip()[-1:] in ("[", "{", ",")
-        if first == "[" and Path(path.removesuffix(".gz")).suffix == ".json" or line.strip() in ("[", "{"):
-            return True
-        return spread and first in "[{" and next(json_list(path), None) is not None
-    except DataError:  # not UTF-8, or damaged: read as lines, which can take it
-        return False
+def readable(path: str) -> None:
+    """Raises: DataError for a file that is neither text nor a table, and would be read as rubbish."""
+    if path.endswith(".parquet"):
+        next(table_rows(path), None)
+    elif (head := beginning(path))[:2] not in WIDE and len(head.translate(None, CONTROLS)) < 0.98 * len(head):
+        raise DataError(f"sources: {path} is no text: leave it out, or unpack it (of archives, .gz alone is read)")
 
 
-def listed_lines(path: str) -> Iterator[bytes]:
-    for _, item in json_list(path):
-        yield json.dumps(item).encode() + b"\n"
+def json_rows(rows: Iterator[tuple[str, Any]]) -> Iterator[bytes]:
+    for _, row in rows:
+        yield json.dumps(row, default=str).encode() + b"\n"  # of a table's dates, what they are called
 
 
 def chunks(path: str, wide: bool) -> Iterator[bytes]:

@@ -161,28 +161,13 @@ def abstains(text: str) -> bool:
 
 
 JUDGES: dict[str, Any] = {
-    "exact": ExactMatch,
-    "number": NumberMatch,
-    "math": MathMatch,
-    "code": Code,
-    "regex": Regex,
-    "tags": lambda *names: Tags(names or ("think",)),
-    "json": lambda *keys: Json(keys),
-    "length": Length,
-    "repetition": Repetition,
-    "language": Language,
-    "words": Words,
-    "rules": Rules,
+    "exact": ExactMatch, "number": NumberMatch, "math": MathMatch, "code": Code, "regex": Regex, "length": Length,
+    "tags": lambda *names: Tags(names or ("think",)), "json": lambda *keys: Json(keys), "repetition": Repetition,
+    "language": Language, "words": Words, "rules": Rules, "judge": open_judge, "gate": Gate, "clip": Clip,
     "model": lambda folder, **weights: ModelReward(folder, weights=weights),
     "process": lambda folder, over="min": ProcessReward(folder, over=over),
-    "judge": open_judge,
-    "gate": Gate,
-    "clip": Clip,
-    "ensemble": lambda *judges, k=0.0: Ensemble(judges, k),
-    "abstain": Abstain,
-}
-
-
+    "ensemble": lambda *judges, k=0.0: Ensemble(judges, k), "abstain": Abstain,
+}  # fmt: skip
 ASKS = {"gate": 2, "clip": 1, "abstain": 1, "ensemble": 100}  # how many of their first arguments are judges
 
 

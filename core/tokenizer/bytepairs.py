@@ -215,3 +215,10 @@ def merge_ranks(vocab: dict[str, int], merges: Sequence[Any]) -> dict[bytes, int
         token = "".join(merge.split(" ") if isinstance(merge, str) else merge)
         ranks.setdefault(bytes(map(alphabet.__getitem__, token)), vocab[token])
     return ranks
+
+
+def hugging_face(content: dict, added: Container[str]) -> BytePairs:
+    """The engine of a tokenizer.json. Raises: UserError for a kind of step that is not known here."""
+    vocab, merges = content["model"]["vocab"], content["model"]["merges"]
+    ranks = id_ranks(vocab, added) if content["model"].get("ignore_merges") else merge_ranks(vocab, merges)
+    return BytePairs(ranks, pre_tokenizers(content["pre_tokenizer"]), normalisers(content["normalizer"]))

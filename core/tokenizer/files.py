@@ -18,16 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from tritium.core.config import UserError
-from tritium.core.tokenizer.bytepairs import (
-    GPT2,
-    KNOWN,
-    BytePairs,
-    id_ranks,
-    merge_ranks,
-    normalisers,
-    pattern,
-    pre_tokenizers,
-)
+from tritium.core.tokenizer.bytepairs import GPT2, KNOWN, BytePairs, hugging_face, merge_ranks, pattern
 from tritium.core.tokenizer.pieces import Pieces
 
 KEPT = ("tokenizer.model", "tokenizer.json", "tekken.json", "vocab.json", "merges.txt", "tokenizer_config.json")
@@ -214,14 +205,11 @@ def read_hugging_face(content: dict, found: dict[str, bytes]) -> Parts:
         )
     tokens = content.get("added_tokens") or []
     added = {t["content"]: Added(t["content"], t["id"], **{name: t[name] for name in FLAGS}) for t in tokens}
-    whole = model.get("ignore_merges")
-    ranks = id_ranks(model["vocab"], added) if whole else merge_ranks(model["vocab"], model["merges"])
-    engine = BytePairs(ranks, pre_tokenizers(content["pre_tokenizer"]), normalisers(content["normalizer"]))
     ends = "<|endoftext|>", "<|end_of_text|>", "<｜end▁of▁sentence｜>", "</s>"
     starts = "<|begin_of_text|>", "<｜begin▁of▁sentence｜>", "<s>"
     named = {"eos": ends, "bos": starts}  # until a configuration says otherwise
     names = {name: next((added[t].id for t in known if t in added), None) for name, known in named.items()}
-    return Parts(engine, added, names)
+    return Parts(hugging_face(content, added), added, names)
 
 
 def read_gpt2(vocab: dict, found: dict[str, bytes]) -> Parts:

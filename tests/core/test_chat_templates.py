@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 import tritium
-from tritium.core.chat import TEMPLATES, ChatError, find_template, render, stop_ids, template_text
+from tritium.core.chat import TEMPLATES, ChatError, find_template, render, stop_ids
+from tritium.core.chat.render import _parts
+from tritium.core.chat.tools import LITERAL
 from tritium.core.config import UserError
 from tritium.core.formats import conversation
 from tritium.core.tokenizer import Tokenizer
@@ -33,6 +35,12 @@ TOOLS = [
     {"role": "tool", "content": "6"},
     {"role": "assistant", "content": "4 and 6"},
 ]
+
+
+def template_text(name: str, messages, bos: str = "", eos: str = "", generation_prompt=False, thinking="") -> str:
+    """The text that a template makes of the messages."""
+    parts = _parts(TEMPLATES[name], messages, bos, eos, generation_prompt, thinking)
+    return "".join(part.text.replace(LITERAL, "") if part.marker else part.text for part in parts)
 
 
 @needs_data

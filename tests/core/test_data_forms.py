@@ -1,6 +1,7 @@
 """What people's files become: every record of real ones, tools, variables, turns, normalisation, code."""
 
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +12,12 @@ import tritium
 from tritium.core.batch import Document, pack
 from tritium.core.code import fill_in_the_middle, hole_markers, repository
 from tritium.core.config import ConfigError, UserError
+from tritium.core.curate.runner import run_steps
+from tritium.core.curate.sources import Collect
+from tritium.core.curate.step import Context, read_shard
 from tritium.core.data import DataConfig, encode_documents, record_sources
-from tritium.core.files import Skipped, read_documents, read_records
-from tritium.core.formats import RecordError, conversation, feedback, fill, problem
+from tritium.core.files import DataError, Skipped, read_documents, read_records
+from tritium.core.formats import RecordError, conversation, feedback, fill, preference, problem
 from tritium.core.groups import conversation_group, normalized, preference_group
 from tritium.core.tokenizer import Tokenizer, train_tokenizer
 
@@ -68,6 +72,105 @@ def test_every_usable_record_of_real_files_is_used(tokenizer, file):
         except RecordError as error:
             assert "answers are equal" in str(error)
     assert used == USABLE[file]
+
+
+def said(role: str, content: str) -> dict:
+    return {"role": role, "content": content}
+
+
+ASKED = [said("user", "Q")]
+CALL = {"name": "f", "arguments": {"a": "it's"}}
+DOWNLOADED = {  # records as the datasets have them, without what nobody reads
+    "OpenOrca": ({"system_prompt": "S", "question": "Q", "response": "A"}, [said("system", "S"), *ASKED]),
+    "dolly": ({"instruction": "Q", "context": "of this", "response": "A"}, [said("user", "Q\nof this")]),
+    "MetaMathQA": ({"type": "GSM", "query": "Q", "original_question": "O", "response": "A"}, ASKED),
+    "MATH": ({"problem": "Q", "level": "Level 5", "type": "Algebra", "solution": "A"}, ASKED),
+    "NuminaMath-1.5": ({"problem": "Q", "solution": "A", "answer": "3", "problem_is_valid": "Yes"}, ASKED),
+    "OpenMathInstruct-2": ({"problem": "Q", "generated_solution": "A", "expected_answer": "3"}, ASKED),
+    "TRL": ({"prompt": ASKED, "completion": [said("assistant", "A")]}, ASKED),
+    "ShareGPT": ({"conversations": [{"from": "human", "value": "Q"}, {"from": "chatgpt", "value": "A"}]}, ASKED),
+    "LMSYS-Chat": ({"conversation": [said("user", "Q"), said("assistant", "A")]}, ASKED),
+    "MBPP, sanitized": (
+        {"prompt": "Q", "code": "A", "test_imports": ["import math"], "test_list": ["assert f()"]},
+        [said("user", "Q\nassert f()")],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DOWNLOADED)
+def test_datasets_are_read_as_they_were_downloaded(name):
+    record, question = DOWNLOADED[name]
+    assert conversation(record) == [*question, said("assistant", "A")]
+
+
+def test_references_of_downloaded_problems():
+    assert problem({"problem": "Q", "solution": "so $\\boxed{3}$."}) == (ASKED, "3")
+    assert problem({"prompt": ASKED, "reward_model": {"ground_truth": "3", "style": "rule"}}) == (ASKED, "3")
+    assert problem({"problem": "Q", "expected_answer": "3", "generated_solution": "it is 4"}) == (ASKED, "3")
+    assert json.loads(problem(DOWNLOADED["MBPP, sanitized"][0])[1])["setup"] == "import math"
+
+
+def test_function_calls_of_xlam_and_glaive():
+    tools = [{"name": "f", "description": "d", "parameters": {}}]
+    asked, called = conversation({"query": "Q", "answers": json.dumps([CALL]), "tools": json.dumps(tools)})
+    assert asked == said("user", "Q") | {"tools": tools} and called["tool_calls"] == [CALL]
+    chat = 'USER: Q\n\n\nASSISTANT: <functioncall> {"name": "f", "arguments": \'{"a": "it\'s"}\'} <|endoftext|>'
+    chat += '\n\n\nFUNCTION RESPONSE: {"b": 1}\n\n\nASSISTANT: First.\n\nThen. <|endoftext|>\n\n\n'
+    messages = conversation({"system": "SYSTEM: S", "chat": chat})
+    assert [m["role"] for m in messages] == ["system", "user", "assistant", "tool", "assistant"]
+    assert messages[0]["content"] == "S" and messages[2]["tool_calls"] == [CALL]
+    assert messages[4]["content"] == "First.\n\nThen."
+    old = {"messages": [*ASKED, {"role": "assistant", "content": None, "function_call": CALL}]}
+    assert conversation(old)[1]["tool_calls"] == [CALL]
+
+
+def test_pairs_that_share_their_prompt():
+    start = "\n\nHuman: one\n\nAssistant: two\n\nthree\n\nHuman: Q\n\nAssistant:"
+    pair = {"chosen": f"{start} A", "rejected": f"{start} B"}  # HH-RLHF
+    before = [said("user", "one"), said("assistant", "two\n\nthree")]
+    assert preference(pair) == ([*before, *ASKED], "A", "B")
+    assert preference({"system": "S", "question": "Q", "chosen": "A", "rejected": "B"})[0] == [
+        said("system", "S"),
+        *ASKED,
+    ]
+    assert problem({"prompt": start, "answer": "A"})[0] == [*before, *ASKED]
+    for rejected, words in (
+        (start, "does not end with an answer"),
+        (start.replace("two", "2") + " B", "differ before their last turns"),
+    ):
+        with pytest.raises(RecordError, match=words):
+            preference(pair | {"rejected": rejected})
+    with pytest.raises(RecordError, match="for reward and dpo"):
+        conversation(pair)
+    with pytest.raises(RecordError, match="labelled as bad"):
+        conversation({"prompt": "Q", "completion": "A", "label": False})
+
+
+def test_tables_are_read_and_what_is_packed_says_how_to_unpack_it(tmp_path):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    rows = [{"question": f"Q{i}", "answer": str(i), "messages": None} for i in range(600)]
+    parquet.write_table(sys.modules["pyarrow"].Table.from_pylist(rows), file := tmp_path / "a.parquet")
+    assert [conversation(r)[1]["content"] for _, r in read_records(str(file), Skipped("raise"))] == list(
+        map(str, range(600))
+    )
+    document, *_ = read_shard(collected(tmp_path / "out", file))
+    assert document["messages"] == [said("user", "Q0")] and document["reference"] == "0"
+    file.write_bytes(file.read_bytes()[:99])
+    (zst := tmp_path / "a.jsonl.zst").write_bytes(b"(\xb5/\xfd\x00\x99\xff")
+    for damaged, words in ((file, "can't be read"), (zst, "or unpack it, e.g. with zstd -d")):
+        with pytest.raises(DataError, match=words):
+            list(read_records(str(damaged), Skipped()))
+    with pytest.raises(DataError, match="a.jsonl.zst is no text: leave it out, or unpack it"):
+        Collect(sources=[str(zst)]).check()
+    (image := tmp_path / "a.png").write_bytes(b"\x89PNG" + bytes(100))
+    with pytest.raises(DataError, match="a.png is no text: leave it out"):
+        Collect(sources=[str(image)]).check()
+
+
+def collected(out: Path, file: Path) -> str:
+    context = Context(out, out / "scratch", 0, 1 << 20, 1 << 20, map=None, cache=out / "said.sqlite")
+    *_, _ = run_steps({"collect": Collect(sources=[str(file)])}, context, 1)
+    return str(next((out / "steps" / "00-collect").glob("*.jsonl")))
 
 
 @needs_data

@@ -132,7 +132,7 @@ def test_one_json_list_is_read_and_its_mistake_has_a_line(tmp_path):
     with pytest.raises(DataError, match="a.json:3: malformed JSON"):
         records(file)
     file.write_text('"a"')
-    with pytest.raises(DataError, match="list of records"):
+    with pytest.raises(DataError, match="a .json list of them"):
         records(file)
 
 
