@@ -23,7 +23,7 @@ from torch import Tensor
 
 from tritium.kernels.attention_mask import Options, documents, visible
 from tritium.kernels.backend import graph_break, without_autocast
-from tritium.kernels.blocks import once_differentiable
+from tritium.kernels.blocks import Function
 from tritium.kernels.wide import widened
 
 SCORE_BYTES = 2 << 20  # fp32 scores held at a time: they should stay in the cache
@@ -299,7 +299,7 @@ def _backward(do, q, k, v, o, lse, dlse, plan, options: Options, kept: list[Tens
     return queries.unpad(dq), keys.unpad(dk), keys.unpad(dv)
 
 
-class _Attention(torch.autograd.Function):
+class _Attention(Function):
     @staticmethod
     def forward(ctx, q, k, v, plan, options, keep):
         o, lse, kept = _forward(q, k, v, plan, options, keep)
@@ -309,7 +309,6 @@ class _Attention(torch.autograd.Function):
         return o, lse
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, do, dlse):
         q, k, v, o, lse, *kept = ctx.saved_tensors
         do = torch.zeros_like(o) if do is None else do

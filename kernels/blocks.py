@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from tritium.kernels.backend import tl, triton
 
@@ -50,8 +51,26 @@ def _kind(x: object) -> str:
     return str(x.dtype) if isinstance(x, Tensor) else f"a {type(x).__name__} and no tensor"
 
 
-def once_differentiable(backward: Callable) -> Callable:
-    """torch's, which is silent where the incoming gradient is a constant: a gradient penalty would not be trained."""
+class Function(torch.autograd.Function):
+    """torch's, with what all ops need of it, in `forward` and in `backward`."""
+
+    def __init_subclass__(cls):
+        cls.forward, cls.backward = staticmethod(_fresh(cls.forward)), staticmethod(_once(cls.backward))
+
+
+def _fresh(forward: Callable) -> Callable:
+    """Traced by torch 2.11, an output that was last written in place has no gradient, in silence: it goes as a view."""
+
+    def run(ctx, *arguments):
+        outputs = forward(ctx, *arguments)
+        return tree_map_only(Tensor, Tensor.detach, outputs) if torch.compiler.is_compiling() else outputs
+
+    return run
+
+
+def _once(backward: Callable) -> Callable:
+    """Differentiable once. torch's is silent where the incoming gradient is a constant: a gradient penalty would not be
+    trained."""
     once = torch.autograd.function.once_differentiable(backward)
 
     def run(ctx, *gradients):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from tritium.kernels.backend import Target, operator, require_one_device, tl, triton, use_triton, without_autocast
-from tritium.kernels.blocks import once_differentiable, require_float, tanh, unit_stride
+from tritium.kernels.blocks import Function, require_float, tanh, unit_stride
 from tritium.kernels.head import HeadOptions, check_targets
 from tritium.kernels.head_triton import LOG2_E, PROGRAMS, tile_bytes
 from tritium.kernels.registry import Launch, Shape, launch_of, register
@@ -239,7 +239,7 @@ def _torch_backward(logits, targets, top, log_sum, g_lse, g_picked, g_total, sof
 
 
 # Autograd and the public function -------------------------------------------------------------------------------------
-class _Statistics(torch.autograd.Function):
+class _Statistics(Function):
     """lse, the target's logit and Σ z of each token; the softmax is made again backward."""
 
     @staticmethod
@@ -251,7 +251,6 @@ class _Statistics(torch.autograd.Function):
         return tuple(results)
 
     @staticmethod
-    @once_differentiable
     @without_autocast
     def backward(ctx, *gradients):
         by = _backward if ctx.kernels else _torch_backward

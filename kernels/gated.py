@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tritium.kernels.backend import apply, operator, tl, triton, use_triton
-from tritium.kernels.blocks import as_rows, once_differentiable, require_float
+from tritium.kernels.blocks import Function, as_rows, require_float
 from tritium.kernels.registry import Launch, Shape, launch_of
 
 # Triton ---------------------------------------------------------------------------------------------------------------
@@ -149,7 +149,7 @@ def _torch_backward(dy, gate, up, gelu):
 
 
 # Autograd and what is public ------------------------------------------------------------------------------------------
-class _Gated(torch.autograd.Function):
+class _Gated(Function):
     @staticmethod
     def forward(ctx, gate, up, gelu, kernels):
         ctx.save_for_backward(gate, up)
@@ -157,7 +157,6 @@ class _Gated(torch.autograd.Function):
         return (_forward if kernels else _torch_forward)(gate, up, gelu)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dy):
         gate, up = ctx.saved_tensors
         dgate, dup = (_backward if ctx.kernels else _torch_backward)(dy, gate, up, ctx.gelu)

@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tritium.kernels.backend import apply, device_assert, use_triton, without_autocast
-from tritium.kernels.blocks import once_differentiable, require_float, require_integer
+from tritium.kernels.blocks import Function, require_float, require_integer
 from tritium.kernels.head_triton import EXCLUDED, head_backward, head_forward, matmul_fp32, tile_bytes
 from tritium.kernels.wide import widened
 
@@ -279,7 +279,7 @@ def _torch_backward(
     return dhidden.to(hidden.dtype) if needs_hidden else None, dweight
 
 
-class _Head(torch.autograd.Function):
+class _Head(Function):
     """HeadStatistics of a whole vocabulary or of one shard of it."""
 
     @staticmethod
@@ -297,7 +297,6 @@ class _Head(torch.autograd.Function):
         return lse, picked, expected if options.expected else None, total if options.total else None, top, mass
 
     @staticmethod
-    @once_differentiable
     @without_autocast
     def backward(ctx, g_lse, g_picked, g_expected, g_total, *_):
         needs, by = ctx.needs_input_grad[:2], head_backward if ctx.kernels else _torch_backward

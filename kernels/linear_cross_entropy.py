@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tritium.kernels.backend import Target, apply, require_one_device, use_triton, without_autocast
-from tritium.kernels.blocks import once_differentiable
+from tritium.kernels.blocks import Function
 from tritium.kernels.cross_entropy import check_loss_options, cross_entropy_reference, token_loss
 from tritium.kernels.head import (
     HeadOptions,
@@ -42,7 +42,7 @@ WORDS = 2048  # of dweight at a time: the product stays in the cache
 TOKENS = 256  # of a block, where no dweight gives its size
 
 
-class _SummedLoss(torch.autograd.Function):
+class _SummedLoss(Function):
     """The sum of the losses, with its gradients made in the forward. targets [T] are -1 where they are ignored."""
 
     @staticmethod
@@ -86,7 +86,6 @@ class _SummedLoss(torch.autograd.Function):
         return token_loss(lse, picked, total, kept, **formula)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad):
         return *(None if g is None else g * grad for g in ctx.saved_tensors), *[None] * 5
 

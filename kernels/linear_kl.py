@@ -37,7 +37,7 @@ from tritium.kernels.backend import (
     use_triton,
     without_autocast,
 )
-from tritium.kernels.blocks import once_differentiable
+from tritium.kernels.blocks import Function
 from tritium.kernels.divergence import KINDS, TopK, check_top_k, divergence, log_ratio, log_rest, top_k_kl
 from tritium.kernels.head import HeadOptions, check_head, head_statistics, logits_tile, tiles, vocab_size
 from tritium.kernels.head_triton import (
@@ -387,7 +387,7 @@ def _norm(hidden: Tensor, weight: Tensor, temperature: float, group: dist.Proces
 
 
 # Public ---------------------------------------------------------------------------------------------------------------
-class _LinearKL(torch.autograd.Function):
+class _LinearKL(Function):
     """The divergence of two whole heads, by the Triton kernels or by tiles in torch."""
 
     @staticmethod
@@ -400,7 +400,6 @@ class _LinearKL(torch.autograd.Function):
         return value.clone()  # the caller may change it in place
 
     @staticmethod
-    @once_differentiable
     @without_autocast
     def backward(ctx, grad):
         needs = ctx.needs_input_grad[:2]

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from tritium.kernels.backend import Target, apply, operator, target_of, tl, triton, use_triton, without_autocast
-from tritium.kernels.blocks import once_differentiable, require_float, unit_stride
+from tritium.kernels.blocks import Function, require_float, unit_stride
 from tritium.kernels.nf4 import (
     BLOCK,
     CODES,
@@ -271,7 +271,7 @@ def _dense(weight: tuple[Tensor, ...], x: Tensor, shape: tuple[int, int]) -> Ten
     return weight[0] if len(weight) == 1 else dequantize_parts(weight, shape, x.dtype)
 
 
-class _LoraLinear(torch.autograd.Function):
+class _LoraLinear(Function):
     """`weight` is (W,) or the parts of an NF4Tensor. With dropout, `keep` is the mask, or the seed it is drawn from."""
 
     @staticmethod
@@ -293,7 +293,6 @@ class _LoraLinear(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
     @without_autocast
     def backward(ctx, dy):
         x, a, b, inner, keep, *weight = ctx.saved_tensors  # once: activation checkpointing allows no more

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from tritium.kernels.backend import Target, apply, operator, tl, triton, use_triton, without_autocast
-from tritium.kernels.blocks import as_rows, once_differentiable, require_float
+from tritium.kernels.blocks import Function, as_rows, require_float
 from tritium.kernels.registry import Launch, Shape, launch_of, register
 
 
@@ -260,7 +260,7 @@ def _torch_backward(dy, ds, s, weight, rstd, offset, needs_weight):
 
 
 # Autograd and the public function -------------------------------------------------------------------------------------
-class _RMSNorm(torch.autograd.Function):
+class _RMSNorm(Function):
     @staticmethod
     @without_autocast
     def forward(ctx, x, weight, residual, eps, offset, kernels):
@@ -271,7 +271,6 @@ class _RMSNorm(torch.autograd.Function):
         return y, summed if ctx.has_residual else None
 
     @staticmethod
-    @once_differentiable
     @without_autocast
     def backward(ctx, dy, ds):
         if dy is None:  # only the sum was used

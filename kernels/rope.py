@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tritium.kernels.backend import Target, apply, operator, tl, triton, use_triton
-from tritium.kernels.blocks import once_differentiable, require_float
+from tritium.kernels.blocks import Function, require_float
 from tritium.kernels.registry import Launch, Shape, launch_of, register
 
 
@@ -115,7 +115,7 @@ def _torch_rotate(q, k, cos, sin, inverse):
 
 
 # Autograd and the public function -------------------------------------------------------------------------------------
-class _Rope(torch.autograd.Function):
+class _Rope(Function):
     @staticmethod
     def forward(ctx, q, k, cos, sin, kernels):
         ctx.save_for_backward(cos, sin)
@@ -123,7 +123,6 @@ class _Rope(torch.autograd.Function):
         return ctx.rotate(q, k, cos, sin, False)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dq, dk):
         needs = ctx.needs_input_grad[:2]
         given = (d if need else d[:, :0] for d, need in zip((dq, dk), needs, strict=True))  # no heads: nothing to do

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tritium.kernels.backend import Target, device_assert, operator, require_one_device, tl, triton, use_triton
-from tritium.kernels.blocks import once_differentiable, require_float, require_integer
+from tritium.kernels.blocks import Function, require_float, require_integer
 from tritium.kernels.registry import Launch, Shape, launch_of, register
 
 
@@ -113,7 +113,7 @@ def _torch_backward(dsums, cu_seqlens, T, dtype):
 
 
 # Autograd and the public function -------------------------------------------------------------------------------------
-class _SegmentSum(torch.autograd.Function):
+class _SegmentSum(Function):
     @staticmethod
     def forward(ctx, values, cu_seqlens, kernels):
         ctx.save_for_backward(cu_seqlens)
@@ -121,7 +121,6 @@ class _SegmentSum(torch.autograd.Function):
         return (_forward if kernels else _torch_forward)(values, cu_seqlens)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dsums):
         by = _backward if ctx.kernels else _torch_backward
         return by(dsums, *ctx.saved_tensors, ctx.shape[0], ctx.dtype), None, None

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tritium.kernels.backend import fp32_is_faster, without_autocast
-from tritium.kernels.blocks import once_differentiable
+from tritium.kernels.blocks import Function
 
 ROWS = 512  # of a block
 FEW = 64  # rows or columns under which widening the other operand costs more than it saves
@@ -55,7 +55,7 @@ def matmul_rows(a: Tensor, b: Tensor) -> Tensor:
     return y.to(a.dtype)
 
 
-class _Linear(torch.autograd.Function):
+class _Linear(Function):
     @staticmethod
     @without_autocast
     def forward(ctx, x, weight, bias):
@@ -63,7 +63,6 @@ class _Linear(torch.autograd.Function):
         return matmul(x, weight.t(), bias)
 
     @staticmethod
-    @once_differentiable
     @without_autocast
     def backward(ctx, dy):
         (x, weight), (needs_x, needs_weight, needs_bias) = ctx.saved_tensors, ctx.needs_input_grad
