@@ -4,14 +4,15 @@
     m ← β₁ m + (1-β₁) g;   v ← β₂ v + (1-β₂) g²
     p ← p - lr · (m / (1-β₁ᵗ)) / (√(v / (1-β₂ᵗ)) + ε)
 
-With masters the update is theirs, and p becomes their cast copy. Without, bf16 p may be rounded stochastically: up or
-down with the probability that makes the mean right, from Philox4x32-10 (Salmon et al. 2011) with
+With fp32 masters, the update is applied to them, and p becomes their cast copy. Without, bf16 p can be rounded
+stochastically (up or down, unbiased) with Philox4x32-10 (Salmon et al. 2011), which gives the same bits on every
+backend, from
 
-    key = seed,   counter = (element // 4, place of the tensor in the list, step)      the same bits on every backend
+    key = seed,   counter = (element // 4, place of the tensor in the list, step)
 
-Must move m, v and p or its master in and out, g in, and with masters p out: 28 bytes an fp32 element, about 14 FLOPs.
-The table of `multi_tensor.py` comes on top: 8 · (4 + K + log₂ N) bytes for a program's 2048 elements. step, grad_scale,
-found_inf, seed and, if you like, lr are tensors, so that a step needs no host sync.
+Minimum traffic: m, v and p (or its master) in and out, g in, and with masters p out: 28 bytes per fp32 element, for
+about 14 FLOPs. The table of `multi_tensor.py` adds 8 · (4 + K + log₂ N) bytes per program of 2048 elements. step,
+grad_scale, found_inf, seed and optionally lr are tensors, so that a step needs no host sync.
 """
 
 import math
@@ -53,7 +54,7 @@ def adamw_reference_(
 # Triton ---------------------------------------------------------------------------------------------------------------
 @triton.jit
 def _one_minus_power(log_beta, t):
-    """1 - βᵗ = -expm1(t ln β): the difference loses all digits of a β near 1, so the series where it is small."""
+    """1 - βᵗ = -expm1(t ln β), by its series where it is small: for β near 1 the difference would lose all digits."""
     x = t * log_beta
     series = 1 + x / 2 * (1 + x / 3 * (1 + x / 4 * (1 + x / 5 * (1 + x / 6 * (1 + x / 7)))))
     return tl.where(x > -0.3, -x * series, 1 - tl.exp(x))
@@ -61,14 +62,14 @@ def _one_minus_power(log_beta, t):
 
 @triton.jit
 def _round_stochastically(b, seed, step, i_place, i_start, BLOCK: tl.constexpr):
-    """fp32 b [BLOCK], the elements from i_start (int64) on, as bf16: 16 random bits are added below its last bit."""
+    """fp32 b [BLOCK] (elements from i_start, int64, on) as bf16, by adding 16 random bits below bf16's last bit."""
     i_four = i_start // 4 + tl.arange(0, BLOCK // 4)  # a counter gives four numbers of 32 bits
     zero = tl.zeros([BLOCK // 4], tl.uint32)
     place, step = zero + i_place.to(tl.uint32), zero + step.to(tl.uint32)
     r0, r1, r2, r3 = tl.philox(seed, i_four.to(tl.uint32), (i_four >> 32).to(tl.uint32), place, step)
     b_random = tl.join(tl.join(r0, r2), tl.join(r1, r3)).reshape(BLOCK)  # r0 r1 r2 r3, r0 …
     b_bits = (b.to(tl.uint32, bitcast=True) + (b_random & 0xFFFF)) & 0xFFFF0000
-    # The hardware's NaN is all ones and would be carried over into a zero.
+    # The hardware's NaN is all ones: the addition would carry it over into a zero.
     return tl.where(b == b, b_bits.to(tl.float32, bitcast=True), b).to(tl.bfloat16)
 
 
@@ -100,7 +101,7 @@ def _adamw(
     ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A block of one of N tensors in place; rest = 1 - β. Scalars that are not given are None. Grid: (programs,)."""
-    if p_found_inf is not None:  # noqa: SIM102  in one condition, None would be loaded too
+    if p_found_inf is not None:  # noqa: SIM102 - in one condition, Triton would compile the load of None
         if tl.load(p_found_inf) != 0:
             return
     i_tensor, i_block = find_block(p_table, N)
@@ -129,7 +130,7 @@ def _adamw(
 
 
 def _config(target: Target) -> dict:
-    """4 elements a thread: with 8, 120 registers leave room for 16 warps per SM instead of 48."""
+    """4 elements per thread: with 8, a thread takes 120 registers, and an SM holds 16 warps instead of 48."""
     return {"BLOCK": 2048, "num_warps": 512 // target.warp_size}
 
 
@@ -144,7 +145,7 @@ def _launch(
     found_inf: Tensor | None, seed: Tensor | None, lr: float, beta1: float, beta2: float, eps: float,
     weight_decay: float,
 ) -> None:  # fmt: skip
-    """`masters` and `seed` may be empty and None; `lr_tensor` wins over `lr`."""
+    """`masters` may be empty, the other tensors None; `lr_tensor` takes precedence over `lr`."""
     config = _config(target_of(step.device))
     lists = {"params": params, "grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}
     lists |= {"masters": masters} if masters else {}
@@ -163,7 +164,7 @@ def _launch(
 
 
 def _copy_back(views, dense) -> None:
-    """What was updated in a copy; the second of each parameter's tensors is the gradient, which was only read."""
+    """Copy back what was updated in a contiguous copy; each parameter's second tensor is its gradient, read only."""
     for tensors, copies in zip(views, dense, strict=True):
         for i, (x, copy) in enumerate(zip(tensors, copies, strict=True)):
             if copy is not x and i != 1:
@@ -176,8 +177,8 @@ CHUNK = 1 << 18  # elements: the scaled copy of a gradient stays in the cache
 
 
 def _philox(counter: Sequence[Tensor], seed: Tensor) -> Tensor:
-    """[n, 4] numbers of 32 bits, in int64, from four counters [n] or [] of 32 bits: `tl.philox` in torch."""
-    low = 0xFFFFFFFF  # a product of 64 bits wraps, and then its upper half has the sign to mask off
+    """[n, 4] 32-bit numbers (as int64) from four 32-bit counters [n] or []: `tl.philox` in torch."""
+    low = 0xFFFFFFFF  # 64-bit products wrap around: mask off the sign that the shift copies into the upper half
     c0, c1, c2, c3 = counter
     for i in range(10):
         key0, key1 = (seed + i * 0x9E3779B9) & low, ((seed >> 32) + i * 0xBB67AE85) & low
@@ -187,7 +188,7 @@ def _philox(counter: Sequence[Tensor], seed: Tensor) -> Tensor:
 
 
 def _round_stochastically_torch(x: Tensor, seed: Tensor, step: Tensor, place: int, start: int) -> Tensor:
-    """`_round_stochastically` of x [n]."""
+    """x [n] fp32 as bf16, with the bits of `_round_stochastically`."""
     i_four = torch.arange(start // 4, (start + len(x) + 3) // 4, device=x.device)
     counter = (i_four & 0xFFFFFFFF, i_four >> 32, torch.full_like(i_four, place), step.long().expand_as(i_four))
     random = _philox(counter, seed.reshape(())).flatten()[: len(x)] & 0xFFFF
@@ -215,7 +216,7 @@ def _torch_adamw_(lists, step, grad_scale, found_inf, seed, options) -> None:
 
 
 def _update_torch(p, g, m, v, master=None, *, step, grad_scale, found_inf, noise, options) -> None:
-    """One fused update. The kernel's own grad_scale would divide, and write the gradient back: scale a copy."""
+    """One fused update. torch's own grad_scale divides, and overwrites the gradient: scale a copy instead."""
     target = p if master is None else master
     compute = target.dtype if noise is None else torch.float32
     g = g.to(compute) if grad_scale is None else g.to(compute) * grad_scale
@@ -237,7 +238,7 @@ def _check_distinct(updated: dict[str, Sequence[Tensor]]) -> None:
     for name, i, x in ((name, i, x) for name, tensors in updated.items() for i, x in enumerate(tensors) if x.numel()):
         place, address = f"{name}[{i}]", (x.device, x.data_ptr())
         if places.setdefault(address, place) != place and not x.is_meta:
-            raise ValueError(f"adamw_: {places[address]} and {place} are the same tensor: each can be updated once")
+            raise ValueError(f"adamw_: {places[address]} and {place} are the same tensor: list each tensor once")
 
 
 def _check(params, grads, exp_avgs, exp_avg_sqs, masters, scalars) -> None:
@@ -279,12 +280,12 @@ def adamw_(
 ) -> None:  # fmt: skip
     """One AdamW step in place; grads are read, never written.
 
-    masters: fp32 tensors that are updated instead of params, which become cast copies of them. step: a scalar tensor,
-    1 at the first step. grad_scale: a scalar tensor that multiplies the gradients. found_inf: a scalar tensor; where
-    it is not 0, nothing changes. seed: a scalar int64 tensor; with it bf16 params without masters are rounded
-    stochastically, and may have fp32 averages; the same seed, step and list give the same bits. Under torch.compile the
-    kernel is one operator of the graph, the torch path a break in it.
-    Raises ValueError on lists that don't fit each other, and on a tensor that is listed twice.
+    masters: fp32 tensors that are updated instead of params, which become their cast copies. step, grad_scale,
+    found_inf and seed are scalar tensors. step counts from 1; gradients are multiplied by grad_scale; if found_inf is
+    not 0, nothing changes. With a seed (int64), bf16 params without masters are rounded stochastically, and may have
+    fp32 averages; the same seed, step and list give the same bits. Under torch.compile the kernel is one operator of
+    the graph; the torch path breaks the graph.
+    Raises: ValueError for lists that don't fit each other, and for a tensor that is listed twice.
     """
     lr_tensor = lr if isinstance(lr, Tensor) else None
     scalars = {"step": step, "grad_scale": grad_scale, "found_inf": found_inf, "seed": seed, "lr": lr_tensor}

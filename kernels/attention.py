@@ -1,37 +1,38 @@
-"""Attention over a packed stream of documents (FlashAttention-2, arXiv 2307.08691): no T × T matrix or mask.
+"""Attention over a packed stream of documents (FlashAttention-2, arXiv 2307.08691), without a T × T matrix or mask.
 
-    o_i = Σ_j p_ij v_j,   p_ij = exp(s_ij - lse_i),   s_ij = softcap(scale · q_i·k_j) for the keys that i may see
+    o_i = Σ_j p_ij v_j,   p_ij = exp(s_ij - lse_i),   s_ij = softcap(scale · q_i·k_j)   over the keys j visible to i
 
     q [T, H, D], k and v [Tk, G, D]; query head h reads key head h // (H / G); documents are the spans of cu_seqlens.
 
-Backward, with p made again from lse, and t = tanh(scale · q·k / softcap) where there is a softcap:
+Backward, with p recomputed from lse, and t = tanh(scale · q·k / softcap), or t = 0 without a softcap:
 
     delta_i = do_i·o_i - dlse_i     ds_ij = p_ij (do_i·v_j - delta_i) (1 - t_ij²)
     dq_i = scale Σ_j ds_ij k_j      dk_j = scale Σ_i ds_ij q_i      dv_j = Σ_i p_ij do_i
 
-The keys that a query sees are an interval [start, end) of the stream, and so are the queries that see a key, whatever
-documents, causality and windows make of them: attention_mask.py finds both. So blocks lie along the stream, and the
-three kernels below know nothing but intervals:
+For any combination of documents, causality and window, the keys visible to a query are one interval [start, end) of
+the stream, and so are the queries that see a key; attention_mask.py computes both. Blocks therefore run along the
+stream, and the three kernels below know only intervals:
 
-    forward, dq    a program has BLOCK_M queries of a head, and walks over keys in blocks of BLOCK_N
-    dk, dv         a program has BLOCK_N keys of a group, and walks over queries, head by head: it sums in registers;
-                   where there are too few such programs, a group's heads are divided, and torch adds up the parts
+    forward, dq    one program holds BLOCK_M queries of one head and loops over the keys in blocks of BLOCK_N
+    dk, dv         one program holds BLOCK_N keys of one key head and loops over the queries of all its query heads,
+                   summing in registers; if that gives too few programs to fill the GPU, the query heads are split over
+                   several programs, and torch adds up the partial sums
 
-        keys     lo   full_lo        full_hi   hi     lo is the first start of the program's rows, hi the last end;
-        rows  ┌──┬────┬──────┬──────┬─────┬────┬──┐   in [full_lo, full_hi) every row sees every key: no mask is made
-              │  │mask│      │      │     │mask│  │   (of a long document most blocks); outside of [lo, hi) nothing
-              └──┴────┴──────┴──────┴─────┴────┴──┘   is loaded at all
+        keys     lo   full_lo        full_hi   hi     lo is the smallest start of the block's rows, hi the largest end;
+        rows  ┌──┬────┬──────┬──────┬─────┬────┬──┐   within [full_lo, full_hi) every row sees every key, so no mask is
+              │  │mask│      │      │     │mask│  │   needed (most blocks of a long document); outside [lo, hi) nothing
+              └──┴────┴──────┴──────┴─────┴────┴──┘   is loaded
 
-What lies between the keys of a block's documents is walked too: for many documents of one token and long keys there is
-decode_attention. There are no atomics. (As p = 0 hides no NaN from a matmul, a document with one may reach those that
-share a block with it.)
+A block whose rows are in several documents also loops over the keys in between; for many one-token documents with long
+keys use decode_attention. There are no atomics, so results are deterministic. (p = 0 does not stop a NaN in a matmul:
+a NaN in one document can reach documents that share a block with it.)
 
-Must spend 4·D·H FLOPs per visible pair forward and 10·D·H backward; the kernels spend 14·D·H backward, as both make p
-and dp, which is what two kernels without atomics cost. Must move q, k, v, o, lse, and backward the gradients too. The
-kernels move once what a program holds, and what it walks over once per program: k and v per head and block of queries,
-and for dk and dv q, do, lse and delta per block of keys, which the L2 serves (tests/traffic.py). An odd number of
-heads of 8, 24, 40 … puts tokens no multiple of 16 elements apart, the alignment that Triton knows: such tensors are
-loaded 2 bytes at a time.
+Minimum work: 4·D·H FLOPs per visible pair forward, 10·D·H backward. The kernels spend 14·D·H backward, since two
+kernels without atomics both recompute p and dp. Minimum traffic: q, k, v, o, lse, and backward their gradients too.
+The kernels move once what a program holds, and once per program what it loops over (k and v per head and block of
+queries; q, do, lse and delta per block of keys), mostly from the L2 (tests/traffic.py). With an odd number of heads
+of size 8, 24, 40, …, consecutive tokens are not a multiple of 16 elements apart, the alignment that Triton
+specialises on: such tensors are loaded 2 bytes at a time.
 """
 
 import torch
@@ -74,10 +75,10 @@ def attention_reference(
 
 @triton.jit
 def _last_first(T, H, BLOCK_M: tl.constexpr):
-    """(block of queries, head) of a program, in the order in which they start.
+    """(block of queries, head) of a program.
 
-    The last blocks of a causal document have the most to do: they come first, for all heads, and those heads that
-    share keys are neighbours, which find them in the L2.
+    The last blocks of a causal document have the most work, so they start first. All heads of a block are neighbours:
+    those that share a key head find its keys in the L2.
     """
     i = tl.program_id(0)
     return tl.cdiv(T, BLOCK_M) - 1 - i // H, (i % H).to(tl.int64)
@@ -85,14 +86,14 @@ def _last_first(T, H, BLOCK_M: tl.constexpr):
 
 # Triton: forward ------------------------------------------------------------------------------------------------------
 #
-# The softmax is made online: of the keys walked so far a row has their maximum, Σ p and Σ p v, with p relative to that
-# maximum; when it rises, both sums shrink by 2^(old - new). Scores stay as they leave the matmul until exp2, whose
-# argument s · factor - max is one FMA: factor is scale · log2(e), or softcap · log2(e) for a score that is a tanh.
+# Online softmax: each row keeps the maximum over the keys seen so far, and Σ p and Σ p v relative to it; when the
+# maximum rises, both sums shrink by 2^(old - new). Scores stay unscaled until the exp2, whose argument
+# s · factor - max is one FMA: factor is scale · log2(e), or, for a score that is already a tanh, softcap · log2(e).
 
 
 @triton.jit
 def _load_tile(p, i_row, stride, end, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Rows i_row of a head [·, D] as [ROWS, BLOCK_D], with zeros from row `end` on and beyond D."""
+    """Rows i_row of one head [·, D] as [ROWS, BLOCK_D]; zeros from row `end` on and in columns beyond D."""
     i_col = tl.arange(0, BLOCK_D)[None, :]
     m = (i_row < end)[:, None]
     if D < BLOCK_D:
@@ -102,7 +103,7 @@ def _load_tile(p, i_row, stride, end, D: tl.constexpr, BLOCK_D: tl.constexpr):
 
 @triton.jit
 def _store_tile(p, b, i_row, stride, end, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """The reverse."""
+    """Store b [ROWS, BLOCK_D]: the inverse of `_load_tile`."""
     i_col = tl.arange(0, BLOCK_D)[None, :]
     m = (i_row < end)[:, None]
     if D < BLOCK_D:
@@ -121,7 +122,7 @@ def _scores(b_a, b_b, inner, SOFTCAP: tl.constexpr):
 
 @triton.jit
 def _factors(scale, softcap, SOFTCAP: tl.constexpr):
-    """(factor, inner) of the scores."""
+    """(factor, inner): what `_scores` and the exp2 after it multiply with."""
     scale, softcap = tl.cast(scale, tl.float32), tl.cast(softcap, tl.float32)
     return (softcap if SOFTCAP else scale) * 1.4426950408889634, scale / softcap
 
@@ -132,7 +133,7 @@ def _attention_forward(
     stride_q, stride_qh, stride_k, stride_kh, stride_v, stride_vh, T, H, GROUP, scale, softcap,
     SOFTCAP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """o [T, H, D], lse [H, T]. Grid: (cdiv(T, BLOCK_M) · H,). stride_x is between tokens, stride_xh between heads."""
+    """o [T, H, D] and lse [H, T] fp32. Grid: (cdiv(T, BLOCK_M) · H,). stride_x: tokens, stride_xh: heads of x."""
     i_block, i_h = _last_first(T, H, BLOCK_M)
     i_q = i_block * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
     p_k += i_h // GROUP * stride_kh
@@ -143,7 +144,7 @@ def _attention_forward(
 
     b_q = _load_tile(p_q + i_h * stride_qh, i_q, stride_q, T, D, BLOCK_D)  # [BLOCK_M, BLOCK_D]
     b_acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)  # Σ p v, with p relative to 2^max
-    b_max = tl.full([BLOCK_M], -3.4e38, tl.float32)  # not -inf: max - max is 0 for rows that see nothing
+    b_max = tl.full([BLOCK_M], -3.4e38, tl.float32)  # not -inf: for rows that see no key, max - max must be 0
     b_sum = tl.zeros([BLOCK_M], tl.float32)  # Σ p
     for start in range(lo, hi, BLOCK_N):
         i_k = start + tl.arange(0, BLOCK_N)  # [BLOCK_N]
@@ -175,7 +176,7 @@ def _attention_dq(
     HAS_DLSE: tl.constexpr, NEEDS_DQ: tl.constexpr,
     SOFTCAP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """dq [T, H, D], if needed, and delta [H, T], which the other kernel reads. Grid: (cdiv(T, BLOCK_M) · H,)."""
+    """dq [T, H, D] if needed, and delta [H, T], which _attention_dkv reads. Grid: (cdiv(T, BLOCK_M) · H,)."""
     i_block, i_h = _last_first(T, H, BLOCK_M)
     i_q = i_block * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
     i_row = i_q.to(tl.int64)
@@ -190,7 +191,7 @@ def _attention_dq(
     b_delta = tl.sum(b_do.to(tl.float32) * b_o.to(tl.float32), 1)  # [BLOCK_M]
     if HAS_DLSE:
         b_dlse = tl.load(p_dlse + i_h * stride_dlseh + i_row * stride_dlse, mask=i_q < T, other=0.0)
-        b_delta -= tl.where(b_start < b_end, b_dlse, 0.0)  # a gradient of lse = -inf may be nan
+        b_delta -= tl.where(b_start < b_end, b_dlse, 0.0)  # where lse = -inf, dlse may be NaN
     tl.store(p_delta + i_h * T + i_row, b_delta, mask=i_q < T)
     if not NEEDS_DQ:
         return
@@ -203,11 +204,11 @@ def _attention_dq(
         b_k = _load_tile(p_k, i_k, stride_k, hi, D, BLOCK_D)  # [BLOCK_N, BLOCK_D]
         b_v = _load_tile(p_v, i_k, stride_v, hi, D, BLOCK_D)
         b_s = _scores(b_q, b_k, inner, SOFTCAP)  # [BLOCK_M, BLOCK_N]
-        b_ds = tl.dot(b_do, tl.trans(b_v), input_precision="ieee") - b_delta[:, None]  # in fp32: the two may cancel
+        b_ds = tl.dot(b_do, tl.trans(b_v), input_precision="ieee") - b_delta[:, None]  # fp32: the two may cancel
         b_ds *= tl.exp2(b_s * factor - b_lse[:, None])
         if SOFTCAP:
             b_ds *= 1.0 - b_s * b_s
-        if start < full_lo or start + BLOCK_N > full_hi:  # p of a key that is not seen may be inf
+        if start < full_lo or start + BLOCK_N > full_hi:  # p of an invisible key may be inf
             b_ds = tl.where((b_start[:, None] <= i_k[None, :]) & (i_k[None, :] < b_end[:, None]), b_ds, 0.0)
         b_dq = tl.dot(b_ds.to(b_k.dtype), b_k, b_dq, input_precision="ieee")
     _store_tile(p_dq + i_h * D, b_dq * tl.cast(scale, tl.float32), i_q, H * D, T, D, BLOCK_D)
@@ -220,9 +221,9 @@ def _attention_dkv(
     T, Tk, H, GROUP, HEADS, scale, softcap,
     SOFTCAP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """dk, dv [Tk, H / HEADS, D], each summed over HEADS query heads: those of a key head, GROUP, or a divisor.
+    """dk and dv [Tk, H / HEADS, D], each summed over HEADS query heads (GROUP, those of a key head, or a divisor).
 
-    Grid: (cdiv(Tk, BLOCK_N) · H / HEADS,), in the order of the blocks: a causal document's first have the most to do.
+    Grid: (cdiv(Tk, BLOCK_N) · H / HEADS,), the first blocks first: in a causal document they have the most work.
     """
     parts = H // HEADS
     i_part = (tl.program_id(0) % parts).to(tl.int64)
@@ -236,8 +237,8 @@ def _attention_dkv(
     b_v = _load_tile(p_v + i_g * stride_vh, i_k, stride_v, Tk, D, BLOCK_D)
     b_dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     b_dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    n = tl.maximum(tl.cdiv(hi - lo, BLOCK_M), 1)  # a divisor
-    for i in range(n * HEADS):  # every head's blocks in one loop, so that loads run ahead across heads
+    n = tl.maximum(tl.cdiv(hi - lo, BLOCK_M), 1)  # blocks of queries per head; not 0, as it is divided by
+    for i in range(n * HEADS):  # one loop over all heads' blocks, so that loads are pipelined across heads
         i_h = i_part * HEADS + i // n
         start = lo + i % n * BLOCK_M
         i_q = start + tl.arange(0, BLOCK_M)  # [BLOCK_M]
@@ -245,7 +246,7 @@ def _attention_dkv(
         b_do = _load_tile(p_do + i_h * stride_doh, i_q, stride_do, hi, D, BLOCK_D)
         b_lse = tl.load(p_lse + i_h * stride_lseh + i_q.to(tl.int64) * stride_lse, mask=i_q < hi, other=0.0)
         b_delta = tl.load(p_delta + i_h * T + i_q, mask=i_q < hi, other=0.0)
-        # Transposed, so that p and ds are the left operands below as they are.
+        # Transposed, so that p and ds are left operands of the matmuls below without another transpose.
         b_s = _scores(b_k, b_q, inner, SOFTCAP)  # [BLOCK_N, BLOCK_M]
         b_p = tl.exp2(b_s * factor - (b_lse * 1.4426950408889634)[None, :])
         if start < full_lo or start + BLOCK_M > full_hi:
@@ -262,8 +263,8 @@ def _attention_dkv(
 
 # Launcher and autograd ------------------------------------------------------------------------------------------------
 
-# (BLOCK_M, BLOCK_N, warps, stages) for D up to 64, 128, 256: queries and keys of a block. What bounds them is registers
-# (accumulators, and on ampere and cdna whole operands) and, on the smallest ampere, 99 KB of shared memory.
+# (BLOCK_M, BLOCK_N, warps, stages) for D up to 64, 128 and 256. The limits are registers (for accumulators, and on
+# ampere and cdna for whole operands) and, on the smallest Ampere GPUs, 99 KB of shared memory.
 BLOCKS = {
     "hopper": {
         "forward": ((128, 64, 4, 3), (128, 64, 8, 3), (128, 32, 8, 3)),
@@ -288,19 +289,18 @@ def _config(kernel: str, D: int, dtype: torch.dtype, target: Target) -> dict:
     width = max(16, triton.next_power_of_2(D))
     family = "cdna" if target.backend == "hip" else "hopper" if 90 <= target.arch < 120 else "ampere"
     M, N, warps, stages = BLOCKS[family][kernel][0 if width <= 64 else 1 if width <= 128 else 2]
-    if dtype == torch.float32:  # matmuls without tensor cores, whose operands lie in registers
+    if dtype == torch.float32:  # no tensor cores: operands are in registers
         M = N = 32 if width <= (64 if family == "cdna" else 128) else 16
         warps, stages = 4 if family == "cdna" else 8, 2
     return {"D": D, "BLOCK_D": width, "BLOCK_M": M, "BLOCK_N": N, "num_warps": warps, "num_stages": stages}
 
 
-# Programs of dk and dv that fill a GPU, two for each multiprocessor of an H100: over fewer a key head's query heads are
-# divided, as far as it takes.
+# Programs that fill a GPU: two per multiprocessor of an H100. If dk and dv have fewer, `_heads` splits the query heads.
 PROGRAMS = 2 * 132
 
 
 def _heads(Tk: int, H: int, G: int, block: int) -> int:
-    """How many of a key head's query heads a program of dk and dv sums up."""
+    """How many of a key head's query heads one program of dk and dv sums over."""
     group, programs = H // G, triton.cdiv(Tk, block) * G
     parts = (n for n in range(1, group + 1) if group % n == 0)
     return group // next((n for n in parts if programs * n >= PROGRAMS), group)
@@ -386,7 +386,8 @@ def _triton_gradients(ctx, do, dlse):
     return *(x if needed else None for x, needed in zip(gradients, needs, strict=True)), *[None] * 6
 
 
-# Not an autograd.Function, which torch.compile traces for distinct tensors only: cu_seqlens comes twice, q may be k.
+# Not an autograd.Function: torch.compile traces one only if its tensors are distinct, but cu_seqlens is passed twice
+# and q may be k.
 _forward.register_autograd(_triton_gradients, setup_context=_save)
 
 
@@ -395,12 +396,12 @@ def _check(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, cu_seqlens_k: Tensor | None,
     causal: bool, window: int | None, softcap: float | None, scale: float | None,
 ) -> tuple[Tensor | None, Options]:  # fmt: skip
-    """cu_seqlens of the keys, and the options. Raises: ValueError for what does not fit, by shapes alone."""
+    """cu_seqlens of the keys, and the options. Raises: ValueError for shapes that don't fit; values are not read."""
     require_heads("attention", "Tk", q, k, v, window, softcap, scale)
     require_integer("attention", cu_seqlens=cu_seqlens, cu_seqlens_k=cu_seqlens_k)
     if cu_seqlens is not None and cu_seqlens_k is None:
         if len(q) != len(k):
-            raise ValueError(f"cu_seqlens alone is for as many keys as queries, got {len(q)} and {len(k)} tokens")
+            raise ValueError(f"{len(q)} queries and {len(k)} keys: pass cu_seqlens_k if the lengths differ")
         cu_seqlens_k = cu_seqlens
     counts = []
     for name, cu in (("cu_seqlens", cu_seqlens), ("cu_seqlens_k", cu_seqlens_k)):
@@ -408,7 +409,7 @@ def _check(
             raise ValueError(f"{name} must be a vector of S + 1 integers, got {tuple(cu.shape)}")
         counts.append(1 if cu is None else len(cu) - 1)
     if counts[0] != counts[1]:
-        raise ValueError(f"{counts[0]} documents of queries but {counts[1]} of keys")
+        raise ValueError(f"cu_seqlens has {counts[0]} documents but cu_seqlens_k has {counts[1]}")
     if not counts[0] and (len(q) or len(k)):
         raise ValueError(f"cu_seqlens has no document, but there are {len(q)} queries and {len(k)} keys")
     return cu_seqlens_k, Options(causal, window, softcap, q.shape[2] ** -0.5 if scale is None else float(scale))
@@ -419,13 +420,13 @@ def attention(
     causal: bool = True, window: int | None = None, softcap: float | None = None, scale: float | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
-    """Attention of q [T, H, D] on k, v [Tk, G, D], within documents; o [T, H, D], and lse [T, H] fp32 if asked for.
+    """Attention of q [T, H, D] to k and v [Tk, G, D] within documents: o [T, H, D], and lse [T, H] fp32 if asked for.
 
-    D is a multiple of 8, at most 256. cu_seqlens [S+1] int32: where documents start and end (None: one document);
-    repeated ends are empty documents. cu_seqlens_k likewise for the keys (None: as the queries). causal: where the
-    lengths differ, the last query sees the last key. window w: query i sees keys i-w < j ≤ i (|i-j| < w if not
+    D is a multiple of 8, at most 256. cu_seqlens [S+1] int32: the documents' bounds (None: one document); repeated
+    bounds are empty documents. cu_seqlens_k: the same for the keys (None: as the queries). causal: if the lengths
+    differ, the last query is aligned with the last key. window w: query i sees keys i-w < j ≤ i (|i-j| < w if not
     causal). scale defaults to D^-½. Queries that see no key give o = 0 and lse = -inf. Differentiable in o and lse;
-    any strides. On a GPU the values of cu_seqlens are checked under TRITIUM_DEBUG=1 only.
+    any strides. On a GPU the values in cu_seqlens are checked only under TRITIUM_DEBUG=1.
     Raises: ValueError for shapes, heads or cu_seqlens that don't fit. Source: arXiv 2307.08691.
     """
     cu_seqlens_k, options = _check(q, k, v, cu_seqlens, cu_seqlens_k, causal, window, softcap, scale)
@@ -442,9 +443,10 @@ def attention_backward(
     cu_seqlens_k: Tensor | None = None, causal: bool = True, window: int | None = None, softcap: float | None = None,
     scale: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """dq, dk, dv from do [T, H, D] and what `attention(…, return_lse=True)` took and gave; options as there.
+    """dq, dk and dv, from do [T, H, D] and the inputs and outputs of `attention(…, return_lse=True)`; same options.
 
-    With o and lse of *all* keys it may be called on a part of them, as context parallel does.
+    It may be called on part of the keys, with o and lse of *all* keys, as context parallelism does.
+    Raises: ValueError as `attention` does, and for do, o or lse that don't fit q.
     """
     cu_seqlens_k, options = _check(q, k, v, cu_seqlens, cu_seqlens_k, causal, window, softcap, scale)
     if do.shape != q.shape or o.shape != q.shape or lse.shape != q.shape[:2] or not do.dtype == o.dtype == q.dtype:

@@ -1,6 +1,6 @@
-"""What `attention` spends and moves on a shape of its OpSpec: arithmetic on documents, without a GPU or a tensor.
+"""FLOPs and bytes of `attention` on a shape of its OpSpec: arithmetic on document lengths, without tensors.
 
-Shapes: documents of N queries (the last may be shorter), and of M keys where that is another number; options as ints.
+Shapes: documents of N queries (the last may be shorter), and of M keys if that differs; options are ints.
 """
 
 from tritium.kernels.attention_mask import Options
@@ -8,14 +8,14 @@ from tritium.kernels.registry import Shape
 
 
 def ends_of(shape: Shape) -> tuple[list[int], list[int]]:
-    """Where the documents end, in queries and in keys."""
+    """The documents' bounds, in queries and in keys."""
     documents = range(max(1, -(-shape["T"] // shape["N"])) + 1)
     ends = [min(i * shape["N"], shape["T"]) for i in documents]
     return ends, [i * shape["M"] for i in documents] if "M" in shape else ends
 
 
 def pairs(shape: Shape) -> int:
-    """Pairs of a query and a key that it sees, times heads."""
+    """The number of visible (query, key) pairs, times query heads."""
     options = Options(bool(shape.get("causal", 1)), shape.get("window"), None, 1.0)
     ends, ends_k = ends_of(shape)
     sizes = [(b - a, d - c) for a, b, c, d in zip(ends, ends[1:], ends_k, ends_k[1:], strict=False)]
@@ -24,7 +24,7 @@ def pairs(shape: Shape) -> int:
 
 
 def moved(shape: Shape, itemsize: int, queries: int, keys: int) -> int:
-    """Bytes of `queries` tensors like q, `keys` tensors like k, and lse."""
+    """Bytes of `queries` tensors like q, `keys` tensors like k, and one lse."""
     T, Tk = (ends[-1] for ends in ends_of(shape))
     return (queries * T * shape["H"] + keys * Tk * shape["G"]) * shape["D"] * itemsize + 4 * T * shape["H"]
 

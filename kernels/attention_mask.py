@@ -1,11 +1,11 @@
-"""Who sees whom in `attention`: documents, causality, windows and keys of another length, all as one thing.
+"""Which keys each query of `attention` sees: documents, causality, windows and different lengths in one description.
 
-    keys      e f g h i j      the last query stands beside the last key. Causal: a sees e f g, and d all of them
-    queries       a b c d      a window of 2: a sees f g; not causal: f g h
+    keys      e f g h i j      the last query is aligned with the last key. Causal: a sees e f g, d sees all
+    queries       a b c d      with a window of 2, a sees f g; not causal, f g h
 
 The keys that a query sees are an interval [start, end) of the stream, and so are the queries that see a key. The torch
-path asks `Options` for those of a block of rows; the kernels load those that `intervals` has found on the device, by a
-binary search in cu_seqlens for each token, so that the host need not know where documents end.
+path asks `Options` for the keys of a block of rows. The kernels load intervals that `intervals` has computed on the
+device, by a binary search in cu_seqlens for each token, so that the host need not know the documents' lengths.
 """
 
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from tritium.kernels.backend import device_assert, tl, triton
 
 @dataclass(frozen=True)
 class Options:
-    """What decides which keys a query sees, and how scores are made; hashable, for the caches below."""
+    """What decides which keys a query sees and how scores are computed; hashable, for the caches of the torch path."""
 
     causal: bool
     window: int | None
@@ -26,7 +26,7 @@ class Options:
     scale: float
 
     def keys_of(self, rows: slice, n: int, m: int) -> slice:
-        """The keys that some query of `rows` sees, with n queries aligned to the end of m keys."""
+        """The keys that some query in `rows` sees, where n queries are aligned with the end of m keys."""
         offset = m - n
         stop, start = m, 0
         if self.causal:
@@ -38,7 +38,7 @@ class Options:
         return slice(start, stop)
 
     def first_query(self, n: int, m: int) -> int:
-        """The first query that sees a key; all after it do, if there are keys at all."""
+        """The first query that sees a key (all later ones do, too); n if there are no keys."""
         if m == 0:
             return n
         if self.causal:
@@ -61,7 +61,10 @@ def visible(rows: slice, keys: slice, offset: int, options: Options, device: tor
 def documents(
     cu_seqlens: Tensor | None, cu_seqlens_k: Tensor | None, T: int, Tk: int
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Where the documents of T queries and Tk keys end, as numbers, checked. (On a GPU the host waits here.)"""
+    """The checked bounds of the documents of T queries and Tk keys, on the host (a device sync on a GPU).
+
+    Raises: ValueError for bounds that decrease, or don't run from 0 to the number of tokens.
+    """
     return _ends(cu_seqlens, T, "cu_seqlens"), _ends(cu_seqlens_k, Tk, "cu_seqlens_k")
 
 
@@ -76,22 +79,22 @@ def _ends(cu_seqlens: Tensor | None, tokens: int, name: str) -> tuple[int, ...]:
 
 # Triton ---------------------------------------------------------------------------------------------------------------
 
-NO_LIMIT = 2**31 - 1  # of a window, and the start of an interval that holds nothing
+NO_LIMIT = 2**31 - 1  # the window where there is none, and the start of an empty interval
 BLOCK = 256
 
 
 @triton.jit
 def _store_intervals(p_cu, p_cu_other, p_out, N, N_other, S, STEPS, left, right, BLOCK: tl.constexpr):
-    """out [2, N]: for each token the start and end of what it sees of the other stream.
+    """out [2, N]: for each token, start and end of the interval that it sees in the other stream.
 
-    The last tokens of a document are aligned; from there a token sees `left` tokens back and `right` ahead. One that
-    sees nothing has (2^31 - 1, 0), which changes neither the first start nor the last end of a block. Whatever cu
-    holds, intervals lie in the other stream.
+    The last tokens of a document's two sides are aligned; relative to its aligned position a token sees `left` tokens
+    back and `right` ahead. A token that sees nothing gets (2^31 - 1, 0), which changes neither the smallest start nor
+    the largest end of its block. Intervals stay within the other stream even if cu is invalid.
     """
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
     m = i < N
     b_doc, b_next = tl.zeros([BLOCK], tl.int64), tl.zeros([BLOCK], tl.int64) + S
-    for _ in range(STEPS):  # the last document that does not start after i
+    for _ in range(STEPS):  # binary search for the last document that does not start after i
         b_middle = (b_doc + b_next) // 2
         m_right = tl.load(p_cu + b_middle, mask=m, other=0) <= i
         b_doc, b_next = tl.where(m_right, b_middle, b_doc), tl.where(m_right, b_next, b_middle)
@@ -99,7 +102,7 @@ def _store_intervals(p_cu, p_cu_other, p_out, N, N_other, S, STEPS, left, right,
     b_last = tl.load(p_cu + b_doc + 1, mask=m, other=0).to(tl.int64)
     b_start = tl.load(p_cu_other + b_doc, mask=m, other=0).to(tl.int64)
     b_end = tl.load(p_cu_other + b_doc + 1, mask=m, other=0).to(tl.int64)
-    b_same = i + b_end - b_last  # the token of the other stream at i's place
+    b_same = i + b_end - b_last  # i's aligned position in the other stream
     b_start = tl.maximum(tl.maximum(b_start, b_same - left), 0)
     b_end = tl.minimum(tl.minimum(b_end, b_same + right + 1), N_other)
     m_sees = (b_first <= i) & (i < b_last) & (b_start < b_end)
@@ -111,9 +114,9 @@ def _store_intervals(p_cu, p_cu_other, p_out, N, N_other, S, STEPS, left, right,
 def _attention_intervals(
     p_cu, p_cu_k, p_keys, p_queries, T, Tk, S, STEPS, left, right, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """keys [2, T]: what each query sees. With 2 on grid axis 1 also queries [2, Tk]: which see each key.
+    """keys [2, T]: the interval of keys that each query sees; with 2 on grid axis 1, also queries [2, Tk] of each key.
 
-    Grid: (cdiv(max(T, Tk), BLOCK), 1 or 2); STEPS of a binary search in S documents.
+    Grid: (cdiv(max(T, Tk), BLOCK), 1 or 2). STEPS: those of a binary search in S documents.
     """
     if tl.program_id(1) == 0:
         _store_intervals(p_cu, p_cu_k, p_keys, T, Tk, S, STEPS, left, right, BLOCK)
@@ -123,14 +126,14 @@ def _attention_intervals(
 
 @triton.jit
 def interval_of(p_interval, i_row, N):
-    """start and end for rows of a block; rows past the last one repeat it, so that they change no bound."""
+    """start and end of a block's rows; rows past the end repeat the last one, so that they change no bound."""
     i_row = tl.minimum(i_row, N - 1).to(tl.int64)
     return tl.load(p_interval + i_row), tl.load(p_interval + N + i_row)
 
 
 @triton.jit
 def bounds_of(b_start, b_end):
-    """(lo, hi, full_lo, full_hi): the rows see something of [lo, hi), and each of them all of [full_lo, full_hi)."""
+    """(lo, hi, full_lo, full_hi): no row sees a key outside [lo, hi); every row sees all of [full_lo, full_hi)."""
     hi = tl.max(b_end, 0)
     return tl.minimum(tl.min(b_start, 0), hi), hi, tl.max(b_start, 0), tl.min(b_end, 0)
 
@@ -139,7 +142,10 @@ def intervals(
     cu_seqlens: Tensor | None, cu_seqlens_k: Tensor | None, q: Tensor, k: Tensor,
     causal: bool, window: int | None, both: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """[2, T] int32: the keys of each query; with `both`, [2, Tk]: the queries of each key."""
+    """[2, T] int32: the keys of each query; with `both`, also [2, Tk] int32: the queries of each key.
+
+    Raises: ValueError for invalid cu_seqlens on a CPU; on a GPU they are checked under TRITIUM_DEBUG=1.
+    """
     T, Tk = len(q), len(k)
     if q.device.type == "cpu":
         documents(cu_seqlens, cu_seqlens_k, T, Tk)
@@ -148,7 +154,7 @@ def intervals(
             holds = lambda cu=cu, n=n: (cu[0] == 0) & (cu[-1] == n) & (cu.diff() >= 0).all()  # noqa: E731
             device_assert(holds, f"cu_seqlens must rise from 0 to the {n} tokens")
 
-    def made(cu: Tensor | None, n: int) -> Tensor:  # on the GPU, without a copy to it
+    def made(cu: Tensor | None, n: int) -> Tensor:  # computed on the device: no copy from the host
         return torch.arange(2, dtype=torch.int32, device=q.device) * n if cu is None else cu.contiguous()
 
     cu = made(cu_seqlens, T)

@@ -1,18 +1,18 @@
 """The torch path of `attention`, for CPU tensors and fp64: the formulas are in attention.py.
 
-It batches documents of similar length. A causal document padded on the right needs no mask for its padding (no real
-query sees a later key), so lengths are rounded up a little, and each bucket of B documents becomes [B·G, n·H/G, D]:
-the heads of a group are rows of one matmul, so keys are never repeated. Blocks of rows skip the keys that none of them
-sees. On a CPU in bf16 this takes about half the time of scaled_dot_product_attention.
+Documents of similar length are batched. A causal document padded on the right needs no mask for its padding, since no
+real query sees a later key; so lengths are rounded up a little, and each bucket of B documents becomes
+[B·G, n·H/G, D]: the query heads of a key head are rows of one matmul, so keys are never repeated. Blocks of rows skip
+the keys that none of them sees. On a CPU in bf16 this takes about half the time of scaled_dot_product_attention.
 
-    packed stream ──index──► padded stream: bucket 0 | bucket 1 | …       (order and gaps: one index per token)
+    packed stream ──index──► padded stream: bucket 0 | bucket 1 | …       (one index per token, for order and padding)
                              for rows of a bucket:  s = q kᵀ → p = softmax(s) → o = p v
 
-Precision: a matmul returns bf16, which is too coarse for scores (an error of 2⁻⁹·|s| in the exponent), so a second
-matmul computes what the rounding lost, s_low = q kᵀ - s_high in fp32 accumulators, rounded to bf16 in turn: together
-they are right to 2⁻¹⁸·|s|. Two bf16 matmuls are still faster than one in fp32; on a CPU where they are not, all is done
-in fp32 (kernels/wide.py), and what is kept of the probabilities is rounded. fp16 scores are made in fp32: they may
-pass 65504, where s_high would be inf and s_low would be inf - inf.
+Precision: a bf16 matmul returns bf16, which is too coarse for scores (an error of 2⁻⁹·|s| in the exponent). A second
+matmul computes what the rounding lost, s_low = q kᵀ - s_high in fp32 accumulators, also rounded to bf16; the sum of the
+two is accurate to 2⁻¹⁸·|s|. Two bf16 matmuls are still faster than one in fp32. On CPUs where they are not, everything
+is computed in fp32 (kernels/wide.py) and only the kept probabilities are rounded. fp16 scores are computed in fp32:
+above 65504, s_high would be inf and s_low inf - inf.
 """
 
 from dataclasses import dataclass
@@ -26,15 +26,15 @@ from tritium.kernels.backend import graph_break, without_autocast
 from tritium.kernels.blocks import Function
 from tritium.kernels.wide import widened
 
-SCORE_BYTES = 2 << 20  # fp32 scores held at a time: they should stay in the cache
-KEPT_BYTES = 32 << 20  # probabilities that a call may keep for its backward; over this they are made again
-ROWS = 64  # queries of a block: enough for the matmuls (times the heads of a group), few enough to skip hidden keys
+SCORE_BYTES = 2 << 20  # fp32 scores of one block: they should stay in the cache
+KEPT_BYTES = 32 << 20  # probabilities that a call may keep for its backward; if there are more, they are recomputed
+ROWS = 64  # queries per block: enough for an efficient matmul, few enough to skip keys that none of them sees
 
 
 # ---- which documents go together -------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class _Bucket:
-    """`count` documents with n queries and m keys each, at these places of the padded streams."""
+    """`count` documents of n queries and m keys each, starting at these places of the padded streams."""
 
     count: int
     n: int
@@ -53,8 +53,8 @@ class _Bucket:
 
 @dataclass(frozen=True)
 class _Layout:
-    """The padded stream of the queries (or keys): `source` [P] says which token each slot holds (padding repeats
-    some token), `slot` [T] where each token went. Both None: the stream is used as it is."""
+    """The padded stream of the queries (or keys): `source` [P] is the token in each slot (padding repeats a token),
+    `slot` [T] the slot of each token. Both are None if the stream needs no padding or reordering."""
 
     source: Tensor | None
     slot: Tensor | None
@@ -64,7 +64,7 @@ class _Layout:
         return x if self.source is None else x.index_select(0, self.source)
 
     def pad_gradient(self, x: Tensor) -> Tensor:
-        """Like `pad`, but with zeros in the padding: it must not add to anything."""
+        """Like `pad`, but with zeros in the padding, so that padding adds nothing to a gradient."""
         if self.slot is None:
             return x
         return x.new_zeros(self.size, *x.shape[1:]).index_copy_(0, self.slot, x)
@@ -80,14 +80,14 @@ def _rounded(n: int) -> int:
 
 
 def _layout(spans: list[tuple[int, int, int]], tokens: int, device: str) -> _Layout:
-    """The layout that holds spans of (first token, length, padded length) one after the other."""
+    """The layout of consecutive spans (first token, length, padded length)."""
     size = sum(padded for _, _, padded in spans)
     if size == tokens and all(
         start == at for (start, _, _), at in zip(spans, _starts([p for _, _, p in spans]), strict=True)
     ):
         return _Layout(None, None, size)
     first, length, padded = torch.tensor(spans, dtype=torch.int64).reshape(-1, 3).unbind(1)
-    within = torch.arange(size) - torch.repeat_interleave(padded.cumsum(0) - padded, padded)  # [P] place in its span
+    within = torch.arange(size) - torch.repeat_interleave(padded.cumsum(0) - padded, padded)  # [P] place in the span
     real = within < torch.repeat_interleave(length, padded)
     last = torch.repeat_interleave(length, padded) - 1
     source = torch.repeat_interleave(first, padded) + torch.minimum(within, last)  # padding repeats the last token
@@ -107,9 +107,10 @@ def _starts(sizes: list[int]) -> list[int]:
 def _plan(
     ends: tuple[int, ...], ends_k: tuple[int, ...], pad: bool, device: str
 ) -> tuple[tuple[_Bucket, ...], _Layout, _Layout]:
-    """Buckets of documents and the two layouts; cached, since every layer of a model asks for the same one.
+    """Buckets of documents and the layouts of queries and keys; cached, since all layers of a model share one plan.
 
-    `pad`: lengths may be rounded up, right for causal self-attention only; else only equal lengths share a bucket.
+    `pad`: round lengths up, which is right only for causal self-attention; without it only documents of equal length
+    share a bucket.
     """
     documents: dict[tuple[int, int], list[int]] = {}
     for i in range(len(ends) - 1):
@@ -129,7 +130,7 @@ def _plan(
 # ---- one block of scores ---------------------------------------------------------------------------------------------
 @lru_cache(maxsize=16)
 def _bias(rows: int, keys: int, offset: int, group: int, options: Options, dtype: torch.dtype, device: str) -> Tensor:
-    """[rows · group, keys]: 0 where a query sees a key, else -inf. `offset`: the first query's place among the keys."""
+    """[rows · group, keys]: 0 for a visible key, else -inf. `offset`: the first query's position among the keys."""
     seen = visible(slice(0, rows), slice(0, keys), offset, options, torch.device(device))
     return torch.zeros_like(seen, dtype=dtype).masked_fill_(~seen, -torch.inf).repeat_interleave(group, 0)
 
@@ -140,7 +141,7 @@ def _scaled_bmm(a: Tensor, b: Tensor, scale: float) -> Tensor:
 
 
 def _scores(q: Tensor, k: Tensor, options: Options) -> Tensor:
-    """softcap(scale · q kᵀ) in fp32 at least, [B, rows, keys]; in bf16 by two matmuls, see above."""
+    """softcap(scale · q kᵀ) in at least fp32, [B, rows, keys]; for bf16 by two matmuls (see the module's docstring)."""
     if q.dtype == torch.float16:
         q, k = q.float(), k.float()
     kt = k.transpose(1, 2)
@@ -153,12 +154,12 @@ def _scores(q: Tensor, k: Tensor, options: Options) -> Tensor:
 
 @dataclass(frozen=True)
 class _Block:
-    """A block of work: some (document, key head) pairs of a bucket, some of their queries, the keys these see."""
+    """A block of work: some (document, key head) pairs of a bucket, some of their queries, and the keys these see."""
 
     batch: slice
     rows: slice  # of queries
     keys: slice
-    offset: int  # of the first query among the keys: it sees up to this one if causal
+    offset: int  # the first query's position among the keys: if causal, the last key that it sees
     group: int  # query heads per key head
 
     @property
@@ -171,7 +172,7 @@ class _Block:
 
 
 def _mask_(s: Tensor, block: _Block, options: Options) -> Tensor:
-    """Put -inf at what a block's queries may not see, in place; only in the columns that need it."""
+    """Put -inf at the invisible keys of a block's scores, in place, touching only the columns that have some."""
     if not options.causal and not options.window:
         return s
     rows, width = block.rows.stop - block.rows.start, block.keys.stop - block.keys.start
@@ -183,7 +184,7 @@ def _mask_(s: Tensor, block: _Block, options: Options) -> Tensor:
 
 
 def _blocks(bucket: _Bucket, key_heads: int, group: int, options: Options):
-    """Blocks that cover a bucket's visible pairs, each of at most SCORE_BYTES of fp32 scores where possible."""
+    """Blocks that cover a bucket's visible pairs, each with at most SCORE_BYTES of fp32 scores if possible."""
     n, m = bucket.n, bucket.m
     for start in range(options.first_query(n, m), n, ROWS):
         rows = slice(start, min(n, start + ROWS))
@@ -196,13 +197,13 @@ def _blocks(bucket: _Bucket, key_heads: int, group: int, options: Options):
 
 
 def _to_bucket(x: Tensor, count: int, length: int, key_heads: int, group: int) -> Tensor:
-    """[count · length, G · group, D] to [count · G, length · group, D]: a group's queries are rows of one matrix."""
+    """[count · length, G · group, D] → [count · G, length · group, D]: a key head's queries are rows of one matrix."""
     x = x.view(count, length, key_heads, group, x.shape[-1]).transpose(1, 2)  # [count, G, length, group, D]
     return x.reshape(count * key_heads, length * group, x.shape[-1])
 
 
 def _from_bucket(x: Tensor, count: int, length: int, key_heads: int, group: int) -> Tensor:
-    """The reverse of `_to_bucket`."""
+    """The inverse of `_to_bucket`."""
     x = x.view(count, key_heads, length, group, x.shape[-1]).transpose(1, 2)  # [count, length, G, group, D]
     return x.reshape(count * length, key_heads * group, x.shape[-1])
 
@@ -218,19 +219,19 @@ def _block_forward(q: Tensor, k: Tensor, v: Tensor, block: _Block, options: Opti
 
 
 def _extended(do: Tensor, delta: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """do and v with further columns, so that their product is do·v - delta, with delta right to 2⁻¹⁸.
+    """do and v with extra columns, so that their product is do·v - delta, with delta accurate to 2⁻¹⁸.
 
-    (Where a query sees one key in effect, the two cancel: delta must not be rounded to bf16 by itself.)
+    If a query attends to a single key in effect, the two terms cancel: delta must not be rounded to bf16 by itself.
     """
     high = delta.to(do.dtype)
     low = (delta - high).to(do.dtype)
-    ones, pad = torch.ones_like(v[..., :2]), do.new_zeros(())  # 8 columns: matmuls like multiples of 8
+    ones, pad = torch.ones_like(v[..., :2]), do.new_zeros(())  # 8 columns in all: matmuls like multiples of 8
     do = torch.cat([do, -high, -low, pad.expand(*do.shape[:-1], 6)], -1)
     return do, torch.cat([v, ones, pad.expand(*v.shape[:-1], 6)], -1)
 
 
 def _block_backward(q, k, v, do, lse, p: Tensor | None, block: _Block, options: Options):
-    """dq, dk and dv of a block, from v and do of `_extended`; p is made again if it was not kept."""
+    """dq, dk and dv of a block, from do and v of `_extended`; p is recomputed if it was not kept."""
     D = q.shape[-1]
     if p is None or options.softcap is not None:
         s = _scores(q, k, options)
@@ -246,7 +247,7 @@ def _block_backward(q, k, v, do, lse, p: Tensor | None, block: _Block, options: 
 
 @without_autocast
 def _forward(q, k, v, plan, options: Options, keep: bool):
-    """o [T, H, D], lse [T, H] fp32, and the probabilities of every block (or None, if too large or not wanted)."""
+    """o [T, H, D], lse [T, H] fp32, and the probabilities of all blocks (None if too large or not wanted)."""
     buckets, queries, keys = plan
     (_, H, D), G, group = q.shape, k.shape[1], q.shape[1] // k.shape[1]
     dtype = torch.promote_types(q.dtype, torch.float32)
@@ -270,7 +271,7 @@ def _forward(q, k, v, plan, options: Options, keep: bool):
 
 @without_autocast
 def _backward(do, q, k, v, o, lse, dlse, plan, options: Options, kept: list[Tensor] | None):
-    """dq, dk, dv.  ds = p (dp - Σ_j p dp), and Σ_j p dp = do·o; a gradient of lse adds p · dlse."""
+    """dq [T, H, D], dk and dv [Tk, G, D]; the formulas are in attention.py."""
     buckets, queries, keys = plan
     (_, H, D), G, group, dtype = q.shape, k.shape[1], q.shape[1] // k.shape[1], lse.dtype
     delta = (do.to(dtype) * o).sum(-1)  # [T, H]

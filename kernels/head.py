@@ -1,17 +1,17 @@
-"""The vocabulary head without its logits: what `linear_logprob`, `linear_cross_entropy` and `linear_kl` share.
+"""The language-model head without materialised logits, shared by linear_logprob, linear_cross_entropy and linear_kl.
 
-    z = softcap(hidden @ weight.T) / temperature          [T, V], never held whole
+    z = softcap(hidden @ weight.T) / temperature          [T, V], never whole in memory
 
-The matrix is walked in tiles of (a block of tokens) × (a chunk of the vocabulary); each tile yields per-token
-statistics that merge exactly (an online log-sum-exp), and the backward makes the tile again. A shard of the
-vocabulary on another rank is just one more chunk to merge.
+z is computed in tiles of (a block of tokens) × (a chunk of the vocabulary). Each tile gives per-token statistics that
+merge exactly (online log-sum-exp), and the backward recomputes it. A vocabulary shard on another rank is one more chunk
+to merge.
 
                chunk 0    chunk 1    …
     rows 0   [ tile ] → [ tile ] → merge: lse, expected z, Σz, max      forward   2·T·V·E FLOPs
-    rows 1   [ tile ] → [ tile ] → …                                    backward  6·T·V·E (one third makes the tiles)
+    rows 1   [ tile ] → [ tile ] → …                                    backward  6·T·V·E (a third: the tiles again)
 
-Two details decide the precision in bf16. A target's gradient, p - 1, is formed in fp32 and then rounded: bf16(p) is 1
-from p = 0.998 on, and the gradient would be lost. And dhidden and dweight are accumulated in fp32.
+Precision in bf16: a target's gradient, p - 1, is formed in fp32 and then rounded, since bf16(p) is 1 from p = 0.998 on
+and the gradient would be lost. dhidden and dweight are accumulated in fp32.
 """
 
 from collections.abc import Iterator
@@ -32,19 +32,22 @@ _INVALID: dict[torch.device, Tensor] = {}
 
 
 class HeadStatistics(NamedTuple):
-    """Per-token statistics of the logits, fp32 (fp64 for fp64 inputs). Differentiable but for `top` and `mass`."""
+    """Per-token statistics of the logits, fp32 (fp64 for fp64 inputs). All but `top` and `mass` are differentiable."""
 
     lse: Tensor  # [T] log Σ_v exp z_v
     picked: Tensor  # [T, K] the logits of the targets; 0 where a target is outside the vocabulary
     expected: Tensor | None  # [T] Σ_v p_v z_v, so that entropy = lse - expected
     total: Tensor | None  # [T] Σ_v z_v
     top: Tensor  # [T] max_v z_v
-    mass: Tensor  # [T] Σ_v exp(z_v - top): lse, rounded to its own size, has not all of it
+    mass: Tensor  # [T] Σ_v exp(z_v - top), more precise than lse, which is rounded at its own magnitude
 
 
 @dataclass(frozen=True)
 class HeadOptions:
-    """What is made of hidden @ weight.T, and which statistics of it. Raises: ValueError for what makes no logits."""
+    """How logits are made of hidden @ weight.T, and which statistics are wanted.
+
+    Raises: ValueError for a temperature or softcap that is not positive, and for options that exclude each other.
+    """
 
     temperature: float = 1.0
     softcap: float | None = None
@@ -58,16 +61,16 @@ class HeadOptions:
         if self.softcap is not None and not self.softcap > 0:
             raise ValueError(f"softcap must be positive or None, got {self.softcap}")
         if self.exclude and (self.softcap is not None or self.total):
-            raise ValueError("exclude goes with neither softcap nor total: what is left out is no number to cap or add")
+            raise ValueError("exclude can't be combined with softcap or total: excluded logits are not finite numbers")
 
     def from_raw(self, z: Tensor) -> Tensor:
-        """softcap and temperature of fp32 logits, in place."""
+        """Apply softcap and temperature to fp32 logits, in place."""
         if self.softcap is not None:
             z = z.div_(self.softcap).tanh_().mul_(self.softcap)
         return z if self.temperature == 1.0 else z.div_(self.temperature)
 
     def to_raw(self, dz: Tensor, z: Tensor) -> Tensor:
-        """The gradient of the logits before softcap and temperature, from that of z, in place."""
+        """The gradient of the logits before softcap and temperature, from dz, in place."""
         if self.softcap is not None:  # d tanh(x) = 1 - tanh(x)²
             dz *= 1 - (z * (self.temperature / self.softcap)).square_()
         return dz if self.temperature == 1.0 else dz.div_(self.temperature)
@@ -87,11 +90,10 @@ def check_head(op: str, **operands: Tensor) -> None:
 def check_targets(
     op: str, targets: Tensor, shape: tuple[int, ...], vocab: int, ignore_index: int, name: str = "targets"
 ) -> Tensor:
-    """The targets that count, int64, and -1 in the place of the others, which are ignore_index.
+    """The targets as int64, with -1 in place of those equal to ignore_index.
 
-    Raises: ValueError unless targets has that shape, an integer dtype and, on a CPU, ids in range. Where looking at
-    the values would make the host wait, those out of range are left out like ignored ones, and counted: see
-    `invalid_targets`.
+    Raises: ValueError for another shape, a dtype that is no integer and, on a CPU, ids out of range. On a GPU, where
+    checking values would be a sync, ids out of range are ignored and counted: see `invalid_targets`.
     """
     require_integer(op, **{name: targets})
     if tuple(targets.shape) != shape:
@@ -103,8 +105,8 @@ def check_targets(
 
 
 def refuse(ids: Tensor, bad: Tensor, message: str) -> None:
-    """Raise ValueError with the first of the bad ids in the message; count them where the host would have to wait."""
-    real = type(ids) is Tensor  # not a stand-in of one, of whatever traces this: a counter must not become one
+    """On a CPU, raise ValueError with the first bad id in the message; on a GPU, add them to `invalid_targets`."""
+    real = type(ids) is Tensor  # not a tracer's stand-in, which a counter must not become
     compiling = torch.compiler.is_compiling()
     if real and ids.device.type == "cpu" and not compiling:
         if bad.any():
@@ -112,21 +114,20 @@ def refuse(ids: Tensor, bad: Tensor, message: str) -> None:
         return
     count = bad.sum()
     device_assert(lambda: count == 0, message.format("others"))
-    # The memory made in the capture of a CUDA graph is the graph's: there only a counter that was made before counts.
+    # Memory allocated during the capture of a CUDA graph belongs to the graph: use only a counter that exists already.
     capturing = ids.is_cuda and not compiling and torch.cuda.is_current_stream_capturing()
     if real and (ids.device in _INVALID or not capturing):
         invalid_targets(ids.device).add_(count)
 
 
 def invalid_targets(device: torch.device | str) -> Tensor:
-    """How many targets on this device were out of range and so left out, ever: an int64 scalar on it, kept up to date.
+    """How many targets on this device were ever out of range and therefore ignored: a live int64 scalar on the device.
 
-    Reading it (`int(invalid_targets("cuda"))`) waits for the device. With TRITIUM_DEBUG=1 the first one stops the
-    program instead.
+    Reading it (`int(invalid_targets("cuda"))`) is a device sync. Under TRITIUM_DEBUG=1 the first one stops the program.
     """
     device = torch.empty(0, device=device).device  # "cuda" with its index
     if device not in _INVALID:
-        with torch.inference_mode(False):  # it outlives that mode
+        with torch.inference_mode(False):  # the counter outlives that mode
             _INVALID[device] = torch.zeros((), dtype=torch.int64, device=device)
     return _INVALID[device]
 
@@ -138,7 +139,7 @@ def _tile_shape(tokens: int, vocab: int, device: torch.device) -> tuple[int, int
 
 
 def tiles(tokens: int, vocab: int, device: torch.device) -> Iterator[tuple[int, slice, slice]]:
-    """(chunk number, columns, rows) of every tile: the vocabulary outside, so that a chunk of the weight stays hot."""
+    """(chunk number, columns, rows) of every tile; chunks are the outer loop, so that a chunk of weight stays hot."""
     rows, columns = _tile_shape(tokens, vocab, device)
     for chunk, column in enumerate(range(0, vocab, columns)):
         for row in range(0, tokens, rows):
@@ -146,7 +147,7 @@ def tiles(tokens: int, vocab: int, device: torch.device) -> Iterator[tuple[int, 
 
 
 class Workspace:
-    """The memory of a tile of logits, used again for the next: fresh pages would cost more than the softmax."""
+    """The memory of one tile of logits, reused for the next: page faults on new memory cost more than the softmax."""
 
     def __init__(self, like: Tensor, elements: int):
         wide = torch.promote_types(like.dtype, torch.float32)
@@ -159,15 +160,15 @@ class Workspace:
         return options.from_raw(raw) if self.raw is self.z else self.widen(raw, options)
 
     def narrow(self, dz: Tensor) -> Tensor:
-        """dz in the dtype that it is multiplied in."""
+        """dz in the dtype of the matmuls."""
         return dz if self.raw is self.z else _shaped(self.raw, dz.shape).copy_(dz)
 
     def widen(self, raw: Tensor, options: HeadOptions) -> Tensor:
-        """z, in `self.z`, of hidden @ weight.T."""
+        """z, in `self.z`, from raw = hidden @ weight.T."""
         return options.from_raw(_shaped(self.z, raw.shape).copy_(raw))
 
     def softmax(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(p, top, Σ e^(z - top)) of z's rows; p is in `self.p`. 3 × faster than torch.logsumexp."""
+        """(p, max z, Σ e^(z - max)) of z's rows; p is in `self.p`. 3 × faster than torch.logsumexp."""
         p = torch.softmax(z, -1, out=_shaped(self.p, z.shape))
         return p, z.amax(-1), 1 / p.amax(-1)
 
@@ -177,13 +178,13 @@ def _shaped(memory: Tensor, shape: tuple[int, int]) -> Tensor:
 
 
 def logits_tile(hidden: Tensor, weight: Tensor, options: HeadOptions) -> Tensor:
-    """z of one tile, in fp32 at least: the matmul in the inputs' dtype, everything after it in fp32."""
+    """z of one tile in at least fp32: the matmul is in the inputs' dtype, everything after it in fp32."""
     z = widened(hidden) @ widened(weight).t()
     return options.from_raw(z.to(torch.promote_types(z.dtype, torch.float32)))
 
 
 def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a @ b, in total's dtype: fp32 at least."""
+    """total += a @ b, in total's dtype (at least fp32)."""
     if a.dtype == total.dtype:
         torch.addmm(total, a, b, out=total)  # addmm_ is not counted by FlopCounterMode
     else:
@@ -191,9 +192,9 @@ def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
 
 
 def pick(z: Tensor, targets: Tensor, options: HeadOptions) -> tuple[Tensor, Tensor, Tensor]:
-    """(picked, here, column), [rows, K]: the logits of the targets that lie in z's columns, 0 for the others.
+    """(picked, here, column), each [rows, K]: the targets' logits, whether the target is one of z's columns, and which.
 
-    Excluded targets leave z.
+    `picked` is 0 where it is not. With `exclude`, the targets' logits are set to about -inf in z.
     """
     here = (targets >= 0) & (targets < z.shape[1])
     column = torch.where(here, targets, 0)
@@ -207,9 +208,9 @@ def raw_gradient(
     z: Tensor, p: Tensor, here: Tensor, column: Tensor, g_lse: Tensor, g_expected: Tensor | None,
     g_picked: Tensor | None, g_total: Tensor | None, options: HeadOptions,
 ) -> Tensor:  # fmt: skip
-    """The gradient of hidden @ weight.T, in p's memory, from those of the statistics; `here`, `column` as of `pick`.
+    """The gradient of hidden @ weight.T, in p's memory, from those of the statistics; `here`, `column` from `pick`.
 
-    d expected / dz_v = p_v (1 + z_v - expected), of which g_lse holds the part without z_v.
+    d lse / dz_v = p_v,   d expected / dz_v = p_v (1 + z_v - expected); the part without z_v is already in g_lse.
     """
     dz = p.mul_(g_lse[:, None] if g_expected is None else torch.addcmul(g_lse[:, None], z, g_expected[:, None]))
     if g_total is not None:
@@ -220,7 +221,7 @@ def raw_gradient(
 
 
 def _torch_forward(hidden, weight, targets, temperature, softcap, with_expected, with_total, exclude):
-    """HeadStatistics by tiles; targets outside [0, V) pick 0. As head_triton's head_forward, in plain torch."""
+    """HeadStatistics by tiles: head_triton's head_forward in plain torch. Targets outside [0, V) pick 0."""
     (T, _), V, options = hidden.shape, weight.shape[0], HeadOptions(temperature, softcap, exclude=exclude)
     dtype = torch.promote_types(hidden.dtype, torch.float32)
     picked = hidden.new_zeros(targets.shape, dtype=dtype)
@@ -256,11 +257,11 @@ def _torch_backward(
     work = Workspace(wide, height * width)
     dhidden = hidden.new_zeros(T, E, dtype=top.dtype) if needs_hidden else None
     dweight = weight.new_zeros(V, E) if needs_weight else None
-    summed = weight.new_empty(width, E, dtype=top.dtype)  # dweight of one chunk, over the blocks of tokens
+    summed = weight.new_empty(width, E, dtype=top.dtype)  # dweight of one chunk, summed over blocks of tokens
     g_lse = top.new_zeros(T) if g_lse is None else g_lse
     if g_expected is not None:
         g_lse = g_lse + g_expected * (1 - expected)
-    of_p = [None if g is None else g / mass for g in (g_lse, g_expected)]  # p itself lacks that factor below
+    of_p = [None if g is None else g / mass for g in (g_lse, g_expected)]  # since p below is not normalised
     for _, columns, rows in tiles(T, V, hidden.device):
         if rows.start == 0:
             words = widened(weight[columns])
@@ -280,7 +281,7 @@ def _torch_backward(
 
 
 class _Head(Function):
-    """HeadStatistics of a whole vocabulary or of one shard of it."""
+    """HeadStatistics of a whole vocabulary or of one shard."""
 
     @staticmethod
     @without_autocast
@@ -305,7 +306,7 @@ class _Head(Function):
 
 
 class _AllReduceSum(torch.autograd.Function):
-    """Sum over a group whose ranks go on with the same value: the gradient of each share is the gradient of the sum."""
+    """Sum over a group whose ranks all use the result alike: each summand's gradient is the gradient of the sum."""
 
     @staticmethod
     def forward(ctx, x, group):
@@ -319,7 +320,7 @@ class _AllReduceSum(torch.autograd.Function):
 
 
 def _merge_shards(s: HeadStatistics, group: dist.ProcessGroup) -> HeadStatistics:
-    """The statistics of the whole vocabulary from those of its shards: one max and one sum over the group."""
+    """The statistics of the whole vocabulary from those of its shards, by one all-reduce MAX and one SUM."""
     bounds = torch.stack([s.lse.detach(), s.top])
     dist.all_reduce(bounds, op=dist.ReduceOp.MAX, group=group)
     high, top = bounds
@@ -341,8 +342,8 @@ def head_statistics(
 ) -> HeadStatistics:
     """HeadStatistics of z = softcap(hidden @ weight.T) / temperature.
 
-    hidden [T, E] and weight [V, E] of one dtype, targets [T, K] int64 global ids (anything outside the vocabulary
-    picks nothing). With a group, weight holds the rank's V / world_size rows; dhidden then is this shard's part.
+    hidden [T, E] and weight [V, E] of one dtype; targets [T, K] int64 are global ids (those outside the vocabulary pick
+    0). With a group, weight is this rank's V / world_size rows, and dhidden is only this shard's part of the gradient.
     """
     own = targets if group is None else targets - dist.get_rank(group) * weight.shape[0]
     kernels = use_triton(hidden, weight, targets)
@@ -351,5 +352,5 @@ def head_statistics(
 
 
 def vocab_size(weight: Tensor, group: dist.ProcessGroup | None) -> int:
-    """Of the whole head, of which weight may be a shard."""
+    """The vocabulary size of the whole head, of which weight may be a shard."""
     return weight.shape[0] * (1 if group is None else dist.get_world_size(group))

@@ -1,21 +1,21 @@
-"""The head's statistics and their gradient as Triton kernels: matrix products whose results never leave the chip.
+"""The head's statistics and their gradients in Triton: matmuls whose results never leave the chip.
 
     z = softcap(hidden @ weight.T) / temperature
 
-    forward     a program multiplies BLOCK_T tokens by its share of the vocabulary, BLOCK_V words at a time, and keeps
+    forward     a program multiplies BLOCK_T tokens by its share of the vocabulary, BLOCK_V columns at a time, and keeps
                 max z, Σ e^(z - max), Σ e^(z - max) z and Σ z of each token in registers; the shares merge exactly
-    backward    for a chunk of the vocabulary, dz [T, chunk] is made from z once more, in the operands' dtype;
-                dhidden += dz @ weight[chunk] and dweight[chunk] = dz.T @ hidden are matmuls of torch, hard to beat
+    backward    for each chunk of the vocabulary, z is recomputed and dz [T, chunk] stored in the operands' dtype;
+                dhidden += dz @ weight[chunk] and dweight[chunk] = dz.T @ hidden are left to torch's matmuls
 
                 dz_v = (p_v (g_lse + g_expected (1 + z_v - expected)) + g_total + Σ_k g_picked_k δ(v = target_k)) dz/dx
 
-FLOPs 2·T·V·E forward, 6·T·V·E backward. What the kernels read, with elements of `itemsize` bytes: each tile of
-BLOCK_T × BLOCK_V logits reads its operands once, so T·V·E·itemsize (1 / BLOCK_T + 1 / BLOCK_V), nearly all of it from
-the L2: programs that run together share BLOCK_T·GROUP tokens and a few blocks of the vocabulary. To this come a few
-numbers of each token for each tile or share, and in the backward dz, T·V·itemsize.
+2·T·V·E FLOPs forward, 6·T·V·E backward. Reads: each tile of BLOCK_T × BLOCK_V logits reads its operands once, in all
+T·V·E·itemsize (1 / BLOCK_T + 1 / BLOCK_V) bytes, nearly all from the L2, since programs that run together share
+BLOCK_T·GROUP tokens and a few blocks of the vocabulary. On top come a few numbers per token and tile or share, and in
+the backward dz, T·V·itemsize.
 
-Rows that are no multiples of 64 elements are padded with zeros, in a copy (`aligned`): else each element is one load.
-Sizes that differ from batch to batch are not specialised on: one compilation serves them all.
+Rows whose length is not a multiple of 64 are zero-padded in a copy (`aligned`); otherwise each element would be a load
+of its own. Sizes that differ from batch to batch are not specialised on: one compilation serves them all.
 """
 
 from collections.abc import Callable
@@ -28,21 +28,21 @@ from tritium.kernels.backend import Target, operator, target_of, tl, triton
 from tritium.kernels.blocks import tanh
 from tritium.kernels.registry import Launch, launch_of
 
-# A tile of logits in the torch path, in fp32: on a CPU it should stay in the cache (allocations over 32 MB also go back
-# to the system each time, and the page faults then cost more than the matmul); a GPU wants large matmuls. In the Triton
-# path, the bytes of dz.
+# Bytes of an fp32 tile of logits in the torch path, and of dz in the Triton path. On a CPU a tile should stay in the
+# cache (allocations over 32 MB are also returned to the system each time, and their page faults cost more than the
+# matmul); a GPU wants large matmuls.
 TILE_BYTES = {"cpu": 8 << 20, "cuda": 512 << 20}
-PROGRAMS = 1024  # that the forward wants at least: 8 for each multiprocessor of a large GPU
-SHARE = 8  # blocks of the vocabulary in a program's share, at most
+PROGRAMS = 1024  # least number of programs for the forward: 8 per multiprocessor of a large GPU
+SHARE = 8  # most blocks of the vocabulary in a program's share
 GROUP = tl.constexpr(16)  # blocks of tokens that run together
-EXCLUDED = -1e30  # instead of -inf: a share that holds nothing else still has a finite softmax
+EXCLUDED = -1e30  # instead of -inf: a share with nothing else must still have a finite softmax
 _EXCLUDED = tl.constexpr(EXCLUDED)
 LOG2_E = tl.constexpr(1.4426950408889634)  # exp2 is an instruction, exp is two
 
 
 @triton.jit
 def tile_of(i_program, blocks, shares):
-    """(block of tokens, share of the vocabulary): GROUP blocks walk the vocabulary together, and share it in the L2."""
+    """(block of tokens, share of the vocabulary); GROUP blocks go over the vocabulary together, sharing the L2."""
     i_group = i_program // (GROUP * shares)
     size = tl.minimum(blocks - i_group * GROUP, GROUP)
     i_program = i_program % (GROUP * shares)
@@ -54,10 +54,10 @@ def logits_block(
     p_hidden, p_weight, i_row, i_col, stride_hidden, stride_weight, T, V, softcap, temperature,
     E: tl.constexpr, HAS_CAP: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    """z [BLOCK_T, BLOCK_V] of tokens i_row and words i_col, int64. Beyond T and V it is that of the last one.
+    """z [BLOCK_T, BLOCK_V] of tokens i_row and vocabulary entries i_col, both int64.
 
-    So rows need no mask: a repeated row costs no traffic beyond the cache, and what it yields is dropped later. Nor do
-    columns: E is a multiple of BLOCK_E (`aligned`).
+    Loads need no masks: indices beyond T and V are clamped to the last row, which is in the cache, and whose results
+    are dropped later; E is a multiple of BLOCK_E (`aligned`).
     """
     i_e = tl.arange(0, BLOCK_E)
     p_h = p_hidden + (tl.minimum(i_row, T - 1) * stride_hidden)[:, None] + i_e[None, :]  # [BLOCK_T, BLOCK_E]
@@ -74,9 +74,10 @@ def logits_block(
 
 @triton.jit
 def _columns_of(p_targets, i_row, m_row, i_k, i_first, width, K: tl.constexpr, BLOCK_K: tl.constexpr):
-    """The columns [BLOCK_T, BLOCK_K] of targets i_k, i_k + 1, … in a block of `width` words from i_first on, else -1.
+    """(columns, found) of targets i_k, i_k + 1, … in the block of `width` vocabulary entries that starts at i_first.
 
-    And a number with a bit for each of these targets that some row has there: few blocks hold one.
+    columns [BLOCK_T, BLOCK_K]: the target's column, or -1 if it is in another block. found: bit j is set if any row has
+    its target i_k + j in this block; few blocks have one, so the rest is skipped.
     """
     i_j = tl.arange(0, BLOCK_K)
     p_target = p_targets + i_row[:, None] * K + (i_k + i_j)[None, :]  # K is a multiple of BLOCK_K
@@ -98,7 +99,7 @@ def _head_forward(
     E: tl.constexpr, K: tl.constexpr, EXPECTED: tl.constexpr, TOTAL: tl.constexpr, EXCLUDE: tl.constexpr,
     HAS_CAP: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """parts [shares, 4, T]: of each share max z, Σ e^(z - max), Σ e^(z - max) z, Σ z; picked [T, K], where it is found.
+    """parts [shares, 4, T]: per share max z, Σ e^(z - max), Σ e^(z - max) z and Σ z; picked [T, K] where in the share.
 
     hidden [T, E], weight [V, E], targets [T, K] int64. Grid: (cdiv(T, BLOCK_T) · shares,).
     """
@@ -153,12 +154,11 @@ def _head_dz(
     E: tl.constexpr, K: tl.constexpr, EXPECTED: tl.constexpr, TOTAL: tl.constexpr, EXCLUDE: tl.constexpr,
     HAS_CAP: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """dz for the chunk weight [V, E], whose first word is i_chunk; the g are [T], g_picked [T, K], fp32.
+    """dz of one chunk of the vocabulary, weight [V, E], that starts at entry i_chunk. Grid: (tiles of dz,).
 
-    dz [T, cdiv(V, BLOCK_V) · BLOCK_V]: whole blocks, stored without a mask, which would cut the stores to pieces.
-
-    g_lse has g_expected · (1 - expected) in it; both have 1 / Σ e^(z - top), since the log-sum-exp itself is rounded to
-    more than the 1 - p of a confident target; all have 1 / temperature. Grid: one program for each tile of dz.
+    dz [T, cdiv(V, BLOCK_V) · BLOCK_V]: whole blocks, so that stores need no mask, which would narrow them. The g_* are
+    [T], g_picked [T, K], fp32. g_lse includes g_expected · (1 - expected); both include 1 / Σ e^(z - top), since the
+    rounding of the log-sum-exp itself exceeds the 1 - p of a confident target; all include 1 / temperature.
     """
     i_tile, i_share = tile_of(tl.program_id(0), tl.cdiv(T, BLOCK_T), tl.cdiv(V, BLOCK_V))
     i_row = i_tile.to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)  # [BLOCK_T]
@@ -193,15 +193,15 @@ def _head_dz(
 
 # Launchers ------------------------------------------------------------------------------------------------------------
 def _config(E: int, K: int, dtype: torch.dtype, has_cap: bool, target: Target) -> dict:
-    """Launch parameters: the largest tile whose logits stay in registers beside what is made of them.
+    """Launch parameters: the largest tile whose logits, and what is computed from them, fit into registers.
 
-    Several targets are padded to 8, 16, …, so that few K are compiled, and looked for in groups of BLOCK_K.
+    K > 1 targets are padded to 8, 16, …, so that few values of K are compiled, and searched in groups of BLOCK_K.
     """
-    if dtype == torch.float32:  # "ieee" products are made outside the tensor cores
+    if dtype == torch.float32:  # "ieee" products run outside the tensor cores
         block_v, block_e, stages = 64, 16, 2
     else:
         block_v = 256 if target.arch == 90 and not has_cap and K <= 1 else 128
-        # Hopper and Blackwell read a product's operands from shared memory; elsewhere they take registers too.
+        # Hopper and Blackwell read matmul operands from shared memory; on other GPUs they take registers too.
         block_e = 64 if target.shared_bytes >= 200 << 10 and not has_cap else 32
         stages = 4 if target.backend == "cuda" else 2
     K, block_k = (K, 1) if K <= 1 else (max(8, triton.next_power_of_2(K)), 8)
@@ -214,21 +214,21 @@ def tile_bytes(device: torch.device) -> int:
 
 
 def shares_of(T: int, V: int, config: dict, most: int = SHARE) -> tuple[int, int]:
-    """(shares of the vocabulary, blocks in each: at most that many) for a kernel that sums over it."""
+    """(number of shares, blocks per share ≤ `most`) of the vocabulary, for a kernel that sums over it."""
     tiles, blocks = triton.cdiv(T, config["BLOCK_T"]), triton.cdiv(V, config["BLOCK_V"])
     blocks_per_share = max(1, min(most, tiles * blocks // PROGRAMS))
     return triton.cdiv(blocks, blocks_per_share), blocks_per_share
 
 
 def aligned(x: Tensor) -> Tensor:
-    """x [M, E] with rows of unit stride at multiples of 16 elements and bytes, and zeros up to a multiple of 64."""
+    """x [M, E] with unit column stride, rows aligned to 16 elements and bytes, E zero-padded to a multiple of 64."""
     if x.stride(1) == 1 and not (x.shape[1] % 64 or x.stride(0) % 16 or x.data_ptr() % 16):
         return x
     return F.pad(x, (0, -x.shape[1] % 64)).contiguous()
 
 
 def matmul_fp32(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b in fp32 at least, from the accumulator itself where there is such a matmul."""
+    """a @ b in at least fp32, without rounding the accumulator to bf16 first where the backend can."""
     if a.dtype.itemsize >= 4:
         return a @ b
     if a.is_cuda and torch.version.cuda:
@@ -247,7 +247,7 @@ def head_forward(
     hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, softcap: float | None, expected: bool,
     total: bool, exclude: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """lse [T], picked [T, K], expected and total ([T], [0] if not asked for), top and Σ e^(z - top) [T]; all fp32."""
+    """lse [T], picked [T, K], expected and total ([T], or [0] if not wanted), top and Σ e^(z - top) [T]; all fp32."""
     (T, K), V = targets.shape, weight.shape[0]
     hidden, weight = aligned(hidden), aligned(weight)
     config = _config(hidden.shape[1], K, hidden.dtype, softcap is not None, target_of(hidden.device))
@@ -274,9 +274,9 @@ def gradients_by_chunks(
     make_dz: Callable[[slice, Tensor], None], hidden: Tensor, weight: Tensor, block: int, needs_hidden: bool,
     needs_weight: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """dhidden and dweight in the dtype of hidden and weight, [0] where not needed, from dz, a chunk of words at a time.
+    """dhidden [T, E] and dweight [V, E] in the inputs' dtype ([0] if not needed), by chunks of the vocabulary.
 
-    `make_dz(words, dz)` fills dz [T, whole blocks of `block` words]; its size comes from the byte budget.
+    `make_dz(entries, dz)` fills dz [T, whole blocks of `block` entries]; TILE_BYTES sets the size of a chunk.
     """
     T, V = hidden.shape[0], weight.shape[0]
     blocks = min(triton.cdiv(V, block), max(1, tile_bytes(hidden.device) // (hidden.itemsize * max(T, 1) * block)))
@@ -284,13 +284,13 @@ def gradients_by_chunks(
     dhidden = hidden.new_zeros(hidden.shape if needs_hidden else 0, dtype=torch.float32)
     dweight = weight.new_zeros(weight.shape if needs_weight else 0)
     for start in range(0, V if T else 0, blocks * block):
-        words = slice(start, min(V, start + blocks * block))
-        make_dz(words, dz)
-        part = dz[:, : words.stop - start]
+        entries = slice(start, min(V, start + blocks * block))
+        make_dz(entries, dz)
+        part = dz[:, : entries.stop - start]
         if needs_hidden:
-            dhidden += matmul_fp32(part, weight[words])
-        if needs_weight:  # from the accumulator to its place: one rounding
-            torch.mm(part.t(), hidden, out=dweight[words])
+            dhidden += matmul_fp32(part, weight[entries])
+        if needs_weight:  # straight from the accumulator: rounded once
+            torch.mm(part.t(), hidden, out=dweight[entries])
     return dhidden.to(hidden.dtype), dweight
 
 
@@ -305,7 +305,7 @@ def head_backward(
     weight: Tensor, targets: Tensor, expected: Tensor, top: Tensor, total_sum: Tensor, temperature: float,
     softcap: float | None, exclude: bool, needs_hidden: bool, needs_weight: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """dhidden and dweight in the dtype of hidden and weight; [0] where not needed."""
+    """dhidden [T, E] and dweight [V, E] in the inputs' dtype; [0] if not needed."""
     (T, K), rows, table = targets.shape, aligned(hidden), aligned(weight)
     config = _config(rows.shape[1], K, hidden.dtype, softcap is not None, target_of(hidden.device))
     g_lse = torch.zeros_like(top) if g_lse is None else g_lse
@@ -314,17 +314,17 @@ def head_backward(
     g_lse = g_lse / total_sum
     g_picked = top.new_zeros(T, K) if g_picked is None else g_picked
     targets, g_picked = (F.pad(x, (0, config["K"] - K), value=-1) for x in (targets, g_picked))
-    # Where there is none, g_lse is passed, and not read.
+    # In place of a missing gradient g_lse is passed; the kernel does not read it.
     gradients = [(g_lse if g is None else g) / temperature for g in (g_lse, g_expected, g_total, g_picked)]
     vectors = [x.contiguous() for x in (targets, top, *gradients)]
     flags = {"EXPECTED": g_expected is not None, "TOTAL": g_total is not None, "EXCLUDE": exclude}
 
-    def make_dz(words: slice, dz: Tensor) -> None:
-        chunk = table[words]
+    def make_dz(entries: slice, dz: Tensor) -> None:
+        chunk = table[entries]
         V = chunk.shape[0]
         _head_dz[(triton.cdiv(T, config["BLOCK_T"]) * triton.cdiv(V, config["BLOCK_V"]),)](
             rows, chunk, *vectors, dz,
-            rows.stride(0), chunk.stride(0), dz.stride(0), T, V, words.start, softcap or 0.0, temperature,
+            rows.stride(0), chunk.stride(0), dz.stride(0), T, V, entries.start, softcap or 0.0, temperature,
             **flags, HAS_CAP=softcap is not None, **config,
         )  # fmt: skip
 

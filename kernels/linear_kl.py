@@ -1,4 +1,4 @@
-"""Divergence between a teacher's and a student's next-token distributions, both linear heads, without their logits.
+"""Divergence between the next-token distributions of a teacher and a student, without materialising their logits.
 
     p = softmax(teacher @ teacher_weightᵀ / τ),   q = softmax(student @ student_weightᵀ / τ),   m = (p + q) / 2
     forward: KL(p ‖ q)      reverse: KL(q ‖ p)      jsd: ½ KL(p ‖ m) + ½ KL(q ‖ m)         no factor τ²
@@ -6,21 +6,21 @@
 Gradients to the student's logits z (before / τ), with r_v = log q_v - log p_v, or ½ (log q_v - log m_v):
     forward: (q - p) / τ        reverse, jsd: q_v (r_v - Σ_u q_u r_u) / τ
 
-Must spend 2·T·V·(E_s + E_t) FLOPs forward, as much again backward to make the logits once more, and 4·T·V·E_s for the
-two products with dz. The logits are never whole in memory; the Triton path walks them
+Minimum work: 2·T·V·(E_s + E_t) FLOPs forward; backward as much again to recompute the logits, and 4·T·V·E_s for the two
+products with dz. The logits are never whole in memory. The Triton path computes their tiles
 
-    forward, reverse    once. Of each token are kept the maxima and Σ exp of both heads' logits, and, with a and b the
-                        two logits less their maxima, D = Σ_v e^(a_v) (a_v - b_v). Shares of the vocabulary, of other
-                        programs or of other ranks, merge exactly: D moves with the maxima like the sums. In the end
-                        KL(a ‖ b) = D / Σ e^a + log(Σ e^b / Σ e^a), which a common offset of the logits can't spoil
-    jsd                 twice: by the same kernel for the log-sum-exps, then for the two sums
-    backward            once, a chunk of the vocabulary at a time: dz [T, chunk], then dhidden += dz @ W, dW = dzᵀ @ h
+    forward, reverse    once, keeping per token the maximum and Σ exp of both heads' logits and, with a and b the logits
+                        minus their maxima, D = Σ_v e^(a_v) (a_v - b_v). Shares of the vocabulary, on other programs or
+                        other ranks, merge exactly, as D can be moved to a new maximum like the sums. At the end
+                        KL(a ‖ b) = D / Σ e^a + log(Σ e^b / Σ e^a), to which a common offset of the logits is harmless
+    jsd                 twice: with the same kernel for the log-sum-exps, then for the two sums
+    backward            once, by chunks of the vocabulary: dz [T, chunk], then dhidden += dz @ W, dW = dzᵀ @ h
 
-A walk reads the operands of each tile of BLOCK_T × BLOCK_V logits once, nearly all from the L2, as in head_triton.py:
-⌈T / BLOCK_T⌉·⌈V / BLOCK_V⌉·(BLOCK_T + BLOCK_V)·(E_s + E_t) elements. The backward also writes dz, T·V.
+Each time, the operands of each tile of BLOCK_T × BLOCK_V logits are read once, nearly all from the L2, as in
+head_triton.py: ⌈T / BLOCK_T⌉·⌈V / BLOCK_V⌉·(BLOCK_T + BLOCK_V)·(E_s + E_t) elements. The backward also writes dz, T·V.
 
-The torch path walks the tiles of head.py twice, first for the two log-sum-exps, then for the divergence, and once more
-backward. A top-k teacher: divergence.py.
+The torch path computes the tiles of head.py twice forward (log-sum-exps, then the divergence) and once backward. For a
+top-k teacher see divergence.py.
 """
 
 import torch
@@ -70,8 +70,8 @@ def linear_kl_reference(
 
 # Triton ---------------------------------------------------------------------------------------------------------------
 
-_OUTSIDE = tl.constexpr(EXCLUDED)  # a logit beyond the vocabulary, and the maximum of nothing: -inf would make NaN
-SHARE = 32  # blocks of the vocabulary in a program's share, at most
+_OUTSIDE = tl.constexpr(EXCLUDED)  # logit beyond the vocabulary, and initial maximum: -inf would give NaN
+SHARE = 32  # most blocks of the vocabulary in a program's share
 
 
 @triton.jit
@@ -79,7 +79,7 @@ def _masked_logits(
     p_h, p_w, i_t, i_v, stride_h, stride_w, T, V, temperature,
     E: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    """z [BLOCK_T, BLOCK_V] of tokens i_t and words i_v; _OUTSIDE beyond the vocabulary."""
+    """z [BLOCK_T, BLOCK_V] of tokens i_t and vocabulary entries i_v; _OUTSIDE beyond the vocabulary."""
     b_z = logits_block(
         p_h, p_w, i_t, i_v, stride_h, stride_w, T, V, 0.0, temperature, E, False, BLOCK_T, BLOCK_V, BLOCK_E
     )
@@ -91,9 +91,9 @@ def _log_probabilities(
     p_h, p_w, p_norm, i_t, i_v, stride_h, stride_w, T, V, temperature,
     E: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    """z - max - log Σ e^(z - max)  [BLOCK_T, BLOCK_V], the latter two from norm [2, T].
+    """z - max - log Σ e^(z - max)  [BLOCK_T, BLOCK_V]; norm [2, T] holds the max and the log.
 
-    One after the other: their sum, the log-sum-exp, would be rounded to its own size.
+    The two are subtracted separately: their sum, the log-sum-exp, would be rounded at its own magnitude.
     """
     b_z = _masked_logits(p_h, p_w, i_t, i_v, stride_h, stride_w, T, V, temperature, E, BLOCK_T, BLOCK_V, BLOCK_E)
     b_top = tl.load(p_norm + i_t, mask=i_t < T, other=0.0)[:, None]
@@ -187,7 +187,7 @@ def _linear_kl_dz(
     stride_s, stride_s_weight, stride_t, stride_t_weight, stride_dz, T, V, temperature, KIND: tl.constexpr,
     E_S: tl.constexpr, E_T: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    """dz [T, whole blocks of V], the gradient of the student's logits, of the V words that the weights hold.
+    """dz [T, whole blocks of V]: the gradient of the student's logits, for the V rows of the weights passed in.
 
     Grid: (cdiv(T, BLOCK_T) · cdiv(V, BLOCK_V),).
     """
@@ -215,10 +215,10 @@ def _linear_kl_dz(
 
 
 def _config(itemsize: int, target: Target) -> dict:
-    """Launch parameters: the largest tiles of which two, and what is made of them, fit into the registers."""
-    if itemsize == 4:  # "ieee" products are made outside the tensor cores
+    """Launch parameters: the largest tiles of which two, and what is computed from them, fit into registers."""
+    if itemsize == 4:  # "ieee" products run outside the tensor cores
         return {"BLOCK_T": 64, "BLOCK_V": 32, "BLOCK_E": 32, "num_warps": 4, "num_stages": 2}
-    # Hopper and Blackwell read a product's operands from shared memory; elsewhere they take registers too.
+    # Hopper and Blackwell read matmul operands from shared memory; on other GPUs they take registers too.
     block_v, block_e = (128, 64) if target.shared_bytes >= 200 << 10 else (64, 32)
     stages = 4 if target.backend == "cuda" else 2
     return {"BLOCK_T": 128, "BLOCK_V": block_v, "BLOCK_E": block_e, "num_warps": 8, "num_stages": stages}
@@ -298,10 +298,10 @@ def _backward(
     (h, weight, h_t, weight_t), strides, config = _operands(student, student_weight, teacher, teacher_weight)
     vectors = [x.contiguous() for x in (norm_q, norm_p, mean_r, grad / temperature)]
 
-    def make_dz(words: slice, dz: Tensor) -> None:
-        V = words.stop - words.start
+    def make_dz(entries: slice, dz: Tensor) -> None:
+        V = entries.stop - entries.start
         _linear_kl_dz[(triton.cdiv(T, config["BLOCK_T"]) * triton.cdiv(V, config["BLOCK_V"]),)](
-            h, weight[words], h_t, weight_t[words], *vectors, dz, *strides, dz.stride(0), T, V, temperature,
+            h, weight[entries], h_t, weight_t[entries], *vectors, dz, *strides, dz.stride(0), T, V, temperature,
             KIND=kind, E_S=h.shape[1], E_T=h_t.shape[1], **config,
         )  # fmt: skip
 
@@ -309,7 +309,7 @@ def _backward(
 
 
 def _triton_values(student, student_weight, teacher, teacher_weight, temperature, kind, group):
-    """The divergence [T], (max, log Σ) of q and p [2, T] each, and Σ q r [T], which the forward kind has no use for."""
+    """The divergence [T], (max, log Σ) [2, T] of q and of p, and Σ q r [T], which the forward kind does not use."""
     heads = (student, student_weight), (teacher, teacher_weight)
     first, second = reversed(heads) if kind == "forward" else heads
     maxima, sums = _statistics(*first, *second, temperature)
@@ -331,7 +331,7 @@ def _triton_values(student, student_weight, teacher, teacher_weight, temperature
 
 # Torch ----------------------------------------------------------------------------------------------------------------
 def _torch_values(student, student_weight, teacher, teacher_weight, temperature, kind, group):
-    """The same by the tiles of head.py."""
+    """`_triton_values` in torch, by the tiles of head.py."""
     heads = student, student_weight, teacher, teacher_weight
     norm_q, norm_p = (_norm(hidden, weight, temperature, group) for hidden, weight in (heads[:2], heads[2:]))
     value, mean_r = torch.zeros_like(norm_q)
@@ -414,11 +414,13 @@ def linear_kl(
     """Per-token divergence [T], fp32 (fp64 for fp64); see the module's docstring. Gradients to the student only.
 
     student [T, E_s] and student_weight [V, E_s] of one float dtype, teacher [T, E_t] and teacher_weight [V, E_t] of
-    one, perhaps another; all on one device, any strides. Or the teacher is a TopK (then the weight is None, and its
-    logp are at `temperature` already): ids out of range or repeated raise on a CPU; on a GPU, where looking would make
-    the host wait, they are left to the rest, and counted (`head.invalid_targets`). What is left for the rest is at
-    least the resolution of fp32, and -inf among logp is the log of the smallest number.
-    With `group` both weights are shards of the vocabulary, as in `linear_logprob`.
+    one, possibly another; all on one device, any strides. With `group` both weights are shards of the vocabulary, as in
+    `linear_logprob`.
+
+    The teacher may also be a TopK, with teacher_weight None and its logp already at `temperature`. Ids that are out of
+    range or repeated raise on a CPU; on a GPU, where checking would be a sync, they join the bucket for the rest and
+    are counted (`head.invalid_targets`). That bucket's probability is at least the resolution of fp32; a logp of -inf
+    counts as the log of the smallest number.
     Raises: ValueError for shapes, dtypes or devices that don't fit, unknown kinds, a temperature ≤ 0.
     Source: reverse and Jensen-Shannon divergence in distillation, arXiv 2306.13649.
     """
@@ -429,16 +431,16 @@ def linear_kl(
     T, V = student.shape[0], student_weight.shape[0]
     if isinstance(teacher, TopK):
         if teacher_weight is not None:
-            raise ValueError("a TopK teacher has no weight: pass teacher_weight=None")
+            raise ValueError("with a TopK teacher, teacher_weight must be None")
         require_one_device(student, student_weight, *teacher)
         ids = check_top_k(teacher, T, vocab_size(student_weight, group))
         return top_k_kl(student, student_weight, ids, teacher.logp.detach(), temperature, kind, group)
     if teacher_weight is None:
-        raise ValueError(f"teacher_weight is None, wanted [V, E_t]: only a TopK goes without, not a {type(teacher)}")
+        raise ValueError(f"teacher_weight is None, wanted [V, E_t]: teacher is a {type(teacher)}, not a TopK")
     check_head("linear_kl", teacher=teacher, teacher_weight=teacher_weight)
     if teacher.shape[0] != T or teacher_weight.shape[0] != V:
         seen = f"{list(teacher.shape)}, {list(teacher_weight.shape)}"
-        raise ValueError(f"the teacher must have {T} tokens and {V} words, as the student: {seen}")
+        raise ValueError(f"teacher and teacher_weight are {seen}, wanted [{T}, E_t] and [{V}, E_t], as the student's")
     heads = student, student_weight, teacher.detach(), teacher_weight.detach()
     return _LinearKL.apply(*heads, temperature, kind, group, use_triton(*heads))
 

@@ -6,14 +6,14 @@ Backward, with v = scale · dy b [T, r] and keep the mask of the dropout p:
 
     dx = dy W + (v a) ∘ keep / (1 − p)    da = vᵀ dropout(x)    db = scale · dyᵀ u    dW = dyᵀ x    dbias = Σ_T dy
 
-y and dx are one kernel: a tile starts as the adapter's product plus the bias, and the base's product is added in its
-registers, so that nothing of size [T, out] or [T, in] is made twice. NF4 weights are dequantised tile by tile in its
-loop (before it, for fp32 and where sizes are odd: in % 64, out % 16); they get no gradient. The mask is never stored:
-the kernels that need it draw it again from one seed. Products with a side of r and no mask, and dW, are torch's.
+y and dx share one kernel: a tile starts with the adapter's product plus the bias, and the base's product is accumulated
+in the same registers, so that nothing of size [T, out] or [T, in] is written twice. NF4 weights are dequantised tile by
+tile in its loop (beforehand for fp32, and for sizes with in % 64 or out % 16); they get no gradient. The dropout mask
+is never stored: kernels that need it redraw it from one seed. Small products without a mask, and dW, are torch's.
 
 2·T·(in·out + r·(in + out)) FLOPs forward, twice that backward. A tile [BM, BN] of the matmul reads BM rows of x and u
-and BN of W and b: (in + r)·(T·⌈out/BN⌉ + out·⌈T/BM⌉) + T·out elements forward, and dx with in and out exchanged; the
-order of the tiles lets the L2 serve most of them, so that DRAM sees each about once. An NF4 weight is 0.52 bytes.
+and BN of W and b: (in + r)·(T·⌈out/BN⌉ + out·⌈T/BM⌉) + T·out elements forward, and dx with in and out exchanged. Tiles
+are ordered so that most reads hit the L2, and DRAM is read about once. An NF4 weight is 0.52 bytes.
 """
 
 from dataclasses import replace
@@ -54,9 +54,9 @@ def lora_linear_reference(
 # Triton ---------------------------------------------------------------------------------------------------------------
 @triton.jit
 def _keep(seed, dropout, i_t, i_quad, K):
-    """Which elements [M, 4·Q] of x [T, K] stay, in rows i_t [M] and columns 4·i_quad + 0…3 (i_quad [Q], a run).
+    """The dropout mask [M, 4·Q] of x [T, K] at rows i_t [M] and columns 4·i_quad + 0…3 (i_quad [Q], consecutive).
 
-    One call of Philox decides four neighbours, by their place in x: any tile draws the same mask. int64 throughout.
+    One call of Philox decides four neighbours by their position in x, so that any tiling draws the same mask. int64.
     """
     M: tl.constexpr = i_t.shape[0]
     Q: tl.constexpr = i_quad.shape[0]
@@ -67,7 +67,7 @@ def _keep(seed, dropout, i_t, i_quad, K):
 
 @triton.jit
 def _tile(T, N, BM: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr):
-    """Row and column of this program's tile: GROUP rows of tiles go down before they go right, for the L2."""
+    """Row and column of this program's tile: down GROUP rows of tiles before going right, for the L2."""
     i = tl.program_id(0)
     rows, columns = tl.cdiv(T, BM), tl.cdiv(N, BN)
     first = i // (GROUP * columns) * GROUP
@@ -85,8 +85,8 @@ def _lora_matmul(
 ):  # fmt: skip
     """y [T, N] = x [T, K] Wᵀ + scale · (inner [T, R] bᵀ) ∘ keep + bias [N], b [N, R]. Grid: (tiles of y,).
 
-    W is p_w [N, K] by its strides, or NF4: of a weight [N, K] ("rows") or [K, N] ("columns"), whose rows are whole
-    blocks. keep is y's own mask, not x's: dropout of the adapter's gradient.
+    W is p_w [N, K] by its strides, or NF4: a weight [N, K] ("rows") or [K, N] ("columns") whose rows are whole NF4
+    blocks. keep is a mask of y, not of x: it is used for dx.
     """
     i_m, i_n = _tile(T, N, BM, BN, GROUP)
     i_t = i_m.to(tl.int64) * BM + tl.arange(0, BM)  # [BM]
@@ -95,7 +95,7 @@ def _lora_matmul(
     m_t, m_out = (i_t < T)[:, None], (i_out < N)[None, :]
 
     b_y = tl.zeros([BM, BN], tl.float32)
-    for i_start in tl.range(0, R, BR, num_stages=1):  # once, for most ranks
+    for i_start in tl.range(0, R, BR, num_stages=1):  # a single iteration for most ranks
         i_r = i_start + tl.arange(0, BR)  # [BR]
         m_r = i_r < R
         b_inner = tl.load(p_inner + (i_t * stride_inner)[:, None] + i_r[None, :], mask=m_t & m_r[None, :], other=0.0)
@@ -119,7 +119,7 @@ def _lora_matmul(
             i_block = (i_out * (K // 64))[:, None] + i_column[None, :]  # [BN, BK / 64]
             m_block = (i_out < N)[:, None] & (i_column < K // 64)[None, :]
             b_w = nf4_tile(p_w, p_absmax, p_absmax_scale, absmax_mean, b_table, i_block, m_block)
-            b_w = tl.trans(b_w.to(b_x.dtype))  # what is masked is finite, and multiplied by a 0 of x
+            b_w = tl.trans(b_w.to(b_x.dtype))  # masked values are finite, and are multiplied by zeros of x
         elif NF4 == "columns":
             i_column = i_n // 64 + tl.arange(0, BN // 64)
             i_block = (i_k.to(tl.int64) * (N // 64))[:, None] + i_column[None, :]  # [BK, BN / 64]
@@ -137,7 +137,7 @@ def _lora_dropped(
     p_x, p_f, p_seed, p_out, stride_x, stride_f, stride_fr, stride_split, stride_out, stride_or, T, K, length, dropout,
     R: tl.constexpr, TRANSPOSED: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
-    """dropout(x) f, x [T, K], f [K, R]; or, TRANSPOSED, dropout(x)ᵀ f, f [T, R]. Grid: (cdiv(rows of it, B), splits).
+    """dropout(x) f with x [T, K], f [K, R]; or, if TRANSPOSED, dropout(x)ᵀ f with f [T, R]. Grid: (tiles, splits).
 
     Each split sums over `length` of the inner dimension, into its own out [rows, R] (by strides).
     """
@@ -169,9 +169,9 @@ def _lora_dropped(
 
 
 def _config(T: int, R: int, dtype: torch.dtype, nf4: bool, dropout: bool, odd: bool, target: Target) -> dict:
-    """Tiles of the matmul: as large as registers and shared memory allow, for a few rows as narrow as they are.
+    """Tiles of the matmul: as large as registers and shared memory allow, but no taller than T needs.
 
-    odd: rows of x and W are not multiples of 16 bytes, and are loaded, with an address each, element by element.
+    odd: rows of x or W are not multiples of 16 bytes, so that elements are loaded one by one.
     """
     large = target.shared_bytes > 200 * 1024  # the GPUs whose tensor cores read it directly
     large &= not (dropout and (nf4 or R > 64))  # the mask takes registers
@@ -272,14 +272,14 @@ def _dense(weight: tuple[Tensor, ...], x: Tensor, shape: tuple[int, int]) -> Ten
 
 
 class _LoraLinear(Function):
-    """`weight` is (W,) or the parts of an NF4Tensor. With dropout, `keep` is the mask, or the seed it is drawn from."""
+    """`weight` is (W,) or the parts of an NF4Tensor. With dropout, `keep` is the mask (torch) or its seed (Triton)."""
 
     @staticmethod
     @without_autocast
     def forward(ctx, x, a, b, bias, scale, dropout, kernels, *weight):
         keep = None
         if kernels:
-            if dropout:  # from the device's generator: no wait, and a checkpoint draws the same again
+            if dropout:  # from the device's generator: no sync, and activation checkpointing redraws the same
                 keep = torch.randint(2**63 - 1, (1,), device=x.device)
             inner = _dropped(x, a.t(), keep, dropout, False) if dropout else x @ a.t()  # [T, r]
             y = _matmul(x, list(weight), inner, b, bias, None, scale, 0.0, False)
@@ -295,7 +295,7 @@ class _LoraLinear(Function):
     @staticmethod
     @without_autocast
     def backward(ctx, dy):
-        x, a, b, inner, keep, *weight = ctx.saved_tensors  # once: activation checkpointing allows no more
+        x, a, b, inner, keep, *weight = ctx.saved_tensors  # read only once: activation checkpointing requires it
         needs_x, needs_a, needs_b, needs_bias, *_, needs_weight = ctx.needs_input_grad[:8]
         dinner = (dy @ b).mul_(ctx.scale)  # [T, r]
         by_x, by_a = (_kernel_dx, _kernel_da) if ctx.kernels else (_torch_dx, _torch_da)
@@ -352,10 +352,10 @@ def lora_linear(
     x: Tensor, weight: Tensor | NF4Tensor, a: Tensor, b: Tensor, scale: float, *, bias: Tensor | None = None,
     dropout: float = 0.0,
 ) -> Tensor:  # fmt: skip
-    """x [..., in] through weight [out, in] (dense or NF4) plus scale · b a, a [r, in], b [out, r]; y [..., out].
+    """y [..., out] = x (W + scale · b a)ᵀ + bias; x [..., in], W [out, in] dense or NF4, a [r, in], b [out, r].
 
     All in one dtype, except that an NF4 weight is dequantised to x's. Differentiable in x, a, b, bias and a dense
-    weight; any strides. r is 1 to 256. dropout: on the adapter's input, always active when > 0 (pass 0 in evaluation);
+    weight; any strides. r is 1 to 256. dropout acts on the adapter's input whenever it is > 0 (pass 0 in evaluation);
     the mask comes from the generator of x's device, of which it takes one number on a GPU.
     Raises: ValueError for shapes or dtypes that don't fit, and for a dropout outside [0, 1).
     """

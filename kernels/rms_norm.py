@@ -1,17 +1,18 @@
-"""RMSNorm (arXiv 1910.07467), with the residual addition before it and an offset on the weight (Gemma: 1).
+"""RMSNorm (arXiv 1910.07467), fused with the residual addition before it, with an offset on the weight (Gemma: 1).
 
-    s = x + residual              rounded to x's dtype: it is returned, and it is what is normalised
+    s = x + residual              rounded to x's dtype; returned, and the input of the norm
     y = s · rstd · (weight + offset),   rstd = 1 / sqrt(mean(s²) + eps)
 
 Backward, with g = dy · (weight + offset) and n = s · rstd, row by row, where ds is the gradient of the returned sum:
 
     dx = dresidual = rstd · (g − n · mean(g · n)) + ds        dweight = Σ_rows dy · n
 
-x, residual, y, s [M, E]; weight [E]; rstd [M] fp32. What it must move: forward reads x (and residual), writes y (and
-s); backward reads dy and s (and ds), writes dx. The weight and the partial sums of dweight add less than 5 % from 2048
-rows on; torch adds up the partial sums, which reads them again (3 % there), from the L2. Wider rows than a block are
-read twice, the second time from the L2. About 4 FLOPs an element forward, 8 backward. Everything between a load and a
-store is fp32.
+x, residual, y, s [M, E]; weight [E]; rstd [M] fp32. Everything between a load and a store is fp32.
+
+Minimum traffic: forward reads x (and residual) and writes y (and s); backward reads dy and s (and ds) and writes dx.
+From 2048 rows on, the weight and the partial sums of dweight add less than 5 %, and torch's sum of these reads them
+again from the L2 (3 %). Rows wider than a block are read twice, the second time from the L2. About 4 FLOPs per element
+forward, 8 backward.
 """
 
 import math
@@ -40,16 +41,16 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
 
 # Triton ---------------------------------------------------------------------------------------------------------------
 #
-# Rows are [M, E] with unit column stride. A program walks every num_programs-th tile [ROWS, BLOCK] with the weight in
-# registers: several rows where they are short (the heads of a query-key norm), one row where it is long. E is a
-# constexpr, so that for E <= BLOCK the forward's loops over columns run once, vanish, and leave the tile in registers.
+# Rows are [M, E] with unit column stride. A program takes every num_programs-th tile [ROWS, BLOCK] and keeps the weight
+# in registers. A tile is several rows if they are short (the heads of a query-key norm), else one. E is a constexpr, so
+# that for E <= BLOCK the forward's loops over columns have one iteration, and the tile stays in registers.
 
-FORWARD_BLOCK, BACKWARD_BLOCK = 16384, 8192  # a row's columns in the registers of 16 warps
-FORWARD_WIDE, BACKWARD_WIDE = 8192, 2048  # columns at a time of rows that are wider
+FORWARD_BLOCK, BACKWARD_BLOCK = 16384, 8192  # widest row that fits into the registers of 16 warps
+FORWARD_WIDE, BACKWARD_WIDE = 8192, 2048  # columns at a time for wider rows
 MIN_TILE = 2048  # elements that keep 4 warps busy
-# Programs: no more than an H100 holds at once (132 multiprocessors of 32 warps forward, 16 backward with their 128
-# registers a thread). Of many rows each has so many that its weight and, backward, its partial sums (3 rows of bf16
-# together, to 3 for each row that it has) do not count; of few it has fewer, so that most of a GPU has a program.
+# Number of programs: at most what an H100 runs at once (132 multiprocessors with 32 warps each forward, 16 backward, at
+# 128 registers per thread). With many rows, each program has at least *_ROWS of them, so that loading the weight and,
+# backward, storing partial sums is negligible; with few rows, at least *_LEAST programs keep the GPU busy.
 FORWARD_WARPS, FORWARD_ROWS, FORWARD_LEAST = 32 * 132, 12, 168
 BACKWARD_WARPS, BACKWARD_ROWS, BACKWARD_LEAST = 16 * 132, 24, 84
 
@@ -107,7 +108,7 @@ def _rms_norm_forward(
 def _rms_norm_mean(
     p_dy, p_s, p_weight, p_rstd, p_mean, stride_dy, stride_s, offset, E: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """mean [M] of g · n over each row: what the columns of a row wider than a block share. Grid: (M,)."""
+    """mean [M] of g · n over each row, which the blocks of a row wider than one block share. Grid: (M,)."""
     i_row = tl.program_id(0).to(tl.int64)
     b_sum = tl.zeros([BLOCK], tl.float32)
     for i_start in range(0, E, BLOCK):
@@ -124,13 +125,13 @@ def _rms_norm_backward(
     stride_dy, stride_ds, stride_s, stride_dx, stride_partial, M, offset,
     E: tl.constexpr, HAS_DS: tl.constexpr, HAS_DWEIGHT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """dx [M, E] from dy, ds, s [M, E], and dweight over this program's rows as its row of partial [programs, E].
+    """dx [M, E] from dy, ds, s [M, E], and this program's part of dweight as a row of partial [programs, E].
 
-    Grid: (any number of programs, cdiv(E, BLOCK)). mean [M] is read where a row is wider than a block.
+    Grid: (any number of programs, cdiv(E, BLOCK)). mean [M] is read only if a row is wider than a block.
     """
     i_col = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]  # [1, BLOCK]
     b_weight = _load(p_weight + i_col, i_col < E) + offset
-    b_dweight = tl.zeros([ROWS, BLOCK], tl.float32)  # summed over its rows at the end, not in the loop
+    b_dweight = tl.zeros([ROWS, BLOCK], tl.float32)  # reduced over its rows after the loop
     for i_tile in range(tl.program_id(0), tl.cdiv(M, ROWS), tl.num_programs(0)):
         i_row = i_tile * ROWS + tl.arange(0, ROWS).to(tl.int64)[:, None]  # [ROWS, 1]
         m_row = i_row < M
@@ -148,7 +149,7 @@ def _rms_norm_backward(
             b_dx += _load(p_ds + i_row * stride_ds + i_col, m)
         tl.store(p_dx + i_row * stride_dx + i_col, b_dx.to(p_dx.dtype.element_ty), mask=m)
         b_dweight += b_dy * b_n
-    if HAS_DWEIGHT:  # otherwise nobody reads the sum, and the compiler drops it
+    if HAS_DWEIGHT:  # else the sum is unused, and the compiler removes it
         i_partial = tl.program_id(0).to(tl.int64) * stride_partial + i_col
         tl.store(p_partial + i_partial, tl.sum(b_dweight, 0)[None, :], mask=i_col < E)
 
@@ -178,7 +179,7 @@ def _forward_outputs(x, weight, residual, eps, offset):
 def _forward(
     x: Tensor, weight: Tensor, residual: Tensor | None, eps: float, offset: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """y [..., E], the sum [..., E] (empty without a residual) and rstd [M]."""
+    """y [..., E], s [..., E] (empty without a residual) and rstd [M] fp32."""
     y, summed, rstd = _forward_outputs(x, weight, residual, eps, offset)
     rows, weight = as_rows(x), weight.contiguous()
     rows_residual = rows if residual is None else as_rows(residual)
@@ -230,18 +231,18 @@ def _backward(
 
 # Torch ----------------------------------------------------------------------------------------------------------------
 #
-# In as few passes over memory as torch's ops allow: F.rms_norm takes twice as long, its backward six times.
+# As few passes over memory as torch's ops allow: F.rms_norm takes twice as long, its backward six times.
 
 
 @without_autocast
 def _torch_forward(x, weight, residual, eps, offset):
-    """y, the sum and rstd [..., 1]."""
+    """y [..., E], s [..., E] and rstd [..., 1]."""
     s = x if residual is None else x + residual
     compute = _compute_dtype(x)
-    wide = s.to(compute).contiguous()  # a norm over a strided dimension adds up its terms one by one
+    wide = s.to(compute).contiguous()  # a norm over a strided dimension would not be vectorised
     norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)  # one pass; square().mean() takes two
     rstd = (norm.square() / x.shape[-1] + eps).rsqrt()
-    normed = wide * rstd if s.dtype == compute else wide.mul_(rstd)  # a copy is ours to overwrite
+    normed = wide * rstd if s.dtype == compute else wide.mul_(rstd)  # if `wide` is a copy, reuse it
     return normed.mul_(weight.to(compute) + offset).to(x.dtype), s, rstd
 
 
@@ -297,7 +298,7 @@ def rms_norm(
         seen, wanted = (tuple(residual.shape), residual.dtype), (tuple(x.shape), x.dtype)
         raise ValueError(f"rms_norm: residual is {seen}, wanted x's {wanted}")
     kernels = use_triton(x, weight, residual)
-    if not kernels and not torch.is_grad_enabled():  # the same, without autograd.Function's 7 µs
+    if not kernels and not torch.is_grad_enabled():  # saves autograd.Function's 7 µs
         y, summed, _ = _torch_forward(x, weight, residual, eps, offset)
     else:
         y, summed = apply(_RMSNorm, x, weight, residual, eps, offset, kernels)

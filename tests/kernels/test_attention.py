@@ -214,7 +214,7 @@ def test_bf16_is_as_precise_as_sdpa(sharpness):
         ({"cu_seqlens": torch.tensor([0.0, 4.0])}, "cu_seqlens is torch.float32, wanted torch.int32 or torch.int64"),
         ({"cu_seqlens": torch.tensor([False, True])}, "cu_seqlens is torch.bool, wanted torch.int32 or torch.int64"),
         ({"cu_seqlens": cu(4)[None]}, r"vector of S \+ 1 integers, got \(1, 2\)"),
-        ({"cu_seqlens": cu(2, 2), "cu_seqlens_k": cu(4)}, "2 documents of queries but 1 of keys"),
+        ({"cu_seqlens": cu(2, 2), "cu_seqlens_k": cu(4)}, "cu_seqlens has 2 documents but cu_seqlens_k has 1"),
         ({"window": 0}, "window must be an integer of at least 1"),
         ({"window": 2.0}, "window must be an integer of at least 1"),
         ({"softcap": 0.0}, "softcap must be positive"),
@@ -229,7 +229,7 @@ def test_bf16_is_as_precise_as_sdpa(sharpness):
         ({x: torch.randn(4, 2, 264) for x in "qkv"}, r"multiple of 8 from 8 to 256, got 264: q \(4, 2, 264\)"),
         ({"scale": 0.0}, "scale must be positive"),
         ({"cu_seqlens": torch.tensor([0])}, "no document, but there are 4 queries"),
-        ({"cu_seqlens": cu(4), "q": torch.randn(6, 4, 8)}, "as many keys as queries, got 6 and 4"),
+        ({"cu_seqlens": cu(4), "q": torch.randn(6, 4, 8)}, "6 queries and 4 keys: pass cu_seqlens_k"),
     ],
 )
 def test_bad_input_is_named(change, message):

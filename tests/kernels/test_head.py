@@ -181,7 +181,7 @@ def test_autocast_changes_no_bit(backend, op):
 
 @pytest.mark.parametrize("flags", [{"softcap": 2.0}, {"total": True}], ids=str)
 def test_what_is_excluded_can_be_neither_capped_nor_added(flags):
-    with pytest.raises(ValueError, match="exclude goes with neither softcap nor total"):
+    with pytest.raises(ValueError, match="exclude can't be combined with softcap or total"):
         head.HeadOptions(exclude=True, **flags)
 
 

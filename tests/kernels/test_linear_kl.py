@@ -140,9 +140,9 @@ ALONE = {"teacher_weight": None}
     [
         ({"kind": "backward"}, "kind must be one of forward, reverse, jsd"),
         ({"temperature": -1.0}, "temperature must be positive"),
-        ({"teacher": torch.randn(6, 9).double()}, "must have 7 tokens and 18 words"),
+        ({"teacher": torch.randn(6, 9).double()}, r"wanted \[7, E_t\] and \[18, E_t\]"),
         ({"teacher": TopK(torch.zeros(7, 18).long(), torch.zeros(7, 18)), **ALONE}, "with k < 18"),
-        ({"teacher": TopK(torch.zeros(7, 2).long(), torch.zeros(7, 2))}, "pass teacher_weight=None"),
+        ({"teacher": TopK(torch.zeros(7, 2).long(), torch.zeros(7, 2))}, "teacher_weight must be None"),
         (
             {"teacher": TopK(torch.full((7, 1), 18), torch.zeros(7, 1)), **ALONE},
             r"TopK.ids hold 18: .* in \[0, 18\) or -1",
