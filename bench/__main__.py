@@ -6,7 +6,7 @@ from importlib import import_module
 from tritium.core.config import UserError, nearest
 
 COMMANDS = ("alignment", "data", "generate", "growth", "kernels", "parallel", "sandbox", "scaling", "step", "summary")
-COMMANDS += ("table", "train")
+COMMANDS += ("table", "train", "tune")
 
 
 def main(argv: list[str] | None = None) -> int:

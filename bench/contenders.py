@@ -1,6 +1,7 @@
 """Those who train the same model on the same data, each in a process of its own: `python -m tritium.bench.contenders`.
 
-A contender is a generator of steps: it yields (real tokens, loss or None, seconds by part or {}) after each. The
+A contender is a generator of steps: it yields (real tokens, loss or None, seconds by part or {}) after each; all losses
+that are told are those of the steps in order. The
 process takes a turn when it reads a line: some steps, then a line of JSON. Between turns it waits, so that contenders
 take turns on one machine, and each has its own peak memory.
 """
@@ -41,7 +42,6 @@ from tritium.model.heads import ScalarModel
 from tritium.parallel.mesh import Mesh
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-LR = 1e-5  # of everyone, with AdamW: the work does not depend on it
 GROUP, NEW = 8, 64  # answers to a prompt, and tokens of each, where answers are sampled
 SAMPLED = ("grpo", "ppo")
 Steps = Iterator[tuple[int, float | None, dict[str, float]]]
@@ -59,6 +59,7 @@ class Work:
     micro_tokens: int  # of our micro-batches
     groups: list[list[list[int]]]
     prompts: list[int]
+    lr: float  # constant
 
     def batches(self) -> Iterator[list[int]]:
         """The records of a step, endlessly: as many as fill about `bin_tokens` without being cut."""
@@ -100,7 +101,7 @@ def tritium(work: Work, dtype: str = "bf16") -> Steps:
     """Packed streams, `Trainer.step`: forward, backward, clip, AdamW with fp32 masters and moments."""
     mesh = Mesh.single(torch.device(DEVICE))
     networks, objective = _networks(work, mesh, dtype)
-    settings = Settings(RunConfig(out=f"{work.folder}/run"), OptimConfig(lr=LR), ScheduleConfig(kind="constant"))
+    settings = Settings(RunConfig(out=f"{work.folder}/run"), OptimConfig(lr=work.lr), ScheduleConfig(kind="constant"))
     loop = Loop(networks, objective, settings, mesh)
     for number, members in enumerate(work.batches()):
         if work.kind in SAMPLED:
@@ -109,14 +110,19 @@ def tritium(work: Work, dtype: str = "bf16") -> Steps:
             groups = [_documents(work, i) for i in members]
         with loop.phase("data"):
             batches = [batch.to(mesh.device) for batch in _micro_batches(groups, work.micro_tokens)]
-        first = None
+        loss = None
         if work.kind in SAMPLED:
             loop.estimate(batches)
         elif number == 0:
-            first = loop.evaluate(batches)["eval_loss"]
+            loss = loop.evaluate(batches)["eval_loss"]
         loop.step(batches)
+        if number > 1 and work.kind not in SAMPLED:
+            loss = loop.last.get("loss")  # of the step before: this one's is not waited for
+        if work.kind in SAMPLED and DEVICE == "cuda":
+            with loop.phase("rest"):  # of training, so that what is sampled next does not wait for it
+                torch.cuda.synchronize()
         times = {k.removeprefix("time/"): v for k, v in loop.pending[1].values.items() if k.startswith("time/")}
-        yield int(sum(batch.counts["stream"] for batch in batches)), first, times
+        yield int(sum(batch.counts["stream"] for batch in batches)), loss, times
 
 
 def _micro_batches(groups: list[list[Document]], tokens: int) -> list[PackedBatch]:
@@ -173,7 +179,7 @@ def _documents(work: Work, i: int) -> list[Document]:
 # ---------------------------------------------------------------------------------------------- plain loops
 
 
-def hf(work: Work, compiled: bool = False, dtype: torch.dtype = torch.bfloat16) -> Steps:
+def hf(work: Work, compiled: bool = False, dtype: torch.dtype = torch.bfloat16, autocast: bool = False) -> Steps:
     """transformers: bf16 weights, SDPA, fused AdamW; padded batches, labels -100 where nothing is learned."""
     from transformers import AutoModelForCausalLM
 
@@ -192,7 +198,9 @@ def hf(work: Work, compiled: bool = False, dtype: torch.dtype = torch.bfloat16) 
         whole = bool(mask.all())
         arguments = {"input_ids": tokens, "labels": labels} | ({} if whole else {"attention_mask": mask})
         arguments = {name: x.to(DEVICE) for name, x in arguments.items()}
-        yield int(mask.sum()), _plain_step(model, lambda arguments=arguments: forward(**arguments).loss), {}
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=autocast):
+            loss = forward(**arguments).loss
+        yield int(mask.sum()), _plain_step(model, loss, work.lr), {}
 
 
 def hf_compiled(work: Work) -> Steps:
@@ -205,6 +213,11 @@ def hf_fp32(work: Work) -> Steps:
     return hf(work, dtype=torch.float32)
 
 
+def hf_autocast(work: Work) -> Steps:
+    """transformers with fp32 weights under bf16 autocast, which learn as our fp32 masters do; the same else."""
+    return hf(work, dtype=torch.float32, autocast=True)
+
+
 def nanogpt(work: Work) -> Steps:
     """bench/nanogpt.py: plain torch with torch.compile, bf16 weights, SDPA, fused AdamW; documents of one length."""
     from tritium.bench.nanogpt import GPT
@@ -213,13 +226,15 @@ def nanogpt(work: Work) -> Steps:
     forward = torch.compile(model, dynamic=False)
     for members in work.batches():
         tokens = torch.tensor([ids for i in members for ids in work.groups[i]], device=DEVICE)
-        yield tokens.numel(), _plain_step(model, lambda tokens=tokens: forward(tokens)), {}
+        yield tokens.numel(), _plain_step(model, forward(tokens), work.lr), {}
 
 
-def _plain_step(model: torch.nn.Module, loss_of: Callable[[], torch.Tensor]) -> float:
+def _plain_step(model: torch.nn.Module, loss: torch.Tensor, lr: float) -> float:
     if not hasattr(model, "bench_optimizer"):
-        model.bench_optimizer = torch.optim.AdamW(model.parameters(), lr=LR, fused=True)
-    loss = loss_of()
+        ours, parameters = OptimConfig(), list(model.parameters())
+        groups = [{"params": [p for p in parameters if p.dim() >= 2], "weight_decay": ours.weight_decay}]
+        groups += [{"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0}]
+        model.bench_optimizer = torch.optim.AdamW(groups, lr, (ours.beta1, ours.beta2), ours.eps, fused=True)
     loss.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     model.bench_optimizer.step()
@@ -252,7 +267,7 @@ def _trl_train(work: Work, pace: Callable) -> None:
     common = {
         "output_dir": f"{work.folder}/trl",
         "max_steps": 1 << 20,
-        "learning_rate": LR,
+        "learning_rate": work.lr,
         "optim": "adamw_torch_fused",
         "report_to": [],
         "save_strategy": "no",
@@ -349,6 +364,7 @@ CONTENDERS: dict[str, Callable[[Work], Any]] = {
     "hf": hf,
     "hf_compiled": hf_compiled,
     "hf_fp32": hf_fp32,
+    "hf_autocast": hf_autocast,
     "nanogpt": nanogpt,
     "trl": trl,
 }
@@ -363,19 +379,19 @@ def main(name: str, work: str, threads: str) -> None:
     os.dup2(2, 1)  # what libraries print is not for the one who listens
     torch.set_num_threads(int(threads))
     torch.manual_seed(0)
-    left, done, first, parts = 0, 0, None, {}
+    left, done, losses, parts = 0, 0, [], {}
     start = time.perf_counter()
 
     def pace(tokens: int, loss: float | None, times: dict[str, float]) -> None:
-        nonlocal left, done, first, parts, start
+        nonlocal left, done, losses, parts, start
         done, left = done + tokens, left - 1
-        first = loss if first is None else first
+        losses += [] if loss is None or not math.isfinite(loss) else [loss]
         parts = {name: parts.get(name, 0.0) + seconds for name, seconds in times.items()}
         if left <= 0:
             if DEVICE == "cuda":
                 torch.cuda.synchronize()
-            _say(talk, time.perf_counter() - start, done, first, parts)
-            left, done, parts = _turn(), 0, {}
+            _say(talk, time.perf_counter() - start, done, losses, parts)
+            left, done, losses, parts = _turn(), 0, [], {}
             start = time.perf_counter()
 
     left = _turn()
@@ -395,12 +411,11 @@ def _turn() -> int:
     return int(line)
 
 
-def _say(talk: Any, seconds: float, tokens: int, loss: float | None, parts: dict[str, float]) -> None:
+def _say(talk: Any, seconds: float, tokens: int, losses: list[float], parts: dict[str, float]) -> None:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     if DEVICE == "cuda":
         peak = torch.cuda.max_memory_allocated()
-    finite = loss is not None and math.isfinite(loss)
-    row = {"seconds": seconds, "tokens": tokens, "peak_bytes": peak, "loss": loss if finite else None, "parts": parts}
+    row = {"seconds": seconds, "tokens": tokens, "peak_bytes": peak, "losses": losses, "parts": parts}
     print(json.dumps(row), file=talk, flush=True)
 
 

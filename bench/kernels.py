@@ -63,7 +63,7 @@ class Config:
     shape: dict[str, int] = opt({}, "extents in place of the usual ones, e.g. T=512,E=64, in ops that have them")
     seconds: float = opt(2.0, "of measuring, for each op and dtype")
     threads: int = opt(0, "of the CPU; 0: torch's default")
-    quick: bool = opt(False, f"half a second each, without the large heads and, on a CPU, {COMPILED}: a look")
+    quick: bool = opt(False, f"half a second each, without the large heads and {COMPILED}: a look")
     out: str = opt("bench/results", "folder for kernels.jsonl and an SVG of each op, in a folder for the device")
     jsonl: str = opt("", "file for the rows, in place of kernels.jsonl there")
 
@@ -109,7 +109,7 @@ def _plan(config: Config) -> tuple[str, list[Case]]:
     offered = {name: providers(ops[name], device) for name in names}
     every = sorted({provider.name for found in offered.values() for provider in found})
     asked = [_known("--providers", name, every) for name in config.providers]
-    wanted = {*asked} or {*every} - ({COMPILED} if config.quick and device == "cpu" else set())
+    wanted = {*asked} or {*every} - ({COMPILED} if config.quick else set())
     cases = []
     for name in names:
         shape = ops[name].shape | (CPU_SHAPES.get(name, {}) if device == "cpu" else {})

@@ -104,6 +104,25 @@ def _sdpa(backend: SDPBackend) -> Callable:
     return make
 
 
+def _flash_deterministic(args: tuple, kwargs: dict) -> Callable:
+    """SDPA's flash attention with a backward that gives the same bits again, as ours does."""
+    flash = _sdpa(SDPBackend.FLASH_ATTENTION)(args, kwargs)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # which would take time
+
+    def switch(on: bool) -> Callable[[Tensor], None]:
+        return lambda gradient: torch.use_deterministic_algorithms(on)
+
+    def attention(q, k, v, **options):
+        q = q.view_as(q)
+        o = flash(q, k, v, **options)
+        if o.requires_grad:  # just before the backward of what lies between, and after it
+            o.register_hook(switch(True))
+            q.register_hook(switch(False))
+        return o
+
+    return attention
+
+
 def _flash_attn(args: tuple, kwargs: dict) -> Callable:
     from flash_attn import flash_attn_varlen_func
 
@@ -195,6 +214,7 @@ PEERS = (
     Provider(BARE, _bare(again=False), _LINEAR, computes_the_op=False),
     Provider(BARE, _bare(again=True), ("linear_logprob",), computes_the_op=False),
     Provider("SDPA flash", _sdpa(SDPBackend.FLASH_ATTENTION), ("attention",)),
+    Provider("SDPA flash, deterministic", _flash_deterministic, ("attention",), _CUDA),
     Provider("SDPA cuDNN", _sdpa(SDPBackend.CUDNN_ATTENTION), ("attention",), _CUDA),
     Provider("flash-attn", _flash_attn, ("attention",), _CUDA, "flash_attn"),
     Provider("Liger", _liger("rms_norm", eps=1e-6), ("rms_norm",), _CUDA, _LIGER),

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tritium.bench.bars import table_of_bars
 from tritium.bench.chart import svg_bars
 from tritium.core.config import UserError, load, opt
 from tritium.core.output import make_folder
@@ -29,10 +30,11 @@ def main(argv: list[str]) -> int:
         raise UserError(f"--folder={config.folder!r}: no steps.jsonl there, which bench/gpu.sh writes")
     steps = list({row["step"]: row for row in rows_of(config.folder, "steps.jsonl")}.values())
     results = rows_of(config.folder, "results.jsonl")
-    print("\n".join([*head(results), "", *table_of_steps(steps), *table_of_ops(results), *table_of_models(results)]))
+    tables = table_of_bars(results), table_of_models(results), table_of_curves(results), table_of_launches(results)
+    print("\n".join([*head(results), *sum(tables, []), *table_of_ops(results), "", *table_of_steps(steps)]))
     if config.charts:
         folder = make_folder(config.charts, "--charts")
-        of_ops = [row for row in results if "checked_shape" in row]
+        of_ops = [row for row in results if "checked_shape" in row and "searched" not in row]
         for op in sorted({row["op"] for row in of_ops}):
             (folder / f"{op}.svg").write_text(svg_bars([row for row in of_ops if row["op"] == op]), encoding="utf-8")
     return int(any(step["status"] not in ("ok", "absent", "no tests") for step in steps))
@@ -60,7 +62,7 @@ def table_of_ops(results: list[Row]) -> list[str]:
     """Ours: the rate, its share of the ceiling, and each other provider's time over ours."""
     key = ("op", "dtype", "pass")
     groups: dict[tuple, dict[str, Row]] = {}
-    for row in (row for row in results if "checked_shape" in row):
+    for row in (row for row in results if "checked_shape" in row and "searched" not in row):
         groups.setdefault((*(row[k] for k in key), json.dumps(row["shape"])), {})[row["provider"]] = row
     lines = [
         "",
@@ -97,12 +99,43 @@ def table_of_models(results: list[Row]) -> list[str]:
     return lines if len(lines) > 3 else []
 
 
+def table_of_curves(results: list[Row]) -> list[str]:
+    """The loss of each contender on real text, at eight steps."""
+    rows = [row for row in results if row.get("text") and row["losses"]]
+    if not rows:
+        return []
+    last = min(len(row["losses"]) for row in rows) - 1
+    steps = sorted({round(last * i / 7) for i in range(8)})
+    lines = ["", f"| loss at step | {' | '.join(map(str, steps))} |", "|---|" + "---:|" * len(steps)]
+    for row in rows:
+        losses = (f"{row['losses'][i]:.4f}" for i in steps)
+        lines.append(f"| {row['contender']} | {' | '.join(losses)} |")
+    return lines
+
+
+def table_of_launches(results: list[Row]) -> list[str]:
+    """What `bench tune` found: of each pass the fastest launch that was tried, and how far ours is from it."""
+    rows = [row for row in results if "searched" in row and row["status"] == "ok" and row["ms"]]
+    lines = [
+        "",
+        "| op | pass | launch | ms as it is | the fastest of what was tried | ms |",
+        "|---|---|---|---:|---|---:|",
+    ]
+    for op, kind, launch in dict.fromkeys((row["op"], row["pass"], row["searched"]) for row in rows):
+        same = [row for row in rows if (row["op"], row["pass"], row["searched"]) == (op, kind, launch)]
+        best, ours = min(same, key=lambda row: row["ms"]), [row for row in same if row["provider"] == "tritium"]
+        now = f"{ours[0]['ms']:.4g}" if ours else "–"
+        lines.append(f"| {op} | {kind} | {launch} | {now} | {best['provider']} | {best['ms']:.4g} |")
+    return lines if len(lines) > 3 else []
+
+
 _MODEL_OPS = ("train step", "decode step", "generate equal", "generate varied")
 
 
 def _trained(row: Row) -> tuple[str, ...]:
     """A contender of `bench train`; its spread is one of rates."""
     ratio = f", ours {row['ours_over_it']:.2f} ×" if row["ours_over_it"] else ""
+    ratio += f", {row['share']['sample']:.0%} of it sampling" if (row.get("share") or {}).get("sample") else ""
     what = f"{row['stage']} T={row['bin_tokens']}", f"{row['contender']}{ratio}"
     if row["status"] != "ok":
         return *what, "", f"{row['status']}: {row['reason']}", "", "", ""

@@ -28,6 +28,7 @@ from tritium.bench.kernels import chosen_device, rows_file, run_facts
 from tritium.bench.measure import timing
 from tritium.bench.rows import Row, full, leave
 from tritium.core.config import UserError, load, opt
+from tritium.core.corpus import library_texts
 from tritium.core.metrics import matmul_rate
 from tritium.model.config import ModelConfig
 from tritium.model.transformer import Transformer
@@ -72,6 +73,8 @@ class Config:
     sizes: list[str] = opt([], "models in place of --model and --vocab_size, one after another", choices=tuple(SIZES))
     micro_tokens: int = opt(0, "of our micro-batches, whose gradients a step adds (0: as many as bin_tokens)", least=0)
     context: int = opt(512, "tokens of a document of pretraining, and the most of any other")
+    text: bool = opt(False, "pretraining is on texts of Python's standard library, a byte a token, and not on noise")
+    lr: float = opt(1e-5, "learning rate of everyone, constant", above=0)
     rounds: int = opt(5, "turns of each")
     steps: int = opt(3, "steps of a turn")
     threads: int = opt(2, "of each")
@@ -85,13 +88,15 @@ def main(argv: list[str]) -> int:
     device = chosen_device()
     if config.rounds < 1 or config.steps < 1 or config.threads < 1:
         raise UserError(f"--rounds={config.rounds}, --steps={config.steps}, --threads={config.threads}: at least 1")
+    if config.text and config.vocab_size < 256:
+        raise UserError(f"--text: bytes are 256 tokens, --vocab_size={config.vocab_size}")
     file = rows_file(config, device, "train")
     torch.set_num_threads(config.threads)
     rows: list[dict[str, Any]] = []
     works = [replace(config, **SIZES[size]) for size in config.sizes] or [config]
     for work, stage in itertools.product(works, config.stages):
         facts = run_facts(device) | {"stage": stage, "shape": asdict(_shape(work)), "bin_tokens": work.bin_tokens}
-        facts |= {"micro_tokens": work.micro_tokens or work.bin_tokens}
+        facts |= {"micro_tokens": work.micro_tokens or work.bin_tokens, "text": work.text}
         found = [row | facts for row in measure(work, stage)]
         rows += found
         write_report(file, found)  # a run that is cut short keeps what it measured
@@ -118,7 +123,8 @@ def make_work(config: Config, stage: str, folder: Path) -> Work:
     shape, rng = _shape(config), np.random.default_rng(0)
     Transformer(shape, Mesh.single(torch.device("cpu")), torch.float32).initialize(0).save(str(folder))
     if stage == "pretrain":
-        lengths, prompts, copies = [config.context] * max(1, config.bin_tokens // config.context), [0], 1
+        steps = WARM + config.rounds * config.steps if config.text else 1
+        lengths, prompts, copies = [config.context] * max(1, steps * config.bin_tokens // config.context), [0], 1
     elif stage in SAMPLED:
         lengths, prompts, copies = [40] * 256, [40], 1
     else:
@@ -130,8 +136,14 @@ def make_work(config: Config, stage: str, folder: Path) -> Work:
     for length, prompt in zip(lengths, prompts, strict=True):
         start = rng.integers(3, shape.vocab_size, prompt).tolist()  # 0 to 2 are control tokens of TRL's tokenizer
         groups.append([start + rng.integers(3, shape.vocab_size, length - prompt).tolist() for _ in range(copies)])
+    if stage == "pretrain" and config.text:
+        text = "".join(library_texts(sum(lengths), 0)).encode()
+        ids = np.resize(
+            np.frombuffer(text, np.uint8), (len(lengths), config.context)
+        )  # again, where there is too little
+        groups = [[row] for row in ids.tolist()]
     micro_tokens = config.micro_tokens or config.bin_tokens
-    return Work(stage, str(folder), shape, config.bin_tokens, micro_tokens, groups, prompts)
+    return Work(stage, str(folder), shape, config.bin_tokens, micro_tokens, groups, prompts, config.lr)
 
 
 def flops_per_token(work: Work) -> float:
@@ -205,6 +217,10 @@ def measure(config: Config, stage: str) -> list[dict[str, Any]]:
         return [_row(contender, ours, rate, cost, config.steps) | {"pass": stage} for contender in every]
 
 
+def losses_of(contender: Contender) -> list[float]:
+    return [loss for turn in (contender.first, *contender.turns) if turn for loss in turn["losses"]]
+
+
 def _warm(contender: Contender) -> bool:
     contender.first = contender.take(WARM)
     return contender.first is not None
@@ -219,7 +235,8 @@ def _row(contender: Contender, ours: Contender, rate: float, cost: float, steps:
         return row | {"status": "failed", "reason": said} | dict.fromkeys(_NUMBERS)
     speeds = [turn["tokens"] / turn["seconds"] for turn in turns]
     own = [turn["tokens"] / turn["seconds"] for turn in ours.turns if turn]
-    loss, wanted = contender.first["loss"], ours.first["loss"] if ours.first else None
+    row["losses"], wanted = losses_of(contender), losses_of(ours)  # of each step
+    loss, wanted = (next(iter(losses), None) for losses in (row["losses"], wanted))
     if loss is not None and wanted and abs(loss - wanted) > SAME * wanted:
         row |= {"status": "other work", "reason": f"its first loss is {loss:.4g}, ours {wanted:.4g}"}
     low, *_, high = statistics.quantiles(speeds, n=5, method="inclusive") if len(speeds) > 1 else speeds * 2

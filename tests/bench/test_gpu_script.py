@@ -52,7 +52,7 @@ def test_a_slice_runs_measures_and_sums_up(run, tmp_path, capsys):
     assert rows[0]["op"] == "machine" and "torch" in rows[0]["doctor"]["versions"]
     assert {row["op"] for row in rows[1:]} == {"gae"} and all(row["status"] == "ok" for row in rows[1:])
     assert "| machine | ok |" in shown and "| gae | T=4096 S=16 | bfloat16 | forward |" in shown
-    assert "kernels --device=cpu --ops=gae" in (tmp_path / "out" / "log.txt").read_text()
+    assert "--device=cpu --dtypes=bfloat16 --quick --ops=gae" in (tmp_path / "out" / "log.txt").read_text()
     code, shown, again = run(120, only)
     assert code == 0 and again == steps and (tmp_path / "out" / "summary.md").read_text() in shown
     assert main(["summary", f"--folder={tmp_path / 'out'}", f"--charts={tmp_path / 'charts'}"]) == 0
@@ -60,9 +60,9 @@ def test_a_slice_runs_measures_and_sums_up(run, tmp_path, capsys):
 
 
 def test_what_the_end_of_a_slice_cuts_off_comes_first_in_the_next(run, python):
-    only = "^test-(gae|geglu)$"
+    only = "^(machine|test-geglu)$"
     code, shown, steps = run(120, only, PYTHON=python("*geglu*"))
-    assert code == 75 and [step["step"] for step in steps] == ["test-gae"] and "test-geglu is next" in shown
+    assert code == 75 and [step["step"] for step in steps] == ["machine"] and "test-geglu is next" in shown
     code, _, steps = run(120, only, PYTHON=python("never"))
     assert code == 0 and [(step["step"], step["status"]) for step in steps[1:]] == [("test-geglu", "ok")]
 
@@ -71,6 +71,11 @@ def test_what_a_whole_slice_is_too_short_for_is_given_up_and_the_rest_is_done(ru
     code, shown, steps = run(120, "^test-(gae|geglu)$", PYTHON=python("*gae-torch*"))
     assert [(step["step"], step["status"]) for step in steps] == [("test-gae", "too long"), ("test-geglu", "ok")]
     assert code == 1 and "| test-gae | too long |" in shown
+
+
+def test_what_runs_beside_a_test_that_is_cut_off_is_recorded(run, python):
+    code, shown, steps = run(120, "^(machine|test-(gae|geglu|rope))$", PYTHON=python("*geglu*"))
+    assert code == 75 and [step["step"] for step in steps] == ["machine", "test-gae", "test-rope"]
 
 
 def test_a_failure_is_told_and_does_not_stop_the_others(run, python):
