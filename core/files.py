@@ -169,8 +169,10 @@ def json_list(path: str) -> Iterator[tuple[str, Any]]:
                     raise malformed(error.msg, error.pos) from None
                 except (ValueError, RecursionError) as error:  # of numbers and lists without end
                     raise malformed(error, at) from None
-                yield f"{path}: record {count}", item
-                count += 1
+                inside = item.get("data") if state == "bare" and isinstance(item, dict) else None
+                for record in inside if isinstance(inside, list) else [item]:  # {"data": [records], …}, as SQuAD
+                    yield f"{path}: record {count}", record
+                    count += 1
         if state in ("before", "within"):
             raise malformed("the list does not end", at) if state == "within" else DataError(f"{path} is empty")
 

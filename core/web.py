@@ -60,7 +60,9 @@ class Handler(BaseHTTPRequestHandler):
         length = self.headers.get("Content-Length", "")
         if not length.isdecimal() or len(length) > 15 or int(length) > self.longest:
             self.close_connection = True  # what follows can't be told from a next request
-            raise RequestError(f"Content-Length: {length[:20] or 'none'}; up to {self.longest} bytes are wanted", 413)
+            if not length:
+                raise RequestError("no Content-Length: send the body whole, not in chunks", 411)
+            raise RequestError(f"Content-Length: {length[:20]}; up to {self.longest} bytes are wanted", 413)
         try:
             return json.loads(self.rfile.read(int(length)))
         except (ValueError, RecursionError) as error:

@@ -40,7 +40,7 @@ def require_heads(
         raise ValueError(f"{op}: the head dim must be a multiple of 8 from 8 to 256, got {D}: q {tuple(q.shape)}")
     if len({q.dtype, k.dtype, v.dtype}) > 1:
         raise ValueError(f"{op}: q, k, v must have one dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
-    if window is not None and (not isinstance(window, int) or window < 1):
+    if window is not None and (not isinstance(window, int) or isinstance(window, bool) or window < 1):
         raise ValueError(f"{op}: window must be an integer of at least 1 (the query's own key) or None, got {window}")
     for name, value in (("softcap", softcap), ("scale", scale)):
         if value is not None and not 0 < value < math.inf:

@@ -54,8 +54,12 @@ class ModelConfig:
                 raise ValueError(f"{name}={value!r} must be at least 1, and whole")
         if odd := [w for w in self.windows if w is not None and not (isinstance(w, int) and w >= 1)]:
             raise ValueError(f"a window of {odd[0]!r} must be at least 1, and whole")
-        if odd := [i for i in (self.bos_id, *self.stop_ids) if i is not None and not isinstance(i, int)]:
-            raise ValueError(f"the id of a special token is {odd[0]!r}, not a whole number")
+        for i in (self.bos_id, *self.stop_ids):
+            if i is not None and not (isinstance(i, int) and 0 <= i < self.vocab_size):
+                raise ValueError(f"the id of a special token is {i!r}, no number of one of {self.vocab_size} tokens")
+        for name in ("rope_theta", "norm_eps"):
+            if not 0 < (value := getattr(self, name)) < math.inf:
+                raise ValueError(f"{name}={value} must be above 0, and finite")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"num_heads={self.num_heads} must be a multiple of num_kv_heads={self.num_kv_heads}")
         if self.head_dim % 8 or not 8 <= self.head_dim <= 256:

@@ -85,7 +85,10 @@ def check_files(path: Path) -> None:
     if not tensor_files(path, "model") and any(path.glob("*.bin")):
         raise ModelFolderError("its weights are pickles (*.bin), which are never read: convert them to safetensors")
     if (path / INDEX).exists():
-        named = set(read_json(path / INDEX).get("weight_map", {}).values())
+        places = read_json(path / INDEX).get("weight_map")
+        if not isinstance(places, dict):
+            raise ModelFolderError(f"{INDEX} must hold a table weight_map: fetch the model again")
+        named = set(map(str, places.values()))
         if missing := sorted(name for name in named if not (path / name).exists()):
             raise ModelFolderError(f"{', '.join(missing)} of {INDEX} is missing: fetch the model again")
 
@@ -176,7 +179,8 @@ def from_hf_config(raw: dict, path: Path) -> ModelConfig:
 def shape_of(raw: dict) -> dict:
     """What every family has."""
     family, heads, width = raw["model_type"], raw["num_attention_heads"], raw["hidden_size"]
-    found = {"num_kv_heads": heads, "head_dim": 256 if family == "gemma2" else width // (heads or 1), "norm_eps": 1e-6}
+    usual = {"gemma2": 256, "qwen3": 128}.get(family, width // (heads or 1))  # transformers', of a missing head_dim
+    found = {"num_kv_heads": heads, "head_dim": usual, "norm_eps": 1e-6}
     found["tie_embeddings"] = family in ("gemma2", "minicpm")
     found |= {ours: raw[theirs] for ours, theirs in NAMES.items() if ours in NEEDED or raw.get(theirs) is not None}
     eos = raw.get("eos_token_id")
@@ -190,7 +194,8 @@ def rope_of(raw: dict) -> dict:
     scaling = dict(raw.get("rope_scaling") or raw.get("rope_parameters") or {})
     kind = scaling.pop("type", "default")
     kind = scaling.pop("rope_type", kind)
-    theta = float(raw.get("rope_theta") or scaling.get("rope_theta") or 10000.0)
+    thetas = (raw.get("rope_theta"), scaling.get("rope_theta"), 10000.0)
+    theta = next(float(theta) for theta in thetas if theta is not None)
     share = raw.get("partial_rotary_factor") or scaling.get("partial_rotary_factor") or 1.0
     found: dict[str, Any] = {"rope_theta": theta, "logn_length": raw.get("logn_length")}
     if share != 1:

@@ -16,8 +16,9 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import wraps
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -60,6 +61,24 @@ class Terminated(KeyboardInterrupt):
     """SIGTERM or SIGUSR1, its argument: handled like Ctrl-C, but the exit code says which it was."""
 
 
+def _for_a_reader(command: Callable[..., int]) -> Callable[..., int]:
+    """Who reads what is printed may leave early (`tritium --help | head`): that ends a command as it ends others."""
+
+    @wraps(command)
+    def run(*args) -> int:
+        try:
+            try:
+                return command(*args)
+            finally:
+                sys.stdout.flush()
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.__stdout__.fileno())  # the interpreter flushes once more
+            return 128 + signal.SIGPIPE
+
+    return run
+
+
+@_for_a_reader
 def main(argv: list[str] | None = None) -> int:
     """Run `tritium NAME …` with the arguments `argv` (sys.argv's by default) and return the exit code."""
     # Idle threads spin only briefly (must be set before torch loads libgomp): with the default, two programs on the
@@ -79,6 +98,7 @@ def main(argv: list[str] | None = None) -> int:
     return run_stage(name, rest)
 
 
+@_for_a_reader
 def run_stage(stage: str | ModuleType, argv: list[str] | None = None) -> int:
     """Run one stage, given by name or as a module of the same form, and return the exit code.
 
@@ -115,6 +135,8 @@ def run_stage(stage: str | ModuleType, argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"{prog}: interrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:
+        raise
     except Exception:
         traceback.print_exc()
         return 1

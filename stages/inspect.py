@@ -63,8 +63,9 @@ def main(argv: list[str]) -> int:
     """`tritium inspect STAGE …`. Raises: UserError for a stage without data, and as the stage itself would."""
     name, *rest = argv or ["--help"]
     if name in ("--help", "-h"):
-        print(f"usage: tritium inspect {'|'.join(STAGES)} [--config FILE.toml] [--name=value …]\n\n{__doc__}")
-        return 0
+        usage = f"usage: tritium inspect {'|'.join(STAGES)} [--config FILE.toml] [--name=value …]\n\n{__doc__}"
+        print(usage, file=sys.stdout if argv else sys.stderr)
+        return 0 if argv else 2
     if name not in STAGES:
         raise ConfigError(f"no data to inspect of a stage {name!r}; {listed(name, STAGES)}")
     config = load(import_module(f"tritium.stages.{name}").Config, rest, f"tritium inspect {name}", __doc__)

@@ -70,7 +70,7 @@ class Worker(threading.Thread):
         super().__init__(daemon=True, name="engine")
         self.engine = engine
         self.asked: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self.waiting: dict[Running, queue.SimpleQueue[Event | Exception]] = {}
+        self.waiting: dict[Running, queue.SimpleQueue[Event | RequestError]] = {}
 
     def do(self, action: Callable[[], Any]) -> Any:
         """What `action` gives, done in this thread between two steps. Raises: what it raises."""
@@ -115,10 +115,15 @@ class Worker(threading.Thread):
                     if event.finish_reason:
                         del self.waiting[event.sequence]
             except Exception as error:  # these requests fail; the next ones may be served
-                for sequence, events in self.waiting.items():
-                    self.engine.cancel(sequence)
-                    events.put(error)
-                self.waiting.clear()
+                said = f"generation failed: {type(error).__name__}: {error}"
+                self.fail(RequestError(said, 500))
+
+    def fail(self, error: RequestError) -> None:
+        """All that wait for an answer get this one."""
+        for sequence, events in self.waiting.items():
+            self.engine.cancel(sequence)
+            events.put(error)
+        self.waiting.clear()
 
 
 @dataclass
@@ -126,7 +131,8 @@ class Samples:
     """The sequences of one request, and their events as they come."""
 
     sequences: list[Running]
-    queue: "queue.SimpleQueue[Event | Exception]"
+    queue: "queue.SimpleQueue[Event | RequestError]"
+    silent: bool = False  # max_tokens is 0: what is drawn all the same is not told
     prompt: Sequence[tuple] = ()  # see `read_prompt`; where it is shown before each answer
 
     def events(self, connection: socket.socket) -> Iterator[Event]:
@@ -140,10 +146,10 @@ class Samples:
                 event = None
             if gone(connection):
                 raise ConnectionResetError("the client has gone")
-            if isinstance(event, Exception):
-                raise RequestError(f"generation failed: {type(event).__name__}: {event}", 500)
+            if isinstance(event, RequestError):
+                raise event
             if event is not None:
-                yield event
+                yield Event(event.sequence, None, "", 0.0, "length") if self.silent else event
                 left -= bool(event.finish_reason)
 
 
@@ -197,6 +203,7 @@ class Asked:
     usage: bool  # also at the end of a stream
     logprobs: bool
     echo: bool
+    silent: bool
 
 
 def read_request(body: Any, chat: bool, tokenizer: Tokenizer, sampling: SamplingConfig) -> Asked:
@@ -220,7 +227,9 @@ def read_request(body: Any, chat: bool, tokenizer: Tokenizer, sampling: Sampling
     given = {f.name: body[f.name] for f in fields(Options) if f.name in body}
     given |= {name: as_float(name, value) for name, value in given.items() if FIELDS[name] is NUMBER}
     given["top_logprobs"] = top_logprobs(body, chat)
-    given["max_tokens"] = body.get("max_completion_tokens", body.get("max_tokens", sampling.max_tokens))
+    most = body.get("max_completion_tokens", body.get("max_tokens", sampling.max_tokens))
+    silent = not chat and most == 0
+    given["max_tokens"] = most + silent
     given["stop"] = [stop] if isinstance(stop, str) else stop
     try:
         given["logit_bias"] = {int(token): float(bias) for token, bias in body.get("logit_bias", {}).items()}
@@ -233,7 +242,8 @@ def read_request(body: Any, chat: bool, tokenizer: Tokenizer, sampling: Sampling
     usage = bool(body.get("stream_options", {}).get("include_usage"))
     prompts = read_prompts(body, chat, tokenizer)
     logprobs = body.get("logprobs", False) is not False  # 0 asks for the tokens' own
-    return Asked(chat, prompts, options, n, seed, body.get("stream", False), usage, logprobs, body.get("echo", False))
+    flags = (body.get("stream", False), usage, logprobs, body.get("echo", False), silent)
+    return Asked(chat, prompts, options, n, seed, *flags)
 
 
 def as_float(name: str, value: float) -> float:
@@ -280,15 +290,18 @@ class ModelServer(Server):
 
     def __init__(self, config: Config, model: Transformer, tokenizer: Tokenizer):
         self.tokenizer, self.sampling, self.name = tokenizer, config.sampling, config.model
-        self.worker = Worker(config.engine(model, tokenizer))
+        self.worker, self.answering = Worker(config.engine(model, tokenizer)), set()  # threads of connections
         super().__init__(config.host, config.port, Connection)
         self.worker.start()
 
     def server_close(self) -> None:
         super().server_close()
+        self.worker.asked.put(partial(self.worker.fail, RequestError("the server has been stopped", 503)))
         self.worker.asked.put(None)
         if self.worker.is_alive():
             self.worker.join(timeout=10)  # a thread within torch when the interpreter ends aborts the process
+        for thread in list(self.answering):  # each has a last word to say
+            thread.join(timeout=2)
 
 
 class Connection(Handler):
@@ -320,10 +333,13 @@ class Connection(Handler):
             raise
         except Exception as error:
             self.send_failure(f"{type(error).__name__}: {error}", 500)
+        finally:
+            self.server.answering.discard(threading.current_thread())
 
     def answer(self, asked: Asked) -> None:
         """Raises: ValueError where a prompt is impossible; ConnectionError where the client has gone."""
         worker, made, choices = self.server.worker, [], []
+        self.server.answering.add(threading.current_thread())
         kind, name = ("chatcmpl", "chat.completion") if asked.chat else ("cmpl", "text_completion")
         head = {"id": f"{kind}-{secrets.token_hex(8)}", "object": name, "created": int(time.time())}
         head |= {"model": self.server.name}
@@ -332,6 +348,7 @@ class Connection(Handler):
             for i, ids in enumerate(asked.prompts):
                 seeds = [(asked.seed, i * asked.n + j) for j in range(asked.n)]
                 made.append(worker.submit(ids, asked.options, seeds, decoder))
+                made[-1].silent = asked.silent
                 if asked.echo:
                     whole = self.server.tokenizer.incremental()
                     read = partial(read_prompt, worker.engine.model, ids, whole, asked.options.top_logprobs)
@@ -360,6 +377,7 @@ class Connection(Handler):
         """Of these tokens, which come after those that are `spoken`."""
         if not asked.logprobs:
             return None
+        events = [event for event in events if event.token is not None]
         if asked.chat:
             tops = [{"top_logprobs": [self.told(*pair) for pair in event.top]} for event in events]
             return {"content": [self.told(e.token, e.logp) | top for e, top in zip(events, tops, strict=True)]}
@@ -421,7 +439,7 @@ REASONS = {"stop": "stop", "length": "length", "context": "length", "cancelled":
 
 def usage(asked: Asked, made: list[Samples]) -> dict[str, int]:
     prompt = sum(map(len, asked.prompts))
-    answer = sum(len(s.completion.tokens) for samples in made for s in samples.sequences)
+    answer = sum(len(s.completion.tokens) for samples in made if not samples.silent for s in samples.sequences)
     return {"prompt_tokens": prompt, "completion_tokens": answer, "total_tokens": prompt + answer}
 
 

@@ -128,6 +128,8 @@ def test_one_json_list_is_read_and_its_mistake_has_a_line(tmp_path):
         records(file)
     file.write_text('{\n  "a": [\n    1\n  ]\n}\n{"a": 2}')
     assert records(file) == [{"a": [1]}, {"a": 2}], "objects in a row, as people read them"
+    file.write_text('{"version": 1, "data": [{"a": 1}, {"a": 2}]}')
+    assert records(file) == [{"a": 1}, {"a": 2}]
     file.write_text('{\n  "a": [\n    1')
     with pytest.raises(DataError, match="a.json:3: malformed JSON"):
         records(file)

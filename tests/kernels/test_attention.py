@@ -216,6 +216,7 @@ def test_bf16_is_as_precise_as_sdpa(sharpness):
         ({"cu_seqlens": cu(4)[None]}, r"vector of S \+ 1 integers, got \(1, 2\)"),
         ({"cu_seqlens": cu(2, 2), "cu_seqlens_k": cu(4)}, "cu_seqlens has 2 documents but cu_seqlens_k has 1"),
         ({"window": 0}, "window must be an integer of at least 1"),
+        ({"window": True}, "window must be an integer of at least 1"),
         ({"window": 2.0}, "window must be an integer of at least 1"),
         ({"softcap": 0.0}, "softcap must be positive"),
         ({"softcap": math.inf}, "softcap must be positive and finite or None, got inf"),

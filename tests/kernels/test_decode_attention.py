@@ -99,6 +99,7 @@ def test_a_window_over_everything_hides_nothing(window, backend):
         ({"q": torch.randn(5, 4, 16)}, "must be"),
         ({"q": torch.randn(5, 4, 8).bfloat16()}, "one dtype, got torch.bfloat16, torch.float32"),
         ({"window": 0}, "window must be an integer of at least 1"),
+        ({"window": True}, "window must be an integer of at least 1"),
         ({"softcap": 0.0}, "softcap must be positive and finite or None, got 0.0"),
         ({"softcap": -2.0}, "softcap must be positive and finite or None, got -2.0"),
         ({"scale": -0.5}, "scale must be positive and finite or None, got -0.5"),

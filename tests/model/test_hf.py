@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 import tritium
 from tritium.model.config import ModelConfig
 from tritium.model.heads import ScalarModel
-from tritium.model.hf import ModelFolderError, load
+from tritium.model.hf import INDEX, ModelFolderError, from_hf_config, load
 from tritium.model.transformer import Transformer
 from tritium.parallel.mesh import init_mesh
 
@@ -154,6 +154,12 @@ def test_a_long_list_of_mistakes_is_cut(folder):
         ({"num_key_value_heads": 3}, "multiple of num_kv_heads=3"),
         ({"hidden_size": "wide"}, "config.json"),
         ({"num_attention_heads": 0}, "num_heads=0 must be at least 1"),
+        ({"rms_norm_eps": 0}, "norm_eps=0.0 must be above 0, and finite"),
+        ({"rms_norm_eps": float("nan")}, "norm_eps=nan must be above 0"),
+        ({"rope_theta": 0}, "rope_theta=0.0 must be above 0"),
+        ({"rope_theta": -1e4}, "rope_theta=-10000.0 must be above 0"),
+        ({"eos_token_id": 99999}, "the id of a special token is 99999, no number of one of"),
+        ({"eos_token_id": [1, -1]}, "the id of a special token is -1"),
         ({"rms_norm_eps": "small"}, "config.json: could not convert string to float: 'small'"),
     ],
 )
@@ -171,6 +177,16 @@ def test_a_missing_key_is_named(folder):
         load(str(folder))
 
 
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "gemma2", "phi3"])
+def test_a_head_dim_that_is_not_said_is_transformers(family):
+    transformers = pytest.importorskip("transformers")
+    raw = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1}
+    raw |= {"num_attention_heads": 2, "num_key_value_heads": 1, "bos_token_id": 1, "eos_token_id": 2}
+    theirs = transformers.AutoConfig.for_model(family, **raw, pad_token_id=0)
+    ours = from_hf_config(raw | {"model_type": family}, Path("config.json"))
+    assert ours.head_dim == (getattr(theirs, "head_dim", None) or 32)
+
+
 def test_a_folder_may_leave_the_architecture_out(folder):
     change_config(folder, architectures=None)
     assert isinstance(load(str(folder)), Transformer)
@@ -183,6 +199,8 @@ def test_a_folder_may_leave_the_architecture_out(folder):
         (lambda f: (f / "config.json").write_text("{"), "can't be read"),
         (lambda f: (f / "config.json").write_text("[]"), "must hold a JSON object"),
         (lambda f: (f / "model.safetensors").unlink(), "no model.*safetensors"),
+        (lambda f: (f / INDEX).write_text('{"weight_map": ["a"]}'), "index.json must hold a table weight_map"),
+        (lambda f: (f / INDEX).write_text('{"weight_map": null}'), "index.json must hold a table weight_map"),
         (lambda f: (f / "model.safetensors").write_bytes(b"x" * 100), "is damaged"),
         (lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:-9]), "is damaged"),
     ],

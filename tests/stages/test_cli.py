@@ -91,6 +91,17 @@ def test_signals_reach_the_stage_as_ctrl_c_and_have_their_exit_codes(number, cod
     assert saved == ["state"] and signal.getsignal(number) == before
 
 
+@pytest.mark.parametrize("joined", ["", "2>&1"])
+@pytest.mark.parametrize("arguments", ["--help", "sft --help", "sft --config=/none.toml"])
+def test_output_that_nobody_reads_ends_a_command_without_a_traceback(arguments, joined, tmp_path):
+    """`tritium --help | head -1`"""
+    command = f"({sys.executable} -m tritium.stages {arguments} {joined}; echo $? > {tmp_path}/code) | true"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=120)
+    assert "BrokenPipe" not in done.stderr and "Traceback" not in done.stderr
+    told = arguments.endswith("toml") and not joined
+    assert (tmp_path / "code").read_text() == ("2\n" if told else "141\n")
+
+
 def test_a_module_with_main_is_called_with_the_arguments():
     module = ModuleType("tritium.stages.toy")
     module.main = lambda argv: len(argv)

@@ -106,6 +106,7 @@ def test_only_the_beginning_of_a_file_is_read(model, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
+        ([], "usage: tritium inspect pretrain|sft"),
         (["sfd"], "no data to inspect of a stage 'sfd'; did you mean sft?"),
         (["pretrain", "--data.sources={a}"], "name one with --tokenizer"),
         (["sft", "--model={m}", "--data.sources={a}", "--data.template=lama3"], "did you mean llama3"),

@@ -248,9 +248,25 @@ def test_a_prompt_is_echoed_and_scored_and_offsets_point_into_the_text(server):
     assert [x for c in chunks for x in c["logprobs"]["text_offset"]] == found[0]["logprobs"]["text_offset"]
 
 
+@pytest.mark.parametrize("echo", [True, False])
+def test_a_prompt_is_scored_without_an_answer(server, echo):
+    body = {"prompt": "1 + 2", "logprobs": 1, "echo": echo, "temperature": 0}
+    status, found = ask(server, TEXT, body | {"max_tokens": 0, "n": 2})
+    longer = ask(server, TEXT, body | {"max_tokens": 1})[1]["choices"][0]
+    assert status == 200 and found["usage"]["completion_tokens"] == 0
+    for choice in found["choices"]:
+        assert choice["text"] == ("1 + 2" if echo else "") and choice["finish_reason"] == "length"
+        assert choice["logprobs"]["tokens"] == longer["logprobs"]["tokens"][:-1]
+        assert choice["logprobs"]["token_logprobs"][1:] == pytest.approx(longer["logprobs"]["token_logprobs"][1:-1])
+    chunks = [c["choices"][0] for c in stream(server, TEXT, body | {"max_tokens": 0})]
+    assert "".join(c["text"] for c in chunks) == choice["text"] and chunks[-1]["finish_reason"] == "length"
+
+
 @pytest.mark.parametrize(
     ("path", "body", "status", "words"),
     [
+        (CHAT, {"messages": HELLO, "max_tokens": 0}, 400, "max_tokens=0 must be at least 1"),
+        (TEXT, {"prompt": "1", "max_tokens": -1}, 400, "max_tokens=-1 must be at least 1"),
         (CHAT, "{not json", 400, "not JSON"),
         (CHAT, "[" * 100_000, 400, "not JSON"),
         (CHAT, [1], 400, "must be a JSON object"),
@@ -342,6 +358,32 @@ def test_a_client_that_goes_away_ends_its_own_request_only(server, streaming):
     finally:
         engine.step = step
     assert left <= 1 and other[0][0] == 200
+
+
+def test_a_body_in_chunks_is_told_what_it_lacks(server):
+    connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=60)
+    connection.request("POST", TEXT, iter([b"{}"]), encode_chunked=True, headers={"Transfer-Encoding": "chunked"})
+    response = connection.getresponse()
+    assert response.status == 411
+    assert "no Content-Length: send the body whole" in json.loads(response.read())["error"]["message"]
+
+
+def test_a_stream_that_the_servers_end_cuts_says_so(tiny):
+    model = load_model(tiny.model, "fp32", Mesh.single(), frozen=True)
+    running = serve.ModelServer(serve.Config(model=tiny.model, port=0), model, load_tokenizer(tiny.model, model))
+    engine, slow = running.worker.engine, threading.Event()
+    step = engine.step
+    engine.step = lambda: slow.wait(0.02) or step()
+    threading.Thread(target=running.serve_forever, daemon=True).start()
+    connection = http.client.HTTPConnection("127.0.0.1", running.server_port, timeout=60)
+    body = {"prompt": "1", "max_tokens": 90, "stream": True, "logit_bias": {str(model.config.eos_id): -100}}
+    connection.request("POST", TEXT, json.dumps(body))
+    response = connection.getresponse()
+    assert response.readline().startswith(b"data:")
+    running.shutdown()
+    running.server_close()
+    *_, last = [line for line in response.read().split(b"\n") if line]
+    assert json.loads(last.removeprefix(b"data: "))["error"]["message"] == "the server has been stopped"
 
 
 def test_a_failing_engine_fails_the_request_and_not_the_server(server, monkeypatch):
