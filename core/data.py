@@ -65,9 +65,7 @@ class DataConfig(SourcesConfig):
     on_overlong: str = opt("skip", "what to do with records longer than the context", choices=("skip", "truncate"))
     turns: str = opt("all", "sft: train on all answers at once, the last one, or each by itself", choices=TURNS)
     normalize: str = opt("token", "sft: give every token, turn or sequence equal weight", choices=NORMALIZE)
-    thinking: str = opt(
-        "", "sft: keep <think> sections, drop earlier turns', or mask them (empty: as the template)", choices=THINKING
-    )
+    thinking: str = opt("", "sft: keep <think> parts, drop earlier turns', or mask (empty: as usual)", choices=THINKING)
     form: str = opt("", "record format (empty: detected from the keys)", choices=("", *FORMS))
     variables: list[str] = opt([], "NAME=VALUE: replaces {{NAME}} in the records' texts")
     fim: float = opt(0.0, "text: fraction of documents rearranged for fill-in-the-middle", least=0, most=1)

@@ -43,9 +43,7 @@ class ShapingConfig:
     scale: float = opt(1.0, "factor on the scores")
     clip: float = opt(0.0, "then clip to ± this (0: off)", least=0)
     missing_eos: float = opt(0.0, "penalty for an answer without an end token", least=0)
-    overlong: int = opt(
-        0, "length penalty, rising linearly to 1 over this many tokens before sampling.max_tokens (DAPO)", least=0
-    )
+    overlong: int = opt(0, "length penalty, rising to 1 over so many tokens before sampling.max_tokens (DAPO)", least=0)
 
     def __post_init__(self):
         check_ranges(self, "shaping.")

@@ -71,9 +71,8 @@ def problems_of(
         order = np.random.default_rng([seed, number]).permutation(len(within))
         return [within[i] for i in order[:count]]
     places = range(number * count, (number + 1) * count)
-    orders = {
-        e: np.random.default_rng([seed, e]).permutation(len(problems)) for e in {p // len(problems) for p in places}
-    }
+    epochs = {p // len(problems) for p in places}
+    orders = {epoch: np.random.default_rng([seed, epoch]).permutation(len(problems)) for epoch in epochs}
     return [problems[orders[p // len(problems)][p % len(problems)]] for p in places]
 
 

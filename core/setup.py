@@ -204,16 +204,19 @@ def read_shape(folder: str) -> ModelConfig:
         raise UserError(str(error)) from None
 
 
-def load_tokenizer(folder: str, model: Transformer | ScalarModel | None = None, template: str = "") -> Tokenizer:
-    """The tokenizer in a model's folder, with the chat `template` that is named for it.
+def load_tokenizer(
+    folder: str, model: Transformer | ScalarModel | None = None, template: str | None = None
+) -> Tokenizer:
+    """The tokenizer in a model's folder, with the chat `template` that is named for it ("": its own, or ChatML).
 
     Raises: UserError, also for an unknown template, and where the vocabulary is larger than the model's.
     """
     tokenizer = Tokenizer.load(model_folder(folder))
     if model is not None and tokenizer.vocab_size > model.config.vocab_size:
-        raise UserError(
-            f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, the model only {model.config.vocab_size}"
-        )
+        sizes = f"{tokenizer.vocab_size} tokens, the model only {model.config.vocab_size}"
+        raise UserError(f"{folder}: the tokenizer has {sizes}")
+    if template == "" and not tokenizer.chat_template and find_template(tokenizer) == "chatml":
+        template = "chatml"
     if template:
         tokenizer = tokenizer.with_template(template)
         find_template(tokenizer)

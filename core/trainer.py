@@ -93,9 +93,8 @@ class Trainer:
         self.loss_scale = LossScale(mesh.device) if halves else None
         self.shares = {k: trained_share(networks[k]) for k in self.optimizers}
         first = next(iter(networks))
-        self.followers = {
-            k: Follower(networks[k], self.flat[k], networks[first], self.flat[first], mesh) for k in followers
-        }
+        followed = (networks[first], self.flat[first], mesh)
+        self.followers = {key: Follower(networks[key], self.flat[key], *followed) for key in followers}
         self.out = Path(self.run.out)
         self.clock, self.metrics = Clock(), Metrics(self.run.out, main=mesh.main, total_steps=total_steps, name=name)
         self.index = self.bad_steps = 0  # steps done; steps skipped in a row

@@ -317,9 +317,8 @@ def _launches(target: Target) -> tuple[Launch, ...]:
 
     cases = (131072, "bf16", False), (131072, "bf16", True), (131072, "fp32", False), (64, "bf16", False)
     cases += (50257, "bf16", True), (50257, "fp32", False)  # rows that begin anywhere
-    return tuple(
-        launch(kernel, *case) for kernel in (_cross_entropy_forward, _cross_entropy_backward) for case in cases
-    )
+    kernels = (_cross_entropy_forward, _cross_entropy_backward)
+    return tuple(launch(kernel, *case) for kernel in kernels for case in cases)
 
 
 register(

@@ -64,10 +64,8 @@ class PagedCache:
     def copy(self, sources: Sequence[int], targets: Sequence[int]) -> None:
         """What is in the pages `sources` also into `targets`."""
         if sources:
-            device = self.pages.device
-            self.pages[:, :, torch.tensor(targets, device=device)] = self.pages[
-                :, :, torch.tensor(sources, device=device)
-            ]
+            to, of = torch.tensor([targets, sources], device=self.pages.device)
+            self.pages[:, :, to] = self.pages[:, :, of]
 
 
 def cache_pages(sequences: int, tokens: int) -> int:

@@ -268,9 +268,8 @@ def hf_extras(config: ModelConfig) -> dict:
     raw |= {"sliding_window": None} if config.family in ("mistral", "phi3", "gemma2") else {}
     if windows:
         kinds = ["full_attention" if w is None else "sliding_attention" for w in config.windows]
-        raw |= {"sliding_window": windows.pop()} | (
-            {} if config.family in ("mistral", "phi3") else {"layer_types": kinds}
-        )
+        raw["sliding_window"] = windows.pop()
+        raw |= {} if config.family in ("mistral", "phi3") else {"layer_types": kinds}
         raw |= {"use_sliding_window": True} if config.family.startswith("qwen") else {}
     if config.gemma:
         raw["hidden_activation"] = "gelu_pytorch_tanh"

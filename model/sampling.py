@@ -56,9 +56,8 @@ class Options:
     top_logprobs: int = 0
 
     def __post_init__(self):
-        values = [(name, getattr(self, name)) for name in RANGES] + [
-            ("logit_bias", x) for x in self.logit_bias.values()
-        ]
+        values = [(name, getattr(self, name)) for name in RANGES]
+        values += [("logit_bias", bias) for bias in self.logit_bias.values()]
         for name, value in values:
             least, most = RANGES.get(name, (-HUGE, HUGE))
             if not least <= value <= most:

@@ -137,9 +137,8 @@ def fisher(model: Transformer, documents: Iterable[Tensor]) -> dict[str, Tensor]
     for tokens in documents:
         targets = F.pad(tokens[1:], (0, 1), value=-100)
         logp = model.logprob(model.hidden(tokens), targets).logp.sum()
-        for (name, _), g in zip(
-            model.named_parameters(), torch.autograd.grad(logp, list(model.parameters())), strict=True
-        ):
+        gradients = torch.autograd.grad(logp, list(model.parameters()))
+        for (name, _), g in zip(model.named_parameters(), gradients, strict=True):
             found[name] += g.float().square()
         count += 1
     return {name: value / max(count, 1) for name, value in found.items()}

@@ -156,9 +156,8 @@ def init_mesh(
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=limit)
     try:
         _check_agreement(f"cp={cp}, tp={tp}, zero={zero}, shard={shard}{', ring' * ring} on {place.type}")
-        return replace(
-            _place(cp, tp, shard, place, limit), zero=zero, ring=ring, timeout=timeout, owns_process_group=not running
-        )
+        placed = _place(cp, tp, shard, place, limit)
+        return replace(placed, zero=zero, ring=ring, timeout=timeout, owns_process_group=not running)
     except Exception:
         if not running:
             dist.destroy_process_group()

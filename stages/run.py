@@ -109,10 +109,8 @@ def check_table(where: str, table: Any, keys: dict[str, type]) -> None:
 
 def merge(base: dict, over: dict) -> dict:
     """`over` laid over `base`, table by table."""
-    both = {
-        k: merge(base[k], v) if isinstance(v, dict) and isinstance(base.get(k), dict) else v for k, v in over.items()
-    }
-    return base | both
+    tables = {k for k, v in over.items() if isinstance(v, dict) and isinstance(base.get(k), dict)}
+    return base | over | {k: merge(base[k], over[k]) for k in tables}
 
 
 def check(recipe: dict[str, Any], out: Path) -> None:

@@ -115,8 +115,7 @@ class Worker(threading.Thread):
                     if event.finish_reason:
                         del self.waiting[event.sequence]
             except Exception as error:  # these requests fail; the next ones may be served
-                said = f"generation failed: {type(error).__name__}: {error}"
-                self.fail(RequestError(said, 500))
+                self.fail(RequestError(f"generation failed: {type(error).__name__}: {error}", 500))
 
     def fail(self, error: RequestError) -> None:
         """All that wait for an answer get this one."""
@@ -132,11 +131,12 @@ class Samples:
 
     sequences: list[Running]
     queue: "queue.SimpleQueue[Event | RequestError]"
-    silent: bool = False  # max_tokens is 0: what is drawn all the same is not told
     prompt: Sequence[tuple] = ()  # see `read_prompt`; where it is shown before each answer
 
-    def events(self, connection: socket.socket) -> Iterator[Event]:
-        """Until all have ended. Raises: ConnectionError where the client has gone; RequestError of the engine's."""
+    def events(self, connection: socket.socket, silent: bool) -> Iterator[Event]:
+        """Until all have ended; where they are `silent`, what is drawn is not told. Raises: ConnectionError where the
+        client has gone; RequestError of the engine's.
+        """
         yield from (Event(sequence, *told) for sequence in self.sequences for told in self.prompt)
         left = len(self.sequences)
         while left:
@@ -149,7 +149,7 @@ class Samples:
             if isinstance(event, RequestError):
                 raise event
             if event is not None:
-                yield Event(event.sequence, None, "", 0.0, "length") if self.silent else event
+                yield Event(event.sequence, None, "", 0.0, "length") if silent else event
                 left -= bool(event.finish_reason)
 
 
@@ -348,7 +348,6 @@ class Connection(Handler):
             for i, ids in enumerate(asked.prompts):
                 seeds = [(asked.seed, i * asked.n + j) for j in range(asked.n)]
                 made.append(worker.submit(ids, asked.options, seeds, decoder))
-                made[-1].silent = asked.silent
                 if asked.echo:
                     whole = self.server.tokenizer.incremental()
                     read = partial(read_prompt, worker.engine.model, ids, whole, asked.options.top_logprobs)
@@ -357,7 +356,7 @@ class Connection(Handler):
                 self.stream(asked, made, head)
                 return
             for samples in made:
-                spent = [event for event in samples.events(self.connection)]
+                spent = [event for event in samples.events(self.connection, asked.silent)]
                 choices += [self.choice(asked, [e for e in spent if e.sequence is s]) for s in samples.sequences]
         finally:
             worker.cancel([s for samples in made for s in samples.sequences])  # nothing, where all have ended
@@ -413,7 +412,7 @@ class Connection(Handler):
             for place in places.values() if asked.chat else ():
                 begun = {"delta": {"role": "assistant", "content": ""}, "finish_reason": None}
                 self.send_event({**head, "choices": [{"index": place, **begun}]})
-            for event in samples.events(self.connection):
+            for event in samples.events(self.connection, asked.silent):
                 said = {"delta": {"content": event.text}} if asked.chat else {"text": event.text}
                 said |= {"finish_reason": REASONS.get(event.finish_reason)}
                 said |= {"logprobs": self.logprobs(asked, [event], spoken[event.sequence])}
@@ -439,7 +438,7 @@ REASONS = {"stop": "stop", "length": "length", "context": "length", "cancelled":
 
 def usage(asked: Asked, made: list[Samples]) -> dict[str, int]:
     prompt = sum(map(len, asked.prompts))
-    answer = sum(len(s.completion.tokens) for samples in made if not samples.silent for s in samples.sequences)
+    answer = sum(len(s.completion.tokens) for samples in made for s in samples.sequences) * (not asked.silent)
     return {"prompt_tokens": prompt, "completion_tokens": answer, "total_tokens": prompt + answer}
 
 

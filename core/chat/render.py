@@ -134,9 +134,8 @@ def _parts(
             if template.tools.where == "last" and tools:
                 yield Part(tools)
                 tools = ""
-            yield from _framed(
-                template.user, tools + (folded if i == folds_at else "") + _content(template, message), names
-            )
+            said = tools + (folded if i == folds_at else "") + _content(template, message)
+            yield from _framed(template.user, said, names)
         elif role == "tool":
             if previous != "tool":
                 results = _results(template, rest[i:])

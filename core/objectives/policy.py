@@ -35,6 +35,8 @@ from tritium.kernels.linear_logprob import LogProb
 from tritium.parallel.data import all_reduce_counts
 from tritium.parallel.mesh import Mesh
 
+FARTHEST = 20.0  # nats, as in verl: beyond, exp would be infinite in fp32, and one token's NaN the whole step's
+
 
 def kl_estimate(policy: Tensor, reference: Tensor, kind: str) -> Tensor:
     """KL(π ‖ ref) at tokens that π drew, from their log-probs (Schulman, "Approximating KL divergence", 2020).
@@ -46,7 +48,10 @@ def kl_estimate(policy: Tensor, reference: Tensor, kind: str) -> Tensor:
     difference = policy - reference
     if kind == "k1":
         return difference
-    return difference.square() / 2 if kind == "k2" else (-difference).exp() - 1.0 + difference
+    if kind == "k2":
+        return difference.square() / 2
+    difference = difference.clamp(-FARTHEST, FARTHEST)
+    return (-difference).exp() - 1.0 + difference
 
 
 @dataclass
@@ -190,7 +195,7 @@ class PolicyGradient(Objective):
         mean = lambda values: Metric((each * values).sum().detach(), "tokens")  # noqa: E731
         old = batch.fields.get("old_logp", outputs.logp.detach())  # [N]
         token_log_ratio = outputs.logp - old  # [N]
-        log_ratio = self.log_ratio(token_log_ratio, batch)
+        log_ratio = self.log_ratio(token_log_ratio, batch).clamp(-FARTHEST, FARTHEST)
         ratio, advantages = log_ratio.exp(), batch.fields["advantages"]
         clipped = ratio.clamp(1.0 - self.clip_low, 1.0 + self.clip_high) * advantages
         surrogate = torch.minimum(ratio * advantages, clipped)

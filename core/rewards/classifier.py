@@ -47,9 +47,8 @@ def train_classifier(examples: Sequence[tuple[str, bool]], file: str, epochs: in
         for i in rng.permutation(len(rows)):
             error = weigh[i] * (probability(weights, rows[i]) - labels[i])
             places = np.append(rows[i], BUCKETS)
-            gradient = (
-                error * np.append(np.full(len(rows[i]), max(len(rows[i]), 1) ** -0.5), 1.0) + 1e-4 * weights[places]
-            )
+            inputs = np.append(np.full(len(rows[i]), max(len(rows[i]), 1) ** -0.5), 1.0)
+            gradient = error * inputs + 1e-4 * weights[places]
             squares[places] += gradient**2
             weights[places] -= 0.5 * gradient / np.sqrt(squares[places])
     np.savez_compressed(file, weights=weights.astype(np.float32))

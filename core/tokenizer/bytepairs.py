@@ -179,9 +179,8 @@ def normalisers(spec: dict | None) -> list[Callable[[str], str]]:
             return [lambda text: compiled.sub(lambda _: content, text)]
         case {"type": "Strip"}:
             left, right = spec.get("strip_left"), spec.get("strip_right")
-            return [
-                lambda text: (text.lstrip() if left else text).rstrip() if right else text.lstrip() if left else text
-            ]
+            left, right = (str.lstrip if left else str), (str.rstrip if right else str)
+            return [lambda text: right(left(text))]
         case other:
             raise UserError(f"tokenizer.json: the normalizer {other.get('type')!r} is not supported")
 

@@ -30,10 +30,11 @@ THINK, END_THINK = "<think>", "</think>"
 
 # ChatML for Hugging Face's apply_chat_template; core/chat renders the same text.
 CHAT_TEMPLATE = (
-    "{% for message in messages %}"
-    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    "{{% for message in messages %}}"
+    "{{{{ {begin}'<|im_start|>' + message['role'] + '\n' + message['content'] }}}}"
+    "{{{{ ({end} if message['role'] == 'assistant' else '<|im_end|>') + '\n' }}}}"
+    "{{% endfor %}}"
+    "{{% if add_generation_prompt %}}{{{{ '<|im_start|>assistant\n' }}}}{{% endif %}}"
 )
 
 
@@ -61,15 +62,17 @@ class Tokenizer:
     def save(self, folder: str | os.PathLike) -> None:
         """Write the tokenizer's own files, byte for byte; for a bare SentencePiece model, transformers' two as well.
 
-        A chat template that was named for it (`with_template`) is noted in tokenizer_config.json.
+        A chat template that was named for it (`with_template`) is noted in tokenizer_config.json; ChatML, where there
+        is no other, also as transformers' Jinja text.
         """
         target, files = Path(folder), dict(self._parts.files)
         target.mkdir(parents=True, exist_ok=True)
         if isinstance(self._engine, Pieces) and "tokenizer_config.json" not in files:
             files |= self._llama_files()
         if self.template != self._parts.config.get("tritium_template", ""):
-            config = json.loads(files.get("tokenizer_config.json", b"{}"))
-            files["tokenizer_config.json"] = _json(config | {"tritium_template": self.template})
+            config = json.loads(files.get("tokenizer_config.json", b"{}")) | {"tritium_template": self.template}
+            own = {} if self.chat_template or self.template != "chatml" else {"chat_template": self._chatml()}
+            files["tokenizer_config.json"] = _json(config | own)
         for name, content in files.items():
             (target / name).write_bytes(content)
 
@@ -195,6 +198,13 @@ class Tokenizer:
             raise ValueError(f"this tokenizer has no {name} token")
         return id
 
+    def _chatml(self) -> str:
+        """As core/chat renders it: without a token for the end of a turn, EOS stands in, and BOS comes first."""
+        stand_in = self.special_id(IM_END) is None and self.eos_id is not None
+        end = self.piece(self.eos_id) if stand_in else IM_END
+        begin = self.piece(self.bos_id) if self.bos_id is not None and (stand_in or self.adds_bos) else ""
+        return CHAT_TEMPLATE.format(begin=f"({begin!r} if loop.first else '') + " if begin else "", end=repr(end))
+
     def _llama_files(self) -> dict[str, bytes]:
         """The JSON files with which transformers' LlamaTokenizer reads a SentencePiece model."""
         named = {f"{name}_token": self.piece(i) for name in NAMES if (i := self._parts.names.get(name)) is not None}
@@ -212,7 +222,7 @@ class Tokenizer:
             "added_tokens_decoder": self._added_tokens(),
         }
         if ends:
-            config["chat_template"] = CHAT_TEMPLATE
+            config["chat_template"] = self._chatml()
         return {"tokenizer_config.json": _json(config), "special_tokens_map.json": _json(named)}
 
     def _added_tokens(self) -> dict[str, dict]:

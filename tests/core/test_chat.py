@@ -1,6 +1,7 @@
 """Conversations: the text of ChatML, and weights on exactly what the assistant is to learn."""
 
 import json
+import re
 from itertools import groupby
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 import tritium
 from tritium.core.chat import parse_reasoning, render, stop_ids
 from tritium.core.config import UserError
+from tritium.core.setup import load_tokenizer
 from tritium.core.tokenizer import Tokenizer, train_tokenizer
 
 DATA = Path(tritium.__file__).parent.parent / "shared" / "data"
@@ -172,6 +174,27 @@ def test_text_equals_the_models_own_templates(tokenizer):
     for entry in ours:
         rendered = render(tokenizer, entry["messages"], generation_prompt=entry["add_generation_prompt"])
         assert tokenizer.decode(rendered.ids, keep_special=True) == entry["text"]
+
+
+@needs_data
+@pytest.mark.parametrize("name", ["models/stories260k", "tokenizers/gpt2", "tokenizers/sentencepiece-test-ja"])
+def test_a_model_without_a_chat_template_is_saved_with_the_one_that_it_learns(name, tmp_path):
+    """transformers' apply_chat_template failed on what sft made of a base model."""
+    jinja2 = pytest.importorskip("jinja2")
+    for template, saved in (("", True), (None, False), ("plain", False)):
+        tokenizer = load_tokenizer(str(DATA / name), template=template)
+        tokenizer.save(tmp_path / f"as {template}")
+        config = tmp_path / f"as {template}" / "tokenizer_config.json"
+        assert ("chat_template" in json.loads(config.read_text() if config.exists() else "{}")) == saved, template
+    again = Tokenizer.load(tmp_path / "as ")
+    source = again.chat_template
+    for messages, prompt in ((CONVERSATION, False), (CONVERSATION[:2], True)):
+        rendered = render(again, messages, generation_prompt=prompt)
+        text = jinja2.Environment().from_string(source).render(messages=messages, add_generation_prompt=prompt)
+        ours, theirs = again.decode(rendered.ids, keep_special=True), text
+        if "gpt2" not in name:  # small vocabularies: without a newline, and with spaces of their own
+            ours, theirs = (re.sub(r"[\s⁇]", "", said) for said in (ours, theirs))
+        assert ours == theirs
 
 
 @needs_data

@@ -139,6 +139,19 @@ def test_an_algorithm_is_its_papers(name, beta, temperature):
     assert 0 < metrics["clip_fraction"].sum / batch.counts["tokens"] < 1
 
 
+@pytest.mark.parametrize("far", [100.0, -100.0])
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_a_token_that_was_all_but_impossible_does_not_cost_the_step(name, far):
+    """e^100 is infinite in fp32, and 0 · ∞ a NaN in every gradient."""
+    policy, (_, batch) = Transformer(SHAPE).initialize(0), rollout()
+    objective, nets = algorithm(name, beta=0.1, kl_in="loss"), networks(policy, model(9).float())
+    objective.estimate(nets, [batch], Mesh.single())
+    for field in ("old_logp", "reference_logp"):
+        batch.fields[field][5] += far
+    loss = total(objective, nets, batch)
+    assert loss.isfinite() and all(g.isfinite().all() for g in torch.autograd.grad(loss, list(policy.parameters())))
+
+
 @pytest.mark.parametrize("name", ALGORITHMS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_nothing_is_clipped_before_the_first_update(name, dtype):
