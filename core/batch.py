@@ -13,7 +13,7 @@ number of tokens whatever their weight, for the throughput.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -25,6 +25,7 @@ from tritium.model.transformer import IGNORE
 FILLER = 64  # tokens of a filler document
 
 Group = Sequence["Document"]  # documents that must share a batch: a pair, a ranking, the samples of a prompt
+Convert = Callable[[dict], Group]  # what a record of data becomes
 
 
 @dataclass

@@ -14,7 +14,7 @@ import json
 import math
 import os
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -22,7 +22,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from tritium.core.batch import Document, Group, PackedBatch, pack, plan_bins
+from tritium.core.batch import Convert, Document, Group, PackedBatch, pack, plan_bins
 from tritium.core.chat import THINKING
 from tritium.core.code import fill_in_the_middle, hole_markers
 from tritium.core.config import ConfigError, check_ranges, opt
@@ -235,7 +235,7 @@ class Examples:
 
 
 def record_sources(
-    config: DataConfig, convert: Callable[[dict], Group], context: int, seed: int, skipped: Skipped, atomic: bool = True
+    config: DataConfig, convert: Convert, context: int, seed: int, skipped: Skipped, atomic: bool = True
 ) -> tuple[list[Examples], list[Examples], list[float]]:
     """Training and held-out examples of every file: records → groups by `convert`, which raises RecordError.
 

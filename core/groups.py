@@ -2,20 +2,20 @@
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import count
 
 import numpy as np
 
-from tritium.core.batch import Document, Group
+from tritium.core.batch import Convert, Document, Group
 from tritium.core.chat import render
 from tritium.core.data import DataConfig
 from tritium.core.formats import RecordError, conversation, feedback, preference, ranking, scored, steps
 from tritium.core.tokenizer import Tokenizer
 
 
-def conversation_group(tokenizer: Tokenizer, config: DataConfig | None = None) -> Callable[[dict], Group]:
+def conversation_group(tokenizer: Tokenizer, config: DataConfig | None = None) -> Convert:
     """record → the conversation, every assistant turn supervised; or, by `config.turns`, its last, or each alone."""
     config = config or DataConfig()
 
@@ -56,7 +56,7 @@ def normalized(document: Document, by: str) -> Document:
     return replace(document, weights=weights)
 
 
-def preference_group(tokenizer: Tokenizer) -> Callable[[dict], Group]:
+def preference_group(tokenizer: Tokenizer) -> Convert:
     """record → [chosen, rejected], only the last answer supervised; `margin` per sequence is the record's, or 0."""
 
     def convert(record: dict) -> Group:
@@ -72,7 +72,7 @@ def preference_group(tokenizer: Tokenizer) -> Callable[[dict], Group]:
     return convert
 
 
-def ranking_group(tokenizer: Tokenizer) -> Callable[[dict], Group]:
+def ranking_group(tokenizer: Tokenizer) -> Convert:
     """record → its answers, best first; `rank` per sequence counts from 0, equal answers have the same."""
 
     def convert(record: dict) -> Group:
@@ -99,7 +99,7 @@ def comparison_document(tokenizer: Tokenizer, prompt: list[dict], first: str, se
     return Document(np.array(ids, np.int32), np.ones(len(ids), np.float32))
 
 
-def comparison_group(tokenizer: Tokenizer) -> Callable[[dict], Group]:
+def comparison_group(tokenizer: Tokenizer) -> Convert:
     """record → both answers in one document, the chosen one first; and again, the rejected one first."""
 
     def convert(record: dict) -> Group:
@@ -109,9 +109,7 @@ def comparison_group(tokenizer: Tokenizer) -> Callable[[dict], Group]:
     return convert
 
 
-def score_group(
-    tokenizer: Tokenizer, names: Sequence[str] = ("score",), highest: float = 1.0
-) -> Callable[[dict], Group]:
+def score_group(tokenizer: Tokenizer, names: Sequence[str] = ("score",), highest: float = 1.0) -> Convert:
     """record → its answer; the scores of these names per sequence, as shares of the highest possible."""
 
     def convert(record: dict) -> Group:
@@ -144,7 +142,7 @@ def step_document(tokenizer: Tokenizer, prompt: list[dict], parts: Sequence[str]
     return Document(np.array(ids, np.int32), weights), marks
 
 
-def step_group(tokenizer: Tokenizer) -> Callable[[dict], Group]:
+def step_group(tokenizer: Tokenizer) -> Convert:
     """record → its `step_document`; a step of several lines becomes one. `label` at a mark says whether it is right."""
 
     def convert(record: dict) -> Group:
@@ -158,7 +156,7 @@ def step_group(tokenizer: Tokenizer) -> Callable[[dict], Group]:
     return convert
 
 
-def feedback_group(tokenizer: Tokenizer) -> Callable[[dict], Group]:
+def feedback_group(tokenizer: Tokenizer) -> Convert:
     """record → its answer, or both of its pair; `good` and `index`, the place among all, per sequence."""
     places = count()
 

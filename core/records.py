@@ -1,11 +1,10 @@
 """A trainer on records (conversations, pairs, rankings, scored answers), and the bins that it takes."""
 
-from collections.abc import Callable
 from typing import Any
 
 from torch import nn
 
-from tritium.core.batch import Group
+from tritium.core.batch import Convert
 from tritium.core.data import Bins, open_bins, record_sources
 from tritium.core.files import Skipped
 from tritium.core.objectives.base import Objective
@@ -19,7 +18,7 @@ def open_records(
     networks: dict[str, nn.Module],
     objective: Objective,
     tokenizer: Tokenizer,
-    convert: Callable[[dict], Group],
+    convert: Convert,
     count: str = "groups",
     atomic: bool = True,
 ) -> tuple[Trainer, Bins]:

@@ -22,7 +22,7 @@ from tritium.model.adapters import Base, attach, base_folder
 from tritium.model.config import ModelConfig
 from tritium.model.heads import ScalarModel
 from tritium.model.hf import ADAPTER_CONFIG, ModelFolderError, from_hf_config, load, read_json
-from tritium.model.lora import LoraConfig, merge
+from tritium.model.lora import LoraConfig, Model, merge
 from tritium.model.prompts import PEFT_TYPES, PromptConfig
 from tritium.model.transformer import Transformer
 from tritium.parallel.data import check_same
@@ -204,9 +204,7 @@ def read_shape(folder: str) -> ModelConfig:
         raise UserError(str(error)) from None
 
 
-def load_tokenizer(
-    folder: str, model: Transformer | ScalarModel | None = None, template: str | None = None
-) -> Tokenizer:
+def load_tokenizer(folder: str, model: Model | None = None, template: str | None = None) -> Tokenizer:
     """The tokenizer in a model's folder, with the chat `template` that is named for it ("": its own, or ChatML).
 
     Raises: UserError, also for an unknown template, and where the vocabulary is larger than the model's.

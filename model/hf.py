@@ -194,8 +194,7 @@ def rope_of(raw: dict) -> dict:
     scaling = dict(raw.get("rope_scaling") or raw.get("rope_parameters") or {})
     kind = scaling.pop("type", "default")
     kind = scaling.pop("rope_type", kind)
-    thetas = (raw.get("rope_theta"), scaling.get("rope_theta"), 10000.0)
-    theta = next(float(theta) for theta in thetas if theta is not None)
+    theta = next(float(t) for t in (raw.get("rope_theta"), scaling.get("rope_theta"), 10000.0) if t is not None)
     share = raw.get("partial_rotary_factor") or scaling.get("partial_rotary_factor") or 1.0
     found: dict[str, Any] = {"rope_theta": theta, "logn_length": raw.get("logn_length")}
     if share != 1:

@@ -10,7 +10,7 @@ elsewhere, learned tokens stand in ⟦ ⟧.
 
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib import import_module
@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from tritium.core.batch import Document, Group, PackedBatch, pack, plan_bins
+from tritium.core.batch import Convert, Document, Group, PackedBatch, pack, plan_bins
 from tritium.core.chat import find_template, render
 from tritium.core.config import ConfigError, UserError, listed, load
 from tritium.core.data import DataConfig, encode_documents, fit, packed_shard, parse_sources
@@ -111,7 +111,7 @@ def first_groups(stage: str, config: Any, tokenizer: Tokenizer, context: int, sk
     return groups
 
 
-def converter(stage: str, config: Any, tokenizer: Tokenizer) -> Callable[[dict], Group]:
+def converter(stage: str, config: Any, tokenizer: Tokenizer) -> Convert:
     """What the stage makes of a record; of a problem, the prompt that is answered."""
     if (stage, getattr(config, "loss", "")) in (("sft", "unlikelihood"), ("dpo", "kto")):
         return feedback_group(tokenizer)
@@ -129,9 +129,7 @@ def converter(stage: str, config: Any, tokenizer: Tokenizer) -> Callable[[dict],
     return prompt
 
 
-def record_groups(
-    path: str, config: Any, convert: Callable[[dict], Group], context: int, skipped: Skipped
-) -> Iterator[Group]:
+def record_groups(path: str, config: Any, convert: Convert, context: int, skipped: Skipped) -> Iterator[Group]:
     told = getattr(config.data, "told", lambda record: record)
     for place, record in read_records(path, skipped):
         with usable(skipped, place):

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 import torch
 
-from tritium.core.batch import Group, PackedBatch
+from tritium.core.batch import Convert, PackedBatch
 from tritium.core.config import REQUIRED, ConfigError, check_ranges, check_used, opt
 from tritium.core.data import DataConfig
 from tritium.core.groups import comparison_group, preference_group, ranking_group, score_group, step_group
@@ -103,7 +103,7 @@ def open_model(config: Config, mesh: Mesh) -> ScalarModel:
     return ScalarModel(decoder_of(found), heads, config.pooling).initialize(config.run.seed)
 
 
-def converter_of(config: Config, tokenizer: Tokenizer) -> Callable[[dict], Group]:
+def converter_of(config: Config, tokenizer: Tokenizer) -> Convert:
     """What turns a record into a group of documents."""
     scored = (config.heads, config.highest) if config.loss == "score" else ()
     return KINDS[config.loss][0](tokenizer, *scored)

@@ -28,11 +28,13 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from importlib import import_module, resources
+from itertools import islice
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from tritium.core.config import ConfigError, from_dict, listed, opt, to_toml
+from tritium.core.files import Skipped, json_lines
 from tritium.core.health import PANEL, diagnose
 from tritium.core.metrics import machine, peak_memory, read_lines
 from tritium.core.output import make_folder
@@ -299,14 +301,11 @@ class Ladder:
         files = [file for file in files if file.exists()]
         if not files:
             return []
-        first, last = (
-            [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n")[:count] if line]
-            for file in (files[0], files[-1])
-        )
-        return [
-            {"prompt": a["messages"][-1]["content"], "before": a["answer"], "after": b["answer"]}
-            for a, b in zip(first, last, strict=True)
-        ]
+        ends = [islice(json_lines(str(file), Skipped()), count) for file in (files[0], files[-1])]
+        first, last = ([row for _, row in rows] for rows in ends)
+        prompts = [row["messages"][-1]["content"] for row in first]
+        rows = zip(prompts, first, last, strict=True)
+        return [{"prompt": p, "before": a["answer"], "after": b["answer"]} for p, a, b in rows]
 
     def table(self) -> str:
         """The stages, a line each."""

@@ -96,9 +96,7 @@ class Sweep:
             self.trials.append(Trial(**json.loads(line)))
         names = {setting.name for setting in space}
         if odd := next((t for t in self.trials if set(t.settings) != names), None):
-            raise UserError(
-                f"{self.record} holds trials of {', '.join(odd.settings)}: name another --out, or delete it"
-            )
+            raise UserError(f"{self.record} holds trials of {', '.join(odd.settings)}: use another --out, or delete it")
 
     def run(self) -> list[Trial]:
         """All trials. Whatever ends it, no process stays behind."""

@@ -48,10 +48,8 @@ def kl_estimate(policy: Tensor, reference: Tensor, kind: str) -> Tensor:
     difference = policy - reference
     if kind == "k1":
         return difference
-    if kind == "k2":
-        return difference.square() / 2
-    difference = difference.clamp(-FARTHEST, FARTHEST)
-    return (-difference).exp() - 1.0 + difference
+    near = difference.clamp(-FARTHEST, FARTHEST)
+    return difference.square() / 2 if kind == "k2" else (-near).exp() - 1.0 + near
 
 
 @dataclass

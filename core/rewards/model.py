@@ -1,11 +1,10 @@
 """The judges that a stage asks for: what its `reward` says, its reward model, and those that filter its pairs."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
-from tritium.core.batch import Group
+from tritium.core.batch import Convert, Group
 from tritium.core.checkpoint import model_folder
 from tritium.core.config import ConfigError, check_ranges, opt
 from tritium.core.formats import RecordError, preference
@@ -58,7 +57,7 @@ class FilterConfig:
         if not self.models and (self.margin, self.agreement) != (0.0, 0.5):
             raise ConfigError("filter.margin and filter.agreement are of the scores of filter.models: name some")
 
-    def around(self, convert: Callable[[dict], Group], dtype: str, mesh: Mesh) -> Callable[[dict], Group]:
+    def around(self, convert: Convert, dtype: str, mesh: Mesh) -> Convert:
         """`convert`, which raises RecordError for noise."""
         judges = [open_scorer(folder, dtype, mesh) for folder in self.models]
 

@@ -196,9 +196,8 @@ def read_tekken(content: dict, found: dict[str, bytes]) -> Parts:
 
 def read_hugging_face(content: dict, found: dict[str, bytes]) -> Parts:
     model = content["model"]
-    if model.get("type", "BPE") != "BPE" or '"ByteLevel"' not in json.dumps(
-        [content["pre_tokenizer"], content["decoder"]]
-    ):
+    steps = json.dumps([content["pre_tokenizer"], content["decoder"]])
+    if model.get("type", "BPE") != "BPE" or '"ByteLevel"' not in steps:
         raise UserError(
             "this tokenizer.json is no byte-level BPE, the kind that is read; put the model's SentencePiece file, "
             "tokenizer.model, beside it"
