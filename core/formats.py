@@ -461,7 +461,6 @@ def required_text(value: Any, name: str) -> str:
     if value and not isinstance(value, str):
         raise RecordError(f"a record whose {name} is not text")
     if not value or not value.strip():
-        raise RecordError(
-            f"a record without an answer (its {name} is empty)" if name == "answer" else f"an empty {name}"
-        )
+        without = f"a record without an answer (its {name} is empty)"
+        raise RecordError(without if name == "answer" else f"an empty {name}")
     return value
