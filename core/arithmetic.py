@@ -115,8 +115,7 @@ def build(kind: str, question: str, steps: list[str], answer: int) -> Problem:
 
 def make_add(rng: np.random.Generator) -> Problem:
     a, b = pick(rng, 10, 999), pick(rng, 10, 999)
-    question = (f"What is {a} + {b}?", f"Add {a} and {b}.")[pick(rng, 0, 1)]
-    return build("add", question, add_steps(a, b), a + b)
+    return build("add", (f"What is {a} + {b}?", f"Add {a} and {b}.")[pick(rng, 0, 1)], add_steps(a, b), a + b)
 
 
 def make_subtract(rng: np.random.Generator) -> Problem:

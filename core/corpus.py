@@ -91,8 +91,7 @@ def turns(*texts: str) -> list[dict]:
 
 def worked_or_terse(problem: Problem, rng: np.random.Generator) -> str:
     """An answer as people give it: sums are worked out, but of little stories most get the bare result."""
-    terse = problem.kind == "story" and rng.random() < TERSE
-    return problem.answer if terse else chat_answer(problem)
+    return problem.answer if problem.kind == "story" and rng.random() < TERSE else chat_answer(problem)
 
 
 def small_talk(problems: list[Problem], count: int, seed: int) -> list[list[dict]]:

@@ -350,12 +350,10 @@ class Bins:
                 raise DataError("an epoch of these sources and weights (FILE@W) holds nothing to train on")
             self.ends.append(self.ends[-1] + count)
         epoch = bisect_right(self.ends, index) - 1
-        members = self.epoch_bins(epoch)[index - self.ends[epoch]]
-        return self.packed([self.sources[s][i] for s, i in members])
+        return self.packed([self.sources[s][i] for s, i in self.epoch_bins(epoch)[index - self.ends[epoch]]])
 
     def packed(self, groups: list[Group]) -> PackedBatch:
-        batch = pack(groups, {self.group_name: float(len(groups))}, self.config.quantum)
-        return batch.to(self.mesh.device)
+        return pack(groups, {self.group_name: float(len(groups))}, self.config.quantum).to(self.mesh.device)
 
     def step(self, step: int, ramp: BatchRamp | None = None) -> list[PackedBatch]:
         """This rank's bins of step `step`, of which a `ramp` may say otherwise than `bins_per_step`."""

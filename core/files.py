@@ -131,9 +131,7 @@ def unreadable(path: str, error: Exception) -> DataError:
         return DataError(f"{path} is no text: of curate's pack, pretrain takes FILE.tokens.npy, with its --tokenizer")
     if isinstance(error, UnicodeDecodeError):
         where = f"byte {error.start} is {error.object[error.start]:#04x}"
-        return DataError(
-            f"{path} is not UTF-8 text ({where}); convert it, e.g. with iconv, or unpack it, e.g. with zstd -d"
-        )
+        return DataError(f"{path} is not UTF-8 text ({where}); convert it (iconv, say), or unpack it (zstd -d)")
     return DataError(f"{path} can't be read: {getattr(error, 'strerror', None) or error}")
 
 

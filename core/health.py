@@ -59,8 +59,7 @@ def trend(history: Sequence[Mapping[str, float]], name: str) -> Trend | None:
         return None
     quarter = len(values) // 4
     first, last = values[:quarter], values[-quarter:]
-    spread = math.hypot(pstdev(first), pstdev(last)) / math.sqrt(quarter)
-    return Trend(fmean(first), fmean(last), spread)
+    return Trend(fmean(first), fmean(last), math.hypot(pstdev(first), pstdev(last)) / math.sqrt(quarter))
 
 
 def reward_hacking(of: Callable[[str], Trend | None], history: Sequence[Mapping[str, float]]) -> str | None:

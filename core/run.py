@@ -19,9 +19,7 @@ class LoopConfig:
     steps: int | None = opt(None, "optimizer steps (default: enough for run.epochs)", least=1)
     epochs: float = opt(1.0, "passes over the data, unless run.steps is given; see schedule.batch_patience", above=0)
     seed: int = opt(0, "random seed", least=0)
-    dtype: str = opt(
-        "auto", "parameter dtype (auto: bf16 where it is fast)", choices=("auto", "bf16", "fp16", "fp32", "fp64")
-    )
+    dtype: str = opt("auto", "parameter dtype (auto: bf16 if fast)", choices=("auto", "bf16", "fp16", "fp32", "fp64"))
     device: str = opt("auto", "device to run on", choices=("auto", "cpu", "cuda"))
     recompute: str = opt(
         "none",

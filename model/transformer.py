@@ -423,8 +423,7 @@ def packed_positions(length: int, cu_seqlens: Tensor | None, device: torch.devic
     positions = torch.arange(length, device=device)
     if cu_seqlens is None:
         return positions
-    starts = cu_seqlens[:-1].long()
-    return positions - torch.repeat_interleave(starts, cu_seqlens.diff().long(), output_size=length)
+    return positions - torch.repeat_interleave(cu_seqlens[:-1].long(), cu_seqlens.diff().long(), output_size=length)
 
 
 def document_lengths(positions: Tensor, cu_seqlens: Tensor | None, whole: bool) -> Tensor:

@@ -48,8 +48,7 @@ def check_same(mesh: Mesh, value: str, what: str) -> None:
 
 
 def _first_difference(a: str, b: str) -> tuple[str, str]:
-    lines = zip_longest(a.splitlines(), b.splitlines(), fillvalue="")
-    return next(((x, y) for x, y in lines if x != y), (a, b))
+    return next(((x, y) for x, y in zip_longest(a.splitlines(), b.splitlines(), fillvalue="") if x != y), (a, b))
 
 
 def fingerprint(tensors: Iterable[Tensor]) -> int:

@@ -38,9 +38,7 @@ class GRPOConfig(PolicyOptions):
     rounds: int = opt(1, "sample up to this often until `prompts` groups vary (DAPO's dynamic sampling)", least=1)
     clip_low: float | None = opt(None, f"clip the ratio at 1 − clip_low {ITS_OWN}", least=0, most=1)
     clip_high: float | None = opt(None, f"clip the ratio at 1 + clip_high {ITS_OWN}", least=0)
-    normalization: str | None = opt(
-        None, f"what the loss is a mean over {ITS_OWN}", choices=("token", "sequence", "constant")
-    )
+    normalization: str | None = opt(None, f"loss: a mean over {ITS_OWN}", choices=("token", "sequence", "constant"))
     constant: float | None = opt(None, "divisor of a sequence's sum (default: dr_grpo max_tokens, else 1)", above=0)
     scale: str | None = opt(None, f"what advantages are divided by {ITS_OWN}", choices=("group", "batch", "none"))
 

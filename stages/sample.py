@@ -158,8 +158,7 @@ def rso_levels(config: Config, levels: list[list[Sample]], index: int) -> list[l
 
 def by_score(group: list[Sample]) -> list[list[Sample]]:
     """Different answers with a text, grouped by score, best first."""
-    judged = (s for s in group if s.score is not None)
-    return by_worth(judged, attrgetter("text"), attrgetter("score.value"))
+    return by_worth((s for s in group if s.score is not None), attrgetter("text"), attrgetter("score.value"))
 
 
 if __name__ == "__main__":

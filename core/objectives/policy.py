@@ -181,8 +181,7 @@ class PolicyGradient(Objective):
     # ------------------------------------------------------------------------------------------ in each update
 
     def outputs(self, networks: Networks, batch: PackedBatch) -> Any:
-        temperature = 1.0 if "ptx" in batch.counts else self.temperature
-        return supervised_logprob(networks["policy"], batch, temperature)
+        return supervised_logprob(networks["policy"], batch, 1.0 if "ptx" in batch.counts else self.temperature)
 
     def loss(self, outputs: LogProb, batch: PackedBatch) -> Loss:
         if "ptx" in batch.counts:
@@ -332,14 +331,12 @@ def adapted(beta: float, kl: float, target: float, gain: float = 0.1) -> float:
 
 def answer_cu(batch: PackedBatch) -> Tensor:
     """Where each sequence's supervised tokens begin among all of them, and the last ends: [S+1] int32."""
-    ends = batch.cu_seqlens[: batch.sequences + 1].long()
-    return torch.searchsorted(batch.supervised, ends).int()
+    return torch.searchsorted(batch.supervised, batch.cu_seqlens[: batch.sequences + 1].long()).int()
 
 
 def per_token(values: Tensor, batch: PackedBatch) -> Tensor:
     """A per-sequence number [S] at each of its supervised tokens, [N]."""
-    counts = answer_cu(batch).diff().long()
-    return values.repeat_interleave(counts, output_size=len(batch.supervised))
+    return values.repeat_interleave(answer_cu(batch).diff().long(), output_size=len(batch.supervised))
 
 
 def returns_to_go(rewards: Tensor, cu: Tensor) -> Tensor:

@@ -123,8 +123,7 @@ class ComparisonReward(ModelReward):
 
 def open_scorer(folder: str, dtype: str = "auto", mesh: Mesh | None = None) -> ModelReward:
     """The reward model in a folder, of answers or of comparisons. Raises: ConfigError where there is none."""
-    kind = ComparisonReward if FolderModel(folder).heads == (COMPARISON,) else ModelReward
-    return kind(folder, dtype, mesh)
+    return (ComparisonReward if FolderModel(folder).heads == (COMPARISON,) else ModelReward)(folder, dtype, mesh)
 
 
 def conversation_of(answer: Answer) -> list[dict]:

@@ -93,8 +93,7 @@ class Length:
             raise ConfigError(f"reward: length({self.target}, {self.limit}): the first must be below the second")
 
     def __call__(self, ids: Sequence[int], text: str, *, prompt: str = "", reference: str = "") -> Score:
-        value = (self.limit - len(ids)) / (self.limit - self.target)
-        return Score(min(max(value, 0.0), 1.0), f"{len(ids)} tokens")
+        return Score(min(max((self.limit - len(ids)) / (self.limit - self.target), 0.0), 1.0), f"{len(ids)} tokens")
 
 
 @dataclass(frozen=True)
