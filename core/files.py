@@ -79,8 +79,10 @@ def read_records(path: str, skipped: Skipped) -> Iterator[tuple[str, dict]]:
         numbered = json_list(path) if is_json_list(path) else json_lines(path, skipped)
     for place, row in numbered:
         if isinstance(row, dict):
+            inside = [] if found else row.get("data")  # {"version": …, "data": [records]}, as SQuAD has it
             found = True
-            yield place, row
+            listed = isinstance(inside, list) and inside and all(isinstance(item, dict) for item in inside)
+            yield from ((place, item) for item in (inside if listed else [row]))
         else:
             skipped.add("a record that is not a JSON object", place)
     if not found:
@@ -167,10 +169,8 @@ def json_list(path: str) -> Iterator[tuple[str, Any]]:
                     raise malformed(error.msg, error.pos) from None
                 except (ValueError, RecursionError) as error:  # of numbers and lists without end
                     raise malformed(error, at) from None
-                inside = item.get("data") if state == "bare" and isinstance(item, dict) else None
-                for record in inside if isinstance(inside, list) else [item]:  # {"data": [records], …}, as SQuAD
-                    yield f"{path}: record {count}", record
-                    count += 1
+                yield f"{path}: record {count}", item
+                count += 1
         if state in ("before", "within"):
             raise malformed("the list does not end", at) if state == "within" else DataError(f"{path} is empty")
 
