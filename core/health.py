@@ -1,8 +1,8 @@
-"""What the numbers of a reinforcement-learning run say about its health, in plain language.
+"""Warnings about the health of a reinforcement-learning run, from its metrics.
 
-`diagnose` reads the history of a run (its metrics.jsonl, a mapping a step) and gives sentences. It compares the mean
-of the first quarter with that of the last one, or looks at the last quarter alone. Names of metrics are those of
-core/experience.py and core/objectives/policy.py; what was not logged is not judged.
+`diagnose` reads the history of a run (its metrics.jsonl, one mapping per step) and returns sentences. It compares the
+mean of the first quarter with that of the last, or looks only at the last. The metrics are those of core/experience.py
+and core/objectives/policy.py; one that was not logged gives no warning.
 """
 
 import math
@@ -10,13 +10,13 @@ from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean, pstdev
 from typing import NamedTuple
 
-BLOWN_UP = 0.5  # nats per token: beyond, the policy speaks another language than the reference
+BLOWN_UP = 0.5  # KL in nats per token above which the policy has left the reference behind
 
 IDLE = (
     "{idle:.0f} of {steps:.0f} steps had nothing to learn from: no answers differed in score, or none was judged (see "
-    "varied_groups, pairs_kept, verifier_failures in metrics.jsonl). Take problems that are neither too easy nor too "
-    "hard, a higher sampling.temperature, or more answers to each"
-)  # said at a run's end
+    "varied_groups, pairs_kept, verifier_failures in metrics.jsonl). Use problems that are neither too easy nor too "
+    "hard, a higher sampling.temperature, or more answers per problem"
+)  # printed at the end of a run
 
 PANEL = {  # chart of the report → its series
     "reward": ("reward", "shaped_reward", "right"),
@@ -82,46 +82,46 @@ def components(history: Sequence[Mapping[str, float]]) -> list[str]:
 
 def failures(history: Sequence[Mapping[str, float]]) -> str | None:
     failed = sum(row.get("verifier_failures", 0.0) for row in history)
-    return f"the judge failed {failed:.0f} times: these answers took part in nothing" if failed else None
+    return f"the judge failed {failed:.0f} times: these answers were not trained on" if failed else None
 
 
-# kind → (metric, when its trend is a trouble, the sentence)
+# kind → (metric, whether its trend is a problem, the warning)
 TROUBLES: dict[str, tuple[str, Callable[[Trend], bool], str]] = {
     "KL": (
         "kl_k3",
         lambda t: t.after > max(BLOWN_UP, 5 * t.before),
-        "the KL to the reference blew up ({t.before:.3g} → {t.after:.3g} per token): raise beta, or lower lr",
+        "the KL to the reference blew up ({t.before:.3g} → {t.after:.3g} per token): raise beta, or lower optim.lr",
     ),
     "entropy": (
         "entropy",
         lambda t: t.falls and t.after < 0.2 * t.before,
-        "entropy collapsed ({t.before:.3g} → {t.after:.3g}): answers hardly vary; raise clip_high, or lower lr",
+        "entropy collapsed ({t.before:.3g} → {t.after:.3g}): answers hardly vary; raise clip_high, or lower optim.lr",
     ),
     "sampler": (
         "sampler_gap",
         lambda t: t.after > 0.1,
-        "sampler and trainer disagree by {t.after:.2g} in the log-prob of a token: see importance",
+        "sampler and trainer differ by {t.after:.2g} in the log-prob of a token: set importance to correct for it",
     ),
     "clipping": (
         "clip_fraction",
         lambda t: t.after > 0.3,
-        "{t.after:.0%} of the tokens are clipped: fewer updates on a rollout, or a lower lr",
+        "{t.after:.0%} of the tokens are clipped: make fewer updates per rollout, or lower optim.lr",
     ),
     "endings": (
         "ended",
         lambda t: t.falls and t.after < 0.7,
-        "only {t.after:.0%} of the answers end by themselves ({t.before:.0%} at first): raise sampling.max_tokens, or "
+        "only {t.after:.0%} of the answers end by themselves ({t.before:.0%} at first): raise sampling.max_tokens or "
         "shaping.missing_eos",
     ),
     "groups": (
         "varied_groups",
         lambda t: t.after < 0.1,
-        "answers differ in only {t.after:.0%} of the groups: the problems are too easy or too hard; see data.band",
+        "scores differ in only {t.after:.0%} of the groups: the problems are too easy or too hard; see data.band",
     ),
     "critic": (
         "explained_variance",
         lambda t: t.after < -0.1,
-        "the critic explains less than a constant would (explained variance {t.after:.2g}): give it value_warmup",
+        "the critic is worse than a constant (explained variance {t.after:.2g}): set ppo.value_warmup",
     ),
 }
 

@@ -1,16 +1,16 @@
-"""The one loop: steps, accumulation, denominators, clipping, schedule, metrics, checkpoints.
+"""The training loop: gradient accumulation, loss denominators, clipping, schedule, metrics, checkpoints.
 
     trainer = Trainer(networks, objective, settings, mesh, …)
-    for step in trainer.steps():                    # resumes; saves; stops cleanly on Ctrl-C
+    for step in trainer.steps():                    # resumes, saves checkpoints, stops cleanly on Ctrl-C
         trainer.step(batches)                       # any number of micro-batches, any of them empty
 
-What a step does, for micro-batches b and data-parallel ranks r:
+One step, over micro-batches b and data-parallel ranks r:
 
-    counts_d = Σ_r Σ_b batch.counts[d]              one exchange, before the first backward
+    counts_d = Σ_r Σ_b batch.counts[d]              one all-reduce, before the first backward
     loss     = Σ_terms coefficient · Σ_r Σ_b sum / counts[denominator]
-    backward per micro-batch, gradients added in fp32, summed over r once, clipped over the mesh, one AdamW step
+    backward per micro-batch; gradients accumulate in fp32, are summed over r once, clipped, and applied by one step
 
-so that the loss and its gradient do not depend on how the batch was cut up.
+so that the loss and its gradient do not depend on how the global batch is split into micro-batches and ranks.
 """
 
 import json
@@ -48,15 +48,15 @@ from tritium.parallel.zero import FlatModule
 
 
 class TrainingError(RuntimeError):
-    """The run can't go on: gradients that stay non-finite, replicas that are no longer the same."""
+    """The run can't continue: gradients that stay non-finite, or replicas that have diverged."""
 
 
 class Trainer:
     """See the module's docstring.
 
-    `networks` are trained where their parameters require a gradient; the first one is what a checkpoint exports.
-    `followers` are frozen ones that move towards it (`follow`).
-    `settings` is the stage's config: its `run`, `optim` and `schedule` are read, and all of it is saved.
+    `networks`: those with parameters that require a gradient are trained; checkpoints export the first one.
+    `followers`: names of frozen networks that are updated towards the first one (`Follower`).
+    `settings`: the stage's config, of which `run`, `optim` and `schedule` are used here, and all is saved.
     """
 
     def __init__(
@@ -97,38 +97,38 @@ class Trainer:
         self.followers = {key: Follower(networks[key], self.flat[key], *followed) for key in followers}
         self.out = Path(self.run.out)
         self.clock, self.metrics = Clock(), Metrics(self.run.out, main=mesh.main, total_steps=total_steps, name=name)
-        self.index = self.bad_steps = 0  # steps done; steps skipped in a row
-        self.saved = -1  # the step of the newest checkpoint
-        self.saving: tuple[int, Save] | None = None  # the step of the one that is being written
+        self.index = self.bad_steps = 0  # steps done; consecutive skipped steps
+        self.saved = -1  # step of the newest checkpoint
+        self.saving: tuple[int, Save] | None = None  # the checkpoint that is being written, and its step
         self.pending: tuple[int, Numbers, Numbers] | None = None  # the last step's metrics, not yet read
         self.before: dict[str, float] = {}  # the evaluation at step 0
-        self.notes: dict[str, Any] = {}  # what a driver wants to find again after a resume; JSON
-        self.lr_scale = dict.fromkeys(self.optimizers, 1.0)  # by network, of the learning rate; 0 leaves it where it is
-        self.last: dict[str, float] = {}  # the newest value of everything logged
+        self.notes: dict[str, Any] = {}  # a stage's own state, saved in checkpoints as JSON
+        self.lr_scale = dict.fromkeys(self.optimizers, 1.0)  # factor on each network's learning rate; 0 freezes it
+        self.last: dict[str, float] = {}  # newest value of every metric
         self.stop_signal = 0
         self.watch = Watch(mesh)
         self.pace = Pace(self.measure_peak(), queued=mesh.device.type == "cuda")
-        self.idle = 0  # steps that had nothing to learn from
-        with self.own():  # what another process logs must not be cut
+        self.idle = 0  # steps without a supervised token
+        with self.own():  # so that resuming does not truncate the metrics of another process
             self.resume()
         self.begun = self.index  # steps done before this process
         self.ramp = self.open_ramp(getattr(settings.data, "bins_per_step", None) if hasattr(settings, "data") else None)
         self.write_config()
 
     def open_ramp(self, bins: int | None) -> BatchRamp | None:
-        """How the batch of `bins` grows, where it does. Raises: ConfigError in a stage whose batches are not bins."""
+        """The ramp of a batch size that grows. Raises: ConfigError in a stage without data.bins_per_step."""
         if self.schedule.batch_start == 1:
             return None
         if bins is None:
-            raise ConfigError("schedule.batch_start: the batches of this stage are not data.bins_per_step bins")
+            raise ConfigError("schedule.batch_start needs data.bins_per_step, which this stage does not have")
         return BatchRamp(self.schedule, bins, self.mesh.dp, self.total_steps, self.notes.setdefault("batch", {}))
 
     def own(self) -> AbstractContextManager[None]:
-        """Within, no other process has the run's folder."""
+        """Hold a lock on the run's folder."""
         return alone(self.out, "run.out") if self.mesh.main and self.out.is_dir() else nullcontext()
 
     def write_config(self) -> None:
-        """Leave the resolved config in the run's folder. Raises: UserError where it can't be written."""
+        """Write the resolved config to the run's folder. Raises: UserError if it can't be written."""
         if self.mesh.main:
             with whole_file(self.out / "config.toml") as file:
                 file.write(self.config_toml.encode())
@@ -136,15 +136,17 @@ class Trainer:
     # ------------------------------------------------------------------------------------------ the loop
 
     def steps(self) -> Iterator[int]:
-        """The steps still to do. A driver may take several at a time (`step` counts them); what happens between
-        steps happens here: evaluation, checkpoints, and on SIGINT, SIGTERM or SIGUSR1 a checkpoint before it acts.
+        """Yields the steps still to do; evaluates and saves checkpoints between them.
+
+        The caller may do several steps at a time, as `step` counts them. On SIGINT, SIGTERM or SIGUSR1 a checkpoint is
+        saved before the signal takes effect.
         """
         with self.own(), self.signals(), self.watch:
-            self.say(self.skipped.summary())  # of all that a driver reads
+            self.say(self.skipped.summary())  # records that the stage skipped while reading its data
             if self.index == 0:
                 self.before = self.log(self.evaluate(self.evaluation))
             self.pace.start()
-            while self.index < self.total_steps and not self.told_to_stop():
+            while self.index < self.total_steps and not self.stop_requested():
                 first = self.index
                 yield first
                 self.after_steps(first)
@@ -154,18 +156,18 @@ class Trainer:
                 self.finish_save(last=True)
             self.say(self.skipped.summary())
             self.metrics.close()
-        if self.told_to_stop():
-            self.mesh.close()  # its threads, where the interpreter ended among them, aborted the process
-            self.obey()
+        if self.stop_requested():
+            self.mesh.close()  # if the interpreter exits while its threads run, the process aborts
+            self.raise_stop_signal()
 
     def step(self, batches: Sequence[PackedBatch], extra: dict[str, float] | None = None) -> None:
-        """One optimizer step on this rank's micro-batches. `extra` numbers go into the step's metrics."""
+        """One optimizer step on this rank's micro-batches. `extra` is added to the step's metrics."""
         self.watch.step = self.index + 1
         with self.phase("count"):
             local = counts_of(batches) | {"work": sum(map(self.flops, batches), 0.0)}
-            counts, batches = all_reduce_counts(local, self.mesh), self.in_step(batches)
+            counts, batches = all_reduce_counts(local, self.mesh), self.pad_with_empty(batches)
         self.prepare(batches)
-        torch.manual_seed(hash((self.run.seed, self.index, self.mesh.rank)) % 2**63)  # of dropout, when resumed too
+        torch.manual_seed(hash((self.run.seed, self.index, self.mesh.rank)) % 2**63)  # dropout, the same when resumed
         sums: dict[str, Tensor] = {}
         for i, batch in enumerate(batches or [None]):
             with self.whole():
@@ -177,22 +179,21 @@ class Trainer:
         rate = learning_rate(self.schedule, self.optim.lr, self.index, self.total_steps)
         values: dict[str, Any] = {"lr": rate}
         with self.phase("optimizer"):
-            if counts.get("tokens"):  # with nothing supervised, not even momentum moves a parameter
+            if counts.get("tokens"):
                 values |= self.update(rate)
-            else:
+            else:  # no supervised token on any rank: skip the update, which momentum alone would make
                 self.idle += 1
-            for flat in self.flat.values():  # also where there was only text beside answers, and no answer
+            for flat in self.flat.values():  # also if the update was skipped: ptx text alone has gradients, too
                 flat.zero_grad()
-        # without any batch, nothing is counted
         values |= self.pace.step(counts.get("stream", 0.0), counts["work"], self.clock.take()) | (extra or {})
         self.index += 1
         self.flush_metrics()
         self.pending = (self.index, Numbers(values), Numbers(sums))
 
     def micro_loss(self, batch: PackedBatch, counts: dict[str, float], sums: dict[str, Tensor]) -> Tensor | None:
-        """The micro-batch's share of the step's loss; adds its terms and metrics to `sums`. None if it is empty."""
+        """The micro-batch's part of the step's loss, or None if it is empty; adds its terms and metrics to `sums`."""
         if not batch.sequences:
-            return self.idle_loss(batch) if self.mesh.zero >= 2 else None
+            return self.zero_loss(batch) if self.mesh.zero >= 2 else None
         terms, metrics = self.objective.loss(self.objective.outputs(self.networks, batch), batch)
         loss = None
         for key, (total, denominator, coefficient) in terms.items():
@@ -204,7 +205,7 @@ class Trainer:
         return loss
 
     def update(self, rate: float) -> dict[str, Tensor]:
-        """Step every optimizer, each with its own clip."""
+        """Step every network's optimizer, each with its own gradient clipping."""
         values: dict[str, Tensor] = {}
         for key, optimizer in self.optimizers.items():
             suffix = "" if len(self.optimizers) == 1 else f".{key}"
@@ -218,9 +219,9 @@ class Trainer:
         return values
 
     def after_steps(self, first: int) -> None:
-        """What the steps since `first` make due."""
+        """Evaluate, check replicas and save, as far as the steps since `first` make it due."""
         if self.passed(first, self.eval_every) or self.index >= self.total_steps:
-            self.pace.peaks.append(self.measure_peak())  # a machine's speed drifts: MFU is relative to the mean
+            self.pace.peaks.append(self.measure_peak())  # a machine's speed drifts: MFU uses the mean peak
             self.log(self.evaluate(self.evaluation))
         if self.passed(first, self.run.check_every):
             self.check_replicas()
@@ -228,63 +229,70 @@ class Trainer:
             self.save()
 
     def passed(self, first: int, every: int) -> bool:
-        """Whether the steps since `first` reached a multiple of `every`."""
+        """Whether the steps since `first` crossed a multiple of `every`."""
         return self.index // every > first // every
 
     # ------------------------------------------------------------------------------------------ parts of a step
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """A part of the work, for the step's breakdown and for the watch."""
+        """Time a part of the step, for the metrics, and name it for the watchdog."""
         with self.watch.phase(name), self.clock(name):
             yield
 
     def prepare(self, batches: Sequence[PackedBatch]) -> None:
-        """Let the objective note what must be fixed before the parameters move; again, it finds it there."""
+        """Let the objective compute what must be fixed before the update, e.g. reference log-probs; idempotent."""
         with self.phase("prepare"), self.whole():
-            self.objective.prepare(self.networks, self.in_step(batches))
+            self.objective.prepare(self.networks, self.pad_with_empty(batches))
 
     def estimate(self, batches: Sequence[PackedBatch]) -> dict[str, float]:
-        """Let a policy objective note what must be fixed before the updates on a rollout; its numbers."""
+        """Let a policy objective compute what must be fixed before the updates on a rollout; returns its metrics."""
         with self.phase("prepare"), self.whole():
-            return self.objective.estimate(self.networks, self.in_step(batches), self.mesh)
+            return self.objective.estimate(self.networks, self.pad_with_empty(batches), self.mesh)
 
-    def idle_loss(self, batch: PackedBatch) -> Tensor:
-        """Nothing, by way of every layer and score that the others' losses need: they wait for this rank to gather, and
-        to reduce one network's gradients before it gathers the next."""
-        names = [k for k in (*self.optimizers, *self.objective.asks) if k not in self.objective.leaves_out(batch)]
-        passes = [getattr(self.networks[name], "values", None) or self.networks[name].hidden for name in names]
-        return sum(f(batch.tokens, batch.cu_seqlens, positions=batch.positions).sum() * 0.0 for f in passes)
+    def zero_loss(self, batch: PackedBatch) -> Tensor:
+        """A loss of 0 through every network that the other ranks' losses use.
 
-    def in_step(self, batches: Sequence[PackedBatch]) -> list[PackedBatch]:
-        """The batches, and where ranks work layer by layer together, empty ones up to the most that a rank has."""
+        At ZeRO 2 and 3 they wait for this rank to gather parameters and reduce gradients, network by network.
+        """
+        unused, loss = self.objective.unused_networks(batch), 0.0
+        for name in (*self.optimizers, *self.objective.frozen_networks):
+            if name not in unused:
+                forward = getattr(self.networks[name], "values", None) or self.networks[name].hidden
+                loss = loss + 0.0 * forward(batch.tokens, batch.cu_seqlens, positions=batch.positions).sum()
+        return loss
+
+    def pad_with_empty(self, batches: Sequence[PackedBatch]) -> list[PackedBatch]:
+        """The batches; at ZeRO 2 and 3, where all ranks must run equally many passes, padded with empty ones."""
         if self.mesh.zero < 2:
             return list(batches)
         most = max(self.mesh.gather_objects(len(batches)))
         return [*batches, *[pack([], multiple_of=FILLER).to(self.mesh.device)] * (most - len(batches))]
 
     def reducing(self, last: bool) -> AbstractContextManager[None]:
-        """Around a backward: every network's gradients are summed over the ranks in time."""
+        """Around a backward: reduce all gradients over the ranks; at ZeRO 0 and 1 only in the `last` one."""
         return within(self.flat[key].backward(last) for key in self.optimizers)
 
     def whole(self, layers: bool = False) -> AbstractContextManager[None]:
-        """Within, what the networks' forward passes need is there; with `layers`, all of them: for decoding."""
+        """Within, ZeRO-3's root parameters are gathered; with `layers`, all parameters, for decoding."""
         return within(flat.whole(layers) for flat in self.flat.values())
 
     def averaged(self) -> AbstractContextManager[None]:
-        """Within, networks have the running means of their weights, with optim.ema."""
+        """Within, the networks have their averaged weights, if optim.ema is on."""
         return within(optimizer.averaged() for optimizer in self.optimizers.values())
 
     @torch.no_grad()
     def evaluate(self, batches: Sequence[PackedBatch]) -> dict[str, float]:
-        """The objective's terms and metrics over held-out batches as eval_NAME, averaged by their denominators; {}
-        without any batch on any rank."""
+        """The objective's terms and metrics on held-out batches, as eval_NAME, each divided by its denominator.
+
+        {} if no rank has a batch.
+        """
         sums: dict[str, Tensor] = {}
         with self.phase("evaluate"), self.averaged(), self.whole():
             counts = all_reduce_counts(counts_of(batches), self.mesh)
             if not counts:
                 return {}
-            batches = self.in_step(batches)
+            batches = self.pad_with_empty(batches)
             self.objective.prepare(self.networks, batches)
             for batch in batches:
                 self.micro_loss(batch, counts, sums)
@@ -297,7 +305,7 @@ class Trainer:
             return all_reduce_counts(sums.read(), self.mesh)
 
     def flush_metrics(self) -> None:
-        """Read and log the metrics of the step before: by now they are there without waiting for them."""
+        """Read and log the previous step's metrics, which by now are on the host without a sync."""
         if self.pending is None:
             return
         step, values, sums = self.pending
@@ -313,11 +321,11 @@ class Trainer:
             self.finish_save()
             raise TrainingError(
                 f"the gradient was not finite in {self.bad_steps} steps in a row, up to step {step}: lower optim.lr, "
-                f"or look at the data of these steps; checkpoints are in {self.out}"
+                f"or inspect the data of these steps; checkpoints are in {self.out}"
             )
 
     def log(self, values: dict[str, float]) -> dict[str, float]:
-        """Log numbers that belong to no step (an evaluation, say) at the present one; returns them."""
+        """Log metrics that belong to no step, such as an evaluation's, at the current one; returns them."""
         self.flush_metrics()
         if values:
             self.metrics.log(self.index, values)
@@ -325,8 +333,8 @@ class Trainer:
         return values
 
     def flops(self, batch: PackedBatch) -> float:
-        """Useful FLOPs of a training step on the batch, by the trained decoders: a forward pass, one for the input's
-        gradients, and one for the parameters', as far as these are trained."""
+        """Useful FLOPs of the trained decoders on the batch: the forward pass, as many again for the gradients of
+        activations, and as many for those of parameters, times the fraction of parameters that is trained."""
         total = 0.0
         for key in self.optimizers:
             network = self.networks[key]
@@ -335,7 +343,7 @@ class Trainer:
         return total
 
     def measure_peak(self) -> float:
-        """FLOP/s that this machine reaches in matmuls of the model's own shapes: what MFU is relative to."""
+        """FLOP/s that this machine reaches in matmuls of the model's shapes: the denominator of MFU."""
         network = next(iter(self.networks.values()))
         dtype, shapes = next(network.parameters()).dtype, network.config.matmul_shapes(4096)
         return matmul_rate(dtype, shapes, device=self.mesh.device) * self.mesh.world_size
@@ -344,8 +352,10 @@ class Trainer:
 
     @contextmanager
     def signals(self) -> Iterator[None]:
-        """While training, these signals ask for a stop after the step; a second Ctrl-C acts at once. A scheduler's
-        second signal is the first: it sends one to each process, and make or torchrun hand theirs on."""
+        """While training, SIGINT, SIGTERM and SIGUSR1 request a stop after the step; a second Ctrl-C acts at once.
+
+        A second SIGTERM does not: a scheduler signals every process, and make and torchrun forward their own.
+        """
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -363,24 +373,24 @@ class Trainer:
             for number in numbers:
                 signal.signal(number, previous[number])
 
-    def told_to_stop(self) -> bool:
-        """Whether any rank was sent a signal; the same on every rank. A checkpoint that all have written is sealed."""
+    def stop_requested(self) -> bool:
+        """Whether any rank got a signal, the same on every rank. Seals a checkpoint that all have written, too."""
         with self.phase("between steps"):
-            said = self.mesh.gather_objects((self.stop_signal, self.saving is None or self.saving[1].written))
-        if all(written for _, written in said):
+            states = self.mesh.gather_objects((self.stop_signal, self.saving is None or self.saving[1].written))
+        if all(written for _, written in states):
             self.finish_save()
-        return any(stop for stop, _ in said)
+        return any(stop for stop, _ in states)
 
-    def obey(self) -> None:
-        """Let the signal act as it would have without us; a rank that got none stops with the others."""
+    def raise_stop_signal(self) -> None:
+        """Raise the signal again, for the handler that was there before; a rank that got none stops with the others."""
         if self.stop_signal:
-            signal.raise_signal(self.stop_signal)  # its own handler is back
+            signal.raise_signal(self.stop_signal)
         raise KeyboardInterrupt
 
     def save(self) -> None:
-        """Begin a checkpoint: copy what is in it to the host, each rank its share, and let a thread write it."""
+        """Begin a checkpoint: each rank copies its share to the host, and a thread writes it."""
         self.finish_save()
-        self.flush_metrics()  # what is before a checkpoint must be on disk, too: a resumed run will not write it again
+        self.flush_metrics()  # a resumed run will not log the steps before the checkpoint again
         (key, model), *_ = self.networks.items()
         with self.phase("save"):
             with self.averaged(), self.flat[key].unit_by_unit() as make_whole:
@@ -401,7 +411,7 @@ class Trainer:
             self.saving = self.index, Save(folder, self.mesh, [exported, *shares], write_small)
 
     def finish_save(self, last: bool = False) -> None:
-        """Wait for the checkpoint that is being written, if there is one. A failure stops the run only at its end."""
+        """Wait for the checkpoint that is being written, if any, and seal it. A failure stops only the `last` one."""
         if self.saving is None:
             return
         (step, save), self.saving = self.saving, None
@@ -413,13 +423,13 @@ class Trainer:
         except CheckpointError as error:
             if last:
                 raise
-            self.say(f"{error} (the run goes on; older checkpoints are untouched)")
+            self.say(f"{error} (the run continues; older checkpoints are intact)")
 
     def check_replicas(self) -> None:
-        """Compare what several ranks hold of the parameters: replicas all of their shard, tensor-parallel ranks what
-        is not cut (norms). At ZeRO-3 every part is on one rank, unless `mesh.shard` makes replicas of it.
+        """Compare the parameters that several ranks hold: replicas their whole shard, tensor-parallel ranks what is
+        replicated (norms). At ZeRO-3 every part is on one rank only, unless `mesh.shard` makes replicas.
 
-        Raises: TrainingError on every rank where ranks differ.
+        Raises: TrainingError, on every rank, if ranks differ.
         """
         if self.mesh.world_size == 1:
             return
@@ -433,15 +443,15 @@ class Trainer:
         if wrong:
             self.finish_save()
             raise TrainingError(
-                f"after step {self.index} the parameters of rank {', '.join(map(str, wrong))} are not those of the "
-                f"other ranks: look at its machine; checkpoints in {self.out} of the last {self.run.check_every} steps "
-                "may have them, too"
+                f"after step {self.index} the parameters of rank {', '.join(map(str, wrong))} differ from those of the "
+                f"other ranks: check that machine; checkpoints in {self.out} from the last {self.run.check_every} "
+                "steps may be affected"
             )
 
     def resume(self) -> None:
-        """Go on from the newest undamaged checkpoint of this run's folder, if there is one.
+        """Continue from the newest undamaged checkpoint in the run's folder, if there is one.
 
-        Raises: CheckpointError where the folder belongs to a run with another config or model.
+        Raises: CheckpointError if the folder belongs to a run with another config or model.
         """
         folder = latest(self.out, self.mesh, self.say)
         if folder is None:
@@ -470,7 +480,7 @@ class Trainer:
             self.say(f"resuming from {folder}")
 
     def result(self) -> Result:
-        """The finished run's last checkpoint and numbers; rates are means over this process's steps."""
+        """The finished run's last checkpoint and metrics; rates are means over this process's steps."""
         self.last |= self.pace.total()
         if self.idle:
             self.say(IDLE.format(idle=self.idle, steps=self.index - self.begun))
@@ -478,13 +488,13 @@ class Trainer:
         return Result(str(checkpoints(self.out)[-1]), dict(self.last), dict(self.before))
 
     def say(self, text: str) -> None:
-        """Tell the reader something, on the main rank; nothing where `text` is empty."""
+        """Print a message on the main rank, unless it is empty."""
         self.metrics.message(text)
 
 
 @contextmanager
 def within(contexts: Iterable[AbstractContextManager]) -> Iterator[None]:
-    """Enter all of them, and leave them in reverse."""
+    """Enter all contexts, and leave them in reverse order."""
     with ExitStack() as stack:
         for context in contexts:
             stack.enter_context(context)

@@ -103,5 +103,5 @@ def descend(engine: Engine, search: Search, going: list[tuple[float, Running, in
         child = replace(parent, ids=[*parent.ids, token], pages=pages, completion=completion)
         search.beams.append((score, child))
     for sequence in old:
-        engine.leave(sequence)
+        engine.release(sequence)
     engine.running += [sequence for _, sequence in search.beams]

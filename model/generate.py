@@ -1,13 +1,13 @@
-"""Generation by the training model itself: the same weights, the same kernels, a paged cache instead of a stream.
+"""Generation with the training model itself: the same weights and kernels, with a paged KV cache (continuous batching).
 
-    admit     waiting sequences, while there are rows and pages; the samples of a prompt share its pages
-    prefill   what they have that is not in the cache yet, packed into streams of at most PREFILL_TOKENS
+    admit     let waiting sequences in while there is room in the batch and the cache; samples of a prompt share pages
+    prefill   tokens that are not in the cache yet, packed into streams of at most PREFILL_TOKENS
     decode    one token for every running sequence, each at its own length
-    leave     a finished sequence frees its pages. Where none is left, the youngest sequence gives its own back, and
-              comes again later, with all its tokens
+    release   a finished sequence frees its pages. If the cache is full, the youngest sequence is preempted: it frees
+              its pages, and is prefilled again later, with all its tokens
 
-Tokens in, tokens out. A sequence's randomness depends on its own seed and nothing else: the same request gives the
-same tokens (up to rounding) in any company, on any number of ranks, and after giving way.
+Token ids in, token ids out. A sequence's randomness depends only on its own seed: the same request gives the same
+tokens (up to rounding) in any batch, on any number of ranks, and after preemption.
 """
 
 from collections import deque
@@ -28,16 +28,19 @@ from tritium.model.sampling import History, Options, Sampler
 from tritium.model.stops import Text
 from tritium.model.transformer import Transformer
 
-PREFILL_TOKENS = 2048  # the longest stream of a prefill: its activations stay small
-ROWS = 32  # streams are filled up to a multiple: oneDNN builds a matmul kernel for every shape it meets
+PREFILL_TOKENS = 2048  # longest prefill stream: bounds its activations
+ROWS = 32  # streams are padded to a multiple of this: oneDNN builds a matmul kernel for every new shape
 
 
 @dataclass
 class Completion:
-    """What came after one prompt. `finish_reason` is "stop" (a stop token or string, kept at the end of `tokens`),
-    "length" (max_tokens), "context" (the model's positions, or the cache, are full) or "cancelled". `logps[i]` is the
-    log-probability of `tokens[i]` under the policy itself (temperature 1, nothing cut off), `sampled_logps[i]` under
-    what it was drawn from, fp32. `weights[i]` is 0 for a token that a tool said (its log-probs are 0), else 1."""
+    """The continuation of one prompt.
+
+    `finish_reason` is "stop" (a stop token or string, kept at the end of `tokens`), "length" (max_tokens), "context"
+    (the context or the cache is full) or "cancelled". `logps[i]` is the log-prob of `tokens[i]` under the policy itself
+    (temperature 1, no truncation), `sampled_logps[i]` under the distribution it was sampled from; both fp32.
+    `weights[i]` is 0 for a token of a tool's output (its log-probs are 0), else 1.
+    """
 
     tokens: list[int] = field(default_factory=list)
     logps: list[float] = field(default_factory=list)
@@ -48,7 +51,7 @@ class Completion:
 
 @dataclass(eq=False)
 class Group:
-    """The samples of one prompt. The first is read for all; the others, when they come, share these pages of it."""
+    """The samples of one prompt. Only the first, the leader, is prefilled; the others share the prompt's pages."""
 
     waiting: int
     leader: "Running | None" = None
@@ -57,28 +60,28 @@ class Group:
 
 @dataclass(eq=False)
 class Running:
-    """A sequence, from its request to its end; `index` counts the samples of a request."""
+    """A sequence, from request to end; `index` is its place among the samples of its request."""
 
     prompt: list[int]
     options: Options
     index: int
-    draws: np.ndarray  # [max_tokens] uniform numbers
+    draws: np.ndarray  # [max_tokens] uniform random numbers
     group: Group | None
     history: History | None
     text: Text | None
     stop_ids: frozenset[int]
     completion: Completion = field(default_factory=Completion)
-    ids: list[int] = field(default_factory=list)  # the prompt and what came after
+    ids: list[int] = field(default_factory=list)  # prompt and continuation
     pages: list[int] = field(default_factory=list)
     cached: int = 0  # how many of `ids` are in the cache
-    drawn: int = 0
+    drawn: int = 0  # tokens sampled so far (tool output does not count)
 
 
 class Event(NamedTuple):
-    """A token that a sequence drew, the text that it completes ("" without a decoder), and why it was the last.
+    """A sampled token, the text that it completes ("" without a decoder) and, if it is the last, the finish reason.
 
-    None for a token: the sequence ended without one, with what a tool had to say. `top` are the likeliest tokens in its
-    place and their log-probs, as many as its options ask for.
+    The token is None if the sequence ended with a tool's output. `top`: the likeliest tokens in its place with their
+    log-probs, as many as the options ask for.
     """
 
     sequence: Running
@@ -93,12 +96,12 @@ Extend = Callable[[Running], Callable[[], Sequence[int]] | None]
 
 
 class Engine:
-    """Requests in, tokens out, all that run advancing together.
+    """Takes requests and advances all running sequences together, one token per step.
 
-    `pages` of the cache (see PagedCache) bound its memory, `max_batch` how many run at once. `decoder` makes the
-    incremental decoder of an answer (`Tokenizer.incremental`): with it events carry text, and stop strings work.
-    `extend(sequence)` is asked when an answer stops by itself. None ends it; a function is called in a thread while the
-    other sequences go on, and the tokens that it returns follow the answer, which then goes on, too.
+    `pages` bounds the cache's memory (see PagedCache), `max_batch` the number of running sequences. `decoder` makes an
+    answer's incremental decoder (`Tokenizer.incremental`), which gives events text and makes stop strings work.
+    `extend(sequence)` is called when an answer stops by itself. If it returns a function, that is called in a thread
+    while other sequences go on; the tokens it returns are appended to the answer, which then continues. None ends it.
     """
 
     def __init__(
@@ -111,12 +114,12 @@ class Engine:
     ):
         self.model, self.cache, self.max_batch = model, PagedCache(model, pages), max_batch
         self.decoder, self.extend = decoder, extend
-        self.capacity = min(model.positions, self.cache.usable * self.cache.page + 1)  # of a sequence
+        self.capacity = min(model.positions, self.cache.usable * self.cache.page + 1)  # longest sequence
         self.waiting: deque[Running] = deque()
-        self.running: list[Running] = []  # the oldest first
-        self.calling: dict[Running, Future] = {}  # those that wait for a tool, with their pages
-        self.calls = model.mesh.tp_rank == 0  # whether tools run here: the other ranks are told
-        self.threads = ThreadPoolExecutor(thread_name_prefix="tool") if extend and self.calls else None
+        self.running: list[Running] = []  # oldest first
+        self.calling: dict[Running, Future] = {}  # sequences that wait for a tool; they keep their pages
+        self.runs_tools = model.mesh.tp_rank == 0  # rank 0 runs the tools and broadcasts their output
+        self.threads = ThreadPoolExecutor(thread_name_prefix="tool") if extend and self.runs_tools else None
         self.groups: list[Group] = []  # those that hold pages
         self.sampled: tuple[list[Running], Sampler | None] = [], None
         packed = PackedWeights.of(model)
@@ -130,9 +133,9 @@ class Engine:
     def submit(
         self, prompt: Sequence[int], options: Options, seeds: Sequence[tuple[int, int]], decoder: Callable | None = None
     ) -> list[Running]:
-        """One sample of `prompt` for each seed, a Philox key; `decoder` in place of the engine's.
+        """Request one sample of `prompt` per seed (a Philox key); `decoder` replaces the engine's.
 
-        Raises: ValueError for what can't be done.
+        Raises: ValueError for an impossible prompt or option, and for a request that can't fit the cache.
         """
         decoder = decoder or self.decoder
         config, prompt = self.model.config, list(prompt)
@@ -143,14 +146,14 @@ class Engine:
         if longest > self.capacity:
             raise ValueError(
                 f"{len(prompt)} tokens and up to {options.max_tokens} new ones do not fit the cache, which holds "
-                f"{self.capacity - 1}"
+                f"{self.capacity - 1}: lower max_tokens, or enlarge the cache"
             )
         if options.stop and decoder is None:
-            raise ValueError(f"stop={list(options.stop)!r} needs a decoder: give generate(…, decoder=…)")
+            raise ValueError(f"stop={list(options.stop)!r} needs a decoder: pass generate(…, decoder=…)")
         stops = options.stop_ids
         if stops is None:
             stops = config.stop_ids
-        keys = np.array(seeds, np.uint64).reshape(-1, 2)  # left to itself, numpy would round them through float64
+        keys = np.array(seeds, np.uint64).reshape(-1, 2)  # by default numpy would round large ones to float64
         group = Group(len(seeds)) if len(seeds) > 1 and len(ids) > 1 else None
         made = []
         most = min(options.max_tokens, config.max_positions)  # a client may ask for any number
@@ -163,20 +166,20 @@ class Engine:
         return made
 
     def cancel(self, sequence: Running) -> None:
-        """End a sequence that waits or runs; a tool that it called comes to its end for nothing."""
+        """End a waiting or running sequence; the result of a tool that it has called is dropped."""
         if sequence in self.running or sequence in self.calling:
-            self.leave(sequence)
+            self.release(sequence)
         elif sequence in self.waiting:
             self.waiting.remove(sequence)
-            self.joined(sequence)
+            self.leave_group(sequence)
         sequence.completion.finish_reason = sequence.completion.finish_reason or "cancelled"
 
     @torch.no_grad()
     def step(self) -> list[Event]:
-        """Advance: read waiting prompts, or give every running sequence one more token."""
-        ended = self.hear() if self.calling else []
+        """Advance: prefill admitted prompts if there are any, else sample one token for every running sequence."""
+        ended = self.collect_tool_results() if self.calling else []
         self.admit()
-        if self.calling and not self.running and self.calls:
+        if self.calling and not self.running and self.runs_tools:
             wait(self.calling.values(), return_when=FIRST_COMPLETED)
         unread = [s for s in self.running if len(s.ids) - s.cached > 1]
         rows, logits = self.prefill(unread) if unread else self.decode()
@@ -191,33 +194,38 @@ class Engine:
     def push(
         self, sequence: Running, token: int, logp: float, sampled_logp: float, top: list[int], top_logps: list[float]
     ) -> Event:
-        """Add a token to a sequence; end it where it ends."""
-        completion = sequence.completion
+        """Append a sampled token to a sequence, and end the sequence or call its tool if that is due."""
+        completion, options = sequence.completion, sequence.options
         sequence.drawn += 1
         self.append(sequence, [token], [logp], [sampled_logp], 1.0)
         text = sequence.text.push(token) if sequence.text else ""
         stopped = token in sequence.stop_ids or (sequence.text is not None and sequence.text.stopped)
-        full = len(sequence.ids) >= self.capacity  # the token just drawn counts, though it is not fed yet
-        completion.finish_reason = (
-            "stop" if stopped else "length" if sequence.drawn >= sequence.options.max_tokens else "context" * full
-        )
-        ask = stopped and self.extend is not None and sequence.drawn < sequence.options.max_tokens
+        if stopped:
+            completion.finish_reason = "stop"
+        elif sequence.drawn >= options.max_tokens:
+            completion.finish_reason = "length"
+        elif len(sequence.ids) >= self.capacity:  # counts the token just sampled, which is not in the cache yet
+            completion.finish_reason = "context"
+        ask = stopped and self.extend is not None and sequence.drawn < options.max_tokens
         if ask and (call := self.extend(sequence)) is not None:
             completion.finish_reason = ""
             self.running.remove(sequence)
-            self.calling[sequence] = self.threads.submit(call) if self.calls else Future()
+            self.calling[sequence] = self.threads.submit(call) if self.runs_tools else Future()
         elif completion.finish_reason:
             text += self.end(sequence)
-        top = tuple(zip(top, top_logps, strict=True))[: sequence.options.top_logprobs]
+        top = tuple(zip(top, top_logps, strict=True))[: options.top_logprobs]
         return Event(sequence, token, text, logp, completion.finish_reason, top)
 
     def end(self, sequence: Running) -> str:
-        """The sequence leaves; what was held back of its text."""
-        self.leave(sequence)
+        """Release the sequence's pages; returns the text that its decoder held back."""
+        self.release(sequence)
         return sequence.text.finish() if sequence.text else ""
 
-    def hear(self) -> list[Event]:
-        """Let those go on whose tools have spoken; the ends of those that can't. All ranks raise what a tool raised."""
+    def collect_tool_results(self) -> list[Event]:
+        """Continue the sequences whose tools are done; returns the events of those that end instead.
+
+        Raises: on all ranks, what a tool raised.
+        """
         ended, calling = [], list(self.calling)
         said = {i: c.exception() or list(c.result()) for i, c in enumerate(self.calling.values()) if c.done()}
         for i, more in self.model.mesh.broadcast_object(said, ("tp",)).items():
@@ -245,9 +253,9 @@ class Engine:
     # Pages ------------------------------------------------------------------------------------------------------------
 
     def admit(self) -> None:
-        """Let waiting sequences in, in order, while there are rows and pages; samples whose prompt is being read wait.
+        """Let waiting sequences in, in order, while there is room; samples whose prompt is being prefilled wait for it.
 
-        Every running sequence should find another page: else those that join would soon have to leave again.
+        A free page is kept for every running sequence: otherwise those admitted would soon be preempted again.
         """
         passed: list[Running] = []
         while self.waiting and len(self.running) + len(self.calling) < self.max_batch:
@@ -269,13 +277,13 @@ class Engine:
                 group.leader = sequence
             sequence.pages += self.cache.take(self.cache.needed(len(sequence.ids)) - len(sequence.pages))
             self.running.append(sequence)
-            self.joined(sequence)
+            self.leave_group(sequence)
         self.waiting.extendleft(passed[::-1])
 
     def fork(self, sequence: Running, pages: list[int]) -> None:
-        """Give a sequence all of its prompt but the last token: full pages shared, what is left of the last one copied.
+        """Give a sequence the cache of its prompt but for the last token: full pages are shared, a partial one copied.
 
-        Its last token is then fed like any that was drawn.
+        The last token is then decoded like a sampled one, which gives the first logits.
         """
         sequence.cached = len(sequence.prompt) - 1
         full, rest = divmod(sequence.cached, self.cache.page)
@@ -284,8 +292,8 @@ class Engine:
             sequence.pages += self.cache.take(1)
             self.cache.copy(pages[full : full + 1], sequence.pages[full:])
 
-    def joined(self, sequence: Running) -> None:
-        """One sample fewer waits for its group's pages; the last lets them go."""
+    def leave_group(self, sequence: Running) -> None:
+        """One sample fewer waits for its group's pages; after the last one they are released."""
         group = sequence.group
         if group is None:
             return
@@ -293,58 +301,64 @@ class Engine:
         if sequence is not group.leader:
             sequence.group = None
         if not group.waiting:
-            self.drop(group)
+            self.release_group(group)
 
-    def read(self, sequence: Running) -> None:
-        """Its prompt is in the cache: keep the pages for the other samples that wait."""
+    def share_prompt(self, sequence: Running) -> None:
+        """Once its prompt is in the cache: keep the pages for the samples of its group that still wait."""
         group, sequence.group = sequence.group, None
         if group is not None and group.waiting:
             group.pages = self.cache.share(sequence.pages[: self.cache.needed(len(sequence.prompt) - 1)])
             self.groups.append(group)
 
-    def drop(self, group: Group) -> None:
+    def release_group(self, group: Group) -> None:
         self.cache.release(group.pages)
         group.pages, group.leader = [], None
         if group in self.groups:
             self.groups.remove(group)
 
     def reclaim(self) -> bool:
-        """Take back pages that are only kept for samples that wait; whether there were any."""
+        """Free the pages of a prompt that are kept only for waiting samples; whether there were any."""
         if not self.groups:
             return False
-        self.drop(self.groups[-1])
+        self.release_group(self.groups[-1])
         return True
 
-    def leave(self, sequence: Running) -> None:
+    def release(self, sequence: Running) -> None:
         if self.calling.pop(sequence, None) is None:
             self.running.remove(sequence)
         self.cache.release(sequence.pages)
         sequence.pages, sequence.cached = [], 0
-        if sequence.group is not None:  # it led, and was not read to its end
+        if sequence.group is not None:  # a leader whose prefill was not finished
             sequence.group.leader, sequence.group = None, None
 
-    def room_for(self, sequence: Running, tokens: int) -> bool:
-        """Pages for so many tokens; where there are none, the youngest gives way. Whether the sequence still runs."""
+    def reserve(self, sequence: Running, tokens: int) -> bool:
+        """Get the sequence pages for this many tokens, preempting the youngest sequences if there are none left.
+
+        Returns whether the sequence itself still runs.
+        """
         while sequence in self.running and (missing := self.cache.needed(tokens) - len(sequence.pages)) > 0:
             if missing <= len(self.cache.free):
                 sequence.pages += self.cache.take(missing)
             elif not self.reclaim():
                 youngest = self.running[-1]
-                self.leave(youngest)
+                self.release(youngest)
                 self.waiting.appendleft(youngest)
         return sequence in self.running
 
     # Forward passes -----------------------------------------------------------------------------------------------
 
     def prefill(self, unread: list[Running]) -> tuple[list[Running], Tensor]:
-        """Read tokens that are not in the cache, as one packed stream; who has read all, and logits after, [B, V]."""
+        """Process tokens that are not in the cache, as one packed stream.
+
+        Returns the sequences that are complete now, and the logits after their last tokens, [B, V].
+        """
         parts, budget = [], PREFILL_TOKENS
         for sequence in unread:
             count = min(budget, len(sequence.ids) - sequence.cached)
-            missing = self.cache.needed(sequence.cached + count) - len(sequence.pages)  # what a tool said
+            missing = self.cache.needed(sequence.cached + count) - len(sequence.pages)  # above 0 after tool output
             if missing > len(self.cache.free) and parts:
                 break
-            if self.room_for(sequence, sequence.cached + count):
+            if self.reserve(sequence, sequence.cached + count):
                 parts.append((sequence, count))
                 budget -= count
             if not budget:
@@ -357,17 +371,17 @@ class Engine:
         for (sequence, count), end in zip(parts, ends, strict=True):
             sequence.cached += count
             if sequence.cached >= len(sequence.prompt):
-                self.read(sequence)
+                self.share_prompt(sequence)
             if sequence.cached == len(sequence.ids):
                 done.append((sequence, end - 1))
-        last = F.pad(torch.tensor([i for _, i in done], dtype=torch.int64), (0, fill(len(done))))
+        last = F.pad(torch.tensor([i for _, i in done], dtype=torch.int64), (0, padding_rows(len(done))))
         return [s for s, _ in done], self.model.project(hidden[last.to(hidden.device)], self.head)[: len(done)]
 
     def stream(self, parts: list[tuple[Running, int]]) -> tuple[Tensor, list[int]]:
-        """Hidden states of the next tokens of each sequence, packed, and where each ends."""
+        """Hidden states [T, E] of the next tokens of each sequence, packed, and the end of each in the stream."""
         device, page = self.model.mesh.device, self.cache.page
         lengths = [count for _, count in parts]
-        filler = -sum(lengths) % ROWS  # one more document, whose keys go to page 0
+        filler = -sum(lengths) % ROWS  # a padding document, whose keys go to page 0
         starts = [s.cached for s, _ in parts]
         tokens = [t for s, count in parts for t in s.ids[s.cached : s.cached + count]] + [0] * filler
         positions = np.concatenate([np.arange(a, a + n) for a, n in zip(starts, lengths, strict=True)] + [[0] * filler])
@@ -377,23 +391,23 @@ class Engine:
         if any(starts):
             keys = [slots_of(s.pages, 0, a + n, page) for (s, n), a in zip(parts, starts, strict=True)] + slots[-1:]
             view.key_slots = torch.from_numpy(np.concatenate(keys)).to(device)
-            view.cu_seqlens_k = bounds([len(k) for k in keys]).to(device)
+            view.cu_seqlens_k = cu_seqlens_of([len(k) for k in keys]).to(device)
         hidden = self.model.hidden(
             torch.tensor(tokens, device=device),
-            bounds([*lengths, filler]).to(device),
+            cu_seqlens_of([*lengths, filler]).to(device),
             positions=torch.from_numpy(positions.astype(np.int64)).to(device),
             cache=view,
         )
         return hidden, np.cumsum(lengths).tolist()
 
     def decode(self) -> tuple[list[Running], Tensor]:
-        """Feed each running sequence its last token: the sequences, and the logits of the next, [B, V]."""
+        """Feed each running sequence its last token; returns the sequences and their next tokens' logits, [B, V]."""
         for sequence in list(self.running):
-            self.room_for(sequence, sequence.cached + 1)
+            self.reserve(sequence, sequence.cached + 1)
         rows, page = list(self.running), self.cache.page
         if not rows:
             return rows, torch.empty(0)
-        size, width = len(rows) + fill(len(rows)), max(len(s.pages) for s in rows)
+        size, width = len(rows) + padding_rows(len(rows)), max(len(s.pages) for s in rows)
         positions = np.zeros(size, np.int64)
         positions[: len(rows)] = [s.cached for s in rows]
         tokens = np.zeros(size, np.int64)
@@ -414,17 +428,17 @@ class Engine:
         return rows, logits[: len(rows)]
 
 
-def fill(count: int) -> int:
-    """Rows to add to a batch: few different sizes, so few kernels or graphs to build."""
+def padding_rows(count: int) -> int:
+    """Padding rows for a batch: few different batch sizes mean few kernels or CUDA graphs to build."""
     return -count % (1 if count <= 2 else 4 if count <= 16 else 8 if count <= 64 else ROWS)
 
 
-def bounds(lengths: Sequence[int]) -> Tensor:
+def cu_seqlens_of(lengths: Sequence[int]) -> Tensor:
     return torch.tensor(np.cumsum([0, *lengths]), dtype=torch.int32)  # [S+1]
 
 
 def slots_of(pages: Sequence[int], start: int, count: int, page: int) -> np.ndarray:
-    """Where in the cache a sequence's tokens start … start + count - 1 are: [count] int64."""
+    """The cache slots of a sequence's tokens start … start + count - 1: [count] int64."""
     at = np.arange(start, start + count)
     return np.asarray(pages, np.int64)[at // page] * page + at % page
 
@@ -435,7 +449,7 @@ def check_prompt(prompt: Sequence[int], context: int, vocab_size: int) -> None:
     if len(prompt) >= context:
         raise ValueError(f"the prompt has {len(prompt)} tokens; the model's context is {context}")
     if not 0 <= min(prompt) <= max(prompt) < vocab_size:
-        raise ValueError(f"the prompt's ids go from {min(prompt)} to {max(prompt)}; the vocabulary has {vocab_size}")
+        raise ValueError(f"the prompt's ids are {min(prompt)} to {max(prompt)}; the vocabulary has {vocab_size} tokens")
 
 
 def generate(
@@ -452,12 +466,12 @@ def generate(
     on_token: Callable[[int, int], None] | None = None,
     **given: Any,
 ) -> list[Completion]:
-    """Continue each prompt `n` times: completions [len(prompts) · n], the samples of a prompt side by side.
+    """Continue each prompt `n` times; returns completions [len(prompts) · n], the samples of a prompt side by side.
 
-    How is said by `options`, or by the fields of `Options` as keywords (max_tokens=…, temperature=…). `seed` is a
-    number, from which every sample derives its own, or one per sample.
-    `max_batch` sequences run at once at most, and share a cache of `pages` pages of PAGE tokens (None: as many as they
-    can need). `decoder` and `extend` are the Engine's. `on_token(sample_index, token)` is called as tokens appear.
+    Sampling options are given as `options`, or as keywords (fields of `Options`: max_tokens=…, temperature=…). `seed`
+    is one number, from which every sample's own seed is derived, or one number per sample. At most `max_batch`
+    sequences run at once, sharing a cache of `pages` pages of PAGE tokens (None: as many as they can need). `decoder`
+    and `extend` are as in Engine. `on_token(sample_index, token)` is called as tokens appear.
     Raises: ValueError for an empty prompt, one that fills the context, or an impossible option.
     """
     options, total = replace(options or Options(), **given), len(prompts) * n
@@ -487,6 +501,6 @@ def generate(
 
 
 def run(engine: Engine) -> Iterator[Event]:
-    """All events until everything is done."""
+    """Step the engine until all requests are done; yields all events."""
     while engine.busy:
         yield from engine.step()

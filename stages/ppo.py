@@ -102,7 +102,7 @@ def train(config: Config) -> Result:
         shown, empty = numbers, pack([]).to(mesh.device)  # a rank without answers still joins both networks' reductions
         for i in range(done, min(each, trainer.total_steps - number * each)):
             update = minibatch(batches, i, options.minibatches, config.run.seed, number) or [empty]
-            extra = [as_ptx(b) for b in trainer.in_step(text.step(number * each + i))] if text else []
+            extra = [as_ptx(b) for b in trainer.pad_with_empty(text.step(number * each + i))] if text else []
             trainer.step([*extra, *update], shown)  # −min(ρA, clip(ρ)A) + c (V − R)² − ptx log p
             shown = {}  # logged once, with the rollout's first update
             if too_far(trainer, options):

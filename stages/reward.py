@@ -125,7 +125,7 @@ def calibration(trainer: Trainer, batches: Sequence[PackedBatch]) -> str:
     sums: dict[str, float] = {}
     objective = Pairwise()
     with trainer.averaged(), trainer.whole():
-        for batch in trainer.in_step(batches):
+        for batch in trainer.pad_with_empty(batches):
             if not batch.sequences and trainer.mesh.zero < 3:
                 continue
             margins = objective.outputs(trainer.networks, batch).view(-1, 2).diff(dim=1)[:, 0].neg().tolist()

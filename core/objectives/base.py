@@ -44,7 +44,7 @@ Networks = nn.ModuleDict  # "policy", and what else the stage has
 class Objective:
     """The protocol; `prepare` may stay empty."""
 
-    asks: tuple[str, ...] = ()  # frozen networks that `outputs` runs, after the trained ones
+    frozen_networks: tuple[str, ...] = ()  # frozen networks that `outputs` runs, after the trained ones
 
     def prepare(self, networks: Networks, batches: Sequence[PackedBatch]) -> None:
         """Fill `batch.fields`, without a gradient, with what must be fixed before the parameters move."""
@@ -56,7 +56,7 @@ class Objective:
     def loss(self, outputs: Any, batch: PackedBatch) -> Loss:
         raise NotImplementedError
 
-    def leaves_out(self, batch: PackedBatch) -> tuple[str, ...]:
+    def unused_networks(self, batch: PackedBatch) -> tuple[str, ...]:
         """The trained networks that `outputs` does not run on a batch of this kind."""
         return ()
 

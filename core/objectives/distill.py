@@ -35,7 +35,7 @@ class Distill(Objective):
     With `top_k`, the teacher's k likeliest tokens are `kept` over epochs by document, and the rest is one bucket.
     """
 
-    asks = ("teacher",)
+    frozen_networks = ("teacher",)
 
     kind: str = "forward"
     temperature: float = 1.0
@@ -118,7 +118,7 @@ class DualLevel(Preference):
     negative answers, each with a denominator of its own: "positive_tokens" and "negative_tokens".
     """
 
-    asks = ("teacher",)
+    frozen_networks = ("teacher",)
 
     weights: tuple[float, float, float] = (1.0, 1.0, 1.0)
     kind: str = "forward"

@@ -303,7 +303,7 @@ class PPO(PolicyGradient):
         logprob = super().outputs(networks, batch)
         return logprob if "ptx" in batch.counts else ActorCritic(logprob, self.values(networks, batch))
 
-    def leaves_out(self, batch: PackedBatch) -> tuple[str, ...]:
+    def unused_networks(self, batch: PackedBatch) -> tuple[str, ...]:
         return ("critic",) if "ptx" in batch.counts else ()
 
     def loss(self, outputs: Any, batch: PackedBatch) -> Loss:

@@ -34,11 +34,11 @@ def test_a_healthy_run_is_not_warned_about():
         ({"right": (0.3, 0.3), "reward__length": (0.1, 0.9)}, "accuracy does not .*; what grows is length"),
         ({"kl_k3": (0.05, 2.0)}, "KL to the reference blew up"),
         ({"entropy": (1.0, 0.05)}, "entropy collapsed"),
-        ({"sampler_gap": (0.0, 0.4)}, "sampler and trainer disagree"),
+        ({"sampler_gap": (0.0, 0.4)}, "sampler and trainer differ"),
         ({"clip_fraction": (0.05, 0.6)}, "of the tokens are clipped"),
         ({"ended": (0.95, 0.3)}, "only .* of the answers end"),
         ({"varied_groups": (0.5, 0.0)}, "differ in only .* of the groups"),
-        ({"explained_variance": (0.0, -0.6)}, "critic explains less than a constant"),
+        ({"explained_variance": (0.0, -0.6)}, "critic is worse than a constant"),
     ],
 )
 def test_a_trouble_is_named(trouble, words):
@@ -67,7 +67,7 @@ def test_what_is_near_a_trouble_is_not_named(near):
 
 def test_failures_of_the_judge_are_counted():
     rows = [{"verifier_failures": 0.0}] * 3 + [{"verifier_failures": 2.0}] * 2
-    assert list(diagnose(rows).values()) == ["the judge failed 4 times: these answers took part in nothing"]
+    assert list(diagnose(rows).values()) == ["the judge failed 4 times: these answers were not trained on"]
 
 
 def test_noise_alone_is_no_reward_hacking():

@@ -139,7 +139,7 @@ def test_scores_of_several_qualities():
 def test_the_calibration_table_says_how_often_the_surer_answer_is_right():
     rng, network = np.random.default_rng(6), scorer()
     pairs = [[document(rng, n), document(rng, n + 1)] for n in range(2, 18)]
-    parts = {"networks": torch.nn.ModuleDict({"reward": network}), "mesh": Mesh.single(), "in_step": list}
+    parts = {"networks": torch.nn.ModuleDict({"reward": network}), "mesh": Mesh.single(), "pad_with_empty": list}
     trainer = SimpleNamespace(**parts, averaged=contextlib.nullcontext, whole=contextlib.nullcontext)
     _, *lines = calibration(trainer, [pack(pairs[:5]), pack(pairs[5:])]).splitlines()
     margins = [float(value(network, a) - value(network, b)) for a, b in pairs]

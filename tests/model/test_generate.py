@@ -309,7 +309,7 @@ def test_a_request_that_can_never_fit_is_refused_and_the_others_go_on(model):
         engine.submit([1] * 10, Options(max_tokens=30), [(0, 0)])
     with pytest.raises(ValueError, match="stop_ids: there is no token 48 in a vocabulary of 48"):
         engine.submit([1], Options(stop_ids=[48]), [(0, 0)])
-    with pytest.raises(ValueError, match="ids go from 1 to 48; the vocabulary has 48"):
+    with pytest.raises(ValueError, match="ids are 1 to 48; the vocabulary has 48"):
         engine.submit([1, 48], Options(), [(0, 0)])
     list(run(engine))
     assert one.completion.finish_reason == "length"
