@@ -311,7 +311,7 @@ def test_records_of_the_text_that_are_left_out_are_told_before_the_first_step(ti
     text, told, step = {"sources": [str(tmp_path / "chats.jsonl")], "bin_tokens": 256}, [], Trainer.step
     monkeypatch.setattr(Trainer, "step", lambda *rest: (told.append(capsys.readouterr().err), step(*rest)))
     ppo.train(config(tiny, tmp_path / "out", 1, ppo={"prompts": 2, "epochs": 1}, text=text))
-    assert f"skipped 1 × a record without an answer (first: {tmp_path}/chats.jsonl:1)" in told[0]
+    assert f"skipped 1 × a record without an answer (keys: messages) (first: {tmp_path}/chats.jsonl:1)" in told[0]
     with pytest.raises(UserError, match="chats.jsonl:1: a record without an answer"):
         ppo.train(config(tiny, tmp_path / "other", 1, text=text | {"on_error": "raise"}))
 
