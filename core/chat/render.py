@@ -172,7 +172,7 @@ def _system(template: Template, messages: Sequence[Message]) -> tuple[str | None
     tools = messages[0].get("tools")
     if tools and template.tools.where == "system":
         described = template.tools.describe(tools)
-        text, given = f"{text}\n\n{described}" if text else described, True
+        text, given = f"{text}\n\n{described}" if text or given else described, True
     if template.preamble:
         text = ("Environment: ipython\n" if tools else "") + template.preamble + text
     rest = messages[1:] if messages[0]["role"] == "system" else messages

@@ -18,8 +18,10 @@ LATEX = [  # in this order
     (r"^\$([\d.,]+)$|\\\$\s*([\d.,]+)", r"\1\2 dollar "),
     (r"\$|(?<!^)~", " "),  # at the beginning it is "about"
     (r"\\(?:text|mathrm|textbf|mbox|mathbf|operatorname)\s*\{([^{}]*)\}", r" \1 "),
+    (r"^\s*\(([A-J])\)\s+[^-+*/=^].*$", r"\1"),  # a choice, and what stands there: (C) 5
     (r"(?<=[a-z])\s*\^\s*(?:\{([23])\}|([23]))(?!\d)", r"^\1\2"),  # \text{ cm}^{2} is one unit
-    (r"\\mathbb\s*(?:R|\{R\})|ℝ", r"(-\\infty,\\infty)"),
+    (r"\\mathbb\s*(?:R|\{R\})|ℝ|(?i:all real numbers)", r"(-\\infty,\\infty)"),
+    (r"(?<=[\w)}])[,\s(]+[a-z]\s*=\s*(?:\\mathbb\s*\{?[ZN]\}?|ℤ)[\s)]*$", ""),  # 2kπ, k ∈ ℤ
     (r"\^\s*\{?\s*\\circ\s*\}?", " deg "),
     (r"\\([%{}])", lambda m: {"%": "%", "{": "⟨", "}": "⟩"}[m[1]]),  # a set's brackets, apart from LaTeX's grouping
     (r"([<>!])=", lambda m: {"<": "≤", ">": "≥", "!": "≠"}[m[1]]),
@@ -28,12 +30,13 @@ LATEX = [  # in this order
     (r"(?<![\d.,])\d{1,3}(?: \d{3})+(?![\d,])", lambda m: m[0].replace(" ", "")),
     (r"_\{(\w+)\}", r"_\1 "),
     (r"\\binom\s*\{(\d{1,3})\}\s*\{(\d{1,3})\}", lambda m: str(comb(int(m[1]), int(m[2])))),
+    (r"\\binom\s*\{([^{}]+)\}\s*\{2\}", r"((\1)((\1)-1)/2)"),
     (r"(\d*\.(\d*))\\overline\s*\{(\d+)\}", lambda m: f"(0{m[1]}0+{m[3]}/{'9' * len(m[3])}{'0' * len(m[2])})"),
     (r"\\frac\s*(\d|(?<=\s)[a-zA-Z]|\\pi)", r"\\frac{\1}"),
     (r"\\frac\s*(\{[^{}]*\})\s*(\d|[a-zA-Z]|\\pi)", r"\\frac\1{\2}"),
     (r"(?<![\w}])(-?)(\d+)\s*\\frac\s*\{(\d+)\}\s*\{(\d+)\}", r"(\1(\2 + \3/\4))"),  # mixed numbers: 1\frac{1}{2}
     (r"(?<![\w./])(-?)(\d+)\s+(\d+)\s*/\s*(\d+)", r"(\1(\2 + \3/\4))"),
-    (r"\\sqrt\s*(\d)", r"sqrt(\1)"),
+    (r"\\sqrt\s*(\d)", r" sqrt(\1)"),
 ]
 FRACTION = re.compile(r"\\frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}")
 ROOT = re.compile(r"\\sqrt\s*(?:\[([^\[\]{}]*)\])?\s*\{([^{}]*)\}")
@@ -46,9 +49,10 @@ def latex_to_plain(text: str) -> str:
     for _ in range(20):  # from the inside out
         before = text
         text = FRACTION.sub(r"((\1)/(\2))", text)
-        text = ROOT.sub(lambda m: f"(({m[2]})^(1/({m[1]})))" if m[1] else f"sqrt({m[2]})", text)
+        text = ROOT.sub(lambda m: f"(({m[2]})^(1/({m[1]})))" if m[1] else f" sqrt({m[2]})", text)
         text = re.sub(r"\^\s*\{([^{}]*)\}", r"^(\1)", text)
         if text == before:
             break
+    text = re.sub(r"((?:log_\w+|\|)\s*)\{([^{},;]*)\}", r"\1(\2)", text)  # other braces may be a set's
     text = re.sub(r"\\([a-zA-Z]+)", r" \1 ", text).strip().rstrip("\\")
     return re.sub(r"(?<!\.)\.$", "", text)

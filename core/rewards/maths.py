@@ -59,7 +59,9 @@ class MathMatch:
     def __call__(self, ids: Sequence[int], text: str, *, prompt: str = "", reference: str = "") -> Score:
         if not reference.strip():
             raise ValueError("there is no reference answer to compare with")
-        wanted = boxed(reference) or (reference if parsed(reference) else extract(reference))
+        wanted = boxed(reference) or reference
+        if not parsed(wanted):  # of 7 \\pmod{12}, no part stands for all
+            wanted = extract(wanted, guess=not re.search(r"[\\_^]", wanted))
         answer = extract(parse_reasoning(text)[1], wanted)
         if not answer:
             return Score(self.malformed, "no answer")
@@ -79,8 +81,9 @@ def boxed(text: str) -> str:
     return ""
 
 
-def extract(answer: str, reference: str = "") -> str:
-    """The final answer in a text; empty where there is none. An equation is one where the reference is."""
+def extract(answer: str, reference: str = "", guess: bool = True) -> str:
+    """The final answer in a text, at a `guess` its last number; empty where there is none. An equation is one where the
+    reference is."""
     if "\\boxed{" in answer:
         return boxed(answer)
     if said := SAID.findall(answer):
@@ -98,7 +101,7 @@ def extract(answer: str, reference: str = "") -> str:
     if parsed(last) is not None:
         return last
     numbers = NUMBER.findall(answer)
-    return numbers[-1] if numbers else last
+    return numbers[-1] if numbers and guess else last
 
 
 def equivalent(answer: str, reference: str, seconds: float = 5.0) -> bool:
@@ -129,6 +132,9 @@ class Value(NamedTuple):
 
 def same(a: Value, b: Value, until: float) -> bool:
     kinds = {a.kind, b.kind}
+    if kinds == {"number", "="}:  # y = 2x + 1 gives y a value; 2x - y + 1 = 0 says the same
+        a, b = (Value("=", (number(f"({v.name})-({v.text})"),)) if v.name else v for v in (a, b))
+        kinds = {a.kind, b.kind}
     if a.name and b.name and a.name != b.name or len(kinds) == 2 and kinds not in ({"set", "list"}, {"()", "list"}):
         return False
     if kinds == {"number"}:

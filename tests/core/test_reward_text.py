@@ -86,6 +86,15 @@ def test_other_mathematics_is_wrong_and_ends_at_once(answer, reference):
     assert MathMatch()([], answer, reference=reference).value == 0.0
 
 
+@pytest.mark.parametrize(
+    ("reference", "part"),
+    [("5_8", "8"), ("7 \\pmod{12}", "12"), ("$7 \\pmod{12}$", "12"), ("\\lfloor 3.7 \\rfloor", "3.7")],
+)
+def test_a_part_of_a_reference_that_is_not_understood_is_no_right_answer(reference, part):
+    assert MathMatch()([], f"\\boxed{{{part}}}", reference=reference).value == 0.0
+    assert MathMatch()([], f"\\boxed{{{reference}}}", reference=reference).value == 1.0
+
+
 @pytest.mark.parametrize("verdict", ["same", "other", "sympy"])
 def test_hundreds_of_pairs_that_fool_or_confuse_judges(verdict):
     """The file's lines: verdict, answer, reference, between tabs; "sympy" for the same where sympy is installed."""
