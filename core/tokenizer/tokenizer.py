@@ -210,17 +210,10 @@ class Tokenizer:
         named = {f"{name}_token": self.piece(i) for name in NAMES if (i := self._parts.names.get(name)) is not None}
         ends = [piece for piece in (IM_START, IM_END) if self.special_id(piece) is not None]
         named |= {"additional_special_tokens": ends}
-        config = {
-            "tokenizer_class": "LlamaTokenizer",
-            "legacy": False,
-            "add_bos_token": False,
-            "add_eos_token": False,
-            "add_prefix_space": self._engine.adds_space,
-            "clean_up_tokenization_spaces": False,
-            "spaces_between_special_tokens": False,
-            **named,
-            "added_tokens_decoder": self._added_tokens(),
-        }
+        off = ["legacy", "add_bos_token", "add_eos_token", "spaces_between_special_tokens"]
+        off.append("clean_up_tokenization_spaces")
+        config = {"tokenizer_class": "LlamaTokenizer", **dict.fromkeys(off, False), **named}
+        config |= {"add_prefix_space": self._engine.adds_space, "added_tokens_decoder": self._added_tokens()}
         if ends:
             config["chat_template"] = self._chatml()
         return {"tokenizer_config.json": _json(config), "special_tokens_map.json": _json(named)}

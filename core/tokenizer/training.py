@@ -59,28 +59,24 @@ def _trained(lines: Sequence[str], size: int, special: Sequence[str], threads: i
     fixed = 4 + len(special) + 256  # <unk> <s> </s> <pad>, the special pieces, the bytes
     if size <= fixed:
         raise UserError(f"a vocabulary of {size} is too small: bytes and special tokens alone are {fixed}")
+    lossless = {"add_dummy_prefix": False, "remove_extra_whitespaces": False, "normalization_rule_name": "identity"}
+    lossless |= {"character_coverage": 1.0, "byte_fallback": True}
+    ids = {"unk_id": 0, "bos_id": 1, "eos_id": 2, "pad_id": 3}
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.Train(
         sentence_iterator=_without_rare_characters(lines, limit=max(1, (size - fixed) // 2)),
         model_writer=model,
         model_type="bpe",
         vocab_size=size,
-        character_coverage=1.0,
-        byte_fallback=True,
         split_digits=True,
         allow_whitespace_only_pieces=True,  # runs of spaces, for code
-        add_dummy_prefix=False,
-        remove_extra_whitespaces=False,
-        normalization_rule_name="identity",
         max_sentence_length=4 * _MAX_SENTENCE,
-        unk_id=0,
-        bos_id=1,
-        eos_id=2,
-        pad_id=3,
         control_symbols=control,
         user_defined_symbols=[piece for piece in special if piece not in control],
         num_threads=threads,
         minloglevel=2,
+        **lossless,
+        **ids,
     )
     return model.getvalue()
 
