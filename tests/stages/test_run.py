@@ -9,7 +9,7 @@ import pytest
 from tritium.core.config import ConfigError
 from tritium.stages import evaluate, run
 
-NAMES = "corpus tokenizer pretrain cold sft sample reward dpo teach imitate distill grpo ppo".split()
+NAMES = "corpus tokenizer pretrain cold sft sample reward dpo teach distill imitate grpo ppo".split()
 ROW = ("name", "metric", "before", "after", "seconds", "tokens_per_second", "checkpoint")
 KEYS = {*ROW, "higher_is_better"}
 
