@@ -9,7 +9,8 @@ import pytest
 from tritium.core.config import ConfigError
 from tritium.stages import evaluate, run
 
-NAMES = "corpus tokenizer pretrain cold sft sample reward dpo teach distill imitate grpo ppo".split()
+STAGES = "corpus tokenizer pretrain cold sft sample reward dpo teach distill imitate grpo ppo"
+NAMES = STAGES.split()
 ROW = ("name", "metric", "before", "after", "seconds", "tokens_per_second", "checkpoint")
 KEYS = {*ROW, "higher_is_better"}
 
