@@ -161,6 +161,8 @@ def steps(config: Config, model: Transformer, device: str) -> list[dict[str, Any
         for i in range(size):
             prompt = rng.integers(3, config.vocab_size, 96).tolist()
             engine.submit(prompt, Options(max_tokens=config.steps + 4, stop_ids=()), [(0, i)])
+        while engine.waiting or any(len(s.ids) - s.cached > 1 for s in engine.running) or not engine.running:
+            engine.step()
         for _ in range(3):
             engine.step()
     for _ in range(config.steps):

@@ -8,6 +8,7 @@ AdamW with fp32 masters. MFU is (useful FLOPs of the step, see ModelConfig.flops
 of the model's shapes, measured before and after; what is computed again in the backward is not useful.
 """
 
+import gc
 import json
 import statistics
 import time
@@ -86,6 +87,7 @@ def measured(config: Config, device: str, finetune: str, recompute: str) -> dict
     row |= {"preset": config.preset, "shape": asdict(shape), "finetune": finetune, "recompute": recompute}
     row |= {"bin_tokens": config.bin_tokens, "context": config.context, "status": "ok", "reason": None}
     if device == "cuda":
+        gc.collect()  # the model before this one
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     try:

@@ -192,14 +192,9 @@ def _config(T: int, R: int, dtype: torch.dtype, nf4: bool, dropout: bool, odd: b
 
 
 def _dropped_config(R: int, dtype: torch.dtype) -> dict:
-    wide = R > 64
-    return {
-        "BT": 32,
-        "BK": 32 if dtype == torch.float32 else 64,
-        "BR": max(16, triton.next_power_of_2(R)),
-        "num_warps": 8 if wide else 4,
-        "num_stages": 2 if wide else 4,
-    }
+    warps, stages = (8, 2) if R > 64 else (4, 4)
+    blocks = {"BT": 32, "BK": 32 if dtype == torch.float32 else 64, "BR": max(16, triton.next_power_of_2(R))}
+    return blocks | {"num_warps": warps, "num_stages": stages}
 
 
 def _matmul_output(x, weight, inner, b, bias, seed, scale, dropout, transposed):

@@ -189,13 +189,15 @@ class Engine:
         if self.sampled[0] != rows:
             self.sampled = rows, Sampler([s.options for s in rows], logits.device)
         drawn = self.sampled[1](logits, uniforms, [s.history for s in rows])
-        return ended + [self.push(*row) for row in zip(rows, *(x.tolist() for x in drawn), strict=True)]
+        numbers = torch.column_stack([x.double() for x in drawn]).tolist()  # one copy from the device
+        return ended + [self.push(sequence, *row) for sequence, row in zip(rows, numbers, strict=True)]
 
-    def push(
-        self, sequence: Running, token: int, logp: float, sampled_logp: float, top: list[int], top_logps: list[float]
-    ) -> Event:
-        """Append a sampled token to a sequence, and end the sequence or call its tool if that is due."""
-        completion, options = sequence.completion, sequence.options
+    def push(self, sequence: Running, token: float, logp: float, sampled_logp: float, *top: float) -> Event:
+        """Append a sampled token to a sequence, and end the sequence or call its tool if that is due.
+
+        `top`: the likeliest tokens, then their log-probs.
+        """
+        completion, options, token = sequence.completion, sequence.options, int(token)
         sequence.drawn += 1
         self.append(sequence, [token], [logp], [sampled_logp], 1.0)
         text = sequence.text.push(token) if sequence.text else ""
@@ -213,8 +215,9 @@ class Engine:
             self.calling[sequence] = self.threads.submit(call) if self.runs_tools else Future()
         elif completion.finish_reason:
             text += self.end(sequence)
-        top = tuple(zip(top, top_logps, strict=True))[: options.top_logprobs]
-        return Event(sequence, token, text, logp, completion.finish_reason, top)
+        half = len(top) // 2
+        likeliest = tuple(zip(map(int, top[:half]), top[half:], strict=True))[: options.top_logprobs]
+        return Event(sequence, token, text, logp, completion.finish_reason, likeliest)
 
     def end(self, sequence: Running) -> str:
         """Release the sequence's pages; returns the text that its decoder held back."""

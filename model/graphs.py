@@ -39,6 +39,7 @@ class DecodeGraphs:
         self.model, self.pages = model, cache.pages
         # One pool of memory for all: none runs beside another, and their outputs stay taken.
         self.pool = torch.cuda.graph_pool_handle()
+        self.stream = torch.cuda.Stream(self.pages.device)  # one: cuBLAS keeps 32 MB for each
         self.captured: dict[tuple[int, int], tuple[torch.cuda.CUDAGraph, list[Tensor], Tensor]] = {}
 
     @staticmethod
@@ -48,8 +49,7 @@ class DecodeGraphs:
 
     def __call__(self, tokens: Tensor, positions: Tensor, slots: Tensor, table: Tensor) -> Tensor:
         width = 1 << (table.shape[1] - 1).bit_length()  # powers of two: few graphs
-        table = torch.nn.functional.pad(table, (0, width - table.shape[1]))
-        given = tokens, positions, slots, table
+        given = tokens, positions, slots, F.pad(table, (0, width - table.shape[1]))
         if (len(tokens), width) not in self.captured:
             self.captured[len(tokens), width] = self.capture(given)
         graph, inputs, logits = self.captured[len(tokens), width]
@@ -59,15 +59,14 @@ class DecodeGraphs:
         return logits
 
     def capture(self, given: tuple[Tensor, ...]) -> tuple[torch.cuda.CUDAGraph, list[Tensor], Tensor]:
-        """Warmed up on another stream first, as capturing wants it: kernels are compiled there."""
+        """Warmed up on the stream it is captured on, as capturing wants it: kernels are compiled there."""
         inputs = [x.to(self.pages.device, copy=True) for x in given]
-        other = torch.cuda.Stream()
-        other.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(other):
-            for _ in range(2):
+        with torch.cuda.device(self.pages.device):
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):
                 advance(self.model, self.pages, *inputs)
-        torch.cuda.current_stream().wait_stream(other)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool):
-            logits = advance(self.model, self.pages, *inputs)
+            torch.cuda.current_stream().wait_stream(self.stream)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
+                logits = advance(self.model, self.pages, *inputs)
         return graph, inputs, logits
