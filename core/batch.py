@@ -7,9 +7,9 @@
     positions    0 1 2     0 1     0 1 2 3
     cu_seqlens   0         3       5          9   [S+1] int32
 
-What a batch is worth is known when it is built: `counts` holds the denominators of every loss ("tokens" is the sum
-of the weights), so that a step's loss can be divided by the global count before the first backward. "stream" is the
-number of tokens whatever their weight, for the throughput.
+`counts` holds the denominators of every loss ("tokens" is the sum of the weights). They are known when the batch is
+built, so that a step's loss can be divided by the global count before the first backward. "stream" counts all tokens,
+whatever their weight, for the throughput.
 """
 
 from collections import Counter
@@ -30,10 +30,10 @@ Convert = Callable[[dict], Group]  # what a record of data becomes
 
 @dataclass
 class Document:
-    """Tokens with the weight of predicting each (`weights[0]` is never used: nothing precedes the first token).
+    """Token ids, each with its loss weight (`weights[0]` is unused: nothing predicts the first token).
 
-    `fields` are what an objective needs besides: a number (one per sequence), or an array as long as `ids` (one per
-    token, with the meaning "of predicting ids[i]").
+    `fields`: further inputs of the objective; a number (per sequence), or an array as long as `ids` (per token, where
+    entry i belongs to the prediction of ids[i]).
     """
 
     ids: np.ndarray  # [n] int32
@@ -44,7 +44,7 @@ class Document:
         return len(self.ids)
 
     def first(self, length: int) -> "Document":
-        """The document's first tokens, with what belongs to them."""
+        """The document's first `length` tokens, with their weights and fields."""
         fields = {k: v[:length] if isinstance(v, np.ndarray) else v for k, v in self.fields.items()}
         return Document(self.ids[:length], self.weights[:length], fields)
 
@@ -80,10 +80,10 @@ class PackedBatch:
 def pack(groups: Iterable[Group], counts: dict[str, float] | None = None, multiple_of: int = 1) -> PackedBatch:
     """Lay the documents of `groups` end to end.
 
-    `counts` are denominators beyond the ones known here (tokens, stream, sequences, groups). With `multiple_of`,
-    documents of weight 0 fill the stream up to a multiple of so many tokens: a compiler, a CUDA graph, or oneDNN,
-    which builds a matmul kernel for every shape it meets (20 ms and 7 MB each), want few shapes. Fillers are no
-    sequences: [S] fields, `sequences` and the counts leave them out; `cu_seqlens` has them at the end.
+    `counts` adds denominators to those computed here (tokens, stream, sequences, groups). With `multiple_of`, filler
+    documents of weight 0 pad the stream to a multiple of that many tokens, since torch.compile, CUDA graphs and oneDNN
+    (which builds a matmul kernel per shape: 20 ms, 7 MB) need few shapes. Fillers are at the end of `cu_seqlens`, but
+    not among the sequences: [S] fields, `sequences` and `counts` leave them out.
     """
     groups = [list(group) for group in groups]
     real = [document for group in groups for document in group]
@@ -117,7 +117,7 @@ def pack(groups: Iterable[Group], counts: dict[str, float] | None = None, multip
 
 
 def fillers(tokens: int) -> list[Document]:
-    """Documents that count for nothing, short ones: attention's work grows with the square of a length."""
+    """Padding documents without weight; short ones, since attention's work is quadratic in the length."""
     sizes = [FILLER] * (tokens // FILLER) + ([tokens % FILLER] if tokens % FILLER else [])
     return [Document(np.zeros(n, np.int32), np.zeros(n, np.float32)) for n in sizes]
 
@@ -136,11 +136,11 @@ def concatenate(arrays: list[np.ndarray], dtype) -> np.ndarray:
 
 
 def plan_bins(lengths: Sequence[int], capacity: int, window: int = 256) -> list[list[int]]:
-    """Put items of these lengths into bins of at most `capacity` tokens: best fit within `window` open bins.
+    """Pack items of these lengths into bins of at most `capacity` tokens: best fit among `window` open bins.
 
-    Items are taken in their order, so that a curriculum stays one; a bin is closed when a new one is needed and
-    `window` are open already (the fullest goes first). An item longer than `capacity` gets a bin of its own.
-    Depends on the arguments alone. The bins come out in the order of their first items.
+    Items are placed in order, so that a curriculum stays one. If a new bin is needed and `window` are open, the fullest
+    is closed. An item longer than `capacity` gets a bin of its own. Deterministic; bins are in the order of their first
+    items.
     """
     bins: list[list[int]] = []
     open_bins: list[tuple[int, int]] = []  # (room left, index of the bin)

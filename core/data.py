@@ -1,12 +1,12 @@
 """From files to packed batches: a deterministic, endless sequence of *bins*, the same on any number of ranks.
 
-    sources    files, each with a weight: how often an epoch passes through it (2: twice; 0.5: a random half)
+    sources    files, each with a weight: how often it is read per epoch (2: twice; 0.5: a random half)
     items      windows of a text's token stream, or atomic groups of documents (a conversation, a pair, a ranking)
-    epoch      the items in an order that depends on (seed, epoch) alone: shuffled, or by difficulty
-    bins       items packed, in order, into streams of at most `bin_tokens` tokens
-    step s     bins s·n … s·n + n − 1 of the endless sequence of epochs; rank r of dp takes every dp-th, from r
+    epoch      all items, shuffled or sorted by difficulty; the order depends only on (seed, epoch)
+    bins       items packed, in order, into streams of at most `bin_tokens` tokens (a micro-batch each)
+    step s     bins s·n … s·n + n − 1 of the endless sequence of epochs; rank r of dp takes bins r, r + dp, …
 
-So the data of a step is a function of (config, step), and resuming needs no more state than the step.
+So the data of a step is a function of (config, step), and a resumed run needs no other state.
 """
 
 import hashlib
@@ -50,7 +50,7 @@ class SourcesConfig:
 
     @property
     def quantum(self) -> int:
-        """Streams are filled up to a multiple of this, so that there are eight shapes at most."""
+        """Streams are padded to a multiple of this, so that there are at most eight shapes."""
         return max(self.bin_tokens // 8, 1)
 
 
@@ -78,7 +78,7 @@ class DataConfig(SourcesConfig):
             raise ConfigError(f"data.variables: {wrong[0]!r} is not NAME=VALUE")
 
     def told(self, record: dict) -> dict:
-        """The record in the form that is named, its `variables` in place. Raises: RecordError."""
+        """The record read as `form`, with its `variables` replaced. Raises: RecordError."""
         record = of_form(record, self.form) if self.form else record
         return fill(record, dict(text.split("=", 1) for text in self.variables)) if self.variables else record
 
@@ -116,10 +116,9 @@ class Source(Protocol):
 
 
 class Windows:
-    """A stretch of a token stream, cut between documents into windows of about `context` tokens.
+    """A token stream, cut between documents into windows of about `context` tokens.
 
-    A window is small against a bin, so that a bin mixes sources; a document is cut only where it is longer than
-    `context`.
+    Windows are small compared with a bin, so that a bin mixes sources. Only documents longer than `context` are cut.
     """
 
     difficulty = None
@@ -141,7 +140,7 @@ class Windows:
 
 
 def cut_points(starts: np.ndarray, length: int, piece: int) -> np.ndarray:
-    """Where documents begin, and where longer ones are cut into pieces of `piece` tokens."""
+    """Where documents begin, and where those longer than `piece` tokens are cut."""
     counts = -(-np.diff(np.append(starts, length)) // piece)  # pieces of each document
     within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
     return np.repeat(starts, counts) + piece * within
@@ -161,7 +160,7 @@ def text_sources(config: DataConfig, tokenizer: Tokenizer, context: int, cache: 
 
 
 def split_point(starts: np.ndarray, length: int, holdout: float) -> int:
-    """Where the held-out tail begins: between two documents, or within the only one."""
+    """Where the held-out end of the stream begins: between two documents, or within the only one."""
     at = round(length * (1 - holdout))
     after = starts[starts >= at]
     return int(after[0]) if len(after) else at
@@ -170,9 +169,10 @@ def split_point(starts: np.ndarray, length: int, holdout: float) -> int:
 def token_shard(
     path: str, tokenizer: Tokenizer, cache: str, skipped: Skipped, config: DataConfig
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The file's tokens as a memory-mapped stream, and where its documents start: made once, kept in `cache`.
+    """The file's tokens as a memory-mapped stream, and where its documents start; tokenised once, cached in `cache`.
 
-    A file of `curate` (FILE.tokens.npy) is that already. Raises: DataError, as `packed_shard`, and without text.
+    The output of `curate` (FILE.tokens.npy) is used as it is. Raises: DataError for a file without text, or, as
+    `packed_shard` does, with another tokenizer's tokens.
     """
     if path.endswith(".tokens.npy"):
         return packed_shard(path, tokenizer)
@@ -184,25 +184,25 @@ def token_shard(
     if not starts_file.exists():
         streams = encode_documents(list(read_documents(path, skipped, config.repositories)), tokenizer, config)
         if not streams:
-            raise DataError(f"{path} holds no text\n{skipped.summary()}")
+            raise DataError(f"{path} contains no text\n{skipped.summary()}")
         starts = np.cumsum([0, *map(len, streams)])[:-1]
         write_array(tokens_file, np.concatenate(streams))
-        write_array(starts_file, starts)  # last: its presence says that both are whole
+        write_array(starts_file, starts)  # written last: if it exists, both are complete
     return np.load(tokens_file, mmap_mode="r"), np.load(starts_file)
 
 
 def packed_shard(path: str, tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
-    """What `curate` packed, FILE.tokens.npy, as `token_shard`. Raises: DataError where it is of another tokenizer."""
+    """The same for FILE.tokens.npy, which `curate` has packed. Raises: DataError for another tokenizer's tokens."""
     base = path.removesuffix(".tokens.npy")
     if json.loads(read_text(f"{base}.json"))["tokenizer"] != tokenizer.fingerprint:
-        raise DataError(f"{path} holds tokens of another tokenizer: pack it anew with this one")
+        raise DataError(f"{path} was packed with another tokenizer: run `tritium curate` again with this one")
     return np.load(path, mmap_mode="r"), np.load(f"{base}.starts.npy")
 
 
 def encode_documents(texts: list[str], tokenizer: Tokenizer, config: DataConfig) -> list[np.ndarray]:
-    """Each text as [bos] + text + [eos], with what the tokenizer has of the two.
+    """Each text as [bos] + text + [eos], as far as the tokenizer has these tokens.
 
-    A share `config.fim` of them gets a hole, by a generator that knows the text's place in the file only.
+    A fraction `config.fim` is rearranged for fill-in-the-middle, by a generator seeded with the text's index.
     """
     before, after = ([] if i is None else [i] for i in (tokenizer.bos_id, tokenizer.eos_id))
     dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
@@ -237,10 +237,10 @@ class Examples:
 def record_sources(
     config: DataConfig, convert: Convert, context: int, seed: int, skipped: Skipped, atomic: bool = True
 ) -> tuple[list[Examples], list[Examples], list[float]]:
-    """Training and held-out examples of every file: records → groups by `convert`, which raises RecordError.
+    """Training and held-out examples of every file, and the files' weights; `convert` turns a record into a group.
 
-    Without `atomic`, the documents of a record need not share a batch.
-
+    If not `atomic`, the documents of a record need not share a batch. Records for which `convert` raises RecordError
+    are skipped and counted.
     Raises: DataError for a file without a usable record.
     """
     train, heldout, weights = [], [], []
@@ -266,7 +266,10 @@ def record_sources(
 
 
 def fit(group: Group, context: int, on_overlong: str) -> Group:
-    """The group, if each document fits the context. Raises: RecordError if not, or if nothing would be supervised."""
+    """The group, truncated to the context if `on_overlong` says so.
+
+    Raises: RecordError for a document that is too long, or that has no supervised token within the context.
+    """
     longest = max(map(len, group))
     if longest > context:
         if on_overlong == "skip":
@@ -281,10 +284,10 @@ def fit(group: Group, context: int, on_overlong: str) -> Group:
 
 
 class Bins:
-    """The endless sequence of bins, and each step's share of it for this rank. See the module's docstring.
+    """The endless sequence of bins, and this rank's part of each step. See the module's docstring.
 
-    `group_name` names the count of atomic groups ("pairs", "rankings") among the denominators.
-    Raises: ConfigError where a step has fewer bins than there are ranks to share them.
+    `group_name` is the name of the denominator that counts atomic groups ("pairs", "rankings").
+    Raises: ConfigError if a step has fewer bins than there are data-parallel ranks.
     """
 
     def __init__(
@@ -325,7 +328,7 @@ class Bins:
         return [[items[order[i]] for i in members] for members in bins]
 
     def steps_in(self, epochs: float, schedule: ScheduleConfig) -> int:
-        """Steps that make `epochs` passes, by the size of the first epoch, also while the batch grows by a ramp."""
+        """Steps for `epochs` passes, judged by the first epoch's size, with the smaller batches of a ramp."""
         wanted, full = math.ceil(epochs * len(self.epoch_bins(0))), self.config.bins_per_step
         steps = max(1, math.ceil(wanted / full))
         if not schedule.batch_ramp:
@@ -343,11 +346,11 @@ class Bins:
         return int(sum(w * s.lengths.sum() for s, w in zip(self.sources, self.weights, strict=True)))
 
     def bin(self, index: int) -> PackedBatch:
-        """Bin `index` ≥ 0 of the endless sequence. Raises: DataError where an epoch has none."""
+        """Bin `index` ≥ 0 of the endless sequence. Raises: DataError if an epoch has no bin."""
         while index >= self.ends[-1]:
             count = len(self.epoch_bins(len(self.ends) - 1))
             if not count:
-                raise DataError("an epoch of these sources and weights (FILE@W) holds nothing to train on")
+                raise DataError("an epoch of these sources is empty: raise the weights W (FILE@W), or add files")
             self.ends.append(self.ends[-1] + count)
         epoch = bisect_right(self.ends, index) - 1
         return self.packed([self.sources[s][i] for s, i in self.epoch_bins(epoch)[index - self.ends[epoch]]])
@@ -356,13 +359,13 @@ class Bins:
         return pack(groups, {self.group_name: float(len(groups))}, self.config.quantum).to(self.mesh.device)
 
     def step(self, step: int, ramp: BatchRamp | None = None) -> list[PackedBatch]:
-        """This rank's bins of step `step`, of which a `ramp` may say otherwise than `bins_per_step`."""
+        """This rank's bins of step `step`; a `ramp` replaces `bins_per_step`."""
         count = self.config.bins_per_step
         first, count = ramp.span(step) if ramp else (step * count, count)
         return [self.bin(first + i) for i in range(self.mesh.dp_rank, count, self.mesh.dp)]
 
     def all(self, limit: int | None = None) -> list[PackedBatch]:
-        """This rank's share of the first epoch's bins (of its first `limit` bins): for evaluation."""
+        """This rank's share of the first epoch's bins, or of the first `limit` of them, for evaluation."""
         count = min(len(self.epoch_bins(0)), limit or len(self.epoch_bins(0)))
         return [self.bin(i) for i in range(self.mesh.dp_rank, count, self.mesh.dp)]
 
@@ -375,7 +378,7 @@ def open_bins(
     mesh: Mesh,
     group_name: str = "groups",
 ) -> tuple[Bins, list[PackedBatch]]:
-    """(bins to train on, this rank's batches of an evaluation). `settings` is a stage's config: `data` and `run`."""
+    """(bins to train on, this rank's evaluation batches); `settings` is a stage's config, with `data` and `run`."""
     bins = Bins(train, weights, settings.data, mesh, settings.run.seed, group_name)
     evaluation = Bins(held_out, [1.0] * len(held_out), settings.data, mesh, 0, group_name)
     return bins, evaluation.all(settings.run.eval_bins)

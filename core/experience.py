@@ -1,9 +1,9 @@
-"""Experience: from problems to sampled and rewarded answers to the batches of a policy gradient; `grpo` and `ppo`.
+"""Experience collection for `grpo` and `ppo`: problems → sampled, scored answers → batches of a policy gradient.
 
-which problems      shuffled passes over all, or those that are neither always solved nor never (a pass-rate band)
-sample, judge       core/rollout.py; again, where too few groups differ (DAPO's dynamic sampling)
-shape               clip(scale · score), less what a missing end or too long an answer costs
-pack                a group is never split; what was not judged, or teaches nothing, is left out
+choose problems     shuffled passes over all, or only those with a pass rate within a band
+sample, score       core/rollout.py; repeated if too few groups have different scores (DAPO's dynamic sampling)
+shape               reward = clip(scale · score) − penalties for a missing end token and for length
+pack                a group is never split; answers without a score, and groups without a signal, are left out
 """
 
 import time
@@ -122,8 +122,8 @@ class PolicyStage:
 def open_experience(
     config: PolicyStage, name: str, networks: dict[str, nn.Module], objective: PolicyGradient, updates: int
 ) -> "Experience":
-    """The trainer of stage `name`, and what it learns from, `updates` steps on each rollout. The section of that name
-    has `prompts`, `group`, `beta`, `malformed`, and perhaps `rounds`."""
+    """The trainer of stage `name` and its source of experience, with `updates` steps per rollout. The config's section
+    of that name has `prompts`, `group`, `beta`, `malformed`, and possibly `rounds`."""
     policy, data, options = networks["policy"], config.data, getattr(config, name)
     tokenizer, skipped = load_tokenizer(config.model, policy, data.template), Skipped(data.on_error)
     problems = load_problems(data.sources, tokenizer, policy.config.max_positions, skipped)
@@ -140,10 +140,10 @@ def open_experience(
 
 @dataclass
 class Experience:
-    """Where a stage's experience comes from. `verifier` only measures: whether answers are right, whatever is rewarded.
+    """Collects a stage's rollouts: `group` answers to each of `prompts` problems.
 
-    `group` answers to each of `prompts` problems; with `rounds` > 1 more problems are tried, until so many groups have
-    answers of different scores.
+    With `rounds` > 1, more problems are tried until `prompts` groups have different scores. `verifier` measures
+    accuracy only; it does not enter the reward.
     """
 
     trainer: Trainer
@@ -166,7 +166,7 @@ class Experience:
         self.warned: set[str] = set()
 
     def collect(self, number: int) -> tuple[Rollout, dict[str, float]]:
-        """Rollout `number`, this rank's part, and its numbers over all ranks. A collective."""
+        """This rank's part of rollout `number`, and the metrics of the whole rollout. A collective."""
         trainer, mesh, start = self.trainer, self.trainer.mesh, time.perf_counter()
         rollout = Rollout([])
         with trainer.phase("sample"), trainer.whole(layers=True):
@@ -180,19 +180,19 @@ class Experience:
         numbers = summary(rollout, *self.shaping, mesh)
         numbers["sampled_tokens_per_second"] = numbers["length"] * numbers.pop("samples") / seconds
         if not self.settings.reward and not self.verifier:
-            del numbers["right"]  # a reward model does not say so
+            del numbers["right"]  # a reward model does not judge right or wrong
         self.remember(rollout, number)
         self.warn(numbers)
         rollout.greedy = greedy
         return rollout, numbers
 
     def varied(self, rollout: Rollout) -> float:
-        """On all ranks, the groups that teach something."""
+        """The number of groups with different rewards, over all ranks."""
         found = sum(differs(group, *self.shaping) for group in rollout.groups)
         return all_reduce_counts({"varied": float(found)}, self.trainer.mesh)["varied"]
 
     def warn(self, numbers: dict[str, float]) -> None:
-        """Say what the run's history so far is suspicious of, each kind once."""
+        """Print the warnings that the run's history so far gives rise to, each kind once."""
         self.history.append(self.trainer.last | numbers)
         for kind, sentence in diagnose(self.history).items():
             if kind not in self.warned:
@@ -210,7 +210,7 @@ class Experience:
         return roll_out(policy, self.tokenizer, chosen, self.reward, sampling, n=n, seed=seed, verifier=self.verifier)
 
     def greedy_scores(self, rollout: Rollout, number: int) -> list[float]:
-        """The shaped score of the likeliest answer to each group's problem (0 where the judge failed)."""
+        """The reward of the greedy answer to each group's problem (0 if the judge failed)."""
         likeliest = replace(self.settings.sampling, temperature=0.0)
         found = self.answers([group[0].problem for group in rollout.groups], likeliest, 1, (number,))
         rollout.failures.update(found.failures)
@@ -221,10 +221,10 @@ class Experience:
         return self.settings.shaping, self.settings.sampling.max_tokens
 
     def estimate(self, batches: Sequence[PackedBatch], done: int) -> dict[str, float]:
-        """`Trainer.estimate`; it counts the rollouts whose KL to the reference blew up, one that is gone on with after
-        `done` updates when it began.
+        """`Trainer.estimate`, which also counts the rollouts whose KL to the reference blew up. A rollout that is
+        resumed after `done` of its updates is not counted twice.
 
-        Raises: TrainingError where it is beyond `reference.max_kl`.
+        Raises: TrainingError if the KL is above `reference.max_kl`.
         """
         numbers, notes, limit = self.trainer.estimate(batches), self.trainer.notes, self.settings.reference.max_kl
         if "kl_k3" in numbers:
@@ -240,12 +240,12 @@ class Experience:
         return numbers
 
     def follow(self, number: int) -> None:
-        """Let the reference move after rollout `number`, where it does and that is due."""
+        """Update the reference after rollout `number`, if it is due."""
         if "reference" in self.trainer.followers and (number + 1) % self.settings.reference.every == 0:
             self.trainer.followers["reference"].follow(self.settings.reference.decay)
 
     def remember(self, rollout: Rollout, number: int) -> None:
-        """Note each problem's share of right answers, and the draw that it was of: checkpoints keep it."""
+        """Note each problem's pass rate, and in which draw it was measured; saved in checkpoints."""
         if self.settings.data.band != [0.0, 1.0]:
             last = number * self.rounds + self.rounds - 1
             judged = [[s for s in group if s.score is not None] for group in rollout.groups]
@@ -255,8 +255,8 @@ class Experience:
                 notes |= part
 
     def batches(self, rollout: Rollout, updates: int, varied_only: bool) -> list[PackedBatch]:
-        """The stream of this rank's answers, cut so that each of `updates`, which are dealt the batches in turn, gets
-        one as far as there are groups; an update without a batch on any rank moves nothing."""
+        """This rank's answers in at least `updates` batches, as far as there are groups. Updates take them in turn; one
+        that has no batch on any rank changes nothing."""
         groups: list[Group] = []
         for i, samples in enumerate(rollout.groups):
             judged = [s for s in samples if s.score is not None]
@@ -267,8 +267,8 @@ class Experience:
         return pack_updates(groups, self.settings.data, updates, self.trainer.mesh)
 
     def document(self, sample: Sample, fields: dict[str, float]):
-        """With the shaped score at the answer's last token, or the shaped scores of its steps at the end of each; where
-        a tool speaks there, at the last token before that the policy drew."""
+        """A sample's document, with its reward at the last token, or the rewards of its steps at the end of each; if
+        that is a tool's token, at the last token that the policy sampled before it."""
         answer, score = sample.completion, sample.score
         rewards = np.zeros(len(answer.tokens), np.float32)
         scored = np.zeros_like(rewards)
@@ -281,8 +281,8 @@ class Experience:
 
 
 def shaped(sample: Sample, shaping: ShapingConfig, max_tokens: int) -> list[float]:
-    """The rewards of a judged answer: of the whole, or of each step, the last of which bears what the answer's end
-    costs. `overlong` is the soft punishment of Yu et al., arXiv 2503.14476, eq. 13."""
+    """The rewards of a scored answer: one, or one per step, of which the last takes the penalties. `overlong` is DAPO's
+    soft overlong punishment (Yu et al., arXiv 2503.14476, eq. 13)."""
     score, answer = sample.score, sample.completion
     values = np.array(score.steps if score.ends else [score.value]) * shaping.scale
     values = values.clip(-shaping.clip, shaping.clip) if shaping.clip else values
@@ -294,13 +294,13 @@ def shaped(sample: Sample, shaping: ShapingConfig, max_tokens: int) -> list[floa
 
 
 def differs(group: Sequence[Sample], shaping: ShapingConfig, max_tokens: int) -> bool:
-    """Whether the group's rewards, of answers or of their steps, are not all the same."""
+    """Whether the group's rewards (of answers, or of their steps) differ, so that there is a signal."""
     return len({value for s in group if s.score is not None for value in shaped(s, shaping, max_tokens)}) > 1
 
 
 def summary(rollout: Rollout, shaping: ShapingConfig, max_tokens: int, mesh: Mesh) -> dict[str, float]:
-    """What the rollout of all ranks looks like; `varied_groups` are those that teach something, reward/NAME are the
-    means of the judge's components before their weights."""
+    """Metrics of the whole rollout, over all ranks: `varied_groups` is the fraction of groups whose rewards differ,
+    reward/NAME the mean of one component of the reward, before its weight."""
     samples = rollout.samples
     judged = [s for s in samples if s.score is not None]
     values: dict[str, list[float]] = {
@@ -317,6 +317,6 @@ def summary(rollout: Rollout, shaping: ShapingConfig, max_tokens: int, mesh: Mes
     sums = {name: float(sum(own)) for name, own in values.items()}
     total = all_reduce_counts(sums | counts | {"verifier_failures": float(sum(rollout.failures.values()))}, mesh)
     failures, counts = total.pop("verifier_failures"), {name: total.pop(name) for name in counts}
-    # A component may have been seen by other ranks only: it is a mean over all judged answers, too.
+    # A component's mean is over all scored answers, also those of ranks that have not seen it.
     means = {name: value / (counts.get(f"{name} n", counts["reward n"]) or 1.0) for name, value in total.items()}
     return means | {"verifier_failures": failures, "samples": counts["length n"]}

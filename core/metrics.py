@@ -106,7 +106,7 @@ class Metrics:
             self._file.flush()
         except OSError as error:  # a full disk must not end the run; the file's buffer is written when there is room
             if not self._warned:
-                self.message(f"{self._path} can't be written: {error.strerror}; the run goes on")
+                self.message(f"{self._path} can't be written: {error.strerror}; the run continues")
             self._warned = True
 
     def _parts(self, step: int, values: Mapping[str, float], now: float) -> list[str]:

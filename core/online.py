@@ -1,6 +1,7 @@
-"""Pairs, or answers, that are drawn from the policy as it is trained: online `dpo`, and `distill`.
+"""Pairs or answers that are sampled from the policy during training, for online `dpo` and for `distill`.
 
-problems → answers → a judge → the better and the worse of each problem → a few steps → the reference refreshed, …
+One round: problems → answers → scores → the best and the worst answer of each problem → some steps → refresh the
+reference.
 """
 
 import math
@@ -74,9 +75,11 @@ def open_rounds(
 
 @dataclass
 class Rounds:
-    """What a stage that draws takes its batches from. `settings` is its config: `draw`, `data`, `run`. `kind` says
-    whose the better answers of pairs are, the "student"'s, the "teacher"'s, or the "best" of both; or that there are no
-    pairs, but the student's answers ("on_policy") or the teacher's ("sequence")."""
+    """Samples the batches of each round. `settings` is the stage's config (`draw`, `data`, `run`).
+
+    `kind`: whose answer is the better one of a pair, the "student"'s, the "teacher"'s or the "best" of both; or, for
+    single answers instead of pairs, "on_policy" (the student's) or "sequence" (the teacher's).
+    """
 
     trainer: Trainer
     tokenizer: Tokenizer
@@ -86,7 +89,7 @@ class Rounds:
     kind: str
 
     def steps(self, step: int) -> Iterator[tuple[list[PackedBatch], dict[str, float]]]:
-        """The batches of each step of the round that `step` is in, and, with the first, the round's numbers."""
+        """The batches of the remaining steps of `step`'s round, each with metrics: the round's, in the first step."""
         draw, trainer = self.settings.draw, self.trainer
         number, done = divmod(step, draw.updates)
         with trainer.phase("sample"), trainer.whole(layers=True):
@@ -106,12 +109,12 @@ class Rounds:
         return roll_out(self.trainer.networks[network], self.tokenizer, chosen, self.reward, draw.sampling, **drawn)
 
     def single(self, number: int) -> tuple[list[Group], dict[str, float]]:
-        """This rank's answers of round `number`, and numbers over all ranks."""
+        """This rank's answers of round `number`, and metrics over all ranks."""
         drawn = self.answers("teacher" if self.kind == "sequence" else "policy", number, 0)
         return [[sample_document(s, {})] for s in drawn.samples], self.numbers(drawn, {})[0]
 
     def numbers(self, drawn: Rollout, counts: dict[str, float]) -> tuple[dict[str, float], dict[str, float]]:
-        """How many answers are right, how often the judge failed; and these counts, over all ranks."""
+        """(metrics, total): accuracy and the judge's failures, and the sums of `counts`, over all ranks."""
         counts |= {"samples": len(drawn.samples), "right": sum(s.right for s in drawn.samples)}
         counts["verifier_failures"] = sum(drawn.failures.values())
         total = all_reduce_counts({k: float(v) for k, v in counts.items()}, self.trainer.mesh)
@@ -119,7 +122,7 @@ class Rounds:
         return {"right": right, "verifier_failures": total["verifier_failures"]}, total
 
     def pairs(self, number: int) -> tuple[list[Group], dict[str, float]]:
-        """This rank's pairs of round `number`, and numbers over all ranks."""
+        """This rank's pairs of round `number`, and metrics over all ranks."""
         alone = self.kind == "student"
         own = self.answers("policy", number, 0)
         theirs = Rollout([[] for _ in own.groups]) if alone else self.answers("teacher", number, 1)
@@ -134,7 +137,7 @@ class Rounds:
         return groups, numbers
 
     def packed(self, groups: list[Group]) -> list[PackedBatch]:
-        """Batches, as many as the round has steps where there are groups for it; pairs with their denominators."""
+        """At least one batch per step of the round, as far as there are groups; pairs get their denominators."""
         given = (groups, self.settings.data, self.settings.draw.updates, self.trainer.mesh)
         return pack_updates(*given, pair_counts) if self.kind in PAIRS else pack_updates(*given)
 
@@ -145,8 +148,8 @@ def pair_counts(pairs: Sequence[Group]) -> dict[str, float]:
 
 
 def pair_of(own: list[Sample], theirs: list[Sample], positive_from: str, margin: float) -> tuple[Sample, Sample] | None:
-    """(the best answer of those that may be positive, the student's worst one) where their scores are further apart
-    than `margin`; None where they are not, or no judge judged them."""
+    """(the best answer among the possible positives, the student's worst) if their scores differ by more than `margin`,
+    else None."""
     judged = [s for s in own if s.score is not None]
     positives = {"student": judged, "teacher": theirs, "best": [*theirs, *judged]}[positive_from]
     positives = [s for s in positives if s.score is not None]

@@ -1,15 +1,15 @@
 """AdamW, or Muon and AdamW, over the flat buffers of a network, sharded as ZeRO wants it.
 
-    master    fp32  the weights that the optimizer moves (the parameters themselves where they are fp32)
+    master    fp32  the weights that the optimizer updates (the parameters themselves if they are fp32)
     exp_avg, exp_avg_sq  fp32
 
-(fp64 throughout for an fp64 model.) Each is as long as this rank's part of a flat buffer: see parallel/zero.py. Muon
-moves the matrices of the layers (core/muon.py), which need no exp_avg_sq; AdamW all the rest. Learning rate and weight
-decay may differ by parameter (`treatment`). With `ema`, a running mean of the weights is kept, as wide as the master.
+(fp64 for an fp64 model.) Each covers this rank's part of a flat buffer: see parallel/zero.py. Muon updates the matrices
+of the layers (core/muon.py), which need no exp_avg_sq; AdamW updates all the rest. Learning rate and weight decay can
+differ by parameter (`treatment`). With `ema`, an average of the weights is kept, in the master's dtype.
 
-With `offload`, all of these lie in the host's memory (pinned, where there is a GPU), and the step is made there; the
-parameters of a buffer go back while the next one's step is made (ZeRO-Offload, arXiv 2101.06840). Else nothing here
-reads a tensor's value on the host: skipping a step is arithmetic with `found_inf`.
+With `offload`, all of this is in host memory (pinned if there is a GPU), and the CPU computes the step; the parameters
+of one buffer are copied back while the next is computed (ZeRO-Offload, arXiv 2101.06840). Without it there is no host
+sync: skipping a step is arithmetic with `found_inf`.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -58,12 +58,12 @@ class OptimConfig:
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        """What is kept of each parameter."""
+        """The tensors of optimizer state that are kept for each parameter."""
         return ("master", "exp_avg", "exp_avg_sq", *(["ema"] if self.ema else []))
 
 
 class Treatment(NamedTuple):
-    """How a parameter is moved: its learning rate is `lr` times the schedule's."""
+    """How a parameter is updated: its learning rate is `lr` times the schedule's."""
 
     matrix: bool
     lr: float
@@ -71,7 +71,7 @@ class Treatment(NamedTuple):
 
 
 def treatment(config: OptimConfig, name: str, p: nn.Parameter, width: float) -> Treatment:
-    """`width` is muP's factor, for Adam (Yang et al., arXiv 2203.03466; MiniCPM, arXiv 2404.06395)."""
+    """The first matching pattern counts. `width`: muP's factor for Adam (Yang et al., arXiv 2203.03466; MiniCPM)."""
 
     def own(table: dict[str, float], default: float) -> float:
         return next((value for pattern, value in table.items() if fnmatchcase(name, pattern)), default)
@@ -82,15 +82,15 @@ def treatment(config: OptimConfig, name: str, p: nn.Parameter, width: float) -> 
 
 
 class LossScale:
-    """What a loss is multiplied with so that gradients in fp16 do not vanish: halved where one is not finite, doubled
-    after `patience` steps in which all were (arXiv 1710.03740). Tensors: nothing here waits for the device."""
+    """Dynamic loss scaling for fp16 gradients: halved after a non-finite gradient, doubled after `patience` steps in a
+    row without one (Micikevicius et al., arXiv 1710.03740). Kept in tensors, without a host sync."""
 
     def __init__(self, device: torch.device, start: float = 2.0**14, patience: int = 2000):
         self.value, self.good = torch.tensor(start, device=device), torch.zeros((), device=device)
         self.patience = patience
 
     def update(self, found_inf: Tensor | float) -> None:
-        """`found_inf`: not 0 where the step was skipped."""
+        """`found_inf` is not 0 if the step was skipped."""
         bad = torch.as_tensor(found_inf, device=self.good.device) > 0
         self.good = torch.where(bad, 0.0, self.good + 1)
         full = self.good >= self.patience
@@ -107,7 +107,7 @@ class LossScale:
 
 
 class State:
-    """What the optimizer keeps for this rank's part of a flat buffer, on `device`."""
+    """The optimizer state of this rank's part of a flat buffer, on `device`."""
 
     def __init__(self, flat: Flat, config: OptimConfig, width: float):
         wide = flat.gradient.dtype
@@ -125,22 +125,22 @@ class State:
         self.gradient = self.like(flat.own_gradient) if self.pinned else None
 
     def like(self, x: Tensor) -> Tensor:
-        """A wide copy of a part on `device`."""
+        """A copy of a part on `device`, in the master's dtype."""
         return torch.empty_like(x, dtype=self.flat.gradient.dtype, device=self.device, pin_memory=self.pinned).copy_(x)
 
     def fetch(self) -> Tensor:
-        """This part's gradient on `device`; to a pinned copy, the copying only begins."""
+        """This part's gradient on `device`; into pinned memory the copy is asynchronous."""
         own = self.flat.own_gradient
         return own if self.gradient is None else self.gradient.copy_(own, non_blocking=True)
 
     def whole(self, kind: str) -> Tensor:
-        """What is kept of a kind, as long as the part: Muon's has no second moments."""
+        """One kind of state, as long as the part: zeros for the second moments that Muon does not keep."""
         found = getattr(self, kind)
         return F.pad(found, (len(self.master) - len(found), 0)).to(self.flat.part.device)
 
 
 def runs_of(flat: Flat, config: OptimConfig, width: float) -> dict[Treatment, list[slice]]:
-    """The runs of this rank's part that are treated alike."""
+    """The slices of this rank's part that are updated with the same settings."""
     found: dict[Treatment, list[slice]] = {}
     for span in flat.spans():
         runs = found.setdefault(treatment(config, *flat.members[span.member], width), [])
@@ -198,7 +198,7 @@ class Optimizer:
     def update(
         self, chosen: Sequence, how: Treatment, own_master: bool, lr: float, scale: Tensor, found_inf: Tensor
     ) -> None:
-        """One fused update of all that is treated alike: states, their gradients, runs of both."""
+        """One fused AdamW update of everything with the same settings: `chosen` holds (state, gradient, slice)."""
         if not chosen:
             return
         adamw_(
@@ -218,7 +218,7 @@ class Optimizer:
         )
 
     def move_matrices(self, chosen: list, lr: float, scale: Tensor, found_inf: Tensor) -> None:
-        """Muon, on as many layers at a time as there are parts: `chosen` are states and their gradients."""
+        """Muon, on as many layers at a time as ZeRO has parts; `chosen` holds (state, gradient)."""
         beta, taken = self.config.momentum, 1.0 - found_inf
         for start in range(0, len(chosen), chosen[0][0].flat.parts) if chosen else ():
             window, looks = chosen[start : start + chosen[0][0].flat.parts], []
@@ -237,7 +237,7 @@ class Optimizer:
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
-        """Within, the network has the running mean of its weights, where one is kept. A collective, like `step`."""
+        """Within, the network has its averaged weights, if `ema` is on. A collective, like `step`."""
         if not self.config.ema:
             yield
             return
@@ -250,7 +250,7 @@ class Optimizer:
 
     @torch.no_grad()
     def put(self, parts: Sequence[Tensor]) -> None:
-        """Give the network these weights."""
+        """Set the network's weights, given this rank's parts."""
         for state, part in zip(self.states, parts, strict=True):
             state.flat.part.copy_(part)
         self.network.spread()
@@ -258,9 +258,9 @@ class Optimizer:
     # ------------------------------------------------------------------------------------------ checkpoints
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Whole tensors one after another, whatever the mesh: "master.NAME", "exp_avg.NAME" and so on, "step".
+        """The whole tensors, whatever the mesh: "step", "master.NAME", "exp_avg.NAME" and so on.
 
-        A collective: every rank must take all of them, and may drop what is not its to write.
+        A collective: every rank must consume all of them, and may drop those that it does not write.
         """
         yield "step", self.step_count.clone()
         for state in self.states:
@@ -271,7 +271,7 @@ class Optimizer:
                         yield f"{kind}.{name}", unshard(view, p.sharding, self.mesh)
 
     def keeps(self, state: State, kind: str, p: nn.Parameter) -> bool:
-        """Whether there is such a state of a parameter."""
+        """Whether this kind of state exists for the parameter."""
         return kind != "exp_avg_sq" or not state.orthogonal or p.dim() < 2
 
     @torch.no_grad()

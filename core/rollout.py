@@ -1,4 +1,4 @@
-"""Sampling answers to problems, and judging them: what `sample`, `grpo` and `evaluate` have in common."""
+"""Rollouts: sampling answers to problems and scoring them, for `sample`, `evaluate` and reinforcement learning."""
 
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -50,7 +50,7 @@ class SamplingConfig:
             raise ConfigError(f"sampling.{error}") from None
 
     def options(self, stop_ids: Sequence[int] | None = None) -> Options:
-        """What the sampler is told of each request."""
+        """The sampler's options for a request."""
         own = {f.name: getattr(self, f.name) for f in fields(Options) if hasattr(self, f.name)}
         return Options(stop_ids=stop_ids, **own)
 
@@ -80,7 +80,7 @@ class AskConfig:
         check_ranges(self)
 
     def open(self, mesh: Mesh | None = None) -> tuple[Transformer, Tokenizer]:
-        """The model, frozen, and its tokenizer; by default on one process's device."""
+        """The frozen model and its tokenizer; by default on a single process."""
         try:
             mesh = mesh or Mesh.single(local_device(self.device))
         except ValueError as error:
@@ -89,7 +89,7 @@ class AskConfig:
         return model, load_tokenizer(self.model, model, self.template)
 
     def engine(self, model: Transformer, tokenizer: Tokenizer, tool: Tool | None = None) -> Engine:
-        """What draws the answers; with the `tool` of the settings, or another in its place."""
+        """The engine that samples answers, with the configured tool or `tool` in its place."""
         sampling, tool = self.sampling, tool or TOOLS.get(self.sampling.tool)
         pages = sampling.pages(model) or cache_pages(sampling.max_batch, model.config.max_positions)
         extend = ToolUse(tokenizer, tool, sampling.max_calls) if tool else None
@@ -98,34 +98,34 @@ class AskConfig:
 
 @dataclass
 class Sample:
-    """One answer: what was drawn, its text (no stop string), and what the judge made of it (None: the judge failed)."""
+    """One sampled answer, its text without the stop string, and its score (None if the judge failed)."""
 
     problem: Problem
     completion: Completion
     text: str
     score: Score | None = None
-    verified: Score | None = None  # by a judge that only measures
+    verified: Score | None = None  # the verifier's, which measures accuracy only
 
     def shown(self, decoder: Callable | None = None) -> Answer:
-        """What a judge gets to see."""
+        """What a judge is given."""
         problem = self.problem
         prompt = problem.messages[-1]["content"]
         return Answer(self.completion.tokens, self.text, prompt, problem.reference, problem.messages, decoder)
 
     @property
     def right(self) -> bool:
-        """Whether the judge found it right; one that failed found nothing."""
+        """Whether the verifier, or else the judge, found the answer right; False if it failed."""
         score = self.verified or self.score
         return score is not None and score.solved
 
 
 @dataclass
 class Rollout:
-    """The samples of each problem, side by side, and the judge's failures."""
+    """The samples of each problem as a group, and the judge's failures."""
 
     groups: list[list[Sample]]
     failures: Counter = field(default_factory=Counter)
-    greedy: list[float] | None = None  # of each group, the reward of the likeliest answer
+    greedy: list[float] | None = None  # the reward of each problem's greedy answer
 
     @property
     def samples(self) -> list[Sample]:
@@ -144,12 +144,12 @@ def roll_out(
     verifier: Reward | None = None,
     tool: Tool | None = None,
 ) -> Rollout:
-    """`n` judged answers to each problem of this data-parallel rank's `share`; a `verifier` says which are right,
-    where that is not what is rewarded. With a `tool` (default: that of `sampling`) see core/tools.py.
+    """Sample and score `n` answers to each problem of this data-parallel rank's `share`.
 
-    A sample's randomness depends on `seed`, its problem's place among those of all ranks, and its number: neither on
-    the number of ranks, nor the same for a problem that comes twice. The ranks of a replica have what the first of them
-    drew and judged: tools, time limits and endpoints may say something else to each.
+    A `verifier` decides which are right if the reward does not; a `tool` (default: that of `sampling`) may be called
+    in answers, see core/tools.py. A sample's randomness depends on `seed`, its problem's place among those of all ranks
+    and its number, so not on the number of ranks; a problem that comes twice gets different samples. All ranks of a
+    replica get the first one's samples and scores, since tools, time limits and endpoints may answer each differently.
     """
     places = [model.mesh.dp_rank + model.mesh.dp * i for i in range(len(problems))]  # as `share` dealt them
     tool = tool or TOOLS.get(sampling.tool)
@@ -176,7 +176,7 @@ def sample_seed(*parts: int) -> int:
 
 
 def gather(rollout: Rollout, mesh: Mesh) -> Rollout:
-    """The rollouts of all data-parallel ranks, in the order of their problems, on every rank."""
+    """The rollouts of all data-parallel ranks, in the order of the problems, on every rank."""
     parts = mesh.gather_objects(rollout)[:: mesh.cp * mesh.tp]  # the ranks of a replica hold the same
     groups = sorted((g for part in parts for g in part.groups), key=lambda g: g[0].problem.index)
     return Rollout(groups, sum((part.failures for part in parts), Counter()))
@@ -185,11 +185,10 @@ def gather(rollout: Rollout, mesh: Mesh) -> Rollout:
 def sample_document(
     sample: Sample, fields: dict[str, float], per_token: dict[str, Sequence[float]] | None = None
 ) -> Document:
-    """Prompt and answer as sampled, token for token; the answer's tokens, its end included, carry weight 1, and what a
-    tool said in between 0.
+    """Prompt and answer as sampled, token for token. The answer's tokens, its end token included, have weight 1; the
+    prompt and tool output have weight 0.
 
-    `fields` are of the whole sample, `per_token` of each of the answer's tokens; "sampler_logp" holds the log-probs of
-    these as the sampler saw them.
+    `fields` belong to the sample, `per_token` to the answer's tokens; "sampler_logp" is the sampler's log-prob of each.
     """
     prompt, answer = sample.problem.ids, sample.completion
     silent = np.zeros(len(prompt), np.float32)
@@ -206,8 +205,7 @@ def pack_updates(
     mesh: Mesh,
     count: Callable[[Sequence[Group]], dict[str, float]] = lambda groups: {},
 ) -> list[PackedBatch]:
-    """Batches of this rank's groups, as many as there are `updates` to deal them to in turn, where there are groups for
-    it; `count` gives further denominators."""
+    """Pack this rank's groups into at least `updates` batches, if there are enough; `count` adds denominators."""
     lengths = [sum(map(len, group)) for group in groups]
     bins = plan_bins(lengths, min(data.bin_tokens, -(-sum(lengths) // updates)))
     chosen = [[groups[i] for i in members] for members in bins]

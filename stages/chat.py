@@ -33,7 +33,7 @@ ONE_PROCESS = True  # there is one terminal
 @dataclass
 class Config(AskConfig):
     system: str = opt("", "system prompt")
-    sampling: SamplingConfig = opt(SamplingConfig(temperature=0.4, max_tokens=256, max_batch=1), "how it draws answers")
+    sampling: SamplingConfig = opt(SamplingConfig(temperature=0.4, max_tokens=256, max_batch=1), "sampling options")
 
 
 def train(config: Config) -> Result:

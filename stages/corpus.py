@@ -1,4 +1,4 @@
-"""Write the ladder's data: text, conversations and problems that every machine can make.
+"""Write the ladder recipe's data: text, conversations and problems, generated without any download.
 
     tritium corpus --out=runs/ladder/data
 
@@ -30,16 +30,16 @@ ONE_PROCESS = True  # others would write the same files
 
 @dataclass
 class Config:
-    out: str = opt("runs/corpus", "folder to write")
+    out: str = opt("runs/corpus", "output folder")
     library_characters: int = opt(6_000_000, "characters of the standard library", least=0)
     arithmetic: int = opt(60_000, "worked problems for pretraining", least=0)
     cold: int = opt(1_500, "problems of the cold start", least=0)
     chat: int = opt(4_000, "conversations of the overall SFT", least=0)
-    worked: int = opt(4_000, "problems that a teacher learns, all with their working", least=0)
+    worked: int = opt(4_000, "problems with full working, for a teacher", least=0)
     sample: int = opt(800, "problems to sample answers to", least=0)
     rl: int = opt(6_000, "problems for reinforcement learning", least=0)
     test: int = opt(500, "held-out problems", least=0)
-    seed: int = opt(0, "seed of everything generated", least=0)
+    seed: int = opt(0, "random seed", least=0)
 
     def __post_init__(self):
         check_ranges(self)

@@ -2,7 +2,7 @@
 
 tritium curate --config pipeline.toml
 
-The steps are tables, taken in their order; `do` says which step, where it is not the table's name:
+The steps are tables, run in this order; `do` names the step if it is not the table's name:
 
     out = "runs/curate"
     [steps.maths]
@@ -13,9 +13,9 @@ The steps are tables, taken in their order; `do` says which step, where it is no
     rules = ["gopher"]
     [steps.near]
 
-Documents go through steps/NN-NAME/ in shards; curate.html tells what was dropped and why, curate.json the same numbers.
-Kill it at any moment and start it again: it goes on, and the files are those of an uninterrupted run.
-The steps and their options are in core/curate/, a file for each group.
+Documents go through steps/NN-NAME/ in shards; curate.html and curate.json report what was dropped and why. A run that
+is killed can be started again at any time: it continues, and its output is that of an uninterrupted run. The steps and
+their options are in core/curate/.
 """
 
 import json
@@ -48,12 +48,12 @@ OPTIONS = "; ".join(f"{name}: {', '.join(f.name for f in fields(step))}" for nam
 
 @dataclass
 class Config:
-    steps: dict[str, dict] = opt({}, f"tables [steps.NAME], in the order of the work; {OPTIONS}")
-    out: str = opt("runs/curate", "folder to write, or to go on with")
-    workers: int = opt(2, "processes", least=1)
-    shard_mb: float = opt(64.0, "of input in a shard", above=0)
-    memory_mb: float = opt(512.0, "that a step may use for what grows with the data; the rest is on the disk", above=0)
-    seed: int = opt(0, "of samples")
+    steps: dict[str, dict] = opt({}, f"tables [steps.NAME], run in this order; {OPTIONS}")
+    out: str = opt("runs/curate", "output folder; an unfinished run is continued")
+    workers: int = opt(2, "number of processes", least=1)
+    shard_mb: float = opt(64.0, "MB of input per shard", above=0)
+    memory_mb: float = opt(512.0, "MB of memory for tables that grow with the data; the rest is on disk", above=0)
+    seed: int = opt(0, "random seed")
 
     def __post_init__(self):
         check_ranges(self)

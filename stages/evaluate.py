@@ -1,4 +1,4 @@
-"""Measure a model: problems solved, multiple choice, programs, wins over another's answers, bits per byte on text.
+"""Evaluate a model: problems, multiple choice, programs, win rate against other answers, bits per byte on text.
 
     tritium evaluate --model=runs/grpo/step-00000060 --data=problems.jsonl
     tritium evaluate --model=… --data=gsm8k.jsonl --reward=math --shots=4 --json    {"exact_match": 0.71, "n": 500, …}
@@ -8,9 +8,8 @@
     tritium evaluate --model=… --data=problems.jsonl --against=other.jsonl --judge=FOLDER        a language model's
     tritium evaluate --model=… --text=book.txt
 
-Problems are records {"question", "answer"}, or with tests; an answer counts when `reward` finds it right. Answers are
-the likeliest ones unless `sampling.temperature` says otherwise. Intervals are of 95 %,
-Wilson's.
+Problems are records {"question", "answer"}, or with tests; `reward` decides whether an answer is right. Decoding is
+greedy unless `sampling.temperature` is set. Intervals are Wilson's, at 95 %.
 """
 
 import json
@@ -49,26 +48,26 @@ SHOWS_ITS_RESULT = True  # the command line need not
 @dataclass
 class Config(AskConfig):
     data: str = opt("", 'problems to solve: {"question", "answer"} records')
-    reward: str = opt("exact", "which answers are right, e.g. math or code; see core/rewards/make.py")
-    choices: str = opt("", "multiple choice, by the likelihood of each; or the last words of LAMBADA")
-    text: str = opt("", "text to predict")
-    shots: int = opt(0, "solve the file's first problems before each of the others", least=0)
-    samples: int = opt(1, "answers to each problem: more give pass@k", least=1)
-    against: str = opt("", "another's answers to the same problems, as `save` writes them: gives win_rate")
-    reward_model: str = opt("", "folder of a reward model that says which answer wins (default: `reward`)")
-    judge: str = opt("", "folder or address of a language model, or one of comparisons, that says it, shown both ways")
-    limit: int | None = opt(None, "use only the first problems", least=1)
-    sampling: SamplingConfig = opt(SamplingConfig(temperature=0.0), "how answers are drawn")
+    reward: str = opt("exact", "judge of right answers, e.g. math or code; see core/rewards/make.py")
+    choices: str = opt("", "file of multiple-choice questions (scored by likelihood), or of LAMBADA")
+    text: str = opt("", "file of text, for perplexity and bits per byte")
+    shots: int = opt(0, "few-shot: prepend this many solved problems, the file's first ones", least=0)
+    samples: int = opt(1, "answers per problem: more than one gives pass@k", least=1)
+    against: str = opt("", "another model's answers to the same problems, as written by `save`: gives win_rate")
+    reward_model: str = opt("", "win_rate: folder of a reward model that decides (default: `reward`)")
+    judge: str = opt("", "win_rate: folder or URL of a language model, or a comparison model, that sees both orders")
+    limit: int | None = opt(None, "use only this many problems, the first ones", least=1)
+    sampling: SamplingConfig = opt(SamplingConfig(temperature=0.0), "how answers are sampled")
     json: bool = opt(False, "print one JSON object")
-    save: str = opt("", "write every answer and its verdict to this .jsonl file")
+    save: str = opt("", "write all answers and their scores to this .jsonl file")
     mesh: MeshConfig = opt(MeshConfig, "parallelism")
 
     def __post_init__(self):
         super().__post_init__()
         if self.samples > 1 and not self.sampling.temperature:
-            raise ConfigError(f"samples={self.samples}: equal answers at temperature 0; set --sampling.temperature=0.8")
+            raise ConfigError(f"samples={self.samples} needs a temperature above 0: set --sampling.temperature=0.8")
         if self.judge and not self.against:
-            raise ConfigError(f"judge={self.judge}: it compares with another's answers: give --against=FILE")
+            raise ConfigError(f"judge={self.judge} compares with another model's answers: set --against=FILE")
         make_reward(self.reward)
 
 
@@ -88,9 +87,9 @@ def measure(config: Config) -> Result:
     for key in ("data", "text", "choices", "against"):
         file = getattr(config, key)
         if file and not Path(file).is_file():
-            raise DataError(f"{key}: {file} does not exist, or is no file")
+            raise DataError(f"{key}: {file} does not exist, or is not a file")
     if config.judge:
-        open_judge(config.judge, pairwise=True)  # a wrong place is told before the work
+        open_judge(config.judge, pairwise=True)  # report a wrong folder or URL before the work begins
     if config.save:
         make_room_for(config.save, "save")
     mesh = join(config.mesh, config.device, to_toml(config))
@@ -128,7 +127,7 @@ def others_answers(path: str, problems: list[Problem]) -> list[str]:
     others = {json.dumps(r.get("messages")): r.get("answer") for _, r in read_records(path, Skipped("raise"))}
     found = [others.get(json.dumps(list(p.messages))) for p in problems]
     if missing := sum(not isinstance(text, str) for text in found):
-        raise DataError(f"against: {path} lacks {missing} of {len(found)} problems: save it of the same data")
+        raise DataError(f"against: {path} lacks {missing} of {len(found)} problems: save answers to the same --data")
     return found
 
 
@@ -149,7 +148,7 @@ def with_shots(
     if not shots:
         return problems
     if any(p.reference.startswith(tuple(f'{{"{key}"' for key in CODE_KEYS)) for p in problems[:shots]):
-        raise ConfigError(f"shots={shots}: problems with tests have no answer that could be shown")
+        raise ConfigError(f"shots={shots}: problems with tests have no reference answer to show; set shots=0")
     pairs = [(*p.messages, {"role": "assistant", "content": p.reference}) for p in problems[:shots]]
     made = []
     for p in problems[shots:]:
@@ -160,7 +159,7 @@ def with_shots(
         else:
             skipped.add("a question longer than the context, with its shots", f"problem {p.index}")
     if not made:
-        raise ConfigError(f"shots={shots}: no problem fits the context of {context} tokens with them; take fewer")
+        raise ConfigError(f"shots={shots}: with them no problem fits the context of {context} tokens; use fewer shots")
     return made
 
 
@@ -193,7 +192,7 @@ def win_rate(config: Config, rollout: Rollout, others: list[str], mesh: Mesh) ->
     else:
         wins = wins_by_score(config, mine, theirs, mesh)
     if not wins:
-        raise DataError("the judge failed on every pair of answers: compare by another --judge or --reward")
+        raise DataError("the judge failed on every pair of answers: use another --judge or --reward")
     low, high = interval(wins)
     return {"win_rate": float(np.mean(wins)), "win_rate_low": low, "win_rate_high": high, "compared": len(wins)}
 

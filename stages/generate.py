@@ -3,10 +3,9 @@
 tritium generate --model=runs/sft --sources=prompts.jsonl --out=answers.jsonl
 
 A record is {"prompt": text} (continued as it is), {"messages": […]} or a problem ({"question", …}, answered in the
-model's chat format). Each line of the answers is its record with "answers": [{"text", "finish_reason", "tokens"}, …].
-The same command again goes on after the last whole line; lines that answer other records, or were drawn from another
-model or with other options (answers.jsonl.settings keeps them), are refused. A record that can't be answered keeps its
-line, with "error".
+model's chat format). Each output line is its record with "answers": [{"text", "finish_reason", "tokens"}, …], or with
+"error" if it can't be answered. The same command again continues after the last complete line. It refuses a file whose
+lines answer other records, or come from another model or other options (recorded in answers.jsonl.settings).
 """
 
 import json
@@ -45,27 +44,27 @@ Answered = tuple[dict, list[tuple[Completion, str]] | str]  # a record, and its 
 @dataclass
 class Config(AskConfig):
     sources: list[str] = opt([], "files of prompts, conversations or questions")
-    out: str = opt("answers.jsonl", "file to write, or to go on with")
-    n: int = opt(1, "answers to each", least=1)
-    logprobs: bool = opt(False, "write the log-probability of each token, too")
-    beams: int = opt(1, "more: search for the likeliest answer with so many, and draw none", least=1)
-    length_penalty: float = opt(1.0, "of beams: they are compared by Σ log-prob / tokens ** length_penalty")
+    out: str = opt("answers.jsonl", "output file; an unfinished one is continued")
+    n: int = opt(1, "answers per record", least=1)
+    logprobs: bool = opt(False, "also write the log-prob of each token")
+    beams: int = opt(1, "number of beams: above 1, beam search instead of sampling", least=1)
+    length_penalty: float = opt(1.0, "beams are compared by Σ log-prob / tokens ** length_penalty")
 
     def __post_init__(self):
         super().__post_init__()
         self.check_beams()
         if not self.sources:
-            raise ConfigError("sources is empty: name a file of prompts, --sources=prompts.jsonl")
+            raise ConfigError("sources is empty: give a file of prompts, --sources=prompts.jsonl")
 
     def check_beams(self) -> None:
-        """Raises: ConfigError for what a search has no use for."""
+        """Raises: ConfigError for options that don't apply to beam search."""
         if self.beams == 1 and self.length_penalty != 1:
-            raise ConfigError(f"length_penalty={self.length_penalty} is of a search: give beams=4, say")
+            raise ConfigError(f"length_penalty={self.length_penalty} needs beam search: set e.g. beams=4")
         usual = asdict(SamplingConfig())
         given = [f"sampling.{k}={v}" for k, v in asdict(self.sampling).items() if v != usual[k] and k not in SEARCHED]
         given += [f"n={self.n}"] if self.n > 1 else []
         if self.beams > 1 and given:
-            raise ConfigError(f"beams={self.beams} search for one answer, and draw none: leave out {given[0]}")
+            raise ConfigError(f"beams={self.beams} searches for one answer instead of sampling: leave out {given[0]}")
 
 
 def train(config: Config) -> Result:
@@ -89,7 +88,7 @@ def train(config: Config) -> Result:
             answers, failed = answers + (not wrong), failed + wrong
     skipped.tell()
     if failed:
-        print(f'not answered: {failed} of {answers + failed}; their lines have an "error"', file=sys.stderr)
+        print(f'not answered: {failed} of {answers + failed} records; their lines have an "error"', file=sys.stderr)
     rate = tokens / (time.perf_counter() - start)
     return Result(str(file), {"answers": float(answers), "failed": float(failed), "tokens_per_second": rate})
 
@@ -202,8 +201,8 @@ def resume(file: Path, config: Config, now: dict[str, Any]) -> int:
         before = {}
     if changed := [name for name, value in now.items() if before.get(name) != value]:
         told = ", ".join(f"{name}={before.get(name, 'unknown')}" for name in changed)
-        raise ConfigError(f"out: {file} was drawn with {told}: give that again or another --out, or delete the file")
-    print(f"{file} holds {done} of the answers: going on after them", file=sys.stderr)
+        raise ConfigError(f"out: {file} was written with {told}: set that again, use another --out, or delete the file")
+    print(f"{file} holds {done} answered records: continuing after them", file=sys.stderr)
     return done
 
 

@@ -1,4 +1,4 @@
-"""Say what a run needs before it starts: memory, messages and time of a rank, and the meshes that suit it best.
+"""Estimate what a run needs before it starts: memory, communication and time per rank, and the best meshes.
 
     tritium plan --preset=8b --gpus=64 --machine=h100                    # the best meshes for a step of 4 M tokens
     tritium plan --preset=8b --gpus=8 --mesh.zero=3 --bin_tokens=16384   # one mesh, in detail
@@ -30,23 +30,23 @@ STAGES = ("pretrain", "sft", "dpo", "grpo")
 
 @dataclass
 class Config:
-    preset: str | None = opt(None, "a known model's shape (none: that of `folder` or `model`)", choices=tuple(PRESETS))
-    folder: str = opt("", "a Hugging Face folder, whose config.json says the shape")
-    model: ShapeConfig = opt(ShapeConfig, "the shape, where neither preset nor folder gives it")
-    vocab_size: int = opt(8192, "tokens of the vocabulary, with `model`")
-    stage: str = opt("pretrain", "what is trained: dpo and grpo have more passes and models", choices=STAGES)
-    settings: str = opt("", "a TOML file of that stage: its model, mesh, batches and dtype are planned")
-    machine: str = opt("h100", "what it runs on; here: this machine, measured", choices=(*MACHINES, "here"))
-    reached: float = opt(0.7, "share of the datasheet's rates that is counted on", above=0)
-    gpus: int = opt(8, "ranks", above=0)
-    context: int = opt(8192, "tokens of a document", least=8)
-    step_tokens: int = opt(1 << 22, "tokens of a step, over all ranks", above=0)
-    bin_tokens: int = opt(0, "tokens of a micro-batch, on `mesh` (0: find the best meshes and micro-batches)", least=0)
-    mesh: MeshConfig = opt(MeshConfig, "parallelism, where bin_tokens is given")
-    muon: bool = opt(False, "Muon moves the layers' matrices")
-    offload: bool = opt(False, "the optimizer's state is in the host's memory")
-    dtype: str = opt("bf16", "of the parameters", choices=("bf16", "fp32"))
-    sequences: int = opt(256, "sequences that grpo samples together, of `context` tokens", above=0)
+    preset: str | None = opt(None, "shape of a known model (none: that of `folder` or `model`)", choices=tuple(PRESETS))
+    folder: str = opt("", "Hugging Face folder, whose config.json gives the shape")
+    model: ShapeConfig = opt(ShapeConfig, "shape, if neither preset nor folder is given")
+    vocab_size: int = opt(8192, "vocabulary size, with `model`")
+    stage: str = opt("pretrain", "stage to plan: dpo and grpo have more passes and models", choices=STAGES)
+    settings: str = opt("", "TOML file of that stage, for its model, mesh, batches and dtype")
+    machine: str = opt("h100", "GPU type; here: this machine, measured", choices=(*MACHINES, "here"))
+    reached: float = opt(0.7, "fraction of the datasheet's rates that is assumed", above=0)
+    gpus: int = opt(8, "number of GPUs (ranks)", above=0)
+    context: int = opt(8192, "tokens per document", least=8)
+    step_tokens: int = opt(1 << 22, "tokens per step, over all ranks", above=0)
+    bin_tokens: int = opt(0, "tokens per micro-batch, on `mesh` (0: find the best meshes and micro-batches)", least=0)
+    mesh: MeshConfig = opt(MeshConfig, "parallelism, if bin_tokens is given")
+    muon: bool = opt(False, "Muon for the layers' matrices")
+    offload: bool = opt(False, "optimizer state in host memory")
+    dtype: str = opt("bf16", "parameter dtype", choices=("bf16", "fp32"))
+    sequences: int = opt(256, "grpo: sequences of `context` tokens that are sampled at once", above=0)
 
     def __post_init__(self):
         check_ranges(self)
@@ -64,8 +64,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         found = best(plans(model, machine, config.gpus, work, config.step_tokens))
     if not found:
         raise ConfigError(
-            f"step_tokens={config.step_tokens} are no whole documents of context={config.context} for each of "
-            f"{config.gpus} GPUs, whatever the mesh"
+            f"step_tokens={config.step_tokens} can't be split into whole documents of context={config.context} for "
+            f"{config.gpus} GPUs on any mesh: choose a multiple of context · gpus"
         )
     print("\n".join([*overview(found), "", *details(found[0])]))
     return 0 if found[0].fits else 1

@@ -38,11 +38,11 @@ ONE_PROCESS = True
 
 @dataclass
 class Config:
-    data: str = opt(REQUIRED, "prompts with their answers")
-    out: str = opt("rankings.jsonl", "file that rankings are added to; what is in it is not asked again")
-    who: str = opt("", "who ranks (default: the user's name)")
-    terminal: bool = opt(False, "ask in the terminal, without a web page")
-    port: int = opt(8808, "of the web page (0: any that is free)", least=0, below=1 << 16)
+    data: str = opt(REQUIRED, "file of prompts with their answers")
+    out: str = opt("rankings.jsonl", "file that rankings are appended to; prompts already in it are not shown again")
+    who: str = opt("", "name of the annotator (default: the user's name)")
+    terminal: bool = opt(False, "rank in the terminal instead of a web page")
+    port: int = opt(8808, "port of the web page (0: any free one)", least=0, below=1 << 16)
 
     def __post_init__(self):
         check_ranges(self)

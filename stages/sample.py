@@ -1,16 +1,15 @@
-"""Draw k answers to each problem, verify and rank them, and write what the later stages train on.
+"""Sample k answers to each problem, verify and rank them, and write training data for later stages.
 
 tritium sample --model=runs/sft/step-00000200 --sources=problems.jsonl --k=8 --out=runs/sample
 
-sft.jsonl        answers to learn, as conversations; by `learn`:
-                   right        at most `paths` right ones of each problem, that compute differently: rejection sampling
+sft.jsonl        conversations for `sft`; `learn` selects
+                   right        up to `paths` right answers per problem with different calculations (rejection sampling)
                    reward       all, weighted by exp(score / β): reward-weighted regression (Peters & Schaal 2007)
                    advantage    all, weighted by exp((score − the problem's mean) / β) (AWR, arXiv 1910.00177, eq. 8)
-                   condition    all, after a system's message that says how good they are (arXiv 2302.08582, section 2)
-pairs.jsonl      a right and a wrong answer of the same problem, or with `chosen=best` the best and the worst one: for
-                 `reward` and `dpo`; with `rso`, of the answers that statistical rejection sampling leaves (arXiv
-                 2309.06657)
-rankings.jsonl   answers of different score, best first: for `reward --loss=listwise`
+                   condition    all, after a system message that says how good they are (arXiv 2302.08582, section 2)
+pairs.jsonl      a right and a wrong answer to the same problem, or with `chosen=best` the best and the worst, for
+                 `reward` and `dpo`; with `rso`, from answers kept by statistical rejection sampling (arXiv 2309.06657)
+rankings.jsonl   answers with different scores, best first, for `reward --loss=listwise`
 """
 
 import sys
@@ -37,32 +36,32 @@ FILES = ("sft", "pairs", "rankings")
 
 @dataclass
 class Config(AskConfig):
-    others: list[str] = opt([], "folders of further models with the same tokenizer: each answers, too")
-    sources: list[str] = opt([], "files of problems")
-    reward: str = opt("exact", "which answers are right, and how good; see core/rewards/make.py")
-    learn: str = opt("right", "what sft.jsonl holds", choices=("right", "reward", "advantage", "condition"))
-    paths: int = opt(1, "right answers to each problem, at most", least=1)
-    beta: float = opt(1.0, "of the weights, and of rso", above=0)
-    rso: int = opt(0, "pairs: so many answers left by statistical rejection sampling (0: all)", least=0)
-    k: int = opt(8, "answers to each problem", least=2)
-    pairs: int = opt(2, "pairs written for a problem, at most", least=1)
-    chosen: str = opt("right", "pairs: a right and a wrong answer, or best and worst", choices=("right", "best"))
-    limit: int | None = opt(None, "use only the first problems", least=1)
-    out: str = opt("runs/sample", "folder to write")
+    others: list[str] = opt([], "folders of further models with the same tokenizer, which also answer")
+    sources: list[str] = opt([], "problem files")
+    reward: str = opt("exact", "reward expression; see core/rewards/make.py")
+    learn: str = opt("right", "which answers go to sft.jsonl", choices=("right", "reward", "advantage", "condition"))
+    paths: int = opt(1, "learn=right: most answers per problem", least=1)
+    beta: float = opt(1.0, "temperature β of the weights and of rso", above=0)
+    rso: int = opt(0, "pairs: answers to keep by statistical rejection sampling (0: all)", least=0)
+    k: int = opt(8, "answers per problem", least=2)
+    pairs: int = opt(2, "most pairs per problem", least=1)
+    chosen: str = opt("right", "pairs: right and wrong answers, or best and worst", choices=("right", "best"))
+    limit: int | None = opt(None, "use only this many problems, the first ones", least=1)
+    out: str = opt("runs/sample", "output folder")
     mesh: MeshConfig = opt(MeshConfig, "parallelism")
 
     def __post_init__(self):
         super().__post_init__()
         if self.rso == 1:
-            raise ConfigError("rso=1: of one answer no pair can be made; 0 (all), or at least 2")
+            raise ConfigError("rso=1: a pair needs two answers; set rso to 0 (all) or at least 2")
         make_reward(self.reward)
 
 
 def train(config: Config) -> Result:
-    """Write the three files; `right` is the share of right answers, `solved` that of problems with one.
+    """Write the three files; `right` is the fraction of right answers, `solved` that of problems with at least one.
 
-    `tokens_per_second` counts the tokens of all answers, over the seconds until the last of them was judged.
-    Raises: DataError where the answers give nothing to learn from.
+    `tokens_per_second` is over all answers' tokens and the time until the last answer was scored.
+    Raises: DataError if the answers give nothing to learn from.
     """
     make_folder(config.out, "out", now=False)
     mesh = join(config.mesh, config.device, to_toml(config))
@@ -109,11 +108,11 @@ def write(config: Config, rollout: Rollout) -> Counter:
 
 
 def tell(config: Config, written: Counter, solved: int, problems: int) -> None:
-    """What the files hold. Raises: DataError where they are empty."""
+    """Print how many lines the files have. Raises: DataError if they are empty."""
     counts = f"{solved} of {problems} problems have a right answer among {config.k * (1 + len(config.others))}"
     if not written.total():
-        raise DataError(f"{counts}: nothing to learn from. Train the model longer, draw more (--k), give answers "
-                        f"room (--sampling.max_tokens), or check --reward={config.reward!r} on one")  # fmt: skip
+        raise DataError(f"{counts}: nothing to learn from. Train the model longer, sample more answers (--k), allow "
+                        f"longer ones (--sampling.max_tokens), or check --reward={config.reward!r}")  # fmt: skip
     lines = ", ".join(f"{name}.jsonl {written[name]}" for name in FILES)
     print(f"{counts}; lines: {lines}", file=sys.stderr)
 

@@ -2,10 +2,9 @@
 
 tritium serve --model=runs/sft --port=8000
 
-POST /v1/chat/completions and /v1/completions (with "stream": true as server-sent events; "echo": true with "logprobs"
-scores a prompt), GET /v1/models. Each connection has a thread; one more thread runs the engine, in which the requests
-of all advance together. A request that can't be served gets a sentence and a status of 4xx; a client that goes away
-ends its own request, and no other.
+POST /v1/chat/completions and /v1/completions ("stream": true for server-sent events; "echo": true with "logprobs"
+scores a prompt), GET /v1/models. Each connection has a thread; one more thread runs the engine, which batches all
+requests. An invalid request gets a sentence and a 4xx status; a client that disconnects ends only its own request.
 """
 
 import json
@@ -45,9 +44,9 @@ ONE_PROCESS = True
 
 @dataclass
 class Config(AskConfig):
-    host: str = opt("127.0.0.1", "address to listen on; 0.0.0.0 lets other machines in, and asks nobody who they are")
-    port: int = opt(8000, "port to listen on (0: any that is free)", least=0, below=1 << 16)
-    sampling: SamplingConfig = opt(SamplingConfig(max_tokens=256, max_batch=32), "what a request doesn't say itself")
+    host: str = opt("127.0.0.1", "address to listen on; 0.0.0.0 admits other machines, without authentication")
+    port: int = opt(8000, "port to listen on (0: any free one)", least=0, below=1 << 16)
+    sampling: SamplingConfig = opt(SamplingConfig(max_tokens=256, max_batch=32), "defaults of a request's options")
 
     def __post_init__(self):
         super().__post_init__()
@@ -64,7 +63,7 @@ def train(config: Config) -> Result:
 
 
 class Worker(threading.Thread):
-    """The thread that runs the engine: it does what the others ask for between two steps, and hands out the events."""
+    """The thread that runs the engine. Between steps it executes other threads' actions; it distributes the events."""
 
     def __init__(self, engine: Engine):
         super().__init__(daemon=True, name="engine")

@@ -20,10 +20,10 @@ ONE_PROCESS = True  # others would write the same file
 @dataclass
 class Config:
     sources: list[str] = opt([], 'text files, or .jsonl with a "text" in each record')
-    vocab_size: int | None = opt(None, f"tokens, special ones and the 256 bytes included {DEFAULT}", least=300)
-    max_megabytes: float = opt(20.0, "read no more text than this from each file")
-    special: list[str] = opt([], "further tokens: <|…|> are markers, others are text that is never split")
-    out: str = opt("runs/tokenizer", "folder to write")
+    vocab_size: int | None = opt(None, f"vocabulary size, with special tokens and 256 bytes {DEFAULT}", least=300)
+    max_megabytes: float = opt(20.0, "read at most this much text from each file")
+    special: list[str] = opt([], "further tokens: <|…|> are control tokens, others are text that is never split")
+    out: str = opt("runs/tokenizer", "output folder")
 
     def __post_init__(self):
         check_ranges(self)

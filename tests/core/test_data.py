@@ -159,7 +159,7 @@ def test_replayed_text_has_its_share_of_an_epochs_tokens():
 
 
 def test_weights_that_leave_nothing_are_an_error_and_not_an_endless_search():
-    with pytest.raises(DataError, match="nothing to train on"):
+    with pytest.raises(DataError, match="an epoch of these sources is empty"):
         bins_of([examples(0, [5])], [0.3]).step(0)
 
 

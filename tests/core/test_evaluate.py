@@ -169,12 +169,12 @@ def test_another_that_lacks_problems_is_told_before_the_work_and_answers_are_kep
 
 def test_what_can_not_be_evaluated_is_explained(tiny, tmp_path):
     problems = tiny.data("problems.jsonl")
-    with pytest.raises(ConfigError, match="take fewer"):
+    with pytest.raises(ConfigError, match="use fewer shots"):
         evaluate.measure(config(tiny, data=problems, shots=5))
     (tmp_path / "code.jsonl").write_text('{"question": "Write f.", "tests": ["assert f(1)"]}\n' * 3)
-    with pytest.raises(ConfigError, match="problems with tests have no answer that could be shown"):
+    with pytest.raises(ConfigError, match="problems with tests have no reference answer to show"):
         evaluate.measure(config(tiny, data=str(tmp_path / "code.jsonl"), shots=1, reward="code"))
-    with pytest.raises(ConfigError, match="equal answers"):
+    with pytest.raises(ConfigError, match="needs a temperature above 0"):
         config(tiny, data=problems, samples=2)
     with pytest.raises(ConfigError, match="did you mean math"):
         config(tiny, data=problems, reward="maths")

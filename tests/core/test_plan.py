@@ -342,7 +342,7 @@ def test_dpo_and_grpo_need_more(capsys):
             "cp=1 × tp=4 does not divide the 6",
         ),
         (["--preset=8b", "--gpus=6", "--mesh.tp=3", "--bin_tokens=8192"], "mesh.tp=3 does not divide num_heads=32"),
-        (["--preset=8b", "--gpus=8", "--step_tokens=8191"], "no whole documents of context=8192"),
+        (["--preset=8b", "--gpus=8", "--step_tokens=8191"], "can't be split into whole documents of context=8192"),
         (["--preset=9b"], "expected one of 1b, 3b, 8b"),
     ],
 )

@@ -186,7 +186,7 @@ def test_a_local_judge_that_prefers_a_place_finds_all_answers_equal(parrot, tiny
     folder, saved = parrot("Winner: A"), str(tmp_path / "a.jsonl")
     assert make_reward(f"judge({folder!r}, pairwise=True)")([], "x", prompt="Q", reference="y").value == 0.5
     common = ["evaluate", f"--model={tiny.model}", f"--data={tiny.data('problems.jsonl')}", "--sampling.max_tokens=8"]
-    assert cli.main([*common, f"--judge={folder}"]) == 2 and "give --against=FILE" in capsys.readouterr().err
+    assert cli.main([*common, f"--judge={folder}"]) == 2 and "set --against=FILE" in capsys.readouterr().err
     assert cli.main([*common, f"--save={saved}"]) == 0
     capsys.readouterr()
     assert cli.main([*common, f"--against={saved}", f"--judge={folder}", "--json"]) == 0

@@ -144,7 +144,7 @@ def test_pairs_longer_than_the_context_can_be_cut(tiny, tmp_path, capsys):
 def test_a_weight_that_leaves_nothing(sft, tmp_path):
     file = write(tmp_path / "a.jsonl", GOOD[0])
     code, shown = sft(f"{file}@0.3")
-    assert code == 2 and "nothing to train on" in shown
+    assert code == 2 and "an epoch of these sources is empty" in shown
 
 
 # ---------------------------------------------------------------------------------------------- models
@@ -216,7 +216,7 @@ def test_a_full_disk_at_the_last_checkpoint(sft, tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert code == 2 and "step-00000002 could not be written: " in shown and "free some space" in shown
-    assert "step-00000001 could not be written" in shown and "the run goes on" in shown
+    assert "step-00000001 could not be written" in shown and "the run continues" in shown
     assert not checkpoints(tmp_path / "out") and not list((tmp_path / "out").glob("*.tmp"))
 
 

@@ -578,7 +578,7 @@ def test_beams_search_for_one_answer_and_what_draws_is_refused(tiny, tmp_path):
         ({"beams": 4, "n": 2}, "leave out n=2"),
         ({"beams": 4, "sampling": SamplingConfig(top_p=0.5)}, "leave out sampling.top_p=0.5"),
         ({"beams": 4, "sampling": SamplingConfig(stop=["\n"])}, "leave out sampling.stop"),
-        ({"length_penalty": 0.5}, "give beams=4, say"),
+        ({"length_penalty": 0.5}, "set e.g. beams=4"),
     ):
         with pytest.raises(ConfigError, match=words):
             generate.Config(**given, **options)
@@ -600,9 +600,9 @@ def test_answers_of_another_model_or_other_options_are_not_gone_on_with(tiny, tm
     other.save(str(tmp_path / "other"))
     load_tokenizer(tiny.model, other).save(str(tmp_path / "other"))
     for options, words in (
-        ({"temperature": 0.5}, "was drawn with sampling.temperature=1.0"),
-        ({"seed": 3}, "was drawn with seed=0"),
-        ({"model": str(tmp_path / "other")}, "was drawn with model="),
+        ({"temperature": 0.5}, "was written with sampling.temperature=1.0"),
+        ({"seed": 3}, "was written with seed=0"),
+        ({"model": str(tmp_path / "other")}, "was written with model="),
     ):
         with pytest.raises(ConfigError, match=words):
             draw(**options)
