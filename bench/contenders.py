@@ -101,7 +101,8 @@ def tritium(work: Work, dtype: str = "bf16") -> Steps:
     """Packed streams, `Trainer.step`: forward, backward, clip, AdamW with fp32 masters and moments."""
     mesh = Mesh.single(torch.device(DEVICE))
     networks, objective = _networks(work, mesh, dtype)
-    settings = Settings(RunConfig(out=f"{work.folder}/run"), OptimConfig(lr=work.lr), ScheduleConfig(kind="constant"))
+    schedule = ScheduleConfig(kind="constant", warmup=0)  # a part of a run without an end would be for ever
+    settings = Settings(RunConfig(out=f"{work.folder}/run"), OptimConfig(lr=work.lr), schedule)
     loop = Loop(networks, objective, settings, mesh)
     for number, members in enumerate(work.batches()):
         if work.kind in SAMPLED:

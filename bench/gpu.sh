@@ -173,12 +173,12 @@ fi
 
 # A model trains and generates.
 bench step-full step --device="$device" "${model[@]}" --recompute=none,selective,full
-others=
-if has transformers; then others=--against=hf_autocast,hf,hf_compiled; fi
-bench train-text train "${small[@]}" --text --lr=3e-4 "${curve[@]}" $others
+if has transformers; then others=(--against=hf_autocast,hf); else others=(); fi
+bench train-text train "${small[@]}" --text --lr=3e-4 "${curve[@]}" "${others[@]}"
 bench generate generate --device="$device" "${decoder[@]}"
 bench train-stages train "${small[@]}" --stages=pretrain,sft,dpo,ppo,grpo "${turns[@]}"
 bench step-adapters step --device="$device" "${large[@]}" --finetune=lora,qlora
+bench train-compiled train "${small[@]}" --against=nanogpt,hf_compiled "${turns[@]}"
 step ladder-smoke "$python" -m tritium.stages run --recipe=smoke --out="$work/smoke"
 
 # One shape of each kernel under the sanitizer.

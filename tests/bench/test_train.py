@@ -33,6 +33,14 @@ def test_ours_and_transformers_do_the_same_work(tmp_path, capsys):
     assert all(f"{row['contender']}: {row['setting'].split()[0]}" in said for row in (ours, theirs))
 
 
+def test_on_real_text_ours_and_transformers_learn_alike(tmp_path):
+    """The same losses, step by step; both fall. A wrong rate shows here, and in no time of a step."""
+    _, rows = rows_of(tmp_path, "--against=hf_fp32", "--text", "--lr=3e-3", "--vocab_size=256", "--steps=8")
+    ours, theirs = (row["losses"] for row in rows)
+    assert len(theirs) == train.WARM + 16 and len(ours) == len(theirs) - 1  # the last is told with the next step
+    assert ours == pytest.approx(theirs[:-1], rel=0.01) and ours[-1] < ours[0] - 0.5
+
+
 def test_pairs_train_too(tmp_path):
     code, rows = rows_of(tmp_path, "--stages=dpo,reward")
     assert code == 0 and [row["stage"] for row in rows] == ["reward", "dpo"]
