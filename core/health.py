@@ -19,17 +19,12 @@ IDLE = (
 )  # printed at the end of a run
 
 PANEL = {  # chart of the report → its series
-    "reward": ("reward", "shaped_reward", "right"),
-    "KL": ("kl_k1", "kl_k3", "old_kl", "beta"),
-    "ratio": ("ratio", "clip_fraction", "value_clip_fraction"),
-    "log-prob gap of sampler and trainer": ("sampler_gap",),
-    "entropy": ("entropy",),
-    "length": ("length",),
-    "answers": ("ended", "varied_groups"),
-    "critic": ("explained_variance", "value_loss"),
-    "failures": ("verifier_failures", "kl_blowups"),
+    "reward": ("reward", "shaped_reward", "right"), "KL": ("kl_k1", "kl_k3", "old_kl", "beta"),
+    "ratio": ("ratio", "clip_fraction", "value_clip_fraction"), "entropy": ("entropy",), "length": ("length",),
+    "log-prob gap of sampler and trainer": ("sampler_gap",), "answers": ("ended", "varied_groups"),
+    "critic": ("explained_variance", "value_loss"), "failures": ("verifier_failures", "kl_blowups"),
     "tokens per second": ("sampled_tokens_per_second", "tokens_per_second"),
-}
+}  # fmt: skip
 
 
 class Trend(NamedTuple):

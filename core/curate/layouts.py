@@ -153,6 +153,7 @@ def chat(record: dict) -> Document:
 SKIPPED_TAGS = {"script", "style", "title", "nav", "footer", "noscript", "template", "svg", "button", "select"}
 BLOCKS = {"p", "div", "br", "li", "tr", "h1", "h2", "h3", "h4", "h5", "h6", "pre", "blockquote", "section", "article"}
 BLOCKS |= {"table", "dl", "dt", "dd", "figcaption", "main", "header", "form", "hr"}
+UNENDED = re.compile("<(?=[a-zA-Z][^<>\"']*<)")  # no tag; of many in a row, the parser's time grows with the square
 KEPT = {ord(" "): "\ue000", ord("\t"): "\ue001"}  # the white space of code, until lines are put together
 
 
@@ -184,7 +185,7 @@ class TextOnly(html.parser.HTMLParser):
 
 def html_text(page: str) -> str:
     parser = TextOnly()
-    parser.feed(page)
+    parser.feed(UNENDED.sub("&lt;", page))
     parser.close()
     lines = (" ".join(line.split()) for line in "".join(parser.parts).split("\n"))
     text = re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).strip()
@@ -192,14 +193,9 @@ def html_text(page: str) -> str:
 
 
 LAYOUTS: list[tuple[set[str], Callable[[dict], Document]]] = [
-    ({"question", "input_output"}, apps),
-    ({"description", "public_tests"}, code_contests),
-    ({"description", "input_format"}, codeforces),
-    ({"problem", "generations"}, maths),
-    ({"problem", "solution"}, maths),
-    ({"question", "reference_answer"}, maths),
-    ({"html"}, lambda r: text(html_text(r["html"]))),
-    ({"text", "test_list"}, other),
-    ({"text"}, lambda r: text(r["text"])),
-    ({"content"}, lambda r: text(r["content"])),
-]
+    ({"question", "input_output"}, apps), ({"description", "public_tests"}, code_contests),
+    ({"description", "input_format"}, codeforces), ({"problem", "generations"}, maths),
+    ({"problem", "solution"}, maths), ({"question", "reference_answer"}, maths),
+    ({"html"}, lambda r: text(html_text(r["html"]))), ({"text", "test_list"}, other),
+    ({"text"}, lambda r: text(r["text"])), ({"content"}, lambda r: text(r["content"])),
+]  # fmt: skip

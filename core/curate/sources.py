@@ -26,10 +26,11 @@ from tritium.core.curate.runner import write_atomically
 from tritium.core.curate.step import Context, Document, Drop, Job, Piece, Step
 from tritium.core.files import LONE_SURROGATE, DataError, holds_records, is_json_list, json_list, table_rows
 from tritium.core.formats import RecordError
-from tritium.core.output import whole_file
+from tritium.core.output import whole_file, write_lines
 
 WIDE = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 CONTROLS = bytes([*range(9), *range(14, 27), *range(28, 32)])  # which compressed files and images are full of
+MANY, SMALL = 100, 65536  # so many texts of fewer bytes go together
 LONGEST_NAME = 50  # characters of a source's file name in those of its shards: a file system takes 255 bytes
 
 
@@ -66,7 +67,7 @@ class Collect(Step):
 
     def pieces(self, context: Context, shards: list[Piece]) -> list[Piece]:
         """The lines of each file in stretches of `shard_mb`; unpacks what is not lines yet."""
-        paths = self.paths()
+        paths = self.bundled(self.paths(), context)
         made = context.map(Unpack(context.scratch), paths)
         taken, pieces = {shard.name.rpartition("-")[0] for shard in shards}, []
         for path, (plain, damage) in zip(paths, made, strict=True):
@@ -80,6 +81,18 @@ class Collect(Step):
                 last = damage if end == size else ""
                 pieces.append(Piece(plain, key, f"{name}-{i:04d}", start, end, damage=last))
         return pieces
+
+    def bundled(self, paths: list[str], context: Context) -> list[str]:
+        """Many small texts as one file of records, named after the first one's folder: a shard for each takes long."""
+        small = {p for p in paths if kind_of(p) != "lines" and os.path.getsize(p) <= min(self.characters, SMALL)}
+        small = sorted(p for p in small if not p.endswith(".gz") and beginning(p)[:2] not in WIDE)
+        if len(small) < MANY or self.limit:
+            return paths
+        folder = context.scratch / digest(self.encoding, [[path, state(path)] for path in small])[:12]
+        bundle = folder / f"{Path(small[0]).absolute().parent.name}.jsonl"
+        if not bundle.exists():
+            write_lines(bundle, ({"id": p, kind_of(p): self.decoded(Path(p).read_bytes())} for p in small))
+        return [*sorted({*paths} - {*small}), str(bundle)]
 
     def read(self, piece: Piece, job: Job) -> Iterator[Document | tuple[str, Drop]]:
         name, taken = piece.name.rpartition("-")[0], 0
@@ -116,11 +129,12 @@ class Collect(Step):
             return Drop("a text that is not valid Unicode")
         return document
 
-    def decoded(self, line: bytes, job: Job) -> str:
+    def decoded(self, line: bytes, job: Job | None = None) -> str:
         try:
             return line.decode("utf-8-sig")
         except UnicodeDecodeError:
-            job.notes[f"lines that are not UTF-8, read as {self.encoding}"] += 1
+            if job:
+                job.notes[f"lines that are not UTF-8, read as {self.encoding}"] += 1
             return line.decode(self.encoding, "replace")
 
     def texts(self, lines: Iterator, piece: Piece, job: Job) -> Iterator[tuple[int, str | None]]:
@@ -203,7 +217,9 @@ def readable(path: str) -> None:
     if path.endswith(".parquet"):
         next(table_rows(path), None)
     elif (head := beginning(path))[:2] not in WIDE and len(head.translate(None, CONTROLS)) < 0.98 * len(head):
-        raise DataError(f"sources: {path} is no text: leave it out, or unpack it (of archives, .gz alone is read)")
+        raise DataError(
+            f"sources: {path} is no text: leave it out, or unpack it (gzip's is read where its name ends in .gz)"
+        )
 
 
 def json_rows(rows: Iterator[tuple[str, Any]]) -> Iterator[bytes]:

@@ -60,15 +60,10 @@ def candidate():
     os.dup2(null, 1)
     kept, space = [], {"__name__": "candidate"}
     operations = {
-        "name": lambda name: space[name],
-        "call": lambda function, args, kwargs: function(*args, **kwargs),
-        "attribute": getattr,
-        "set": setattr,
-        "item": operator.getitem,
-        "length": len,
+        "name": lambda name: space[name], "call": lambda function, args, kwargs: function(*args, **kwargs),
+        "attribute": getattr, "set": setattr, "item": operator.getitem, "length": len, "truth": bool,
         "list": lambda items: list(itertools.islice(items, 100_000)),
-        "truth": bool,
-    }
+    }  # fmt: skip
 
     def keep(value):
         kept.append(value)

@@ -231,6 +231,25 @@ def test_files_of_one_name_get_names_of_their_own_and_folders_are_passed_over(tm
     assert result.metrics["kept"] == 3
 
 
+def test_many_small_texts_share_shards_and_keep_their_names(tmp_path):
+    (folder := tmp_path / "notes").mkdir()
+    for i in range(300):
+        (folder / f"{i:03d}.txt").write_bytes(f"note {i}, caf\xe9".encode("cp1252"))
+    (folder / "page.html").write_text("<p>a <b>page</b></p>")
+    (folder / "long.txt").write_text("a line of it\n" * 3000)
+    (folder / "wide.txt").write_text("wide", encoding="utf-16")
+    collect = {"collect": {"sources": [str(folder / "*")]}}
+    result = run(collect, tmp_path / "out", shard_mb=0.01)
+    shards = sorted((tmp_path / "out/steps/00-collect").glob("*.jsonl"))
+    documents = {d.get("own_id", "")[-7:]: d for f in shards for d in map(json.loads, f.open(encoding="utf-8"))}
+    assert len(shards) < 20 and result.metrics["kept"] == 301 + 5  # the long one in four pieces, and the wide one
+    assert documents["007.txt"]["text"] == "note 7, café" and documents["007.txt"]["source"] == "notes"
+    assert documents["ge.html"]["text"] == "a page"
+    before = {f.name: f.read_bytes() for f in shards}
+    run(collect, tmp_path / "out", shard_mb=0.01)
+    assert {f.name: f.read_bytes() for f in shards} == before
+
+
 def test_plain_texts_that_are_not_utf8_are_read_and_counted(tmp_path):
     (tmp_path / "a.txt").write_bytes("un café\n".encode("cp1252"))
     (tmp_path / "b.html").write_bytes("<p>un thé</p>".encode("cp1252"))
