@@ -361,7 +361,7 @@ def _convert(kind: Any, value: Any) -> Any:
     if kind is bool and isinstance(value, bool):
         return value
     if kind in (int, float) and isinstance(value, (int, float)) and not isinstance(value, bool):
-        if kind is int and value != int(value):  # 1e6 is an int, 1.5 is not; int() raises for inf and nan
+        if value * 0 != 0 or (kind is int and value != int(value)):  # inf and nan; 1e6 is an int, 1.5 is not
             raise ValueError(value)
         return kind(value)
     raise TypeError(value)

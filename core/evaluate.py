@@ -102,8 +102,7 @@ def continuation_document(tokenizer: Tokenizer, prompt: str, continuation: str, 
     while shared < min(len(before), len(whole) - 1) and before[shared] == whole[shared]:
         shared += 1
     weights = [0.0] * (len(start) + shared) + [1.0] * (len(whole) - shared)
-    ids = (start + whole)[-context:]
-    return Document(np.array(ids, np.int32), np.array(weights[-context:], np.float32))
+    return Document(np.array((start + whole)[-context:], np.int32), np.array(weights[-context:], np.float32))
 
 
 def interval(values: Sequence[float], draws: int = 1, z: float = 1.96) -> tuple[float, float]:

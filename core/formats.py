@@ -269,8 +269,7 @@ def tool_call(call: Any) -> dict:
 
 def joined(first: Message, second: Message) -> Message:
     content = "\n".join(filter(None, (first["content"], second["content"])))
-    calls = [*first.get("tool_calls", ()), *second["tool_calls"]]
-    return first | second | {"content": content, "tool_calls": calls}
+    return first | second | {"content": content, "tool_calls": [*first.get("tool_calls", ()), *second["tool_calls"]]}
 
 
 def tool_list(tools: Any) -> list:

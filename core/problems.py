@@ -68,8 +68,7 @@ def problems_of(
         open_ = lambda r: r is None or number - r[1] >= RECHECK or band[0] <= r[0] <= band[1]  # noqa: E731
         within = [p for p, r in zip(problems, known, strict=True) if open_(r)]
         within = within if len(within) >= count else problems
-        order = np.random.default_rng([seed, number]).permutation(len(within))
-        return [within[i] for i in order[:count]]
+        return [within[i] for i in np.random.default_rng([seed, number]).permutation(len(within))[:count]]
     places = range(number * count, (number + 1) * count)
     epochs = {p // len(problems) for p in places}
     orders = {epoch: np.random.default_rng([seed, epoch]).permutation(len(problems)) for epoch in epochs}

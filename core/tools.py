@@ -39,8 +39,7 @@ def observation_ids(tokenizer: Tokenizer, text: str) -> list[int]:
     turns = [{"role": "user", "content": ""}, {"role": "assistant", "content": ""}]
     before, ends = render(tokenizer, turns).ids, set(stop_ids(tokenizer))
     ids = render(tokenizer, [*turns, {"role": "tool", "content": text}], generation_prompt=True).ids
-    end = max((i for i, token in enumerate(before) if token in ends), default=len(before) - 1)
-    return ids[end + 1 :]
+    return ids[max((i for i, token in enumerate(before) if token in ends), default=len(before) - 1) + 1 :]
 
 
 def python(code: str) -> str:

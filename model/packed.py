@@ -80,5 +80,4 @@ def own_of(model: Transformer) -> dict[int, Tensor]:
 def bits(weight: Tensor) -> int:
     """The sum of its bytes, eight at a time where that goes."""
     whole = (weight.storage_offset() | weight.shape[-1]) * weight.element_size() % 8 == 0  # both are multiples
-    kind = torch.int64 if whole else torch.int16
-    return int(weight.detach().view(kind).sum())
+    return int(weight.detach().view(torch.int64 if whole else torch.int16).sum())

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from tritium.core.checkpoint import model_folder
+from tritium.core.checkpoint import checkpoints, model_folder
 from tritium.core.config import UserError
 from tritium.core.files import Skipped, read_documents
 from tritium.core.output import make_folder
@@ -161,6 +161,11 @@ def average(arguments: argparse.Namespace) -> None:
 
 
 def opened(folder: str, dtype: str) -> Transformer:
+    """Raises: UserError for an adapter, which the new model would be without."""
+    if (Path(model_folder(folder)) / ADAPTER_CONFIG).exists():
+        raise UserError(
+            f"{folder} is an adapter: make one model of it and its base first, with `tritium surgery merge`"
+        )
     return load_model(folder, dtype, Mesh.single())
 
 
@@ -181,7 +186,7 @@ def texts(file: str, folder: str, model: Transformer) -> list[torch.Tensor]:
 def new_folder(out: str) -> Path:
     """Raises: UserError where a model is there already, or nothing can be written."""
     folder = make_folder(out, "OUT", now=False)
-    if tensor_files(folder, "model"):
+    if tensor_files(folder, "model") or checkpoints(folder):  # those of a run would be hidden by it
         raise UserError(f"OUT={folder} holds a model already: name another folder, or delete it")
     return folder
 

@@ -28,6 +28,7 @@ from statistics import median
 import numpy as np
 
 from tritium.core.config import ConfigError, UserError, listed, load
+from tritium.core.files import Skipped, json_lines
 from tritium.core.output import make_folder
 from tritium.core.report import read_curves, svg_chart
 from tritium.core.search import Setting, Settings, suggest
@@ -92,8 +93,8 @@ class Sweep:
         self.options, self.rest, self.space, self.out = options, rest, space, out
         self.sign, self.record, self.trials = -1.0 if options.maximize else 1.0, out / "trials.jsonl", []
         self.running: dict[int, tuple[subprocess.Popen, float]] = {}  # place in trials → process, when it began
-        for line in self.record.read_text().splitlines() if self.record.exists() else ():
-            self.trials.append(Trial(**json.loads(line)))
+        for _, row in json_lines(str(self.record), Skipped()) if self.record.exists() else ():  # not half of a line
+            self.trials.append(Trial(**row))
         names = {setting.name for setting in space}
         if odd := next((t for t in self.trials if set(t.settings) != names), None):
             raise UserError(f"{self.record} holds trials of {', '.join(odd.settings)}: use another --out, or delete it")

@@ -93,7 +93,16 @@ def test_the_commands(tiny, tmp_path, capsys):
     assert cli.main(same) == 0
     a, b = (tritium.load(str(f), dtype=torch.float32) for f in (tmp_path / "same", tiny.model))
     torch.testing.assert_close(a.logits(TOKENS), b.logits(TOKENS))
+    (tmp_path / "run" / "step-00000001").mkdir(parents=True)
+    (adapter := tmp_path / "adapter").mkdir()
+    (adapter / "adapter_config.json").write_text("{}")
     for command, words in (
+        (
+            ["layers", str(adapter), str(tmp_path / "x"), "--order=0"],
+            "is an adapter: make one model of it and its base",
+        ),
+        (["average", str(tmp_path / "x"), tiny.model, str(adapter)], "is an adapter"),
+        (["layers", tiny.model, str(tmp_path / "run"), "--order=0"], "holds a model already"),
         (["vocabulary", tiny.model, str(tmp_path / "x"), "--size=9"], "the tokenizer has 340 tokens"),
         (["layers", tiny.model, str(tmp_path / "x"), "--order=0-7"], "layers are 0 to 1"),
         (["layers", tiny.model, str(tmp_path / "x"), "--order=a"], "neither a layer nor a range"),

@@ -70,6 +70,13 @@ def test_preference_pairs_as_conversations(sft, tmp_path):
     assert code == 2 and 'a record without an answer ("chosen" and "rejected" are for reward and dpo)' in shown
 
 
+@pytest.mark.parametrize("number", ["optim.lr=inf", "run.epochs=inf", "schedule.warmup=inf", "finetune.neftune=nan"])
+def test_a_number_that_is_none(sft, tmp_path, number):
+    """lr=inf ended with exit code 0 and a model of NaNs, epochs=inf in a traceback."""
+    code, shown = sft(write(tmp_path / "a.jsonl", *GOOD), f"--{number}")
+    assert code == 2 and f"--{number}: expected float" in shown
+
+
 def test_an_empty_file(sft, tmp_path):
     code, shown = sft(write(tmp_path / "empty.jsonl"))
     assert code == 2 and "empty.jsonl is empty" in shown

@@ -35,6 +35,9 @@ def test_trials_run_are_shown_and_resumed(tiny, tmp_path, capsys):
     assert sweep.main(options(tiny, tmp_path, "--trials=2")) == 0
     redone = [json.loads(line) for line in (tmp_path / "trials.jsonl").read_text().splitlines()]
     assert [(row["number"], row["value"]) for row in redone] == [(i, again[i]["value"]) for i in (1, 0)]
+    with (tmp_path / "trials.jsonl").open("a") as lines:
+        lines.write('{"settings": {"opt')  # killed while it wrote
+    assert sweep.main(options(tiny, tmp_path, "--trials=2")) == 0
     with pytest.raises(UserError, match="holds trials of optim.lr: use another --out"):
         sweep.main([*options(tiny, tmp_path, "--trials=3"), "--vary=optim.beta1=0.8:0.9"])
 
