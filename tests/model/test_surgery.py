@@ -99,7 +99,7 @@ def test_the_commands(tiny, tmp_path, capsys):
     for command, words in (
         (
             ["layers", str(adapter), str(tmp_path / "x"), "--order=0"],
-            "is an adapter: make one model of it and its base",
+            "is an adapter: make one model of it and",
         ),
         (["average", str(tmp_path / "x"), tiny.model, str(adapter)], "is an adapter"),
         (["layers", tiny.model, str(tmp_path / "run"), "--order=0"], "holds a model already"),
