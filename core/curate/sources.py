@@ -38,7 +38,7 @@ LONGEST_NAME = 50  # characters of a source's file name in those of its shards: 
 class Collect(Step):
     """Documents from files."""
 
-    sources: list[str] = opt([], "files, or patterns: .jsonl, .json, .txt, .html, each also with .gz, .parquet")
+    sources: list[str] = opt([], "files, or patterns: .jsonl, .json, .txt, .html (also with .gz), .parquet")
     source: str = opt("", "what the documents call their source (default: the file's name)")
     licence: str = opt("unknown", "under which it was published")
     limit: int = opt(0, "use only the first records of each file (0: all)", least=0)
