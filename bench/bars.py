@@ -77,7 +77,7 @@ def packed(rows: list[Row]) -> Iterator[float]:
     """Tokens/s of packed conversations over those of pretraining, of the same model in the same run."""
     for sft in chosen(rows, contender="tritium", stage="sft"):
         same = {key: sft[key] for key in ("shape", "bin_tokens", "micro_tokens")}
-        for pretrain in chosen(rows, contender="tritium", stage="pretrain", text=False, **same):
+        for pretrain in [*chosen(rows, contender="tritium", stage="pretrain", text=False, **same)][:1]:
             yield sft["tokens_per_second"] / pretrain["tokens_per_second"]
 
 
