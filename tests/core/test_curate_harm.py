@@ -145,7 +145,7 @@ def test_records_that_break_later_steps_are_told_apart_at_once(tmp_path):
     assert [d["answers"][0]["text"] for d in documents] == [str(10**400)]
     (first, *_) = json.loads((tmp_path / "out/curate.json").read_text(encoding="utf-8"))["steps"]
     assert first["dropped"].pop("a record of unknown form (keys: \ud800)") == 1
-    assert sorted(first["dropped"]) == ["a conversation without a question", "an empty system"]
+    assert sorted(first["dropped"]) == ["a conversation without a question", "a record whose system is not text"]
 
 
 def test_text_that_utf8_can_not_hold_is_no_reply_of_a_teacher(tmp_path, monkeypatch):
