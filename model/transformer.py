@@ -1,20 +1,21 @@
-"""The decoder: embedding → L × (attention, SwiGLU) → RMSNorm, and one door to the head.
+"""The decoder: embedding → L × (attention, SwiGLU) → RMSNorm, and the language-model head.
 
     hidden = model.hidden(tokens, cu_seqlens)               # [T, E], a packed stream of documents
     result = model.logprob(hidden, targets, index=…)        # LogProb(logp, lse, entropy, hit), each [N] fp32
 
 Pre-norm residual blocks as in Llama (arXiv 2302.13971): RMSNorm (arXiv 1910.07467), RoPE (arXiv 2104.09864, half-split
-layout), grouped-query attention (arXiv 2305.13245), SwiGLU (arXiv 2002.05202). The residual sum is fused into the
-norm that reads it. q, k, v are one matrix, and so are gate and up: two matmuls fewer per layer.
+layout), grouped-query attention (arXiv 2305.13245), SwiGLU (arXiv 2002.05202). The residual addition is fused into the
+norm that follows it. q, k and v are one matrix, and so are gate and up, which saves matmuls.
 
-Tensor parallel: qkv, gate_up and the vocabulary are cut by rows, o and down by columns; between blocks each rank has
-its own tokens (parallel/tensor.py). Context parallel: each rank has its own chunks of the stream, and `hidden` is of
-these (parallel/context.py); what `logprob` returns is of the whole batch again. With a cache all ranks see all tokens.
+Tensor parallel: qkv, gate_up and the vocabulary are sharded by rows, o and down by columns; between blocks each rank
+has its own tokens (parallel/tensor.py). Context parallel: each rank has its own chunks of the stream, and `hidden`
+returns these (parallel/context.py); `logprob` returns results for the whole batch. With a KV cache all ranks see all
+tokens.
 
 Initialisation: every matrix N(0, init_std²); o and down divided by √(2L), so that the residual stream's variance
 does not grow with depth (GPT-2, section 2.3); norms 1, biases 0. With a `width_base`, as in MiniCPM (muP, arXiv
-2404.06395, appendix A.1), all of the layers' matrices are divided by √(E / width_base) instead. Each parameter draws
-from a generator seeded with (seed, name), so that a model starts the same on any mesh.
+2404.06395, appendix A.1), all of the layers' matrices are divided by √(E / width_base) instead. Each parameter has its
+own generator, seeded with (seed, name), so that a model starts the same on any mesh.
 """
 
 import hashlib
@@ -39,43 +40,43 @@ from tritium.parallel.context import ContextAttention, Split, gather_results
 from tritium.parallel.mesh import Mesh
 from tritium.parallel.tensor import Sharding, all_reduce, embedding_part, gather_tokens, scatter_tokens, shard, unshard
 
-HEAD_ROWS = 256  # the head's input is a multiple of this
-IGNORE = -100  # the target of a token that predicts nothing: linear_logprob leaves it out
+HEAD_ROWS = 256  # the head's input rows are padded to a multiple of this
+IGNORE = -100  # the target of a token without a prediction: linear_logprob ignores it
 
 
 @dataclass
 class Stream:
-    """What the layers need to know about the tokens they see: all T, or this rank's part of them."""
+    """What all layers need besides the hidden states, for the T tokens of the stream or this rank's part of them."""
 
     cos: Tensor  # [T, D/2] (of what is rotated), as sin
     sin: Tensor
     query_scale: Tensor | None  # [T, 1, 1]: LogN
     attend: Callable[..., Tensor]  # layer, q [T, H, D], k and v [T, G, D], window, softcap, scale → [T, H, D]
     tp_group: ProcessGroup | None
-    cached: bool  # all ranks see all tokens, and nothing has a gradient
+    cached: bool  # generation with a KV cache: all ranks see all tokens, and there are no gradients
     linear: Callable[..., Tensor]  # x [T, in], weight [out, in], bias → [T, out]
-    virtual: Any = None  # prompts.Virtual: what stands where a soft prompt's tokens are
+    virtual: Any = None  # prompts.Virtual: embeddings, or keys and values, of a soft prompt's tokens
 
     def enter(self, x: Tensor) -> Tensor:
-        """Into a block: all tokens of the tensor-parallel ranks, [T / tp, E] → [T, E]."""
+        """On the way into a block: gather the tensor-parallel ranks' tokens, [T / tp, E] → [T, E]."""
         return x if self.cached else gather_tokens(x, self.tp_group)
 
     def leave(self, x: Tensor) -> Tensor:
-        """Out of a block: the sum of the ranks' [T, E] → [T / tp, E]."""
+        """On the way out of a block: sum the ranks' partial results, [T, E] → [T / tp, E]."""
         return all_reduce(x, self.tp_group) if self.cached else scatter_tokens(x, self.tp_group)
 
 
 class Block(nn.Module):
-    """A module of matrices that are multiplied with by name: what model/lora.py attaches to one of them acts there."""
+    """A module that multiplies with its matrices by name, so that model/lora.py can attach an adapter to each."""
 
     def __init__(self):
         super().__init__()
-        self.adapted = nn.ModuleDict()  # a matrix's name → lora.Adapted
+        self.adapted = nn.ModuleDict()  # name of a matrix → lora.Adapted
 
     def linear(
         self, x: Tensor, name: str, multiply: Callable, bias: Tensor | None = None, rows: Callable = lambda w: w
     ) -> Tensor:
-        """x Wᵀ + bias, [T, in] → [T, out], with the matrix called `name`; `rows` picks those that are used of it."""
+        """x Wᵀ + bias, [T, in] → [T, out], with the matrix `name`; `rows` selects the rows of it that are used."""
         weight = getattr(self, name)
         if name in self.adapted:
             return self.adapted[name](x, weight, bias, rows)
@@ -96,7 +97,7 @@ class Attention(Block):
         }
         self.heads = config.num_heads // mesh.tp
         sizes = tuple(n * config.head_dim for n in (config.num_heads, config.num_kv_heads, config.num_kv_heads))
-        shared = config.num_kv_heads < mesh.tp  # then all ranks have all K and V rows, and use one head's
+        shared = config.num_kv_heads < mesh.tp  # then every rank holds all K and V rows, and uses one head's
         self.kv_heads = 1 if shared else config.num_kv_heads // mesh.tp
         self.kv_head = mesh.tp_rank * config.num_kv_heads // mesh.tp if shared else None
         cut = Sharding(0, sizes, (False, shared, shared))
@@ -129,7 +130,7 @@ class Attention(Block):
         return torch.cat([q, q_rest], -1), torch.cat([k, k_rest], -1)
 
     def used(self, rows: Tensor | None) -> Tensor | None:
-        """Of all K and V rows, where ranks share heads, those of this rank's."""
+        """The rows of this rank's heads, if ranks share K and V heads and hold all of their rows."""
         if rows is None or self.kv_head is None:
             return rows
         q, kv = rows.tensor_split([self.heads * self.head_dim])
@@ -138,7 +139,7 @@ class Attention(Block):
 
 
 class MLP(Block):
-    """down(silu(gate(x)) * up(x)), or gelu"""
+    """down(silu(gate(x)) * up(x)), or with gelu in place of silu (Gemma)."""
 
     def __init__(self, config: ModelConfig, mesh: Mesh):
         super().__init__()
@@ -165,7 +166,7 @@ class Layer(nn.Module):
         self.recompute, self.dropout = "none", 0.0
 
     def forward(self, x: Tensor, residual: Tensor | None, stream: Stream) -> tuple[Tensor, Tensor]:
-        """`x` is the last block's output, not yet added to the residual stream: the norm adds it. Both [T / tp, E]."""
+        """`x` is the previous block's output, which the first norm adds to the residual stream; both [T / tp, E]."""
         if residual is None:
             residual, x = x, self.normalize(x, self.attention_norm)
         else:
@@ -183,15 +184,15 @@ class Layer(nn.Module):
 
 
 def recomputed(module: nn.Module) -> Callable:
-    """The module without what autograd keeps within it: that is computed again in the backward (arXiv 1604.06174)."""
+    """The module with activation checkpointing: its activations are recomputed in the backward (arXiv 1604.06174)."""
     return partial(checkpoint, module, use_reentrant=False) if torch.is_grad_enabled() else module
 
 
 class Transformer(nn.Module):
-    """The language model. Built on `mesh`, it holds this rank's shards; parameters start on `mesh.device`.
+    """The language model. Built on `mesh`, it holds this rank's shards, on `mesh.device`.
 
-    A `streamed` one has no memory yet: `initialize` or model/hf.py only note where each parameter comes from, and
-    ZeRO-3's `FlatModule` gets them unit by unit (parallel/zero.py). Until then it is of no other use.
+    A `streamed` model has no memory yet: `initialize` or model/hf.py only note where each parameter comes from, and
+    ZeRO-3's `FlatModule` loads them unit by unit (parallel/zero.py). Until then it can't be used.
     """
 
     def __init__(
@@ -202,8 +203,8 @@ class Transformer(nn.Module):
         check_divides(config, mesh.tp)
         self.config, self.mesh = config, mesh
         self.neftune = 0.0
-        self.adapters: dict[str, Any] = {}  # their names → lora.LoraConfig or prompts.PromptConfig; model/adapters.py
-        self.active: str | None = None  # which of them acts
+        self.adapters: dict[str, Any] = {}  # name → lora.LoraConfig or prompts.PromptConfig; see model/adapters.py
+        self.active: str | None = None  # name of the active adapter
         self.prompts = nn.ModuleDict()  # name → prompts.SoftPrompt
         rows = config.vocab_size // mesh.tp
         self.rotary_dim = config.rotary_dim or config.head_dim
@@ -218,7 +219,7 @@ class Transformer(nn.Module):
         with torch.device(mesh.device):
             table = rope_table(config.rope_theta, self.rotary_dim, config.max_positions, config.rope_scaling)
             self.register_buffer("cos_sin", table, persistent=False)  # [2, positions, D/2] fp32
-        # As the embedding is rounded, so is what it is multiplied with: √E of Gemma in bf16 is not quite √E.
+        # Rounded to the parameters' dtype, as in the original models: Gemma's √E in bf16 is not quite √E.
         self.embedding_scale = float(torch.tensor(config.embedding_scale, dtype=dtype))
 
     @property
@@ -227,17 +228,17 @@ class Transformer(nn.Module):
 
     @property
     def positions(self) -> int:
-        """The context; `config.max_positions` is what the active soft prompt leaves of it."""
+        """The context length; `config.max_positions` is what the active soft prompt leaves of it."""
         return self.cos_sin.shape[1]
 
     @property
     def soft_prompt(self) -> Any:
-        """The prompts.SoftPrompt that acts, if one does."""
+        """The active prompts.SoftPrompt, if any."""
         return dict(self.prompts.items()).get(self.active)
 
     @property
     def virtual_ids(self) -> list[int]:
-        """The ids of its virtual tokens, which go before every prompt that is generated from."""
+        """The ids of its virtual tokens, which precede every prompt in generation."""
         return [] if self.soft_prompt is None else self.soft_prompt.ids
 
     @property
@@ -248,11 +249,11 @@ class Transformer(nn.Module):
     def hidden(
         self, tokens: Tensor, cu_seqlens: Tensor | None = None, *, positions: Tensor | None = None, cache=None
     ) -> Tensor:
-        """Final hidden states, [T, E], of a packed stream; without a cache, of this rank's T'/cp tokens (see `Split`).
+        """Final hidden states [T, E] of a packed stream; without a cache, of this rank's T'/cp tokens (see `Split`).
 
-        `tokens` [T] holds whole documents, bounded by `cu_seqlens` [S+1] int32 (None: one document). `positions` [T]
-        restart in each document when not given. `cache` is generation's (see model/generate.py).
-        Raises: ValueError where a document is longer than the model's positions.
+        `tokens` [T] holds whole documents with bounds `cu_seqlens` [S+1] int32 (None: one document). `positions` [T]
+        defaults to restarting in each document. `cache` is a view of the KV cache (model/cache.py).
+        Raises: ValueError for a document that is longer than the model's context (checked on a CPU only).
         """
         if positions is None:
             positions = packed_positions(len(tokens), cu_seqlens, tokens.device)
@@ -296,36 +297,36 @@ class Transformer(nn.Module):
         return ((positions + 1).float().log() / math.log(self.config.logn_length)).clamp_min(1.0)[:, None, None]
 
     def embed(self, tokens: Tensor, cu_seqlens: Tensor) -> Tensor:
-        """Each document's embedding, [S, E] of length 1: the hidden state of its last token (Qwen3-Embedding, arXiv
+        """Each document's embedding, [S, E] with unit norm: the hidden state of its last token (Qwen3-Embedding, arXiv
         2506.05176). Documents must not be empty."""
         hidden = gather_results(self.hidden(tokens, cu_seqlens), Split.of(len(tokens), self.mesh))
         return F.normalize(hidden[cu_seqlens[1:].long() - 1].float(), dim=-1)
 
     def noise(self, x: Tensor, lengths: Tensor) -> Tensor:
-        """NEFTune's (arXiv 2310.05914): U(-1, 1) · α / √(document's length · E), as x [T / tp, E]."""
+        """NEFTune's noise (arXiv 2310.05914): U(-1, 1) · α / √(document length · E), [T / tp, E]."""
         own = len(x) * self.mesh.tp_rank if len(x) < len(lengths) else 0
         scale = self.neftune * (lengths[own : own + len(x), None].clamp_min(1) * x.shape[1]) ** -0.5
         return (torch.rand_like(x, dtype=torch.float32) * 2 - 1).mul_(scale).to(x.dtype)
 
     def set_noise(self, dropout: float = 0.0, neftune: float = 0.0) -> None:
-        """What acts where gradients are recorded: dropout of the blocks' outputs, and noise on the embeddings."""
+        """Set the dropout of the blocks' outputs and NEFTune's α; both act only while gradients are recorded."""
         self.neftune = neftune
         for layer in self.layers:
             layer.dropout = dropout
 
     def set_recompute(self, kind: str) -> None:
-        """What each layer computes again in the backward instead of keeping it: "none", "selective" (the MLP, two
-        thirds of what it keeps) or "full" (all but its input)."""
+        """Activation checkpointing: recompute "none", "selective" (the MLP, two thirds of a layer's activations) or
+        "full" (all but a layer's input)."""
         for layer in self.layers:
             layer.recompute = kind
 
     def logprob(
         self, hidden: Tensor, targets: Tensor, index: Tensor | None = None, *, temperature: float = 1.0
     ) -> LogProb:
-        """log p(target | prefix), log-sum-exp, entropy and hit of each token, [N] fp32; the only door to the head.
+        """log p(target | prefix), log-sum-exp, entropy and hit of each token, [N] fp32; the only way to use the head.
 
-        `hidden` is that of `hidden`; `targets` [T]; `index` [N] picks the tokens that matter, and only these meet the
-        head. Under context parallelism each rank computes its own of them (how many is one host sync), and has all.
+        `hidden`: the result of `hidden`; `targets` [T]; `index` [N]: the tokens to compute (None: all). Under context
+        parallelism each rank computes its own tokens (their number is one host sync), and all get all results.
         """
         split = Split.of(len(targets), self.mesh)
         if split.group is None:
@@ -339,10 +340,10 @@ class Transformer(nn.Module):
         return LogProb(logp, lse, entropy, hit != 0)
 
     def local_logprob(self, hidden: Tensor, targets: Tensor, index: Tensor | None, temperature: float) -> LogProb:
-        """`logprob` of hidden states [T, E] that are all here."""
+        """`logprob` without context parallelism, of hidden states [T, E]."""
         count = len(targets) if index is None else len(index)
         if index is not None:
-            # Filled up with an ignored token: oneDNN builds a kernel for every shape it meets.
+            # Padded with ignored tokens: oneDNN builds a kernel for every new shape.
             index = F.pad(index, (0, -count % HEAD_ROWS))
             hidden, targets = hidden.index_select(0, index), targets.index_select(0, index)
             targets[count:] = IGNORE
@@ -355,9 +356,9 @@ class Transformer(nn.Module):
         return gather_results(self.project(self.hidden(tokens, cu_seqlens)), Split.of(len(tokens), self.mesh))
 
     def project(self, hidden: Tensor, linear: Callable[..., Tensor] = F.linear) -> Tensor:
-        """Logits of hidden states, [N, E] → [N, V], whole on every rank; without a gradient on a vocabulary shard.
+        """Logits of hidden states, [N, E] → [N, V], whole on every rank; under tensor parallelism without gradients.
 
-        `linear` is what the head's weight is multiplied with: see model/packed.py."""
+        `linear` multiplies with the head's weight: see model/packed.py."""
         logits, cap = linear(hidden, self.head_weight), self.config.head_softcap  # [N, V / tp]
         logits = logits if cap is None else cap * torch.tanh(logits / cap)
         return unshard(logits.detach(), Sharding(1), self.mesh) if self.mesh.tp > 1 else logits
@@ -370,7 +371,7 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def initialize(self, seed: int) -> "Transformer":
-        """Draw the initial weights, as the module's docstring says. In place; returns self."""
+        """Initialise the weights in place, as the module's docstring says; returns self."""
         for name, p in self.named_parameters():
             come_from(p, partial(self.drawn, name, p, seed))
         return self
@@ -391,7 +392,7 @@ class Transformer(nn.Module):
 
 
 def parameter(*shape: int, sharding: Sharding | None = None) -> nn.Parameter:
-    """An uninitialised parameter that knows how it is cut; where it is not, its gradient on a rank is only a part."""
+    """An uninitialised parameter with its sharding; if not sharded, a rank's gradient is only a part of the sum."""
     p = nn.Parameter(torch.empty(*shape))
     p.sharding, p.partial = sharding, sharding is None
     return p
@@ -405,7 +406,7 @@ def hollow(p: nn.Parameter, device: torch.device) -> nn.Parameter:
 
 
 def come_from(p: nn.Parameter, source: Callable[[], Tensor]) -> None:
-    """Take this rank's values from `source`: at once, or where p is hollow, when `FlatModule` wants them."""
+    """Fill p with this rank's values from `source`: now, or, if p is hollow, when `FlatModule` needs them."""
     if hasattr(p, "source"):
         p.source = source
     else:
@@ -427,7 +428,7 @@ def packed_positions(length: int, cu_seqlens: Tensor | None, device: torch.devic
 
 
 def document_lengths(positions: Tensor, cu_seqlens: Tensor | None, whole: bool) -> Tensor:
-    """How long each token's document is, [T]; of sequences that are being decoded (not `whole`), so far."""
+    """The length of each token's document, [T]; during decoding (not `whole`), the length so far."""
     if cu_seqlens is None:
         return torch.full_like(positions, len(positions)) if whole else positions + 1
     whole = positions[(cu_seqlens[1:].long() - 1).clamp_min(0)] + 1  # [S]; of a prompt's rest, with what is cached
@@ -436,7 +437,7 @@ def document_lengths(positions: Tensor, cu_seqlens: Tensor | None, whole: bool) 
 
 @contextmanager
 def default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    """Within, new tensors have this dtype: no memory is touched to convert them."""
+    """Within, new tensors have this dtype, so that none has to be converted."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -446,7 +447,7 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
 
 
 def check_divides(config: ModelConfig, tp: int) -> None:
-    """Raises: ValueError naming every size that the tensor-parallel ranks can't share evenly."""
+    """Raises: ValueError naming every size that tp does not divide."""
     sizes = {n: getattr(config, n) for n in ("num_heads", "num_kv_heads", "intermediate_size", "vocab_size")}
     if tp % config.num_kv_heads == 0:
         del sizes["num_kv_heads"]  # several ranks share a head

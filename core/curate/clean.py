@@ -41,10 +41,10 @@ SECRET = re.compile(
 class Clean(Step):
     """Texts made uniform; nothing is dropped but by language, or where no text is left."""
 
-    pii: bool = opt(True, "replace mail addresses, phone numbers, IP addresses and keys by <EMAIL>, <PHONE>, …")
-    identify: str = opt("words", "name languages by their frequent words and scripts, or by the library",
+    pii: bool = opt(True, "replace e-mail addresses, phone numbers, IP addresses and keys with <EMAIL>, <PHONE>, …")
+    identify: str = opt("words", "identify languages by frequent words and scripts, or with a library",
                         choices=("words", "py3langid", "none"))  # fmt: skip
-    languages: list[str] = opt([], "keep only these (empty: all)")
+    languages: list[str] = opt([], "languages to keep (empty: all)")
 
     def one(self, document: Document) -> Outcome:
         found: Counter = Counter()

@@ -129,9 +129,9 @@ def neighbours(values: np.ndarray, run: np.ndarray, first: bool = False) -> np.n
 class Near(Twins):
     """Drop documents that are nearly one that came before."""
 
-    threshold: float = opt(0.7, "Jaccard similarity of word n-grams from which on two are one", above=0, most=1)
-    words: int = opt(5, "of an n-gram", least=1)
-    permutations: int = opt(128, "of MinHash: the estimate's standard error is √(t(1−t) / permutations)", least=16)
+    threshold: float = opt(0.7, "Jaccard similarity of n-grams that makes two documents duplicates", above=0, most=1)
+    words: int = opt(5, "words per n-gram", least=1)
+    permutations: int = opt(128, "MinHash permutations; standard error √(t(1−t) / permutations)", least=16)
 
     REASON: ClassVar[str] = "a near duplicate"
 
@@ -177,7 +177,7 @@ def rows_at(files: list[Path], firsts: np.ndarray, numbers: np.ndarray) -> np.nd
 class Passages(Compared):
     """Cut out passages that came before."""
 
-    passage: int = opt(50, "words: every repeated passage of so many is found", least=4)
+    passage: int = opt(50, "length in words of the repeated passages to find", least=4)
 
     @property
     def size(self) -> int:

@@ -44,25 +44,25 @@ class State:
 class Distil(Step):
     """Ask a teacher."""
 
-    teacher: str = opt(REQUIRED, "folder of a model, or address of an endpoint, e.g. http://127.0.0.1:8000/v1")
-    task: str = opt("answer", "what is asked", choices=TASKS)
-    which: str = opt("unverified", "documents: without a reference or tests, without an answer, or all",
+    teacher: str = opt(REQUIRED, "model folder, or URL of an endpoint, e.g. http://127.0.0.1:8000/v1")
+    task: str = opt("answer", "what to ask the teacher for", choices=TASKS)
+    which: str = opt("unverified", "which documents: those without a reference or tests, without an answer, or all",
                      choices=("unverified", "unanswered", "all"))  # fmt: skip
-    n: int = opt(1, "samples for each (facts: for each fact)", least=1)
-    model: str = opt("default", "endpoint: name of the model")
-    temperature: float = opt(0.7, "of the sampling", least=0)
-    max_tokens: int = opt(512, "longest reply; one that is cut off there is none", least=1)
-    batch: int = opt(64, "documents that are asked for together", least=1)
-    seconds: float = opt(120.0, "endpoint: of one try", above=0)
-    tries: int = opt(5, "endpoint: tries of a request", least=1)
-    wait: float = opt(1.0, "endpoint: seconds before the second try; twice as long before each further one", least=0)
+    n: int = opt(1, "samples per document (facts: per fact)", least=1)
+    model: str = opt("default", "endpoint: model name")
+    temperature: float = opt(0.7, "sampling temperature", least=0)
+    max_tokens: int = opt(512, "most tokens per reply; a reply that is cut off is discarded", least=1)
+    batch: int = opt(64, "documents per batch of requests", least=1)
+    seconds: float = opt(120.0, "endpoint: timeout of one request, in seconds", above=0)
+    tries: int = opt(5, "endpoint: attempts per request", least=1)
+    wait: float = opt(1.0, "endpoint: seconds before the first retry, doubled before each further one", least=0)
 
     LOCAL: ClassVar[bool] = True
 
     def check(self) -> None:
         super().check()
         if not self.remote and not Path(self.teacher).is_dir():
-            raise ConfigError(f"teacher={self.teacher!r} is no folder, and no address such as http://127.0.0.1:8000/v1")
+            raise ConfigError(f"teacher={self.teacher!r} is neither a folder nor a URL like http://127.0.0.1:8000/v1")
 
     @property
     def remote(self) -> bool:

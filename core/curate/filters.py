@@ -82,10 +82,10 @@ class Filter(Step):
     The papers' rules are for pages of the web: of right solutions in maths and code they take a third and more.
     """
 
-    kinds: list[str] = opt(["text"], "only documents of these kinds; others pass ([]: all)", choices=KINDS)
-    rules: list[str] = opt(["gopher"], "sets of rules", choices=("gopher", "c4", "yi"))
-    limits: dict[str, float] = opt({}, "limits by rule, over the sets' own")
-    words: list[str] = opt([], "files of words and phrases that must not occur, one a line")
+    kinds: list[str] = opt(["text"], "kinds of documents to filter; others pass ([]: all kinds)", choices=KINDS)
+    rules: list[str] = opt(["gopher"], "rule sets", choices=("gopher", "c4", "yi"))
+    limits: dict[str, float] = opt({}, "limits by rule, in place of the sets' own")
+    words: list[str] = opt([], "files of forbidden words and phrases, one per line")
 
     PATHS: ClassVar[tuple[str, ...]] = ("words",)
 

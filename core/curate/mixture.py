@@ -40,7 +40,7 @@ def fit_mixture(runs: Sequence[tuple[Mapping[str, float], float]]) -> MixtureFit
     """Least squares over the floors of a grid below the smallest loss. Raises: ConfigError for too few runs."""
     sources = tuple(dict.fromkeys(name for mixture, _ in runs for name in mixture))
     if len(runs) <= len(sources):
-        raise ConfigError(f"{len(runs)} runs can't tell {len(sources)} sources apart: give {len(sources) + 1} or more")
+        raise ConfigError(f"{len(runs)} runs can't fit {len(sources)} sources: give at least {len(sources) + 1} runs")
     shares = np.array([[mixture.get(name, 0.0) for name in sources] for mixture, _ in runs])
     shares = shares / shares.sum(1, keepdims=True)
     losses, fits = np.array([loss for _, loss in runs]), []

@@ -30,7 +30,7 @@ from tritium.core.tokenizer import Tokenizer
 class Pack(Step):
     """Tokenise; a prompt goes with its first answer that is not wrong."""
 
-    tokenizer: str = opt(REQUIRED, "folder or file of the tokenizer")
+    tokenizer: str = opt(REQUIRED, "tokenizer folder or file")
 
     BATCH: ClassVar[int] = 512
     PATHS: ClassVar[tuple[str, ...]] = ("tokenizer",)

@@ -38,13 +38,13 @@ from tritium.core.select import by_worth, distinct_paths
 class Reject(Step):
     """Judge answers; a document without one that is good enough is dropped."""
 
-    accept: dict[str, float] = opt({}, "least values by judge")
-    verify: str = opt("auto", "the judge of problems: auto, none, math_verify (the library), or as in core/rewards")
-    score: str = opt("", "the judge that ranks (empty: right before wrong, nothing more)")
-    least: float = opt(-1e9, "least score of an answer to learn")
-    keep: int = opt(1, "answers to learn from a document, at most", least=0)
-    pairs: int = opt(1, "pairs from a document, at most", least=0)
-    gold: bool = opt(True, "gold answers are learned too, not only those of models")
+    accept: dict[str, float] = opt({}, "minimum value per judge")
+    verify: str = opt("auto", "verifier: auto, none, math_verify (the library), or a reward of core/rewards")
+    score: str = opt("", "judge that ranks answers (empty: right before wrong only)")
+    least: float = opt(-1e9, "minimum score of an answer to learn from")
+    keep: int = opt(1, "most answers per document", least=0)
+    pairs: int = opt(1, "most pairs per document", least=0)
+    gold: bool = opt(True, "also learn from gold answers, not only from models'")
 
     FILES: ClassVar[tuple[str, ...]] = ("sft.jsonl", "pairs.jsonl", "rankings.jsonl")
     BATCH: ClassVar[int] = 256

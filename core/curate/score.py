@@ -16,8 +16,8 @@ from tritium.core.rewards.classifier import Rules, train_classifier
 class Bounded(Step):
     """A step that gives a score, and may drop by it."""
 
-    low: float = opt(-1e30, "documents below are dropped")
-    high: float = opt(1e30, "documents above are dropped")
+    low: float = opt(-1e30, "drop documents that score below this")
+    high: float = opt(1e30, "drop documents that score above this")
 
     def judged(self, document: Document, name: str, value: float) -> Outcome:
         scored(document, name, round(value, 6))
@@ -32,8 +32,8 @@ class Perplexity(Bounded):
     the instruction-following difficulty instead: loss of the answer given the prompt / loss of the answer alone (Li et
     al., arXiv 2308.12032, section 2.3)."""
 
-    model: str = opt(REQUIRED, "folder of a language model")
-    ifd: bool = opt(False, "score answers by how little their prompt helps")
+    model: str = opt(REQUIRED, "language model folder")
+    ifd: bool = opt(False, "score answers by instruction-following difficulty (IFD): how little the prompt helps")
 
     BATCH: ClassVar[int] = 128
     LOCAL: ClassVar[bool] = True
@@ -76,10 +76,10 @@ class Classify(Bounded):
     """The probability of a good text, by a classifier of hashed character n-grams (core/rewards/classifier.py), that is
     trained here on texts that are good and texts that are bad: quality, safety, coherence, as the examples are."""
 
-    name: str = opt("quality", "of the score")
+    name: str = opt("quality", "name of the score")
     good: list[str] = opt([], "files of good texts, as `pretrain` reads them")
     bad: list[str] = opt([], "files of bad texts")
-    characters: int = opt(2000, "of a text that are looked at", least=1)
+    characters: int = opt(2000, "characters of a text that are read", least=1)
 
     PATHS: ClassVar[tuple[str, ...]] = ("good", "bad")
 

@@ -32,22 +32,22 @@ class Select(Step):
     share of the characters: more than once where it is small, in part where it is large, the total being what it was.
     """
 
-    low: dict[str, float] = opt({}, "least value of a score; documents without the score are dropped")
-    high: dict[str, float] = opt({}, "largest value of a score")
-    languages: list[str] = opt([], "only these")
-    sources: list[str] = opt([], "only these")
-    categories: list[str] = opt([], "only these")
+    low: dict[str, float] = opt({}, "minimum value per score; documents without the score are dropped")
+    high: dict[str, float] = opt({}, "maximum value per score")
+    languages: list[str] = opt([], "languages to keep (empty: all)")
+    sources: list[str] = opt([], "sources to keep (empty: all)")
+    categories: list[str] = opt([], "categories to keep (empty: all)")
     count: int = opt(0, "documents to keep (0: all)", least=0)
-    by: str = opt("random", "which: any, the tags of `tag` in turn, clusters of embeddings in turn, or far apart ones",
+    by: str = opt("random", "selection: random, balanced by `tag`, balanced by embedding cluster, or far apart",
                   choices=("random", "tag", "cluster", "diverse"))  # fmt: skip
-    tag: str = opt("source", "by=tag: the documents' key that is to be balanced")
-    model: str = opt("", "by=cluster, diverse: folder of the model that embeds")
-    clusters: int = opt(100, "by=cluster: their number", least=1)
+    tag: str = opt("source", "by=tag: the documents' key to balance")
+    model: str = opt("", "by=cluster, diverse: folder of the embedding model")
+    clusters: int = opt(100, "by=cluster: number of clusters", least=1)
     mixture: dict[str, float] = opt({}, "shares of the sources, in characters")
     mixture_from: str = opt("", "file of small runs: the mixture that a fit of their losses finds best, or the replay "
                                 "ratio (core/curate/mixture.py)")  # fmt: skip
-    tokens: float = opt(0.0, "replay: of the run to come (0: as the longest of the small ones)", least=0)
-    weight: float = opt(1.0, "replay: of the general loss beside the domain's", least=0)
+    tokens: float = opt(0.0, "replay: tokens of the planned run (0: as the longest of the small runs)", least=0)
+    weight: float = opt(1.0, "replay: weight of the general loss relative to the domain's", least=0)
 
     GLOBAL: ClassVar[bool] = True
     PATHS: ClassVar[tuple[str, ...]] = ("model", "mixture_from")
@@ -56,9 +56,9 @@ class Select(Step):
         super().check()
         shares = self.wanted.values()  # a mistake in the file of small runs is told now
         if min(shares, default=0) < 0 or (shares and not any(shares)):
-            raise ConfigError("the shares of mixture must not be negative, nor all 0")
+            raise ConfigError("mixture: shares must not be negative, and not all 0")
         if (self.by in ("cluster", "diverse")) != bool(self.model):
-            raise ConfigError(f"by={self.by}, model={self.model!r}: cluster and diverse need a model, others have none")
+            raise ConfigError(f"by={self.by}, model={self.model!r}: cluster and diverse need a model, others take none")
 
     @property
     def wanted(self) -> dict[str, float]:

@@ -115,9 +115,9 @@ def most_similar(queries: np.ndarray, rows: np.ndarray, k: int, engine: str = "t
 class Semantic(Twins):
     """Drop documents that mean what one before them does: whose most similar one before them is similar enough."""
 
-    model: str = opt(REQUIRED, "folder of the model that embeds")
-    threshold: float = opt(0.95, "cosine similarity from which on two are one", above=0, most=1)
-    engine: str = opt("torch", "of the search", choices=("torch", "faiss"))
+    model: str = opt(REQUIRED, "folder of the embedding model")
+    threshold: float = opt(0.95, "cosine similarity at which two documents are duplicates", above=0, most=1)
+    engine: str = opt("torch", "search engine", choices=("torch", "faiss"))
 
     REASON: ClassVar[str] = "means what another does"
     LOCAL: ClassVar[bool] = True  # one model, in one process
@@ -174,10 +174,10 @@ class Decontaminate(Step):
     appendix C: 13), or, with a model, mean what one of its items does. Items of fewer words are met by their whole: of
     ANYWHERE or more anywhere in a text, of fewer where they are a turn by themselves."""
 
-    against: list[str] = opt([], "files of the evaluation sets")
-    words: int = opt(13, "of a passage", least=2)
-    model: str = opt("", "folder of a model that embeds (empty: by words only)")
-    threshold: float = opt(0.95, "cosine similarity of prompts from which on two are one", above=0, most=1)
+    against: list[str] = opt([], "files of evaluation sets")
+    words: int = opt(13, "words per passage", least=2)
+    model: str = opt("", "folder of an embedding model (empty: compare words only)")
+    threshold: float = opt(0.95, "cosine similarity at which two prompts count as the same", above=0, most=1)
 
     def check(self) -> None:
         super().check()

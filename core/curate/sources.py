@@ -39,12 +39,12 @@ class Collect(Step):
     """Documents from files."""
 
     sources: list[str] = opt([], "files, or patterns: .jsonl, .json, .txt, .html (also with .gz), .parquet")
-    source: str = opt("", "what the documents call their source (default: the file's name)")
-    licence: str = opt("unknown", "under which it was published")
-    limit: int = opt(0, "use only the first records of each file (0: all)", least=0)
-    characters: int = opt(20_000, "of a plain text: longer ones are cut between paragraphs", least=1)
-    max_line_mb: float = opt(16.0, "longer lines are left out", above=0)
-    encoding: str = opt("cp1252", "of lines that are not UTF-8")
+    source: str = opt("", "source name of the documents (default: the file's name)")
+    licence: str = opt("unknown", "licence of the source")
+    limit: int = opt(0, "records to read from each file (0: all)", least=0)
+    characters: int = opt(20_000, "longest plain-text document; longer ones are split between paragraphs", least=1)
+    max_line_mb: float = opt(16.0, "longest line in MB; longer ones are skipped", above=0)
+    encoding: str = opt("cp1252", "encoding of lines that are not UTF-8")
 
     def check(self) -> None:
         if not self.sources:
@@ -52,7 +52,7 @@ class Collect(Step):
         try:
             b"\0".decode(self.encoding, "replace")
         except LookupError:  # also of one that Python knows, but not as an encoding of text
-            raise ConfigError(f"encoding={self.encoding!r} is not one of text that Python knows") from None
+            raise ConfigError(f"encoding={self.encoding!r} is not a text encoding that Python knows") from None
         for path in self.paths():
             readable(path)
 
@@ -217,9 +217,7 @@ def readable(path: str) -> None:
     if path.endswith(".parquet"):
         next(table_rows(path), None)
     elif (head := beginning(path))[:2] not in WIDE and len(head.translate(None, CONTROLS)) < 0.98 * len(head):
-        raise DataError(
-            f"sources: {path} is no text: leave it out, or unpack it (gzip's is read where its name ends in .gz)"
-        )
+        raise DataError(f"sources: {path} is not text: leave it out, or unpack it (a gzip file must end in .gz)")
 
 
 def json_rows(rows: Iterator[tuple[str, Any]]) -> Iterator[bytes]:

@@ -81,7 +81,7 @@ class Job:
 class Step:
     """A step. Most define `one`; those that ask models `several`; those that plan for all shards `prepare`, `run`."""
 
-    kinds: list[str] = opt([], "only documents of these kinds; others pass (default: all)", choices=KINDS)
+    kinds: list[str] = opt([], "kinds of documents to process; others pass (default: all)", choices=KINDS)
 
     BATCH: ClassVar[int] = 64  # documents that `several` gets
     LOCAL: ClassVar[bool] = False  # runs in the main process: it holds a model

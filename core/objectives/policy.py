@@ -1,13 +1,15 @@
-"""Policy gradients: what rewards of sampled answers teach the policy that drew them.
+"""Policy gradients on sampled answers: GRPO and its relatives, and PPO.
 
-    estimate(networks, batches, mesh)   once for a rollout: log-probs, KL, advantages → batch.fields; its numbers
-    loss(outputs, batch)                in each update: −min(ρ A, clip(ρ) A) and what the options add
+    estimate(networks, batches, mesh)   once per rollout: log-probs, KL, advantages → batch.fields; returns metrics
+    loss(outputs, batch)                in each update: −Σ min(ρ A, clip(ρ, 1 − ε_low, 1 + ε_high) A), + β KL, …
 
-What belongs to a sampled token is [N], the supervised tokens alone, sequence after sequence: there are no other slots
-whose values could leak. A batch's documents hold `rewards` (per token: the score at an answer's last token, or one at
-the end of each step), `scored` (1 at these) and `number` (per sequence: its place in its group, from 0).
+    ρ = π(y_t) / π_old(y_t),   A the advantage of token t
 
-Batches with a count "ptx" are text: their cross-entropy joins the same step, over their own tokens (InstructGPT's
+Per-token values are [N]: only the supervised (sampled) tokens, sequence after sequence, so that there are no padding
+slots whose values could leak. Documents have the fields `rewards` (per token: the reward at an answer's last token, or
+at the last token of each step), `scored` (1 at these) and `number` (per sequence: its place in its group, from 0).
+
+Batches with a count "ptx" are text, whose cross-entropy over their own tokens is added to the step (InstructGPT's
 PPO-ptx, arXiv 2203.02155, eq. 2).
 """
 
@@ -42,8 +44,8 @@ def kl_estimate(policy: Tensor, reference: Tensor, kind: str) -> Tensor:
     """KL(π ‖ ref) at tokens that π drew, from their log-probs (Schulman, "Approximating KL divergence", 2020).
 
     With d = log π − log ref: k1 = d, unbiased, of either sign; k2 = d² / 2, biased, small variance; k3 = e^−d − 1 + d,
-    unbiased and never negative. As a *loss* their gradients are other ones: k1's is zero in the mean, k2's is that of
-    KL(π ‖ ref), k3's that of KL(ref ‖ π). As a *reward* k1 gives the gradient of KL(π ‖ ref).
+    unbiased and never negative. In a *loss* their expected gradients differ: k1's is zero, k2's is that of KL(π ‖ ref),
+    k3's that of KL(ref ‖ π). In the *reward*, k1 gives the gradient of KL(π ‖ ref).
     """
     difference = policy - reference
     if kind == "k1":
@@ -54,19 +56,19 @@ def kl_estimate(policy: Tensor, reference: Tensor, kind: str) -> Tensor:
 
 @dataclass
 class PolicyGradient(Objective):
-    """Critic-free policy gradients, by their parts; see `ALGORITHMS`.
+    """Critic-free policy gradients, as combinations of these parts; see `ALGORITHMS`.
 
-    `baseline`       what an answer is measured against: the "mean" of its group, of the "others" in it, a "greedy"
-                     answer's score (`fields["greedy"]`), or "none"
-    `scale`          "group": by the standard deviation of the group's scores; "batch": to mean 0 and variance 1 over
-                     all tokens of the rollout, on all ranks; "none"
+    `baseline`       subtracted from an answer's score: the "mean" of its group, the mean of the "others" in it, the
+                     score of a "greedy" answer (`fields["greedy"]`), or "none"
+    `scale`          of advantages: "group" divides by the standard deviation of the group's scores, "batch" whitens
+                     to mean 0 and variance 1 over all tokens of the rollout, on all ranks; "none"
     `ratio`          ρ of a "token", or of a "sequence": the geometric mean over its tokens (GSPO)
-    `normalization`  the loss is a mean over tokens, over sequences of their means ("sequence"), or over sequences of
-                     their sums / `constant`
-    `beta`, `kl`     weight and estimator of the KL to the reference, `kl_in` the "loss" or the "reward"
-    `importance`     weigh each token by min(π_old / π_sampler, importance): what the sampler did otherwise (0: don't)
-    `on_policy`      a rollout gets one update: π_old is what that update finds, and needs no pass of its own unless a
-                     KL to a reference is asked for before it
+    `normalization`  the loss is a mean over tokens ("token"), over sequences of their token means ("sequence"), or over
+                     sequences of their token sums / `constant` ("constant")
+    `beta`, `kl`     weight and estimator of the KL to the reference, in the "loss" or the "reward" (`kl_in`)
+    `importance`     truncated importance sampling: weight min(π_old / π_sampler, importance) per token (0: off)
+    `on_policy`      there is one update per rollout, whose own log-probs are π_old: no forward pass for them is needed
+                     beforehand, unless a KL to a reference is
     """
 
     baseline: str = "mean"
@@ -89,7 +91,7 @@ class PolicyGradient(Objective):
 
     @torch.no_grad()
     def estimate(self, networks: Networks, batches: Sequence[PackedBatch], mesh: Mesh) -> dict[str, float]:
-        """Fill `fields` with what the updates need; numbers of the whole rollout. A collective."""
+        """Fill `fields` with what the updates need; returns metrics of the whole rollout. A collective."""
         self.observe(networks, batches)
         real = [batch for batch in batches if batch.sequences]
         for batch in real:
@@ -109,17 +111,17 @@ class PolicyGradient(Objective):
                 batch.fields["reference_logp"] = reference.logp
 
     def penalty(self, batch: PackedBatch) -> Tensor | float:
-        """β · KL of each token, [N], where it counts as a reward."""
+        """β · KL of each token, [N], if the KL is part of the reward; else 0."""
         if not self.beta or self.kl_in != "reward":
             return 0.0
         return self.beta * kl_estimate(batch.fields["old_logp"], batch.fields["reference_logp"], self.kl)
 
     def advantages(self, batch: PackedBatch) -> Tensor:
-        """[N]: what is still to come of the answer's scores, each measured against its group (Shao et al., arXiv
-        2402.03300, section 4.1.3; of one score, at the end, every token gets the same).
+        """[N]: the sum of the answer's scores from each token on, each score relative to the baseline (Shao et al.,
+        arXiv 2402.03300, section 4.1.3); with a single score, at the end, all tokens get the same advantage.
 
-        A KL in the reward is part of an answer's score (Ahmadian et al., arXiv 2402.14740), or without a baseline of
-        each token's reward (REINFORCE++, arXiv 2501.03262).
+        A KL in the reward is subtracted from an answer's score (Ahmadian et al., arXiv 2402.14740), or, without a
+        baseline, from each token's reward (REINFORCE++, arXiv 2501.03262).
         """
         like = batch.fields.get("old_logp", batch.fields["rewards"])
         rewards, scored = (supervised(batch.fields[name], batch, like) for name in ("rewards", "scored"))  # [N]
@@ -132,15 +134,12 @@ class PolicyGradient(Objective):
         if torch.is_tensor(kl):
             rewards = rewards - last * per_token(sequence_sum(kl, batch), batch)
         if self.baseline != "greedy":
-            # in fp64: of equal scores of 100 the mean in fp32 may be another by as much as a tenth of 10⁻⁴
+            # in fp64: the fp32 mean of equal scores of 100 can be off by 10⁻⁵, a tenth of the 10⁻⁴ in `against_group`
             rewards = self.against_group(rewards.double(), scored.double(), batch, cu).to(like.dtype) * scored
         return returns_to_go(rewards, cu)
 
     def against_group(self, rewards: Tensor, scored: Tensor, batch: PackedBatch, cu: Tensor) -> Tensor:
-        """Scores minus their group's baseline, and scaled: [N], meaningful where `scored`.
-
-        A group of one score has no baseline but itself: it gives 0.
-        """
+        """Scores minus their group's baseline, scaled: [N], valid where `scored`. A group with one score gives 0."""
         starts = (batch.fields["number"] == 0).nonzero()[:, 0]
         group = torch.cat([cu[starts], cu[-1:]])  # [groups + 1]
         within = lambda values: segment_sum(values, group).repeat_interleave(  # noqa: E731
@@ -156,10 +155,10 @@ class PolicyGradient(Objective):
         return centered / (deviation + 1e-4)
 
     def rollout_numbers(self, batches: Sequence[PackedBatch], mesh: Mesh) -> dict[str, float]:
-        """Means over the rollout's tokens: KL to the reference, and how far the sampler's log-probs are from ours.
+        """Means over the rollout's tokens: KL to the reference, and the gap of sampler's and trainer's log-probs.
 
-        The sampler's are those at temperature 1: only then both are of the same distribution. Without a pass before
-        the update, `loss` measures that.
+        The gap is measured only at temperature 1, at which the sampler's log-probs are. Without a forward pass before
+        the update, `loss` measures it.
         """
         sums = {"tokens": 0.0}
         for batch in batches:
@@ -213,7 +212,7 @@ class PolicyGradient(Objective):
         return terms, metrics
 
     def weights(self, batch: PackedBatch, like: Tensor) -> tuple[Tensor, str]:
-        """What each token counts, [N], and the denominator's name, by `normalization`."""
+        """Each token's weight in the loss, [N], and the denominator's name, by `normalization`."""
         weights = supervised(batch.weights, batch, like)
         if self.normalization == "token":
             return weights, "tokens"
@@ -261,9 +260,10 @@ class PPO(PolicyGradient):
     """Proximal policy optimisation (Schulman et al., arXiv 1707.06347) of language models (Ziegler et al., arXiv
     1909.08593; "The N implementation details of RLHF with PPO", 2023; Huang et al., arXiv 2403.17031).
 
-    Each token is an action. Its reward is −β KL, and at the answer's end the score; the advantages are those of `gae`,
-    whitened over all tokens of the rollout on all ranks. `value_clip` keeps a new value within that of the old one
-    (0: free) before the squared error, of the two the worse counts.
+    Each token is an action, with reward −β KL, plus the score at the answer's end. Advantages are those of `gae`,
+    whitened over all tokens of the rollout on all ranks. The loss adds value_coefficient times
+
+        ½ max((V − R)², (V_old + clip(V − V_old, ± value_clip) − R)²),   R the returns;  value_clip 0: ½ (V − R)²
     """
 
     baseline: str = "none"

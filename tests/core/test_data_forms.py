@@ -160,10 +160,10 @@ def test_tables_are_read_and_what_is_packed_says_how_to_unpack_it(tmp_path):
     for damaged, words in ((file, "can't be read"), (zst, "zstd -d")):
         with pytest.raises(DataError, match=words):
             list(read_records(str(damaged), Skipped()))
-    with pytest.raises(DataError, match="a.jsonl.zst is no text: leave it out, or unpack it"):
+    with pytest.raises(DataError, match="a.jsonl.zst is not text: leave it out, or unpack it"):
         Collect(sources=[str(zst)]).check()
     (image := tmp_path / "a.png").write_bytes(b"\x89PNG" + bytes(100))
-    with pytest.raises(DataError, match="a.png is no text: leave it out"):
+    with pytest.raises(DataError, match="a.png is not text: leave it out"):
         Collect(sources=[str(image)]).check()
 
 

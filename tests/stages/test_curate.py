@@ -385,7 +385,7 @@ def test_a_shard_without_documents_and_sources_of_one_name_pack(tmp_path, monkey
         ({"colect": {}}, "did you mean collect"),
         ({"collect": {"sources": ["nowhere-*.jsonl"]}}, "does not exist"),
         ({"collect": {"source": ["x"]}}, r"\[steps.collect\].*source"),
-        ({"collect": {"sources": ["*"], "encoding": "rot13"}}, "not one of text"),
+        ({"collect": {"sources": ["*"], "encoding": "rot13"}}, "not a text encoding"),
         ({"collect": {"limit": -1}}, r"\[steps.collect\]: limit=-1"),
         ({"filter": {}}, "must be a collect"),
         ({"collect": {}, "filter": {"limits": {"min_word": 1}}}, "did you mean min_words"),
@@ -393,7 +393,7 @@ def test_a_shard_without_documents_and_sources_of_one_name_pack(tmp_path, monkey
         ({"collect": {}, "decontaminate": {"threshold": 95}}, r"\[steps.decontaminate\]: threshold=95"),
         ({"collect": {}, "reject": {"score": "maths"}}, "did you mean math"),
         ({"collect": {}, "pack": {}}, "tokenizer must be given"),
-        ({"collect": {}, "select": {"mixture": {"a": 0}}}, "nor all 0"),
+        ({"collect": {}, "select": {"mixture": {"a": 0}}}, "and not all 0"),
     ],
 )
 def test_a_wrong_pipeline_is_told_before_anything_runs(tmp_path, steps, message):
