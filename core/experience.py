@@ -74,7 +74,7 @@ class PolicyOptions:
     kl_in: str | None = opt(None, "where the KL goes (default: the algorithm's)", choices=("loss", "reward"))
     importance: float = opt(0.0, "truncation of importance weights for sampler-trainer mismatch (0: off)", least=0)
     entropy: float = opt(0.0, "weight of the entropy bonus", least=0)
-    malformed: float = opt(-0.5, "score that exact, number and math give an answer that is cut off or states no result")
+    malformed: float = opt(-0.5, "score that exact, number and math give where there is no answer (cut off, say)")
 
     def given(self, *names: str) -> dict[str, Any]:
         """The objective's options: those here, and of these names."""

@@ -55,7 +55,7 @@ def train(config: Config) -> Result:
             except (UserError, ValueError, OSError) as error:
                 print(f"({error})")
         elif re.fullmatch(r"/[a-z]+", command):
-            print(f"({command} is no command: /reset, {', '.join(COMMANDS)}, /quit)")
+            print(f"({command} is not a command: /reset, {', '.join(COMMANDS)}, /quit)")
         elif question:
             asked = [*messages, {"role": "user", "content": question}]
             try:

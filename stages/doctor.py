@@ -26,7 +26,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError(f"--ops: no op is called {', '.join(sorted(unknown))}; there are {', '.join(doctor.all_ops())}")
     targets = config.targets or list(doctor.TARGETS)
     if doctor.HAS_TRITON:
-        print(f"compiling for {', '.join(targets)} (--targets=sm_90 or --ops=rms_norm takes less)", file=sys.stderr)
+        hint = "" if config.targets or config.ops else " (--targets=sm_90 or --ops=rms_norm takes less time)"
+        print(f"compiling for {', '.join(targets)}{hint}", file=sys.stderr)
     rows = doctor.compile_kernels(targets, config.ops) if doctor.HAS_TRITON else []
     machine = doctor.machine()
     print(_json(rows, machine) if config.json else _table(rows, machine))
@@ -45,7 +46,7 @@ def _table(rows: list[dict[str, Any]], machine: dict[str, Any]) -> str:
     backends = [f"{op}: {why}" for op, why in machine["backends"].items()]
     spilling = [f"{row['kernel']} {row['config']} on {row['target']}" for row in rows if row.get("spill_bytes")]
     spills = f"; these spill registers, within what is allowed: {', '.join(spilling)}" if spilling else ""
-    verdict = doctor.problems(rows) or [f"every kernel compiles and fits{spills}"]
+    verdict = doctor.problems(rows) or [f"all {len(rows)} kernels compiled and fit{spills}"]
     return "\n".join([*table, "", *facts, "", *backends, "", *verdict])
 
 

@@ -82,7 +82,7 @@ def read_recipe(name: str, seen: tuple[str, ...] = ()) -> dict[str, Any]:
     path = Path(name) if name.endswith(".toml") else built_in / f"{name}.toml"
     if not path.is_file() or name in seen:
         known = sorted(p.name.removesuffix(".toml") for p in built_in.iterdir() if p.name.endswith(".toml"))
-        raise ConfigError(f"recipe: {name!r} is no file, and not built in; {listed(name, known)}")
+        raise ConfigError(f"recipe: {name!r} is neither a file nor built in; {listed(name, known)}")
     try:
         recipe = tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:

@@ -3,7 +3,7 @@
     math                                         one judge
     math + 0.2*tags("think", "answer") - 0.5*repetition     a weighted sum; each component is kept in Score.parts
     gate(json("name"), math)                     math where the first is 1, else 0
-    clip(math - 0.01*length(100, 200), -1, 1)    bounded
+    clip(math + 0.1*length(100, 200), -1, 1)    bounded
     abstain(math, right=1, abstained=0, wrong=-4)
     model("runs/reward") + process("runs/steps")  trained by `tritium reward`: of the answer, of each of its steps
     model("runs/heads", helpfulness=0.7, verbosity=-0.2)    a weighted sum of its heads

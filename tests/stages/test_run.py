@@ -99,7 +99,7 @@ def test_an_interrupted_stage_is_resumed_and_a_changed_one_run_anew(tiny, tmp_pa
         ("stages = 3\n", "must be a table"),
         ('tests = "a.jsonl"\n[stages.corpus]\n', "tests"),
         ("[stages.sft\n", "mine.toml"),
-        ('extends = "no/such.toml"\n', "'no/such.toml' is no file, and not built in; there are "),
+        ('extends = "no/such.toml"\n', "'no/such.toml' is neither a file nor built in; there are "),
         ('extends = "nothing"\n', "nothing"),
     ],
 )
