@@ -273,7 +273,7 @@ def fit(group: Group, context: int, on_overlong: str) -> Group:
     longest = max(map(len, group))
     if longest > context:
         if on_overlong == "skip":
-            raise RecordError("a record longer than the context")
+            raise RecordError(f"a record longer than the context of {context} tokens (data.on_overlong=truncate cuts)")
         group = [d.first(context) for d in group]
     if any(not d.weights[1:].any() for d in group):
         raise RecordError("a record without a supervised token within the context")

@@ -376,7 +376,8 @@ def test_a_conversation_longer_than_the_context(tmp_path, tokenizer):
     rows = [*chats(2), {"question": "What?", "answer": "long " * 50}, {"question": "long " * 60, "answer": "1"}]
     path = write(tmp_path / "a.jsonl", rows)
     train, _, skipped = read_chats(DataConfig([path], holdout=0.0), tokenizer)
-    assert len(train[0].groups) == 2 and skipped.reasons == {"a record longer than the context": 2}
+    told = "a record longer than the context of 64 tokens (data.on_overlong=truncate cuts)"
+    assert len(train[0].groups) == 2 and skipped.reasons == {told: 2}
     config = DataConfig([path], holdout=0.0, on_overlong="truncate")
     train, _, skipped = read_chats(config, tokenizer)
     assert [len(group[0]) for group in train[0].groups][2] == 64 and len(train[0].groups) == 3

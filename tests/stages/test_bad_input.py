@@ -135,7 +135,8 @@ def test_a_conversation_longer_than_the_context(sft, tmp_path):
     long = [{"question": "What?", "answer": "very " * 99}, {"question": "why " * 99, "answer": "1"}]
     file = write(tmp_path / "a.jsonl", *GOOD, *long)
     code, shown = sft(file)
-    assert code == 0 and f"skipped 2 × a record longer than the context (first: {file}:21)" in shown
+    assert code == 0 and "skipped 2 × a record longer than the context of " in shown
+    assert f" tokens (data.on_overlong=truncate cuts) (first: {file}:21)" in shown
     code, shown = sft(file, "--data.on_overlong=truncate", f"--run.out={tmp_path}/other")
     assert code == 0 and f"1 × a record without a supervised token within the context (first: {file}:22)" in shown
 
