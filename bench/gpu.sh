@@ -8,9 +8,9 @@
 # Others (transformers, Liger, flash-attn, compute-sanitizer) are measured, or used, where they are there.
 #
 # OUT gets four files, all that a later slice needs, on another machine too: steps.jsonl (what was done, which it leaves
-# out), results.jsonl (what was measured, a row each), log.txt (what was said) and summary.md. A step that the end of a slice cuts off is made anew in the next;
-# if a whole slice is too short for it, it is given up. Exit code 0: all steps are done; 1: so are they, and some failed;
-# 75: there is more to do.
+# out), results.jsonl (what was measured, a row each), log.txt (what was said) and summary.md. A step that the end of a
+# slice cuts off is made anew in the next; if a whole slice is too short for it, it is given up. Exit code 0: all steps
+# are done; 1: so are they, and some failed; 75: there is more to do.
 #
 #     DEVICE=cpu bench/gpu.sh OUT       the rehearsal: the same steps on a CPU, on small shapes
 #     ONLY='kernels|step' bench/gpu.sh OUT      steps whose names match

@@ -138,10 +138,9 @@ def make_work(config: Config, stage: str, folder: Path) -> Work:
         groups.append([start + rng.integers(3, shape.vocab_size, length - prompt).tolist() for _ in range(copies)])
     if stage == "pretrain" and config.text:
         text = "".join(library_texts(sum(lengths), 0)).encode()
-        ids = np.resize(
-            np.frombuffer(text, np.uint8), (len(lengths), config.context)
-        )  # again, where there is too little
-        groups = [[row] for row in ids.tolist()]
+        ids = np.frombuffer(text, np.uint8)
+        rows = np.resize(ids, (len(lengths), config.context))  # where there is too little, it comes again
+        groups = [[row] for row in rows.tolist()]
     micro_tokens = config.micro_tokens or config.bin_tokens
     return Work(stage, str(folder), shape, config.bin_tokens, micro_tokens, groups, prompts, config.lr)
 

@@ -251,10 +251,8 @@ class Trainer:
             return self.objective.estimate(self.networks, self.pad_with_empty(batches), self.mesh)
 
     def zero_loss(self, batch: PackedBatch) -> Tensor:
-        """A loss of 0 through every network that the other ranks' losses use.
-
-        At ZeRO 2 and 3 they wait for this rank to gather parameters and reduce gradients, network by network.
-        """
+        """A loss of 0 through every network that the other ranks' losses use: at ZeRO 2 and 3 they wait for this rank
+        to gather parameters and reduce gradients, network by network."""
         unused, loss = self.objective.unused_networks(batch), 0.0
         for name in (*self.optimizers, *self.objective.frozen_networks):
             if name not in unused:

@@ -193,10 +193,7 @@ class Engine:
         return ended + [self.push(sequence, *row) for sequence, row in zip(rows, numbers, strict=True)]
 
     def push(self, sequence: Running, token: float, logp: float, sampled_logp: float, *top: float) -> Event:
-        """Append a sampled token to a sequence, and end the sequence or call its tool if that is due.
-
-        `top`: the likeliest tokens, then their log-probs.
-        """
+        """Append a sampled token; end the sequence or call its tool if due. `top`: likeliest tokens, then log-probs."""
         completion, options, token = sequence.completion, sequence.options, int(token)
         sequence.drawn += 1
         self.append(sequence, [token], [logp], [sampled_logp], 1.0)
@@ -225,10 +222,8 @@ class Engine:
         return sequence.text.finish() if sequence.text else ""
 
     def collect_tool_results(self) -> list[Event]:
-        """Continue the sequences whose tools are done; returns the events of those that end instead.
-
-        Raises: on all ranks, what a tool raised.
-        """
+        """Continue the sequences whose tools are done; returns the events of those that end instead. Raises, on all
+        ranks: what a tool raised."""
         ended, calling = [], list(self.calling)
         said = {i: c.exception() or list(c.result()) for i, c in enumerate(self.calling.values()) if c.done()}
         for i, more in self.model.mesh.broadcast_object(said, ("tp",)).items():
@@ -285,9 +280,7 @@ class Engine:
 
     def fork(self, sequence: Running, pages: list[int]) -> None:
         """Give a sequence the cache of its prompt but for the last token: full pages are shared, a partial one copied.
-
-        The last token is then decoded like a sampled one, which gives the first logits.
-        """
+        The last token is then decoded like a sampled one, which gives the first logits."""
         sequence.cached = len(sequence.prompt) - 1
         full, rest = divmod(sequence.cached, self.cache.page)
         sequence.pages = self.cache.share(pages[:full])
@@ -335,10 +328,8 @@ class Engine:
             sequence.group.leader, sequence.group = None, None
 
     def reserve(self, sequence: Running, tokens: int) -> bool:
-        """Get the sequence pages for this many tokens, preempting the youngest sequences if there are none left.
-
-        Returns whether the sequence itself still runs.
-        """
+        """Get the sequence pages for this many tokens, preempting the youngest sequences if there are none left;
+        returns whether the sequence itself still runs."""
         while sequence in self.running and (missing := self.cache.needed(tokens) - len(sequence.pages)) > 0:
             if missing <= len(self.cache.free):
                 sequence.pages += self.cache.take(missing)
